@@ -1,0 +1,1 @@
+//! Text to token batches: tokenizers, chat template, readers, packing, cursors. Knows no model.

@@ -1,0 +1,184 @@
+//! Memory of tensors: blocks aligned to a cache line, recycled by size so that a warm training step allocates nothing.
+//! Knows bytes and element types, no shapes.
+
+use super::element::Element;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// One cache line, and one AVX-512 register.
+pub const ALIGN: usize = 64;
+
+/// `len` elements on the host, zero or recycled, always initialised.
+pub struct Buffer<E: Element> {
+    start: NonNull<E>,
+    len: usize,
+}
+
+// SAFETY: a buffer owns its block alone, as Vec does, and its elements are Send and Sync plain data.
+unsafe impl<E: Element> Send for Buffer<E> {}
+// SAFETY: shared access gives only `&[E]`.
+unsafe impl<E: Element> Sync for Buffer<E> {}
+
+/// Free blocks by size in bytes, and the sum of their sizes.
+struct Pool {
+    free: BTreeMap<usize, Vec<usize>>,
+    free_bytes: usize,
+}
+
+static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), free_bytes: 0 });
+static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
+static LIVE_BYTES_MAX: AtomicUsize = AtomicUsize::new(0);
+
+/// Blocks up to this size are left to the allocator, which is quick with them.
+const SMALL: usize = 4096;
+
+/// The size of the block that holds `bytes`: at most one eighth larger, so that near sizes share blocks.
+fn block_size(bytes: usize) -> usize {
+    let bytes = bytes.max(ALIGN);
+    let step = (bytes.next_power_of_two() / 16).max(ALIGN);
+    bytes.div_ceil(step) * step
+}
+
+fn layout(size: usize) -> Layout {
+    Layout::from_size_align(size, ALIGN).expect("block sizes are multiples of the alignment and below isize::MAX")
+}
+
+fn take(size: usize) -> NonNull<u8> {
+    let live = LIVE_BYTES.fetch_add(size, Relaxed) + size;
+    LIVE_BYTES_MAX.fetch_max(live, Relaxed);
+    if size > SMALL {
+        let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
+        if let Some(block) = pool.free.get_mut(&size).and_then(Vec::pop) {
+            pool.free_bytes -= size;
+            return NonNull::new(block as *mut u8).expect("a block that was once allocated is not null");
+        }
+    }
+    // SAFETY: the layout's size is at least ALIGN, so not zero.
+    let block = unsafe { alloc_zeroed(layout(size)) };
+    NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout(size)))
+}
+
+fn give_back(block: NonNull<u8>, size: usize) {
+    LIVE_BYTES.fetch_sub(size, Relaxed);
+    if size > SMALL {
+        let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
+        // Keep at most what was once live together: sizes that vary from step to step must not pile up.
+        if LIVE_BYTES.load(Relaxed) + pool.free_bytes + size <= LIVE_BYTES_MAX.load(Relaxed) {
+            pool.free_bytes += size;
+            pool.free.entry(size).or_default().push(block.as_ptr() as usize);
+            return;
+        }
+    }
+    // SAFETY: `take` allocated the block with this very layout, and its only owner gives it up here.
+    unsafe { dealloc(block.as_ptr(), layout(size)) }
+}
+
+/// Bytes held by live buffers now.
+pub fn live_bytes() -> usize {
+    LIVE_BYTES.load(Relaxed)
+}
+
+/// The most bytes that live buffers ever held together.
+pub fn live_bytes_max() -> usize {
+    LIVE_BYTES_MAX.load(Relaxed)
+}
+
+/// Returns all recycled blocks to the operating system.
+pub fn release_free() {
+    let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
+    for (size, blocks) in std::mem::take(&mut pool.free) {
+        for block in blocks {
+            // SAFETY: the block lay in the pool, so nobody else owns it, and `take` allocated it with this layout.
+            unsafe { dealloc(block as *mut u8, layout(size)) }
+        }
+    }
+    pool.free_bytes = 0;
+}
+
+impl<E: Element> Buffer<E> {
+    /// `len` elements of whatever an earlier buffer left there: for results that are written in full.
+    pub fn scratch(len: usize) -> Self {
+        let bytes = len
+            .checked_mul(size_of::<E>())
+            .filter(|bytes| *bytes < isize::MAX as usize / 2)
+            .expect("a buffer's size fits the address space");
+        if len == 0 {
+            return Self { start: NonNull::dangling(), len };
+        }
+        const { assert!(align_of::<E>() <= ALIGN) };
+        Self { start: take(block_size(bytes)).cast(), len }
+    }
+
+    /// `len` zeros.
+    pub fn zeroed(len: usize) -> Self {
+        let mut buffer = Self::scratch(len);
+        buffer.fill(E::default());
+        buffer
+    }
+
+    /// A copy of `values`.
+    pub fn copy_of(values: &[E]) -> Self {
+        let mut buffer = Self::scratch(values.len());
+        buffer.copy_from_slice(values);
+        buffer
+    }
+}
+
+impl<E: Element> Drop for Buffer<E> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            give_back(self.start.cast(), block_size(self.len * size_of::<E>()));
+        }
+    }
+}
+
+impl<E: Element> Deref for Buffer<E> {
+    type Target = [E];
+    fn deref(&self) -> &[E] {
+        // SAFETY: the block holds at least `len` elements, initialised by alloc_zeroed or by an earlier owner; every
+        // bit pattern is a valid element. With len 0 the dangling pointer is aligned, which is all a slice asks.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<E: Element> DerefMut for Buffer<E> {
+    fn deref_mut(&mut self) -> &mut [E] {
+        // SAFETY: as in `deref`, and `&mut self` makes the access the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl<E: Element> Clone for Buffer<E> {
+    fn clone(&self) -> Self {
+        Self::copy_of(self)
+    }
+}
+
+impl<E: Element> std::fmt::Debug for Buffer<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buffer<{}>[{}]", E::DTYPE, self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_aligned_zeroed_and_little_larger_than_asked() {
+        for len in [0, 1, 7, 33, 1000, 4097, 70_001] {
+            let buffer = Buffer::<f32>::zeroed(len);
+            assert_eq!(buffer.len(), len);
+            assert_eq!(buffer.as_ptr() as usize % if len == 0 { 4 } else { ALIGN }, 0);
+            assert!(buffer.iter().all(|v| *v == 0.0));
+        }
+        for bytes in (1..2_000_000).step_by(997) {
+            let size = block_size(bytes);
+            assert!(size >= bytes && size % ALIGN == 0 && size <= bytes + bytes / 8 + ALIGN, "{bytes} gave {size}");
+        }
+    }
+}

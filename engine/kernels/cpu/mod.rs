@@ -1,0 +1,6 @@
+//! The CPU back-end: every loop, in AVX-512, AVX2 and portable form, chosen when the program runs.
+//! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
+//! on threads or on the call's neighbours (architecture.md, "batch invariance").
+
+pub mod isa;
+pub mod threads;

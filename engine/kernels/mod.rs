@@ -1,0 +1,5 @@
+//! Buffers on a device and the loops over them. The only home of `unsafe`. Knows slices, not tensors.
+
+pub mod buffer;
+pub mod cpu;
+pub mod element;
