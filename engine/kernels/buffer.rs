@@ -178,7 +178,7 @@ mod tests {
         }
         for bytes in (1..2_000_000).step_by(997) {
             let size = block_size(bytes);
-            assert!(size >= bytes && size % ALIGN == 0 && size <= bytes + bytes / 8 + ALIGN, "{bytes} gave {size}");
+            assert!(size >= bytes && size.is_multiple_of(ALIGN) && size <= bytes + bytes / 8 + ALIGN, "{bytes} gave {size}");
         }
     }
 }

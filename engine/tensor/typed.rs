@@ -1,0 +1,202 @@
+//! `Tensor<E, R>`: elements of one type in row-major order, a shape of R sizes, and its place in the graph of autograd.
+//! Cheap to clone: clones share the elements, which never change once written.
+
+use super::any::TensorElement;
+use super::autograd::{self, Differentiable, Node, Sink};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Element;
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// Computes elements that nobody has asked for yet.
+type Later<E> = Box<dyn FnOnce() -> Buffer<E> + Send>;
+
+/// The elements of a tensor: there already, or computed when first read. An operation whose backward pass computes its
+/// value on the way (cross entropy) is deferred, so that the work is done once.
+pub struct Data<E: Element> {
+    buffer: OnceLock<Buffer<E>>,
+    later: Mutex<Option<Later<E>>>,
+}
+
+impl<E: Element> Data<E> {
+    /// Elements that are there.
+    pub fn ready(buffer: Buffer<E>) -> Arc<Self> {
+        Arc::new(Self { buffer: OnceLock::from(buffer), later: Mutex::new(None) })
+    }
+
+    /// Elements that `compute` makes when somebody reads them, unless [`Data::fulfil`] came first.
+    pub fn deferred(compute: impl FnOnce() -> Buffer<E> + Send + 'static) -> Arc<Self> {
+        Arc::new(Self { buffer: OnceLock::new(), later: Mutex::new(Some(Box::new(compute))) })
+    }
+
+    /// Hands deferred elements in. Ignored if they were read before: both ways give the same bits.
+    pub fn fulfil(&self, buffer: Buffer<E>) {
+        *self.later.lock().expect("computing elements does not panic under this lock") = None;
+        let _ = self.buffer.set(buffer);
+    }
+
+    /// The elements, computed now if they were deferred.
+    pub fn get(&self) -> &[E] {
+        self.buffer.get_or_init(|| {
+            let later = self.later.lock().expect("computing elements does not panic under this lock").take();
+            later.expect("deferred elements are either fulfilled or computed")()
+        })
+    }
+
+    /// Whether the elements are there without work.
+    pub fn is_ready(&self) -> bool {
+        self.buffer.get().is_some()
+    }
+}
+
+/// A tensor of rank R; see the file's head.
+pub struct Tensor<E: Element, const R: usize> {
+    shape: [usize; R],
+    data: Arc<Data<E>>,
+    node: Option<Arc<Node>>,
+}
+
+impl<E: Element, const R: usize> Clone for Tensor<E, R> {
+    fn clone(&self) -> Self {
+        Self { shape: self.shape, data: self.data.clone(), node: self.node.clone() }
+    }
+}
+
+/// Number of elements of a shape.
+///
+/// Errors: [`Error::Shape`] if the product does not fit a usize.
+pub fn count(op: &'static str, shape: &[usize]) -> Result<usize> {
+    shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size)).ok_or_else(|| Error::Shape {
+        op,
+        arg: "shape",
+        expected: "a number of elements that fits memory".into(),
+        got: format!("{shape:?}"),
+    })
+}
+
+impl<E: TensorElement, const R: usize> Tensor<E, R> {
+    /// A constant of `shape` with `values` in row-major order.
+    ///
+    /// Errors: [`Error::Shape`] if their numbers differ.
+    pub fn new(shape: [usize; R], values: Buffer<E>) -> Result<Self> {
+        let expected = count("tensor", &shape)?;
+        if values.len() != expected {
+            return Err(Error::Shape {
+                op: "tensor",
+                arg: "values",
+                expected: format!("{expected} values for shape {shape:?}"),
+                got: format!("{} values", values.len()),
+            });
+        }
+        Ok(Self { shape, data: Data::ready(values), node: None })
+    }
+
+    /// As [`Tensor::new`], from a slice.
+    pub fn from_slice(shape: [usize; R], values: &[E]) -> Result<Self> {
+        Self::new(shape, Buffer::copy_of(values))
+    }
+
+    /// The parts, put together again: for conversions between typed and untyped.
+    pub(super) fn from_parts(shape: [usize; R], data: Arc<Data<E>>, node: Option<Arc<Node>>) -> Self {
+        Self { shape, data, node }
+    }
+
+    pub fn shape(&self) -> [usize; R] {
+        self.shape
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The elements in row-major order.
+    pub fn values(&self) -> &[E] {
+        self.data.get()
+    }
+
+    /// The shared elements.
+    pub fn data(&self) -> &Arc<Data<E>> {
+        &self.data
+    }
+
+    /// Its place in the graph; none for a constant.
+    pub fn node(&self) -> Option<&Arc<Node>> {
+        self.node.as_ref()
+    }
+
+    /// The same elements as a constant.
+    pub fn detach(&self) -> Self {
+        Self { node: None, ..self.clone() }
+    }
+}
+
+impl<E: Differentiable, const R: usize> Tensor<E, R> {
+    /// The same elements as a leaf of the graph: `backward` leaves a gradient there.
+    pub fn leaf(&self) -> Self {
+        Self { node: Some(Node::leaf()), ..self.clone() }
+    }
+
+    /// The result of an operation. `backward` is kept only while recording, and only if a parent or a parameter
+    /// (`parameters`) wants a gradient. It receives the gradient of this result and gives parents theirs through the
+    /// [`Sink`], by position in `parents`. It must hold elements (`Arc<Data>`), never tensors with nodes.
+    pub fn from_operation(
+        shape: [usize; R],
+        data: Arc<Data<E>>,
+        parents: &[Option<&Arc<Node>>],
+        parameters: bool,
+        backward: impl FnOnce(Buffer<E>, &mut Sink) -> Result<()> + Send + 'static,
+    ) -> Self {
+        let wanted = autograd::is_recording() && (parameters || parents.iter().any(Option::is_some));
+        let node = wanted.then(|| Node::new(parents, |gradient, sink| backward(E::unwrap_gradient(gradient), sink)));
+        Self { shape, data, node }
+    }
+
+    /// Runs the graph behind this one-element tensor backwards with gradient 1.
+    ///
+    /// Errors: [`Error::Shape`] if it has not exactly one element; [`Error::Argument`] if it does not depend on
+    /// anything that wants a gradient, or if its graph has run backwards before.
+    pub fn backward(&self) -> Result<()> {
+        if self.len() != 1 {
+            return Err(Error::Shape {
+                op: "backward",
+                arg: "self",
+                expected: "one element (a loss)".into(),
+                got: format!("{:?}", self.shape),
+            });
+        }
+        let mut one = Buffer::scratch(1);
+        one[0] = E::from_f32(1.0);
+        self.backward_with(one)
+    }
+
+    /// As [`Tensor::backward`] for any shape, with the gradient of the result given.
+    pub fn backward_with(&self, gradient: Buffer<E>) -> Result<()> {
+        assert_eq!(gradient.len(), self.len());
+        let Some(node) = &self.node else {
+            return Err(Error::argument(
+                "backward",
+                "self",
+                "a tensor computed from something that wants a gradient",
+                "a constant; was it computed under no_grad, or only from data?",
+            ));
+        };
+        autograd::run_backward(node, E::wrap_gradient(gradient))
+    }
+
+    /// The gradient that `backward` left at this leaf, if any.
+    pub fn gradient(&self) -> Option<Self> {
+        let gradient = self.node.as_ref()?.leaf_gradient()?;
+        Some(Self { shape: self.shape, data: Data::ready(E::unwrap_gradient(gradient)), node: None })
+    }
+}
+
+impl<E: Element, const R: usize> std::fmt::Debug for Tensor<E, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor<{}>{:?}", E::DTYPE, self.shape)
+    }
+}
