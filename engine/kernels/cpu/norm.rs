@@ -146,7 +146,9 @@ mod tests {
     fn sums_of_squares_match_f64_and_show_what_is_not_finite() {
         let parts: Vec<Vec<f32>> = [0, 1, 7, 33, 16_384, 50_001].iter().map(|count| uniform(*count as u64, *count)).collect();
         let slices: Vec<&[f32]> = parts.iter().map(Vec::as_slice).collect();
-        let want: f64 = parts.iter().flatten().map(|v| f64::from(*v).powi(2)).sum();
+        // The samples are multiples of 2^-23, so whole numbers hold the exact sum.
+        let exact: u64 = parts.iter().flatten().map(|v| ((v * 8_388_608.0) as i64).pow(2) as u64).sum();
+        let want = exact as f64 / 2f64.powi(46);
         assert!((sum_of_squares(&slices) / want - 1.0).abs() < 1e-13);
         assert_eq!(sum_of_squares::<f32>(&[]), 0.0);
         assert_eq!(sum_of_squares(&[&[3.0f32][..], &[4.0]]), 25.0);
