@@ -2,5 +2,18 @@
 //! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
+pub mod adamw;
+pub mod combine;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod exp;
 pub mod isa;
+pub mod lanes;
+pub mod load_balance;
+pub mod norm;
+pub mod rms_norm;
+pub mod route;
+#[cfg(test)]
+mod samples;
+pub mod swiglu;
 pub mod threads;
