@@ -4,3 +4,6 @@
 
 pub mod isa;
 pub mod threads;
+pub mod tile;
+mod tile_bf16;
+mod tile_f32;
