@@ -3,6 +3,8 @@
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
 pub mod isa;
+pub mod pack;
+pub mod panels;
 pub mod threads;
 pub mod tile;
 mod tile_bf16;

@@ -67,7 +67,7 @@ pub struct TileArgs<E> {
 /// `a` `[rows, k]` times a panel `[k, 32]`, for kernels that build products of their own, such as attention.
 ///
 /// - `a`: unit `u` of row `r` is the [`TileElement::UNIT`] values from `a[r * a_row + u * a_unit]`: row-major rows have
-///   `a_row` their length and `a_unit` the `UNIT`; packed ones (`gemm::pack_tile`; faster) `UNIT` and `rows * UNIT`.
+///   `a_row` their length and `a_unit` the `UNIT`; packed ones (`pack::tile_of_rows`; faster) `UNIT` and `rows * UNIT`.
 /// - `panel`: unit `u` of column `j` is the values from `panel[u * panel_unit + j * UNIT]`. In f32 that is any row-major
 ///   matrix at least 32 columns wide, `panel_unit` its row length; in bf16 two values along the reduction lie together.
 /// - `units`: length of the reduction; a bf16 reduction of odd length ends in a pair with a zero.
