@@ -8,12 +8,17 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod exp;
 pub mod isa;
+#[cfg(test)]
+mod samples;
 pub mod lanes;
 pub mod load_balance;
 pub mod norm;
+pub mod pack;
+pub mod panels;
 pub mod rms_norm;
 pub mod route;
-#[cfg(test)]
-mod samples;
 pub mod swiglu;
 pub mod threads;
+pub mod tile;
+mod tile_bf16;
+mod tile_f32;
