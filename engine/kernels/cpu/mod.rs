@@ -3,5 +3,7 @@
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
 pub mod exp;
+pub mod heads;
 pub mod isa;
+pub mod rope;
 pub mod threads;
