@@ -2,20 +2,22 @@
 //! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
+#[cfg(test)]
+mod samples;
 pub mod adamw;
 pub mod combine;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod exp;
+pub mod heads;
 pub mod isa;
-#[cfg(test)]
-mod samples;
 pub mod lanes;
 pub mod load_balance;
 pub mod norm;
 pub mod pack;
 pub mod panels;
 pub mod rms_norm;
+pub mod rope;
 pub mod route;
 pub mod swiglu;
 pub mod threads;
