@@ -2,6 +2,7 @@
 //! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
+pub mod gemm;
 pub mod isa;
 pub mod pack;
 pub mod panels;
