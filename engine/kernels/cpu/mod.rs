@@ -2,6 +2,8 @@
 //! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
+pub mod attention;
+pub mod attention_tile;
 pub mod exp;
 pub mod heads;
 pub mod isa;
