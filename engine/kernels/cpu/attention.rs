@@ -281,11 +281,6 @@ impl Visible {
     pub fn walk(rows: &[Self; ROWS]) -> usize {
         rows.iter().map(|row| row.to).max().unwrap_or(0).next_multiple_of(ROWS)
     }
-
-    #[inline(always)]
-    pub fn all(rows: &[Self; ROWS]) -> bool {
-        rows.iter().all(|row| row.from == 0 && row.to == BLOCK)
-    }
 }
 
 /// Scores, softmax and weighted values of 8 query rows for one block of keys.

@@ -3,6 +3,7 @@
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
 pub mod attention;
+pub mod attention_backward;
 pub mod attention_tile;
 pub mod exp;
 pub mod heads;
