@@ -1,5 +1,6 @@
 //! safetensors folders in and out. Turns bytes into (name, tensor); knows no Qwen.
 
+pub mod folder;
 mod header;
 #[cfg(test)]
 mod malformed;
