@@ -28,11 +28,21 @@ impl Packed<'_> {
     pub fn check(&self, op: &'static str, vocab: usize) -> Result<()> {
         let tokens = self.tokens.len();
         if self.position_ids.len() != tokens {
-            return Err(Error::Shape { op, arg: "position_ids", expected: format!("[{tokens}]"), got: format!("[{}]", self.position_ids.len()) });
+            return Err(Error::Shape {
+                op,
+                arg: "position_ids",
+                expected: format!("[{tokens}]"),
+                got: format!("[{}]", self.position_ids.len()),
+            });
         }
         let rising = self.cu_seqlens.windows(2).all(|pair| pair[0] <= pair[1]);
         if self.cu_seqlens.first() != Some(&0) || self.cu_seqlens.last().map(|last| *last as usize) != Some(tokens) || !rising {
-            return Err(Error::argument(op, "cu_seqlens", format!("document borders rising from 0 to {tokens}"), format!("{:?}", self.cu_seqlens)));
+            return Err(Error::argument(
+                op,
+                "cu_seqlens",
+                format!("document borders rising from 0 to {tokens}"),
+                format!("{:?}", self.cu_seqlens),
+            ));
         }
         if let Some((index, token)) = self.tokens.iter().enumerate().find(|(_, token)| **token < 0 || **token as usize >= vocab) {
             return Err(Error::argument(op, format!("tokens[{index}]"), format!("an id from 0 to {}", vocab - 1), token));
@@ -51,7 +61,7 @@ pub struct Layer<E: ModelElement> {
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`
     pub qkv: Arc<Parameter<E>>,
     /// `[(heads + 2 * kv_heads) * head_dim]`
-    pub qkv_bias: Option<Arc<Parameter<E>>>,
+    pub qkv_bias: Arc<Parameter<E>>,
     /// `[hidden, heads * head_dim]`
     pub o: Arc<Parameter<E>>,
     /// `[hidden]`
@@ -99,6 +109,10 @@ pub struct Forward<E: ModelElement> {
 }
 
 impl<E: ModelElement> Graph<E> {
+    fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
     /// How a layer's attention sees the heads.
     pub fn heads(&self) -> Heads {
         Heads { heads: self.config.heads, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
@@ -136,21 +150,21 @@ impl<E: ModelElement> Graph<E> {
                     let (graph, attend) = (self.clone(), attend.clone());
                     x = recompute(&x, move |x| {
                         let layer = &graph.layers[index];
-                        let x = layer.attend(x, graph.config.rms_norm_eps, &attend)?;
-                        layer.dense(&x, graph.config.rms_norm_eps)
+                        let x = layer.attend(x, graph.eps(), &attend)?;
+                        layer.dense(&x, graph.eps())
                     })?;
                 }
                 Mlp::Dense(_) => {
-                    x = layer.attend(&x, self.config.rms_norm_eps, &attend)?;
-                    x = layer.dense(&x, self.config.rms_norm_eps)?;
+                    x = layer.attend(&x, self.eps(), &attend)?;
+                    x = layer.dense(&x, self.eps())?;
                 }
                 Mlp::Sparse(sparse) => {
                     // Routing gives several results, so only the attention half is computed again.
                     if recompute_layers {
                         let (graph, attend) = (self.clone(), attend.clone());
-                        x = recompute(&x, move |x| graph.layers[index].attend(x, graph.config.rms_norm_eps, &attend))?;
+                        x = recompute(&x, move |x| graph.layers[index].attend(x, graph.eps(), &attend))?;
                     } else {
-                        x = layer.attend(&x, self.config.rms_norm_eps, &attend)?;
+                        x = layer.attend(&x, self.eps(), &attend)?;
                     }
                     let (next, routing) = sparse.forward(&x, layer, self)?;
                     x = next;
@@ -164,13 +178,18 @@ impl<E: ModelElement> Graph<E> {
 
     /// The final norm: `[tokens, hidden]` ready for the head.
     pub fn final_norm(&self, hidden: &Tensor<E, 2>) -> Result<Tensor<E, 2>> {
-        rms_norm(hidden, &self.norm, self.config.rms_norm_eps)
+        rms_norm(hidden, &self.norm, self.eps())
     }
 }
 
 impl<E: ModelElement> Layer<E> {
-    fn attend(&self, x: &Tensor<E, 2>, eps: f32, attend: &impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>>) -> Result<Tensor<E, 2>> {
-        let qkv = norm_linear(x, &self.input_norm, eps, &self.qkv, self.qkv_bias.as_ref())?;
+    fn attend(
+        &self,
+        x: &Tensor<E, 2>,
+        eps: f32,
+        attend: &impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>>,
+    ) -> Result<Tensor<E, 2>> {
+        let qkv = norm_linear(x, &self.input_norm, eps, &self.qkv, Some(&self.qkv_bias))?;
         let mixed = attend(&qkv, self.window)?;
         linear(&mixed, &self.o, None, Some(x))
     }
@@ -185,7 +204,7 @@ impl<E: ModelElement> Layer<E> {
 impl<E: ModelElement> Sparse<E> {
     fn forward(&self, x: &Tensor<E, 2>, layer: &Layer<E>, graph: &Graph<E>) -> Result<(Tensor<E, 2>, Routing<E>)> {
         let moe = graph.config.moe.as_ref().expect("a sparse layer exists only with experts configured");
-        let normed = rms_norm(x, &layer.post_norm, graph.config.rms_norm_eps)?;
+        let normed = rms_norm(x, &layer.post_norm, graph.eps())?;
         let logits = linear(&normed, &self.router, None, None)?;
         let routing = routing(&logits, moe.experts_per_token, moe.norm_topk_prob)?;
         let shared = swiglu_linear(&linear(&normed, &self.shared.gate_up, None, None)?, &self.shared.down, None)?;

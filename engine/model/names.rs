@@ -30,9 +30,7 @@ impl<E: ModelElement> Graph<E> {
             let parts = [("q", 0..query), ("k", query..query + key), ("v", query + key..query + 2 * key)];
             for (part, rows) in &parts {
                 list.add(format!("{prefix}.self_attn.{part}_proj.weight"), &layer.qkv, rows.clone(), true);
-                if let Some(bias) = &layer.qkv_bias {
-                    list.add(format!("{prefix}.self_attn.{part}_proj.bias"), bias, rows.clone(), false);
-                }
+                list.add(format!("{prefix}.self_attn.{part}_proj.bias"), &layer.qkv_bias, rows.clone(), false);
             }
             list.matrix(&format!("{prefix}.self_attn.o_proj.weight"), &layer.o);
             match &layer.mlp {

@@ -6,9 +6,9 @@ use super::ModelElement;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
-pub use crate::kernels::cpu::heads::Heads;
 use crate::kernels::cpu::attention::{self as kernel, Attention as Settings};
 use crate::kernels::cpu::attention_backward::attention_backward;
+pub use crate::kernels::cpu::heads::Heads;
 use crate::kernels::cpu::rope;
 use std::sync::Arc;
 
@@ -54,7 +54,12 @@ pub fn attention<E: ModelElement>(
 ) -> Result<Tensor<E, 2>> {
     let [tokens, width] = qkv.shape();
     if width != heads.width() {
-        return Err(Error::Shape { op: "attention", arg: "qkv", expected: format!("[tokens, {}]", heads.width()), got: format!("[{tokens}, {width}]") });
+        return Err(Error::Shape {
+            op: "attention",
+            arg: "qkv",
+            expected: format!("[tokens, {}]", heads.width()),
+            got: format!("[{tokens}, {width}]"),
+        });
     }
     let mut turned = Buffer::copy_of(qkv.values());
     rope::rope(&mut turned, heads, &tables.cos, &tables.sin)?;

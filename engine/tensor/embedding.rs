@@ -16,8 +16,14 @@ use std::sync::Arc;
 /// Errors: [`Error::Argument`] if a token is outside the vocabulary.
 pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) -> Result<Tensor<E, 2>> {
     let (vocab, hidden) = (weight.rows(), weight.columns());
-    if let Some((index, token)) = tokens.iter().enumerate().find(|(_, token)| usize::try_from(**token).map_or(true, |token| token >= vocab)) {
-        return Err(Error::argument("embedding", format!("tokens[{index}]"), format!("an id from 0 to {}", vocab.saturating_sub(1)), token));
+    if let Some((index, token)) = tokens.iter().enumerate().find(|(_, token)| usize::try_from(**token).map_or(true, |token| token >= vocab))
+    {
+        return Err(Error::argument(
+            "embedding",
+            format!("tokens[{index}]"),
+            format!("an id from 0 to {}", vocab.saturating_sub(1)),
+            token,
+        ));
     }
     let mut x = Buffer::<E>::scratch(tokens.len() * hidden);
     let order = match weight.layout() {

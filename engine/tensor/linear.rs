@@ -84,11 +84,20 @@ pub fn norm_linear<E: ModelElement>(
 /// - returns `[tokens, out]`
 ///
 /// Errors: [`Error::Shape`] if the sizes do not fit.
-pub fn swiglu_linear<E: ModelElement>(gate_up: &Tensor<E, 2>, weight: &Arc<Parameter<E>>, residual: Option<&Tensor<E, 2>>) -> Result<Tensor<E, 2>> {
+pub fn swiglu_linear<E: ModelElement>(
+    gate_up: &Tensor<E, 2>,
+    weight: &Arc<Parameter<E>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Tensor<E, 2>> {
     let [tokens, width] = gate_up.shape();
     let intermediate = width / 2;
     if width % 2 != 0 {
-        return Err(Error::Shape { op: "swiglu_linear", arg: "gate_up", expected: "[tokens, 2 * intermediate]".into(), got: format!("{:?}", gate_up.shape()) });
+        return Err(Error::Shape {
+            op: "swiglu_linear",
+            arg: "gate_up",
+            expected: "[tokens, 2 * intermediate]".into(),
+            got: format!("{:?}", gate_up.shape()),
+        });
     }
     check_weight("swiglu_linear", intermediate, weight)?;
     let mut activation = Buffer::<E>::scratch(tokens * intermediate);
@@ -127,7 +136,12 @@ pub(super) fn product<E: ModelElement>(
     if let Some(residual) = residual
         && residual.shape() != [tokens, weight.rows()]
     {
-        return Err(Error::Shape { op: "linear", arg: "residual", expected: format!("{:?}", [tokens, weight.rows()]), got: format!("{:?}", residual.shape()) });
+        return Err(Error::Shape {
+            op: "linear",
+            arg: "residual",
+            expected: format!("{:?}", [tokens, weight.rows()]),
+            got: format!("{:?}", residual.shape()),
+        });
     }
     let mut y = Buffer::scratch(tokens * weight.rows());
     let bias = bias.map(|bias| bias.read());
@@ -147,14 +161,24 @@ pub(super) fn weight_gradients<E: ModelElement>(dy: &[E], x: &[E], weight: &Para
 pub(super) fn check_weight<E: ModelElement>(op: &'static str, input: usize, weight: &Parameter<E>) -> Result<()> {
     assert_eq!(weight.layout(), parameter::Layout::Panels, "{op}: {} is not packed", weight.name());
     if weight.columns() != input {
-        return Err(Error::Shape { op, arg: "x", expected: format!("[tokens, {}] for {}", weight.columns(), weight.name()), got: format!("[tokens, {input}]") });
+        return Err(Error::Shape {
+            op,
+            arg: "x",
+            expected: format!("[tokens, {}] for {}", weight.columns(), weight.name()),
+            got: format!("[tokens, {input}]"),
+        });
     }
     Ok(())
 }
 
 pub(super) fn check_vector<E: ModelElement>(op: &'static str, arg: &'static str, len: usize, vector: &Parameter<E>) -> Result<()> {
     if vector.rows() != len || vector.columns() != 1 {
-        return Err(Error::Shape { op, arg, expected: format!("[{len}]"), got: format!("[{}, {}] in {}", vector.rows(), vector.columns(), vector.name()) });
+        return Err(Error::Shape {
+            op,
+            arg,
+            expected: format!("[{len}]"),
+            got: format!("[{}, {}] in {}", vector.rows(), vector.columns(), vector.name()),
+        });
     }
     Ok(())
 }

@@ -58,7 +58,9 @@ impl<E: ModelElement> Targets<E> {
         if labels.len() != tokens {
             return Err(Error::Shape { op, arg: "labels", expected: format!("[{tokens}]"), got: format!("[{}]", labels.len()) });
         }
-        if let Some((index, label)) = labels.iter().enumerate().find(|(_, label)| **label != IGNORE && (**label < 0 || **label as usize >= vocab)) {
+        if let Some((index, label)) =
+            labels.iter().enumerate().find(|(_, label)| **label != IGNORE && (**label < 0 || **label as usize >= vocab))
+        {
             return Err(Error::argument(op, format!("labels[{index}]"), format!("{IGNORE}, or an id from 0 to {}", vocab - 1), label));
         }
         let rows: Vec<u32> = (0..tokens as u32).filter(|row| labels[*row as usize] != IGNORE).collect();
@@ -140,7 +142,12 @@ fn give_rows<E: ModelElement>(sink: &mut Sink, targets: &Targets<E>, d_rows: Buf
 /// - returns a scalar in nats, deferred: see the file's head. No labelled row at all gives 0.
 ///
 /// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary or a normalizer that is not above 0.
-pub fn cross_entropy<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>, labels: &[i32], normalizer: f32) -> Result<Tensor<f32, 0>> {
+pub fn cross_entropy<E: ModelElement>(
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    labels: &[i32],
+    normalizer: f32,
+) -> Result<Tensor<f32, 0>> {
     check_weight("cross_entropy", x.shape()[1], head)?;
     if !(normalizer > 0.0 && normalizer.is_finite()) {
         return Err(Error::argument("cross_entropy", "normalizer", "a number above 0 (the supervised tokens of the update)", normalizer));
@@ -240,7 +247,8 @@ fn score<E: ModelElement>(
     let vocab = head.rows();
     let targets = Targets::new(op, x, labels, vocab)?;
     let count = targets.rows.len();
-    let (mut lse, mut logprobs, mut entropies) = (Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count));
+    let (mut lse, mut logprobs, mut entropies) =
+        (Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count));
     for_chunks(&targets, vocab, |range, x, labels| {
         let logits = chunk_logits(x, head, temperature);
         let entropies = (score == Score::Entropy).then(|| &mut entropies[range.clone()]);
@@ -262,7 +270,8 @@ fn score<E: ModelElement>(
                 plain[index] = dy[*row as usize] / temperature;
                 minus[index] = if score == Score::Logprob { -plain[index] } else { 0.0 };
             }
-            let entropy = (score == Score::Entropy).then(|| kernel::EntropyGradient { entropy: &entropies[range.clone()], coefficients: &plain });
+            let entropy =
+                (score == Score::Entropy).then(|| kernel::EntropyGradient { entropy: &entropies[range.clone()], coefficients: &plain });
             let d_logits = E::logits_gradient(logits, vocab, labels, &lse[range.clone()], &minus, entropy);
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
             chunk_backward(x, &d_logits, &head, d_part);

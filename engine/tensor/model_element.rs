@@ -34,7 +34,15 @@ pub trait ModelElement: Differentiable + TileElement {
     ) -> Buffer<Self>;
 
     /// One AdamW update; `panel_columns` is the number of columns of a weight in panels, none for one in rows.
-    fn adamw(weight: &mut [Self], remainder: Option<&mut [i16]>, gradient: &[f32], m: &mut [f32], v: &mut [f32], panel_columns: Option<usize>, settings: &AdamW);
+    fn adamw(
+        weight: &mut [Self],
+        remainder: Option<&mut [i16]>,
+        gradient: &[f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        panel_columns: Option<usize>,
+        settings: &AdamW,
+    );
 }
 
 impl ModelElement for f32 {
@@ -68,7 +76,15 @@ impl ModelElement for f32 {
         logits
     }
 
-    fn adamw(weight: &mut [Self], _: Option<&mut [i16]>, gradient: &[f32], m: &mut [f32], v: &mut [f32], _: Option<usize>, settings: &AdamW) {
+    fn adamw(
+        weight: &mut [Self],
+        _: Option<&mut [i16]>,
+        gradient: &[f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        _: Option<usize>,
+        settings: &AdamW,
+    ) {
         adamw::adamw(weight, gradient, m, v, settings);
     }
 }

@@ -34,7 +34,11 @@ impl Settings {
     pub fn check(&self) -> Result<()> {
         let op = "adamw";
         let finite_from = |arg: &str, value: f64, least: f64| {
-            if value.is_finite() && value >= least { Ok(()) } else { Err(Error::argument(op, arg, format!("a number from {least}"), value)) }
+            if value.is_finite() && value >= least {
+                Ok(())
+            } else {
+                Err(Error::argument(op, arg, format!("a number from {least}"), value))
+            }
         };
         finite_from("lr", self.lr, 0.0)?;
         finite_from("weight_decay", self.weight_decay, 0.0)?;

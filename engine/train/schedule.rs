@@ -16,8 +16,12 @@ pub enum Shape {
 
 impl Shape {
     /// The name used in scripts.
-    pub const ALL: [(&'static str, Self); 4] =
-        [("constant", Self::Constant), ("linear", Self::Linear), ("cosine", Self::Cosine), ("warmup_stable_decay", Self::WarmupStableDecay)];
+    pub const ALL: [(&'static str, Self); 4] = [
+        ("constant", Self::Constant),
+        ("linear", Self::Linear),
+        ("cosine", Self::Cosine),
+        ("warmup_stable_decay", Self::WarmupStableDecay),
+    ];
 
     /// The shape of that name, if there is one.
     pub fn parse(name: &str) -> Option<Self> {
