@@ -1,8 +1,8 @@
 //! The outputs of the experts brought back to their tokens, and the shared expert behind its sigmoid gate; forward and
 //! backward. Which expert computes which row is decided in route.rs.
 
-use super::exp::exp;
 use super::lanes;
+use super::swiglu::sigmoid;
 use super::threads::{Shared, parallel_ranges};
 use crate::kernels::element::Float;
 use crate::vectorised;
@@ -111,11 +111,6 @@ fn sizes(expert_out: usize, places: &[u32], weights: usize, hidden: usize, y: us
         assert!((*place as usize) < weights, "combine: grouped row {place} of {weights}");
     }
     (tokens, k)
-}
-
-#[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
 }
 
 /// `y[token] += sigmoid(gate[token]) * shared[token]`, in f32, rounded once.

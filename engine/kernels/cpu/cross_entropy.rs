@@ -54,7 +54,12 @@ vectorised! {
     /// The largest logit `m`, the sum of `exp(logit - m)`, and 0.
     fn row_sums(logits: &[f32]) -> (f32, f64, f64) {
         let largest = lanes::max(logits);
-        let sum = logits.chunks(BLOCK).map(|block| f64::from(lanes::sum(block, |logit| exp(logit - largest)))).sum();
+        let mut powers = [0.0f32; BLOCK];
+        let mut sum = 0.0;
+        for block in logits.chunks(BLOCK) {
+            let powers = powers_of(block, largest, &mut powers);
+            sum += f64::from(lanes::sum(powers, |e| e));
+        }
         (largest, sum, 0.0)
     }
 }
@@ -63,18 +68,26 @@ vectorised! {
     /// The largest logit `m`, the sum of `e = exp(logit - m)`, and the sum of `e * (logit - m)`.
     fn row_sums_entropy(logits: &[f32]) -> (f32, f64, f64) {
         let largest = lanes::max(logits);
+        let mut powers = [0.0f32; BLOCK];
         let (mut sum, mut weighted) = (0.0, 0.0);
         for block in logits.chunks(BLOCK) {
-            sum += f64::from(lanes::sum(block, |logit| exp(logit - largest)));
+            let powers = powers_of(block, largest, &mut powers);
+            sum += f64::from(lanes::sum(powers, |e| e));
             // A logit of minus infinity has probability 0 and adds nothing; 0 * -inf would be NaN.
-            weighted += f64::from(lanes::sum(block, |logit| {
-                let below = logit - largest;
-                let e = exp(below);
-                if e == 0.0 { 0.0 } else { e * below }
-            }));
+            weighted += f64::from(lanes::sum2(powers, block, |e, logit| if e == 0.0 { 0.0 } else { e * (logit - largest) }));
         }
         (largest, sum, weighted)
     }
+}
+
+/// `exp(logit - largest)` of one block. Kept apart from its sum: inside the sum's loop over lanes it stays scalar.
+#[inline(always)]
+fn powers_of<'a>(block: &[f32], largest: f32, powers: &'a mut [f32; BLOCK]) -> &'a [f32] {
+    let powers = &mut powers[..block.len()];
+    for (power, logit) in powers.iter_mut().zip(block) {
+        *power = exp(logit - largest);
+    }
+    powers
 }
 
 /// Gradient of the entropies, for [`gradient`].

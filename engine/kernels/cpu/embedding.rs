@@ -82,7 +82,8 @@ pub fn embed_backward<E: Float>(d_out: &[E], ids: &[i32], order: Order, vocab: u
     assert!(d_weight.len() == order.len::<f32>(vocab, hidden), "embedding: a {vocab} x {hidden} gradient of {} values", d_weight.len());
     assert!(d_out.len() == ids.len() * hidden, "embedding: d_out has {} values for [{}, {hidden}]", d_out.len(), ids.len());
     let d_weight = Shared::new(d_weight);
-    // Tasks own columns, not tokens: no two of them meet in one element.
+    // Tasks own columns, not tokens: no two of them meet in one element. Taking the tokens of one panel together, so
+    // that they share cache lines, was tried: a quarter faster for 4096 words, a tenth slower for 151936.
     parallel_ranges(hidden, 64, |columns| {
         for (id, d_out) in ids.iter().zip(d_out.chunks_exact(hidden)) {
             let row = row_of(*id, vocab);

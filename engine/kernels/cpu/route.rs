@@ -3,7 +3,9 @@
 //! Source: Qwen2-MoE as in transformers; combining the experts' outputs is in combine.rs.
 
 use super::exp::exp;
+use super::lanes;
 use super::threads::{Shared, parallel_ranges};
+use crate::vectorised;
 
 /// Tokens below which a thread of its own costs more than it saves.
 const TOKENS_LEAST: usize = 64;
@@ -41,13 +43,15 @@ pub fn route(logits: &[f32], experts: usize, k: usize, renormalise: bool, probs:
     });
 }
 
-fn softmax(logits: &[f32], probs: &mut [f32]) {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for (prob, logit) in probs.iter_mut().zip(logits) {
-        *prob = exp(logit - largest);
+vectorised! {
+    fn softmax(logits: &[f32], probs: &mut [f32]) {
+        let largest = lanes::max(logits);
+        for (prob, logit) in probs.iter_mut().zip(logits) {
+            *prob = exp(logit - largest);
+        }
+        let sum = lanes::sum(probs, |prob| prob);
+        probs.iter_mut().for_each(|prob| *prob /= sum);
     }
-    let sum: f32 = probs.iter().sum();
-    probs.iter_mut().for_each(|prob| *prob /= sum);
 }
 
 /// Insertion into a sorted list of k: k and the experts are few.

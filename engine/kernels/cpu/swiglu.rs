@@ -9,8 +9,9 @@ use crate::vectorised;
 /// Elements below which a thread of its own costs more than it saves.
 const VALUES_LEAST: usize = 8192;
 
+/// `1 / (1 + e^-x)`, for loops that become vector code.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
@@ -81,28 +82,42 @@ vectorised! {
     /// An empty `gate_up` means that its values are in `d_gate_up`; an empty `act` that it is not wanted.
     fn backward_rows<E: Float>(gate_up: &[E], inter: usize, d_act: &[E], d_gate_up: &mut [E], act: &mut [E]) {
         for (row, (d_gate_up, d_act)) in d_gate_up.chunks_exact_mut(2 * inter).zip(d_act.chunks_exact(inter)).enumerate() {
-            if !gate_up.is_empty() {
-                // The row stays in the first cache, so the copy costs less than a second form of the loops below.
-                d_gate_up.copy_from_slice(&gate_up[row * 2 * inter..(row + 1) * 2 * inter]);
-            }
-            let (gate, up) = d_gate_up.split_at_mut(inter);
-            if !act.is_empty() {
-                let act = &mut act[row * inter..(row + 1) * inter];
-                for (((gate, up), d_act), act) in gate.iter_mut().zip(up).zip(d_act).zip(act) {
-                    let (g, u, d) = (gate.to_f32(), up.to_f32(), d_act.to_f32());
-                    let s = sigmoid(g);
-                    *gate = E::from_f32(d * u * s * (1.0 + g * (1.0 - s)));
-                    *up = E::from_f32(d * (g * s));
-                    *act = E::from_f32(g * s * u);
-                }
-            } else {
-                for ((gate, up), d_act) in gate.iter_mut().zip(up).zip(d_act) {
-                    let (g, u, d) = (gate.to_f32(), up.to_f32(), d_act.to_f32());
-                    let s = sigmoid(g);
-                    *gate = E::from_f32(d * u * s * (1.0 + g * (1.0 - s)));
-                    *up = E::from_f32(d * (g * s));
-                }
-            }
+            let gate_up = if gate_up.is_empty() { gate_up } else { &gate_up[row * 2 * inter..(row + 1) * 2 * inter] };
+            let act = if act.is_empty() { &mut [][..] } else { &mut act[row * inter..(row + 1) * inter] };
+            backward_row(gate_up, d_gate_up, d_act, act);
+        }
+    }
+}
+
+/// Works in tiles of f32 on the stack: rows of one type that are read and written in place would keep the loop scalar.
+#[inline(always)]
+fn backward_row<E: Float>(gate_up: &[E], d_gate_up: &mut [E], d_act: &[E], act: &mut [E]) {
+    const TILE: usize = 64;
+    let inter = d_act.len();
+    let mut tiles = [[0.0f32; TILE]; 3];
+    let [d_gates, d_ups, acts] = &mut tiles;
+    let (gate, up) = d_gate_up.split_at_mut(inter);
+    let mut act_tiles = act.chunks_mut(TILE);
+    for (index, ((gate, up), d_act)) in gate.chunks_mut(TILE).zip(up.chunks_mut(TILE)).zip(d_act.chunks(TILE)).enumerate() {
+        if !gate_up.is_empty() {
+            // The tile stays in the first cache, so this costs less than a second form of the loop below.
+            let start = index * TILE;
+            gate.copy_from_slice(&gate_up[start..start + gate.len()]);
+            up.copy_from_slice(&gate_up[inter + start..inter + start + up.len()]);
+        }
+        for ((((gate, up), d_act), d_gate), (d_up, act)) in
+            gate.iter().zip(&*up).zip(d_act).zip(&mut *d_gates).zip(d_ups.iter_mut().zip(&mut *acts))
+        {
+            let (g, u, d) = (gate.to_f32(), up.to_f32(), d_act.to_f32());
+            let s = sigmoid(g);
+            *d_gate = d * u * s * (1.0 + g * (1.0 - s));
+            *d_up = d * (g * s);
+            *act = g * s * u;
+        }
+        gate.iter_mut().zip(&*d_gates).for_each(|(gate, d)| *gate = E::from_f32(*d));
+        up.iter_mut().zip(&*d_ups).for_each(|(up, d)| *up = E::from_f32(*d));
+        if let Some(act) = act_tiles.next() {
+            act.iter_mut().zip(&*acts).for_each(|(act, value)| *act = E::from_f32(*value));
         }
     }
 }
