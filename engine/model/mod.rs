@@ -4,6 +4,10 @@ pub mod config;
 pub mod fields;
 pub mod generation_config;
 pub mod graph;
+mod model;
 pub mod names;
 pub mod rope_scaling;
 pub mod weights;
+
+pub use graph::Packed;
+pub use model::{Loss, Model};

@@ -139,6 +139,7 @@ fn give_rows<E: ModelElement>(sink: &mut Sink, targets: &Targets<E>, d_rows: Buf
 /// - `x`: `[tokens, hidden]`, after the final norm; `head`: `[vocab, hidden]` in panels
 /// - `labels`: `[tokens]`, the target of each row itself (shifted already), or [`IGNORE`]
 /// - `normalizer`: what the sum is divided by: the supervised tokens of the whole update
+/// - `extra`: another scalar and its coefficient, added to the result (a load-balancing loss)
 /// - returns a scalar in nats, deferred: see the file's head. No labelled row at all gives 0.
 ///
 /// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary or a normalizer that is not above 0.
@@ -147,12 +148,15 @@ pub fn cross_entropy<E: ModelElement>(
     head: &Arc<Parameter<E>>,
     labels: &[i32],
     normalizer: f32,
+    extra: Option<(&Tensor<f32, 0>, f32)>,
 ) -> Result<Tensor<f32, 0>> {
     check_weight("cross_entropy", x.shape()[1], head)?;
     if !(normalizer > 0.0 && normalizer.is_finite()) {
         return Err(Error::argument("cross_entropy", "normalizer", "a number above 0 (the supervised tokens of the update)", normalizer));
     }
     let vocab = head.rows();
+    let (extra_node, extra_coefficient) = extra.map_or((None, 0.0), |(extra, coefficient)| (extra.node(), coefficient));
+    let extra_value = extra.map_or(0.0, |(extra, coefficient)| f64::from(extra.values()[0]) * f64::from(coefficient));
     let targets = Arc::new(Targets::new("cross_entropy", x, labels, vocab)?);
     let data = {
         let (targets, head) = (targets.clone(), head.clone());
@@ -164,11 +168,11 @@ pub fn cross_entropy<E: ModelElement>(
                 let logits = chunk_logits(x, &head, 1.0);
                 sum += chunk_loss(&logits, vocab, labels, &mut Buffer::scratch(range.len()));
             });
-            Ok(scalar(sum, normalizer))
+            Ok(scalar(sum, normalizer, extra_value))
         })
     };
     let (value, head, seen) = (data.clone(), head.clone(), head.version());
-    let loss = Tensor::from_operation([], data, &[x.node()], head.trains(), move |upstream, sink| {
+    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream, sink| {
         head.check_version(seen, "cross_entropy")?;
         let wants_rows = sink.wants(0);
         let mut d_rows = Buffer::<E>::scratch(if wants_rows { targets.rows.len() * targets.hidden } else { 0 });
@@ -184,7 +188,8 @@ pub fn cross_entropy<E: ModelElement>(
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
             chunk_backward(x, &d_logits, &head, d_part);
         });
-        value.fulfil(scalar(sum, normalizer));
+        value.fulfil(scalar(sum, normalizer, extra_value));
+        sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * extra_coefficient]));
         give_rows(sink, &targets, d_rows);
         Ok(())
     });
@@ -202,8 +207,8 @@ fn chunk_loss(logits: &[f32], vocab: usize, labels: &[i32], lse: &mut [f32]) -> 
     -logprobs.iter().map(|logprob| f64::from(*logprob)).sum::<f64>()
 }
 
-fn scalar(sum: f64, normalizer: f32) -> Buffer<f32> {
-    Buffer::copy_of(&[(sum / f64::from(normalizer)) as f32])
+fn scalar(sum: f64, normalizer: f32, extra: f64) -> Buffer<f32> {
+    Buffer::copy_of(&[(sum / f64::from(normalizer) + extra) as f32])
 }
 
 /// Which number each row gives.
