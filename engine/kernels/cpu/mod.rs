@@ -6,6 +6,7 @@ pub mod gemm;
 pub mod isa;
 pub mod pack;
 pub mod panels;
+mod product;
 pub mod threads;
 pub mod tile;
 mod tile_bf16;
