@@ -1,1 +1,8 @@
 //! The Qwen2.5 graph: configuration, parameter names, layers, dense and mixture of experts.
+
+pub mod config;
+pub mod fields;
+pub mod generation_config;
+pub mod presets;
+pub mod rope_scaling;
+pub mod sizes;
