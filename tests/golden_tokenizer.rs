@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use perilune::data::chat_template::{ChatTemplate, Rendering};
 use perilune::data::tokenizer::{Specials, StreamDecoder, Tokenizer};
 use serde_json::Value;
 
@@ -123,4 +124,76 @@ fn long_texts_have_the_ids_that_an_unsplit_encoding_gives() {
     eprintln!("encoded {:.1} MB/s", text.len() as f64 / start.elapsed().as_secs_f64() / 1e6);
     let theirs = theirs.encode_fast(text.as_str(), false).unwrap();
     assert!(ours == theirs.get_ids(), "{} ids and {}", ours.len(), theirs.len());
+}
+
+/// Rendering options of a case in chats.json or chat-vectors.json. Its writer left string arguments as they came.
+fn rendering(case: &Value) -> Rendering {
+    Rendering {
+        tools: case["tools"].as_array().cloned().unwrap_or_default(),
+        add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap_or(false),
+        keep_string_arguments: true,
+        ..Rendering::default()
+    }
+}
+
+#[test]
+fn chats_render_and_encode_as_transformers_does() {
+    let (tokenizer, template) = (Tokenizer::from_folder(&golden("")).unwrap(), ChatTemplate::default());
+    for case in read(&golden("chats.json"))["chats"].as_array().unwrap() {
+        let (messages, rendering) = (case["messages"].as_array().unwrap(), rendering(case));
+        assert_eq!(template.render(messages, &rendering).unwrap(), case["rendered"].as_str().unwrap(), "{}", case["name"]);
+        let tokens = template.tokens(&tokenizer, messages, &rendering, Specials::Recognise).unwrap();
+        assert_eq!(tokens.ids, ids(&case["ids"]), "{}", case["name"]);
+        let plain = template.tokens(&tokenizer, messages, &rendering, Specials::Plain).unwrap();
+        if case["name"] == "control_text_in_user" {
+            let control = |ids: &[u32]| ids.iter().filter(|id| **id >= 578).count();
+            assert_eq!(control(&plain.ids) + 2, control(&tokens.ids));
+            assert_eq!(tokenizer.decode(&plain.ids, false).unwrap(), case["rendered"].as_str().unwrap());
+        } else {
+            assert_eq!(plain, tokens, "{}", case["name"]);
+        }
+    }
+}
+
+#[test]
+fn string_arguments_render_as_the_table_they_hold() {
+    let file = read(&golden("chats.json"));
+    let case = file["chats"].as_array().unwrap().iter().find(|case| case["name"] == "arguments_as_string").unwrap();
+    let rendering = Rendering { keep_string_arguments: false, ..rendering(case) };
+    let text = ChatTemplate::default().render(case["messages"].as_array().unwrap(), &rendering).unwrap();
+    assert_eq!(text, case["rendered"].as_str().unwrap().replace(r#""{\"x\": 1}""#, r#"{"x": 1}"#));
+}
+
+#[test]
+fn loss_masks_match_the_vectors() {
+    let (tokenizer, template) = (Tokenizer::from_folder(&golden("")).unwrap(), ChatTemplate::default());
+    for case in read(&golden("sft_masks.json"))["chats"].as_array().unwrap() {
+        for specials in [Specials::Recognise, Specials::Plain] {
+            let tokens = template.tokens(&tokenizer, case["messages"].as_array().unwrap(), &rendering(case), specials).unwrap();
+            assert_eq!(tokens.ids, ids(&case["input_ids"]), "{}", case["name"]);
+            let mask: Vec<u32> = tokens.supervised.iter().map(|on| u32::from(*on)).collect();
+            assert_eq!(mask, ids(&case["assistant_mask_content"]), "{}", case["name"]);
+        }
+    }
+}
+
+#[test]
+fn both_published_and_shipped_templates_render_the_published_chats() {
+    let Some(folder) = published() else { return };
+    let tokenizer = Tokenizer::from_folder(&folder).unwrap();
+    let own = ChatTemplate::from_folder(&folder).unwrap();
+    assert!(own.source() != ChatTemplate::default().source());
+    for template in [own, ChatTemplate::default()] {
+        let published_cases = read(&folder.join("chat-vectors.json"));
+        for case in published_cases.as_array().unwrap() {
+            let (messages, rendering) = (case["messages"].as_array().unwrap(), rendering(case));
+            assert_eq!(template.render(messages, &rendering).unwrap(), case["text"].as_str().unwrap());
+            let tokens = template.tokens(&tokenizer, messages, &rendering, Specials::Recognise).unwrap();
+            assert_eq!(tokens.ids, ids(&case["ids"]));
+        }
+        for case in read(&golden("chats.json"))["chats"].as_array().unwrap() {
+            let text = template.render(case["messages"].as_array().unwrap(), &rendering(case)).unwrap();
+            assert_eq!(text, case["rendered"].as_str().unwrap(), "{}", case["name"]);
+        }
+    }
 }

@@ -2,7 +2,6 @@
 //! Not the files (`tokenizer_files.rs`), not conversations (`chat_template.rs`), not training (`bpe_trainer.rs`).
 //! Source: the published tokenizer.json of Qwen2.5; ids agree with the `tokenizers` library, whose BPE and regex are used.
 
-use std::collections::HashMap;
 use std::sync::Mutex;
 
 use serde_json::Value;
@@ -49,7 +48,7 @@ pub struct Tokenizer {
     pub(super) kind: Kind,
     added: Vec<AddedToken>,
     /// For each byte, the added tokens that start with it, longest first, as indices into `added`.
-    added_by_first_byte: HashMap<u8, Vec<usize>>,
+    added_by_first_byte: Vec<Vec<usize>>,
     /// The bytes of id `i` are `bytes[starts[i]..starts[i + 1]]`; an id that does not exist has none.
     bytes: Vec<u8>,
     starts: Vec<u32>,
@@ -115,12 +114,12 @@ impl Tokenizer {
             bytes.extend_from_slice(content);
         }
         starts.push(bytes.len() as u32);
-        let mut added_by_first_byte: HashMap<u8, Vec<usize>> = HashMap::new();
+        let mut added_by_first_byte = vec![Vec::new(); 256];
         for (index, token) in added.iter().enumerate() {
-            added_by_first_byte.entry(token.content.as_bytes()[0]).or_default().push(index);
+            added_by_first_byte[usize::from(token.content.as_bytes()[0])].push(index);
         }
-        for candidates in added_by_first_byte.values_mut() {
-            candidates.sort_by_key(|index| std::cmp::Reverse(added[*index].content.len()));
+        for candidates in &mut added_by_first_byte {
+            candidates.sort_by_key(|index: &usize| std::cmp::Reverse(added[*index].content.len()));
         }
         Self { kind, added, added_by_first_byte, bytes, starts, lines_are_independent, files: Files::default() }
     }
@@ -203,22 +202,26 @@ impl Tokenizer {
         hash
     }
 
+    /// The longest added token that begins at byte `at` of `text`.
+    pub(super) fn added_at(&self, text: &[u8], at: usize) -> Option<&AddedToken> {
+        let candidates = &self.added_by_first_byte[usize::from(text[at])];
+        candidates.iter().map(|index| &self.added[*index]).find(|token| text[at..].starts_with(token.content.as_bytes()))
+    }
+
     /// Cuts `text` at the added tokens in it: leftmost first, of those the longest.
     pub fn split_added<'a>(&self, text: &'a str) -> Vec<Piece<'a>> {
         let (mut pieces, mut start, mut at) = (Vec::new(), 0, 0);
         let bytes = text.as_bytes();
         while at < bytes.len() {
-            let candidates = self.added_by_first_byte.get(&bytes[at]);
-            let hit = candidates.and_then(|c| c.iter().find(|index| bytes[at..].starts_with(self.added[**index].content.as_bytes())));
-            let Some(index) = hit else {
+            let Some(token) = self.added_at(bytes, at) else {
                 at += 1;
                 continue;
             };
             if start < at {
                 pieces.push(Piece::Text(&text[start..at]));
             }
-            pieces.push(Piece::Added(self.added[*index].id));
-            at += self.added[*index].content.len();
+            pieces.push(Piece::Added(token.id));
+            at += token.content.len();
             start = at;
         }
         if start < text.len() {
