@@ -9,6 +9,8 @@ pub mod convert;
 mod dfdx_tape;
 pub mod elementwise;
 pub mod gather;
+#[cfg(test)]
+mod gradient_check;
 pub mod index;
 pub mod matmul;
 mod operation;
