@@ -172,10 +172,11 @@ mod tests {
     use crate::tensor::reduce::sum;
 
     type Function = fn(&AnyTensor, &AnyTensor) -> Result<AnyTensor>;
+    type Case = (&'static str, Function, fn(f64, f64) -> f64);
 
     #[test]
     fn values_and_gradients_agree_with_f64_over_broadcasts() {
-        let table: [(&str, Function, fn(f64, f64) -> f64); 6] = [
+        let table: [Case; 6] = [
             ("add", add, |a, b| a + b),
             ("sub", sub, |a, b| a - b),
             ("mul", mul, |a, b| a * b),

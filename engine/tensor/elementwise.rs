@@ -181,6 +181,7 @@ mod tests {
     use crate::kernels::element::Dtype;
 
     type Function = fn(&AnyTensor) -> Result<AnyTensor>;
+    type Case = (&'static str, Function, fn(f64) -> f64);
 
     /// The normal distribution function by Simpson's rule from 0: independent of any error function.
     fn normal_below(x: f64) -> f64 {
@@ -192,7 +193,7 @@ mod tests {
 
     #[test]
     fn values_and_gradients_agree_with_f64() {
-        let any: [(&str, Function, fn(f64) -> f64); 13] = [
+        let any: [Case; 13] = [
             ("neg", neg, |x| -x),
             ("abs", abs, f64::abs),
             ("exp", exp, f64::exp),
@@ -212,7 +213,7 @@ mod tests {
                 check(what, &[numbers(&shape)], |x| op(&x[0]), |x| x[0].iter().map(|x| reference(*x)).collect());
             }
         }
-        let positive: [(&str, Function, fn(f64) -> f64); 5] = [
+        let positive: [Case; 5] = [
             ("log", log, f64::ln),
             ("sqrt", sqrt, f64::sqrt),
             ("sin", sin, f64::sin),

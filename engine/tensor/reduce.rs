@@ -266,10 +266,11 @@ mod tests {
     }
 
     type Reduction = fn(&AnyTensor, Option<&[isize]>, bool) -> Result<AnyTensor>;
+    type Case = (&'static str, Reduction, fn(&[f64]) -> f64);
 
     #[test]
     fn values_and_gradients_agree_with_f64_over_any_axes() {
-        let table: [(&str, Reduction, fn(&[f64]) -> f64); 7] = [
+        let table: [Case; 7] = [
             ("sum", sum, |x| x.iter().sum()),
             ("mean", mean, mean_of),
             ("var", |x, axes, keepdim| var(x, axes, 1, keepdim), var_of),
