@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn philox_gives_the_published_words() {
-        // From the known-answer file of Random123 1.09, the authors' own library: philox4x32, 10 rounds.
+        // From the known-answer file (kat_vectors) of Random123, the authors' own library: philox4x32, 10 rounds.
         for (counter, key, want) in [
             ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
             ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
