@@ -6,70 +6,24 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::chat_template::{ChatTemplate, Rendering};
+use super::batch_stream::{BatchStream, Plan, text_of};
+use super::chat_template::ChatTemplate;
 use super::content_hash::ContentHash;
-use super::cursor::{CURSOR_VERSION, Cursor, FileFingerprint, Fingerprint, PackerPosition, SourceFingerprint, StreamPosition};
+use super::cursor::{CURSOR_VERSION, Cursor, FileFingerprint, Fingerprint, SourceFingerprint};
 use super::document_index::{Format, Part, Split};
 use super::jsonl::Record;
 use super::mix::Mix;
-use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, TokenBatch, window};
-use super::random::Stream;
+use super::pack::{Packing, Row, TokenBatch};
 use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
 use super::text::Delimiter;
-use super::tokenizer::{Specials, Tokenizer, in_parallel};
+use super::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
-
-/// Documents tokenised together, on all threads.
-const FETCH_DOCUMENTS: usize = 256;
-/// Or fewer, when they hold this much text.
-const FETCH_BYTES: usize = 1 << 20;
 
 /// Settings, and the reading that begins at the first record or batch asked for.
 #[derive(Debug)]
 pub struct Dataset {
     plan: Plan,
-    running: Option<Running>,
-}
-
-#[derive(Debug, Clone)]
-struct Plan {
-    sources: Vec<SourcePlan>,
-    weights: Vec<f64>,
-    mix_seed: u64,
-    tokenizer: Option<Arc<Tokenizer>>,
-    chat: Option<Arc<ChatTemplate>>,
-    specials: Specials,
-    end_of_document: bool,
-    packing: Option<Packing>,
-}
-
-#[derive(Debug)]
-struct Running {
-    sources: Vec<Source>,
-    mix: Mix,
-    draws: u64,
-    /// Tokenised ahead, each with the stream's position behind it.
-    ahead: VecDeque<(Document, StreamPosition)>,
-    /// The stream's position behind the last document that the packer took.
-    taken: StreamPosition,
-    packer: Packer,
-    batches: u64,
-}
-
-#[derive(Debug)]
-enum Packer {
-    None,
-    Concat(ConcatPacker),
-    BestFit {
-        packer: BestFitPacker,
-        pool_start: StreamPosition,
-        rows: u64,
-    },
-    /// The tokens are read at the first batch.
-    Windows {
-        tokens: Option<Vec<u32>>,
-        rows: u64,
-    },
+    running: Option<BatchStream>,
 }
 
 impl Dataset {
@@ -219,7 +173,7 @@ impl Dataset {
         running.rewind_to_taken();
         let mut rows = Vec::new();
         while rows.len() < count {
-            let Some((_, record)) = running.record()? else { break };
+            let Some((_, _, record)) = running.record()? else { break };
             rows.push(record);
         }
         running.taken = running.stream();
@@ -236,7 +190,7 @@ impl Dataset {
             loop {
                 let source = sources.front_mut()?;
                 match source.next() {
-                    Ok(Some(record)) => return Some(Ok(text_of(&record, &source.plan.field))),
+                    Ok(Some((_, record))) => return Some(Ok(text_of(&record, &source.plan.field))),
                     Ok(None) => drop(sources.pop_front()),
                     Err(error) => return Some(Err(error)),
                 }
@@ -274,20 +228,7 @@ impl Dataset {
     pub fn cursor(&mut self) -> Result<Cursor> {
         let fingerprint = self.fingerprint()?;
         let running = self.running()?;
-        let mut stream = running.taken.clone();
-        let packer = match &running.packer {
-            Packer::None => PackerPosition::None,
-            Packer::Concat(packer) => {
-                let carry = packer.carry();
-                PackerPosition::Concat { tokens: carry.tokens, supervised: carry.supervised }
-            }
-            Packer::BestFit { packer, .. } if packer.at_pool_start() => PackerPosition::BestFit { pools: packer.pools(), rows: 0 },
-            Packer::BestFit { packer, pool_start, rows } => {
-                stream = pool_start.clone();
-                PackerPosition::BestFit { pools: packer.pools() - 1, rows: *rows }
-            }
-            Packer::Windows { rows, .. } => PackerPosition::Windows { rows: *rows },
-        };
+        let (stream, packer) = running.position();
         Ok(Cursor { version: CURSOR_VERSION, fingerprint, batches: running.batches, stream, packer })
     }
 
@@ -300,46 +241,14 @@ impl Dataset {
         self.running = None;
         self.running()?;
         let (plan, running) = (&self.plan, self.running.as_mut().expect("just made"));
-        let damaged = |place: &str, expected: String, got: String| Err(Error::argument("data.restore", place, expected, got));
-        let (sources, stored) = (running.sources.len(), &cursor.stream.sources);
-        if stored.len() != sources {
-            return damaged("stream.sources", format!("{sources} positions"), stored.len().to_string());
-        }
-        for (source, position) in running.sources.iter().zip(stored) {
-            if position.record > source.index().count() {
-                return damaged("record", format!("at most {}", source.index().count()), position.record.to_string());
-            }
-        }
-        running.seek(&cursor.stream);
-        match (&mut running.packer, &cursor.packer) {
-            (Packer::None, PackerPosition::None) => {}
-            (Packer::Concat(packer), PackerPosition::Concat { tokens, supervised }) => {
-                if let Some(mask) = supervised.as_ref().filter(|mask| mask.len() != tokens.len()) {
-                    return damaged("packer.supervised", format!("{} flags", tokens.len()), mask.len().to_string());
-                }
-                let carry = Document { tokens: tokens.clone(), supervised: supervised.clone() };
-                *packer = ConcatPacker::new(plan.packing.map_or(1, |packing| packing.seq_len()), carry);
-            }
-            (Packer::BestFit { packer, .. }, PackerPosition::BestFit { pools, rows }) => {
-                if let Some(Packing::BestFit { seq_len, pool }) = plan.packing {
-                    *packer = BestFitPacker::new(seq_len, pool, *pools);
-                }
-                for row in 0..*rows {
-                    if running.row(plan)?.is_none() {
-                        return damaged("packer.rows", format!("at most {row}"), rows.to_string());
-                    }
-                }
-            }
-            (Packer::Windows { rows, .. }, PackerPosition::Windows { rows: stored }) => *rows = *stored,
-            (_, stored) => return damaged("packer", format!("a position of {:?}", plan.packing), format!("{stored:?}")),
-        }
+        running.go_to(plan, &cursor.stream, &cursor.packer)?;
         running.batches = cursor.batches;
         Ok(())
     }
 
-    fn running(&mut self) -> Result<&mut Running> {
+    fn running(&mut self) -> Result<&mut BatchStream> {
         if self.running.is_none() {
-            self.running = Some(Running::open(&self.plan)?);
+            self.running = Some(BatchStream::open(&self.plan)?);
         }
         Ok(self.running.as_mut().expect("just made"))
     }
@@ -374,169 +283,5 @@ impl Dataset {
             end_of_document: plan.end_of_document,
             packing: plan.packing,
         })
-    }
-}
-
-fn text_of(record: &Record, field: &str) -> String {
-    record.get(field).and_then(|text| text.as_str()).unwrap_or_default().to_string()
-}
-
-impl Plan {
-    fn tokenizer(&self) -> Result<&Tokenizer> {
-        let missing = || Error::argument("data.take", "tokenizer", "set, which batches need", "none");
-        self.tokenizer.as_deref().ok_or_else(missing)
-    }
-
-    /// The tokens of a record of source `which`.
-    fn document(&self, which: usize, record: &Record) -> Result<Document> {
-        let tokenizer = self.tokenizer()?;
-        if let Some(template) = &self.chat {
-            let array = |field: &str| record.get(field).and_then(|value| value.as_array()).cloned().unwrap_or_default();
-            let rendering = Rendering { tools: array("tools"), ..Rendering::default() };
-            let chat = template.tokens(tokenizer, &array(MESSAGES_FIELD), &rendering, self.specials)?;
-            return Ok(Document { tokens: chat.ids, supervised: Some(chat.supervised) });
-        }
-        let mut tokens = tokenizer.encode(&text_of(record, &self.sources[which].field), self.specials);
-        tokens.extend(tokenizer.end_of_text().filter(|_| self.end_of_document));
-        Ok(Document::all(tokens))
-    }
-}
-
-impl Running {
-    fn open(plan: &Plan) -> Result<Self> {
-        if let Some(packing) = &plan.packing {
-            packing.check()?;
-        }
-        for source in &plan.sources {
-            if source.epochs == Some(0) {
-                return Err(Error::argument("data.epochs", "count", "at least 1, or forever", 0));
-            }
-        }
-        let mix = Mix::new(&plan.weights, plan.mix_seed)?;
-        let sources = plan.sources.iter().map(|source| Source::open(source.clone())).collect::<Result<Vec<_>>>()?;
-        let packer = match plan.packing {
-            None => Packer::None,
-            Some(Packing::Concat { seq_len }) => Packer::Concat(ConcatPacker::new(seq_len, Document::default())),
-            Some(Packing::BestFit { seq_len, pool }) => {
-                Packer::BestFit { packer: BestFitPacker::new(seq_len, pool, 0), pool_start: StreamPosition::default(), rows: 0 }
-            }
-            Some(Packing::Windows { .. }) if sources.len() > 1 => {
-                let got = format!("a mixture of {}", sources.len());
-                return Err(Error::argument("data.pack", "windows", "one source: windows cut one long text", got));
-            }
-            Some(Packing::Windows { .. }) => Packer::Windows { tokens: None, rows: 0 },
-        };
-        let mut running = Self { sources, mix, draws: 0, ahead: VecDeque::new(), taken: StreamPosition::default(), packer, batches: 0 };
-        running.taken = running.stream();
-        Ok(running)
-    }
-
-    fn stream(&self) -> StreamPosition {
-        StreamPosition { draws: self.draws, sources: self.sources.iter().map(Source::position).collect() }
-    }
-
-    fn seek(&mut self, position: &StreamPosition) {
-        self.ahead.clear();
-        self.draws = position.draws;
-        self.sources.iter_mut().zip(&position.sources).for_each(|(source, position)| source.seek(*position));
-        self.taken = position.clone();
-    }
-
-    /// Forgets what was fetched ahead.
-    fn rewind_to_taken(&mut self) {
-        if !self.ahead.is_empty() {
-            self.seek(&self.taken.clone());
-        }
-    }
-
-    /// The next record of the mixture, and its source.
-    fn record(&mut self) -> Result<Option<(usize, Record)>> {
-        loop {
-            let alive: Vec<bool> = self.sources.iter().map(Source::is_alive).collect();
-            let Some(which) = self.mix.source(self.draws, &alive) else { return Ok(None) };
-            self.draws += 1;
-            // A source whose last documents are all bad ends without a record; another draw follows.
-            if let Some(record) = self.sources[which].next()? {
-                return Ok(Some((which, record)));
-            }
-        }
-    }
-
-    /// The next document's tokens. Many are tokenised at once, on all threads.
-    fn document(&mut self, plan: &Plan) -> Result<Option<Document>> {
-        if self.ahead.is_empty() {
-            plan.tokenizer()?;
-            let (mut records, mut positions, mut bytes) = (Vec::new(), Vec::new(), 0);
-            while records.len() < FETCH_DOCUMENTS && bytes < FETCH_BYTES {
-                let Some((which, record)) = self.record()? else { break };
-                bytes += text_of(&record, &plan.sources[which].field).len();
-                records.push((which, record));
-                positions.push(self.stream());
-            }
-            let documents = in_parallel(records.len(), |index| plan.document(records[index].0, &records[index].1));
-            for (document, position) in documents.into_iter().zip(positions) {
-                self.ahead.push_back((document?, position));
-            }
-        }
-        Ok(self.ahead.pop_front().map(|(document, position)| {
-            self.taken = position;
-            document
-        }))
-    }
-
-    fn row(&mut self, plan: &Plan) -> Result<Option<Row>> {
-        // The packer is lent out for the call, since it asks this same stream for documents.
-        let mut packer = std::mem::replace(&mut self.packer, Packer::None);
-        let row = match &mut packer {
-            Packer::None => Ok(None),
-            Packer::Concat(packer) => packer.row(|| self.document(plan)),
-            Packer::BestFit { packer, pool_start, rows } => {
-                if packer.at_pool_start() {
-                    (*pool_start, *rows) = (self.taken.clone(), 0);
-                }
-                *rows += 1;
-                packer.row(|| self.document(plan))
-            }
-            Packer::Windows { tokens, rows } => self.window(plan, tokens, rows),
-        };
-        self.packer = packer;
-        row
-    }
-
-    fn window(&mut self, plan: &Plan, tokens: &mut Option<Vec<u32>>, rows: &mut u64) -> Result<Option<Row>> {
-        let seq_len = plan.packing.map_or(1, |packing| packing.seq_len());
-        let source = &self.sources[0].plan;
-        let (shuffle, epochs) = (source.shuffle, source.epochs);
-        if tokens.is_none() {
-            let mut reader = Source::open(SourcePlan { shuffle: None, epochs: Some(1), ..source.clone() })?;
-            let one_text = reader.index().count() == 1;
-            let mut all = Vec::new();
-            while let Some(record) = reader.next()? {
-                let mut document = plan.document(0, &record)?;
-                // A single text has no neighbour to be told apart from.
-                if one_text && plan.chat.is_none() && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
-                    document.tokens.pop();
-                }
-                all.append(&mut document.tokens);
-            }
-            if all.len() < 2 {
-                let got = format!("{} tokens", all.len());
-                return Err(Error::argument("data.pack", "windows", "a text of at least 2 tokens", got));
-            }
-            *tokens = Some(all);
-        }
-        let tokens = tokens.as_deref().expect("just read");
-        let targets = tokens.len() - 1;
-        let rows_in_epoch = targets.div_ceil(seq_len) as u64;
-        if epochs.is_some_and(|epochs| *rows / rows_in_epoch >= epochs) {
-            return Ok(None);
-        }
-        let start = match shuffle {
-            // As many places as there are whole windows; a text shorter than one has a single place.
-            Some(seed) => Stream::new(seed, "windows").below(*rows, (targets - seq_len.min(targets) + 1) as u64) as usize,
-            None => (*rows % rows_in_epoch) as usize * seq_len,
-        };
-        *rows += 1;
-        Ok(Some(window(tokens, start, seq_len)))
     }
 }

@@ -169,6 +169,10 @@ impl ConcatPacker {
         Self { seq_len, document: carry, used: 0 }
     }
 
+    pub fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
     /// The rest of the last document: it begins the next row.
     pub fn carry(&self) -> Document {
         let supervised = self.document.supervised.as_ref().map(|supervised| supervised[self.used..].to_vec());
@@ -211,6 +215,11 @@ impl BestFitPacker {
     pub fn new(seq_len: usize, pool: usize, pools: u64) -> Self {
         assert!(seq_len > 0 && pool > 0);
         Self { seq_len, pool, pools, ready: VecDeque::new() }
+    }
+
+    /// The same settings, at the beginning of pool `pools`.
+    pub fn fresh(&self, pools: u64) -> Self {
+        Self::new(self.seq_len, self.pool, pools)
     }
 
     /// Whether the next call to [`BestFitPacker::row`] begins a new pool.
