@@ -285,3 +285,134 @@ impl Dataset {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::bpe_trainer::{BpeTraining, train_bpe};
+    use super::*;
+
+    fn bytes() -> Arc<Tokenizer> {
+        Arc::new(Tokenizer::bytes_with_chat())
+    }
+
+    fn file(content: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        std::fs::write(&path, content).unwrap();
+        (folder, path)
+    }
+
+    fn drain(mut data: Dataset, rows: usize) -> Vec<TokenBatch> {
+        std::iter::from_fn(|| data.take_batch(rows).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_text_becomes_windows_whose_labels_are_the_validation_text() {
+        let text: String = (0..50).map(|n| format!("line {n} é\n")).collect();
+        let (_folder, path) = file(&text);
+        let part = |part| Dataset::text([&path]).split(part, 0.1).tokenizer(bytes()).pack(Packing::Windows { seq_len: 7 });
+        let batches = drain(part(Part::Validation), 2);
+        let tokens: Vec<u32> = batches.iter().flat_map(|batch| batch.tokens.iter().map(|token| *token as u32)).collect();
+        let shown = bytes().decode(&tokens, false).unwrap();
+        // All but the last byte are inputs, all but the first are targets, each once; no end token follows a single text.
+        assert!(text.trim_end().ends_with(&shown) && shown.len() + 1 >= text.len() / 10);
+        assert_eq!(batches.iter().map(TokenBatch::supervised).sum::<usize>(), tokens.len());
+        let random = drain(part(Part::Train).shuffle(1).epochs(3), 4);
+        let rows: usize = random.iter().map(TokenBatch::rows).sum();
+        let train = text.len() - text.len() / 10 - 1;
+        assert!(rows.abs_diff(3 * train.div_ceil(7)) <= 3, "{rows}");
+        assert!(random.iter().flat_map(|batch| batch.row_starts.windows(2)).all(|row| row[1] - row[0] == 7));
+    }
+
+    #[test]
+    fn documents_are_separated_and_shuffled_and_both_parts_are_whole() {
+        let lines: Vec<String> = (0..60).map(|n| format!("{n}")).collect();
+        let (_folder, path) = file(&lines.join("\n"));
+        let data = || Dataset::text([&path]).delimiter(Delimiter::Line).tokenizer(bytes()).pack(Packing::Concat { seq_len: 16 });
+        let documents = |data: Dataset| -> Vec<String> {
+            let tokens: Vec<u32> = drain(data, 3).iter().flat_map(|batch| batch.tokens.clone()).map(|token| token as u32).collect();
+            let text = bytes().decode(&tokens, false).unwrap();
+            text.split_terminator("<|endoftext|>").map(str::to_string).collect()
+        };
+        assert_eq!(documents(data()), lines);
+        let shuffled = documents(data().shuffle(1));
+        assert!(shuffled != lines && shuffled != documents(data().shuffle(2)));
+        assert_eq!(shuffled, documents(data().shuffle(1)));
+        let mut both = [documents(data().split(Part::Train, 0.3)), documents(data().split(Part::Validation, 0.3))].concat();
+        both.sort_by_key(|text| text.parse::<u32>().unwrap());
+        assert_eq!(both, lines);
+    }
+
+    #[test]
+    fn a_mixture_follows_its_weights_until_each_part_ends() {
+        let (_one, ones) = file(&"1\n".repeat(300));
+        let (_two, twos) = file(&"2\n".repeat(900));
+        let lines = |path| Dataset::text([path]).delimiter(Delimiter::Line);
+        let mixed = || Dataset::mix(vec![(lines(&ones), 1.0), (lines(&twos), 3.0)], 5).unwrap();
+        let rows = mixed().take_rows(10_000).unwrap();
+        assert_eq!(rows.len(), 1_200);
+        let ones_early = rows[..400].iter().filter(|row| row["text"] == "1").count();
+        // 100 with a deviation of 8.7.
+        assert!(ones_early.abs_diff(100) < 44, "{ones_early}");
+        let nested = Dataset::mix(vec![(mixed(), 1.0), (lines(&ones), 0.0)], 5).unwrap().take_rows(10_000).unwrap();
+        assert_eq!(nested.len(), 1_200);
+        for weights in [[-1.0, 1.0], [f64::NAN, 1.0], [0.0, 0.0]] {
+            assert!(Dataset::mix(vec![(lines(&ones), weights[0]), (lines(&twos), weights[1])], 0).is_err());
+        }
+        assert!(Dataset::mix(vec![], 0).is_err());
+    }
+
+    #[test]
+    fn conversations_that_cannot_be_rendered_stop_with_their_line_or_are_counted() {
+        let good = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+        let (_folder, path) =
+            file(&[good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, r#"{"messages": "x"}"#, good].join("\n"));
+        let data = Dataset::jsonl([&path]).chat(Arc::new(ChatTemplate::default())).tokenizer(bytes());
+        let data = || data.fresh().pack(Packing::BestFit { seq_len: 1000, pool: 1 });
+        let mut failing = data();
+        let error = (0..4).find_map(|_| failing.take_batch(1).err()).unwrap().to_string();
+        assert!(error.contains("line 3: expected an array of messages"), "{error}");
+        let mut skipping = data().on_error(OnError::Skip);
+        let batch = skipping.take_batch(9).unwrap().unwrap();
+        // "b" and the end of its turn, twice.
+        assert_eq!((batch.rows(), batch.supervised()), (2, 4));
+        assert!(skipping.take_batch(9).unwrap().is_none());
+        assert_eq!(skipping.skipped(), 2);
+        std::fs::write(&path, [good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#].join("\n")).unwrap();
+        let error = data().take_batch(9).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("wizard"), "{error}");
+    }
+
+    #[test]
+    fn settings_that_cannot_be_meant_are_errors() {
+        let (_folder, path) = file("a\n");
+        let check = |mut data: Dataset, rows, says: &str| {
+            let error = data.take_batch(rows).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        };
+        let data = || Dataset::text([&path]).tokenizer(bytes()).pack(Packing::Concat { seq_len: 4 });
+        check(data(), 0, "at least 1");
+        check(data().pack(Packing::Concat { seq_len: 0 }), 1, "seq_len");
+        check(data().epochs(0), 1, "forever");
+        check(Dataset::text([&path]).tokenizer(bytes()), 1, "pack");
+        check(Dataset::text([&path]).pack(Packing::Concat { seq_len: 4 }), 1, "tokenizer");
+        check(data().split(Part::Validation, 2.0), 1, "fraction");
+        check(data().split(Part::Validation, 0.0), 1, "Validation");
+        check(Dataset::text(Vec::<PathBuf>::new()), 1, "paths");
+        check(Dataset::mix(vec![(data(), 1.0), (data(), 1.0)], 0).unwrap().pack(Packing::Windows { seq_len: 4 }), 1, "one source");
+        std::fs::write(&path, "").unwrap();
+        check(data(), 1, "at least one document");
+        std::fs::write(&path, "x").unwrap();
+        check(data().pack(Packing::Windows { seq_len: 4 }), 1, "at least 2 tokens");
+        check(data().field("body"), 1, "no field \"body\"");
+    }
+
+    #[test]
+    fn a_tokenizer_is_trained_on_the_texts_of_a_data_set() {
+        let (_folder, path) = file(&"{\"body\": \"the cat and the hat\"}\n".repeat(20));
+        let data = Dataset::jsonl([&path]).field("body");
+        let tokenizer = train_bpe(data.texts().unwrap(), &BpeTraining::new(280)).unwrap();
+        let ids = tokenizer.encode("the cat", Specials::Plain);
+        assert!(ids.len() < 7 && tokenizer.decode(&ids, false).unwrap() == "the cat");
+    }
+}

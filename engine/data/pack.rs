@@ -240,7 +240,10 @@ impl BestFitPacker {
             while documents.len() < self.pool {
                 let Some(document) = next()? else { break };
                 document.check();
-                documents.push(document);
+                // An empty document has no place in a row; a pool of such must not look like the end.
+                if !document.tokens.is_empty() {
+                    documents.push(document);
+                }
             }
             let mut rows = best_fit(&documents, self.seq_len);
             // Long documents open the first rows; a shuffled order keeps length and time apart.
