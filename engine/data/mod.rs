@@ -1,5 +1,7 @@
 //! Text to token batches: tokenizers, chat template, readers, packing, cursors. Knows no model.
 
+pub mod ascii_split;
+pub mod batch_stream;
 pub mod bpe_trainer;
 pub mod byte_alphabet;
 pub mod chat_template;
