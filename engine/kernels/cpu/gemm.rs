@@ -16,8 +16,9 @@ use crate::kernels::element::Float;
 use crate::vectorised;
 use std::ops::Range;
 
-/// Tokens that [`weight_gradient`] packs at a time, a multiple of a unit.
-const TOKENS: usize = 2048;
+/// Units of tokens that [`weight_gradient`] packs at a time. Twice as many measured 12 % slower at 4864 outputs: the packed
+/// gradient of the output no longer stays in the cache between two parts of the inputs.
+const TOKEN_UNITS: usize = 1024;
 
 /// Most bytes of the weight that [`input_gradient`] holds transposed at a time.
 const TRANSPOSED_BYTES: usize = 32 << 20;
@@ -207,9 +208,9 @@ fn weight_gradient_as<E: TileElement>(
         return;
     }
     let columns = outputs.div_ceil(PANEL_COLUMNS);
-    let mut packed = Buffer::<E>::scratch(columns * panels::panel_len::<E>(count.min(TOKENS)));
-    for start in (0..count).step_by(TOKENS) {
-        let tokens = start..count.min(start + TOKENS);
+    let mut packed = Buffer::<E>::scratch(columns * panels::panel_len::<E>(count.min(TOKEN_UNITS * E::UNIT)));
+    for start in (0..count).step_by(TOKEN_UNITS * E::UNIT) {
+        let tokens = start..count.min(start + TOKEN_UNITS * E::UNIT);
         let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
         pack_panels(&dy, tokens.clone(), panels);
         // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
