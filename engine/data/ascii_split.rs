@@ -69,7 +69,7 @@ fn piece_length(first: u8, rest: &[u8]) -> usize {
 mod tests {
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-    use super::super::random::Stream;
+    use crate::kernels::random::Stream;
     use super::super::tokenizer::QWEN2_SPLIT;
     use super::*;
 

@@ -9,10 +9,10 @@ use super::cursor::{PackerPosition, StreamPosition};
 use super::jsonl::Record;
 use super::mix::Mix;
 use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, window};
-use crate::kernels::random::Stream;
 use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
 use super::tokenizer::{Specials, Tokenizer, in_parallel};
 use crate::error::{Error, Result};
+use crate::kernels::random::Stream;
 
 /// Documents tokenised together, on all threads.
 const FETCH_DOCUMENTS: usize = 256;
