@@ -4,6 +4,7 @@ pub mod config;
 pub mod fields;
 pub mod generation_config;
 pub mod graph;
+#[expect(clippy::module_inception, reason = "the file is named after `Model`, as the folder is after what it is about")]
 mod model;
 pub mod names;
 pub mod rope_scaling;
