@@ -16,15 +16,21 @@ use std::path::Path;
 
 const IDS: [i32; 10] = [1, 5, 9, 13, 2, 60, 33, 7, 7, 41];
 
+/// `config` with `changes`.
+fn merged(mut config: Value, changes: Value) -> Value {
+    let Value::Object(changes) = changes else { panic!("an object of changes") };
+    config.as_object_mut().unwrap().extend(changes);
+    config
+}
+
 /// `config.json` of the model with weights by formula, with `changes`.
 fn config(changes: Value) -> Value {
-    let mut config = json!({
+    let config = json!({
         "model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 64, "tie_word_embeddings": false, "torch_dtype": "float32",
     });
-    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    config
+    merged(config, changes)
 }
 
 fn experts(norm_topk_prob: bool) -> Value {
@@ -34,20 +40,25 @@ fn experts(norm_topk_prob: bool) -> Value {
     })
 }
 
-/// Writes a checkpoint whose tensor t, in byte order of the names, has at flat index k
-/// `(((7919 k + 104729 t) mod 1009) / 1009 - 0.5) * 0.2`, plus 1 for norm weights; and loads it.
+/// The model whose tensor t, in byte order of the names, has at flat index k
+/// `(((7919 k + 104729 t) mod 1009) / 1009 - 0.5) * 0.2`, plus 1 for norm weights.
 fn model_by_formula(changes: Value) -> Model {
+    model_at(&config(changes).to_string(), |_| Box::new(|_| 0.0))
+}
+
+/// As [`model_by_formula`], with `offset(name, k)` added to each weight; written as a checkpoint and loaded.
+fn model_at(text: &str, offset: impl Fn(&str) -> Box<dyn Fn(usize) -> f64>) -> Model {
     let folder = tempfile::tempdir().unwrap();
-    let text = config(changes).to_string();
-    std::fs::write(folder.path().join("config.json"), &text).unwrap();
-    let shapes = Model::random(Config::parse(Path::new("config.json"), &text).unwrap(), Dtype::F32, 0).unwrap().tensors();
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    let shapes = Model::random(Config::parse(Path::new("config.json"), text).unwrap(), Dtype::F32, 0).unwrap().tensors();
     let sorted: BTreeMap<String, Vec<usize>> = shapes.into_iter().collect();
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = sorted
         .into_iter()
         .enumerate()
         .map(|(t, (name, shape))| {
             let one = if name.contains("layernorm") || name == "model.norm.weight" { 1.0 } else { 0.0 };
-            let value = |k: usize| (((k * 7919 + t * 104_729) % 1009) as f64 / 1009.0 - 0.5) * 0.2 + one;
+            let more = offset(&name);
+            let value = |k: usize| (((k * 7919 + t * 104_729) % 1009) as f64 / 1009.0 - 0.5) * 0.2 + one + more(k);
             let bytes = (0..shape.iter().product()).flat_map(|k| (value(k) as f32).to_le_bytes()).collect();
             (name, shape, bytes)
         })
@@ -199,8 +210,7 @@ fn the_small_yarn_table_is_as_computed() {
 fn a_random_model_is_as_surprised_as_a_die() {
     for (changes, dtype) in [(json!({}), Dtype::F32), (json!({}), Dtype::Bf16), (experts(false), Dtype::F32), (experts(true), Dtype::Bf16)]
     {
-        let mut changes = changes;
-        changes.as_object_mut().unwrap().extend(json!({"vocab_size": 1000, "hidden_size": 64}).as_object().unwrap().clone());
+        let changes = merged(changes, json!({"vocab_size": 1000, "hidden_size": 64}));
         let config = Config::parse(Path::new("config.json"), &config(changes).to_string()).unwrap();
         let model = Model::random(config, dtype, 7).unwrap();
         let batch = Batch::new(&[(0..500).map(|index| (index * 379 + 11) % 1000).collect::<Vec<i32>>()]);
@@ -262,4 +272,45 @@ fn preferences_start_at_ln_2_with_half_of_beta_as_slope() {
     };
     let expected: Vec<f32> = run(1.0).iter().map(|value| -beta / 2.0 * value).collect();
     check("gradient", &run(slope), &expected, 1e-8, 1e-4);
+}
+
+/// Along the gradient the loss rises by its squared norm: (loss(w + e g) - loss(w - e g)) / 2e = |g|^2. Sizes that fill no
+/// tile, panel or vector, in every kind of layer; a wrong gradient anywhere shows, most of all where it is large.
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    let odd = |changes: Value| {
+        let config = config(json!({
+            "vocab_size": 53, "hidden_size": 37, "intermediate_size": 43, "head_dim": 10, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "num_hidden_layers": 3,
+        }));
+        merged(config, changes)
+    };
+    let sliding = json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 1});
+    let yarn = json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}});
+    let odd_experts = |norm_topk_prob| {
+        let sizes = json!({"moe_intermediate_size": 13, "shared_expert_intermediate_size": 19, "decoder_sparse_step": 2});
+        merged(experts(norm_topk_prob), sizes)
+    };
+    for changes in [json!({}), json!({"tie_word_embeddings": true}), sliding, yarn, odd_experts(false), odd_experts(true)] {
+        let text = odd(changes).to_string();
+        let model = model_at(&text, |_| Box::new(|_| 0.0));
+        let documents: [Vec<i32>; 3] = [13, 1, 9].map(|len| (0..len).map(|index| (index * 17 + len) % 53).collect());
+        let batch = Batch::new(&documents);
+        let labels = batch.next_tokens();
+        let loss = |model: &Model| model.cross_entropy(&batch.packed(), &labels, 20.0, 0.5).unwrap().total;
+        loss(&model).backward().unwrap();
+        let squared = gradient_norm(&model).powi(2);
+        // The loss moves by 0.003 either way: a thousand times its rounding, and so little that no token changes its experts
+        // (at 0.01 one does, and the loss jumps).
+        let step = 0.003 / squared;
+        let moved = |sign: f64| {
+            let moved = model_at(&text, |name| {
+                let gradient = gradient(&model, name);
+                Box::new(move |k| sign * step * f64::from(gradient[k]))
+            });
+            f64::from(loss(&moved).values()[0])
+        };
+        let slope = (moved(1.0) - moved(-1.0)) / (2.0 * step);
+        check(&format!("slope of {text}"), &[slope as f32], &[squared as f32], 0.0, 1e-3);
+    }
 }

@@ -171,6 +171,42 @@ fn micro_batches_add_up_to_the_gradient_of_the_batch() {
     check_gradients(&training.golden, &model);
 }
 
+/// A frozen model has the same loss and no gradients, recomputing or not; thawed, it has those of the fixture.
+#[test]
+fn a_frozen_model_has_no_gradients() {
+    for name in ["train_dense", "train_moe"] {
+        let training = Training::open(name);
+        let (batch, labels) = &training.batches[0];
+        let model = Model::load(training.golden.folder(), None, false, &mut |_| ()).unwrap();
+        let coefficient = model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef as f32);
+        for recompute in [false, true] {
+            model.set_recompute(recompute);
+            let loss = model.cross_entropy(&batch.packed(), labels, targets(labels) as f32, coefficient).unwrap().total;
+            training.golden.check("loss", loss.values());
+            assert!(loss.node().is_none() && loss.backward().is_err(), "{name}");
+        }
+        assert!(AdamW::new(model.parameters(), training.settings).is_err());
+        model.set_trains(true);
+        Training::backward(&model, &training.batches[0]);
+        check_gradients(&training.golden, &model);
+    }
+}
+
+/// Derivatives would mix two models if the weights changed between the passes.
+#[test]
+fn an_update_between_the_passes_is_refused() {
+    let training = Training::open("train_dense");
+    let model = training.golden.model(Dtype::F32);
+    let mut optimizer = AdamW::new(model.parameters(), training.settings).unwrap();
+    let (batch, labels) = &training.batches[0];
+    let late = model.cross_entropy(&batch.packed(), labels, 1.0, 0.0).unwrap().total;
+    Training::backward(&model, &training.batches[0]);
+    optimizer.step();
+    let message = late.backward().unwrap_err().to_string();
+    assert!(message.contains("before the update"), "{message}");
+    assert!(late.data().force().is_err());
+}
+
 /// A value with 8 significant bits is off by up to 2^-9 of itself. Measured: losses differ from those in f32 by 0.06% (dense)
 /// and 0.3% (experts, where rounding changes some choices), gradient norms by 0.9% and 3%, the whole update by 4% and 12%.
 /// The bounds are two to three times that.

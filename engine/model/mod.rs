@@ -3,6 +3,12 @@
 pub mod config;
 pub mod fields;
 pub mod generation_config;
+#[expect(clippy::module_inception, reason = "the file is named after `Model`, as the folder is after what it is about")]
+mod model;
+pub mod graph;
+pub mod names;
+pub mod rope_scaling;
+pub mod weights;
 
 mod any;
 pub mod graph;
