@@ -98,7 +98,10 @@ impl BatchStream {
             }
         }
         let mix = Mix::new(&plan.weights, plan.mix_seed)?;
-        let sources = plan.sources.iter().map(|source| Source::open(source.clone())).collect::<Result<Vec<_>>>()?;
+        // Whoever takes records reads the fields that a script likes; only batches need the one field.
+        let field = |source: &SourcePlan| if plan.packing.is_some() { source.field.clone() } else { String::new() };
+        let open = |source: &SourcePlan| Source::open(SourcePlan { field: field(source), ..source.clone() });
+        let sources = plan.sources.iter().map(open).collect::<Result<Vec<_>>>()?;
         let packer = match plan.packing {
             None => Packer::None,
             Some(Packing::Concat { seq_len }) => Packer::Concat(ConcatPacker::new(seq_len, Document::default())),

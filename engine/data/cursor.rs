@@ -171,6 +171,8 @@ mod tests {
             let cursor: Cursor = serde_json::from_str(&text).unwrap();
             assert_eq!(cursor.batches, k as u64);
             let mut restored = data.fresh();
+            // Whatever it read before does not matter.
+            all(&mut restored, rows, k % 3);
             restored.restore(&cursor).unwrap();
             assert_eq!(restored.skipped(), running.skipped(), "after {k}");
             assert_eq!(all(&mut restored, rows, 5), expected[k..(k + 5).min(expected.len())], "after {k}");
@@ -202,7 +204,7 @@ mod tests {
     #[test]
     fn records_are_continued_exactly_too() {
         let (_folder, paths) = files();
-        let data = Dataset::jsonl([&paths[2]]).field("").shuffle(2).epochs(2);
+        let data = Dataset::jsonl([&paths[2]]).shuffle(2).epochs(2);
         let expected = data.fresh().take_rows(100).unwrap();
         assert_eq!(expected.len(), 24);
         for k in 0..=24 {

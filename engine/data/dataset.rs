@@ -98,7 +98,7 @@ impl Dataset {
         })
     }
 
-    /// The field whose string is the document's text. An empty name takes records as they are, without a check.
+    /// The field whose string is the document's text, for batches and [`Dataset::texts`].
     pub fn field(self, name: &str) -> Self {
         self.with_sources(|source| source.field = name.to_string())
     }
@@ -165,7 +165,7 @@ impl Dataset {
         self.running.as_ref().map_or(0, |running| running.taken.sources.iter().map(|source| source.skipped).sum())
     }
 
-    /// Up to `count` records as they are in the files, fewer at the end.
+    /// Up to `count` records as they are in the files, fewer at the end. A text document is a record with the field `text`.
     ///
     /// Errors: [`Error::Io`]; [`Error::Format`] for a bad document; [`Error::Argument`] for settings that cannot be meant.
     pub fn take_rows(&mut self, count: usize) -> Result<Vec<Record>> {
@@ -238,10 +238,11 @@ impl Dataset {
     /// for a damaged cursor.
     pub fn restore(&mut self, cursor: &Cursor) -> Result<()> {
         cursor.check(&self.fingerprint()?)?;
-        self.running = None;
-        self.running()?;
-        let (plan, running) = (&self.plan, self.running.as_mut().expect("just made"));
-        running.go_to(plan, &cursor.stream, &cursor.packer)?;
+        let (plan, running) = (&self.plan, self.running.as_mut().expect("the fingerprint needed it"));
+        if let Err(error) = running.go_to(plan, &cursor.stream, &cursor.packer) {
+            self.running = None; // Half a position is none.
+            return Err(error);
+        }
         running.batches = cursor.batches;
         Ok(())
     }

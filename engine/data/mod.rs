@@ -1,6 +1,5 @@
 //! Text to token batches: tokenizers, chat template, readers, packing, cursors. Knows no model.
 
-pub mod ascii_split;
 pub mod batch_stream;
 pub mod bpe_trainer;
 pub mod byte_alphabet;
@@ -13,6 +12,8 @@ pub mod document_index;
 pub mod jsonl;
 pub mod mix;
 pub mod pack;
+pub mod qwen2_split;
+pub mod random;
 pub mod shuffle;
 pub mod source;
 pub mod template_python;

@@ -9,8 +9,8 @@ use std::sync::Mutex;
 use serde_json::Value;
 use tokenizers::{Model, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-use super::ascii_split::ascii_pieces;
 use super::byte_alphabet::byte_to_char;
+use super::qwen2_split::{is_known, known_pieces};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::threads;
 
@@ -285,7 +285,7 @@ impl Tokenizer {
         })
     }
 
-    /// Lines of ASCII go the fast way, others through the regex; lines are independent, see `chunks`.
+    /// Lines of common characters go the fast way, others through the regex; lines are independent, see `chunks`.
     fn encode_chunk(&self, text: &str) -> Vec<u32> {
         let Kind::Bpe(bpe) = &self.kind else {
             return text.bytes().map(u32::from).collect();
@@ -296,11 +296,11 @@ impl Tokenizer {
             return ids;
         }
         while !rest.is_empty() {
-            let ascii = rest.bytes().position(|byte| !byte.is_ascii()).unwrap_or(rest.len());
+            let known = rest.find(|c| !is_known(c)).unwrap_or(rest.len());
             // The line of the first other character begins here; its text goes to the regex, up to the next line.
-            let line = if ascii == rest.len() { ascii } else { (1..=ascii).rev().find(|at| is_line_start(rest, *at)).unwrap_or(0) };
-            encode_ascii(bpe, &rest[..line], &mut ids);
-            let end = if line == rest.len() { line } else { line_cut(rest, ascii + 1).unwrap_or(rest.len()) };
+            let line = if known == rest.len() { known } else { (1..=known).rev().find(|at| is_line_start(rest, *at)).unwrap_or(0) };
+            encode_known(bpe, &rest[..line], &mut ids);
+            let end = if line == rest.len() { line } else { line_cut(rest, known + 1).unwrap_or(rest.len()) };
             encode_any(bpe, &rest[line..end], &mut ids);
             rest = &rest[end..];
         }
@@ -397,11 +397,11 @@ fn encode_any(bpe: &tokenizers::Tokenizer, text: &str, ids: &mut Vec<u32>) {
     ids.extend(splits.iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id)));
 }
 
-/// Appends the ids of ASCII `text` under Qwen2's regex; NFC leaves ASCII alone. A word seen before is copied.
-fn encode_ascii(bpe: &tokenizers::Tokenizer, text: &str, ids: &mut Vec<u32>) {
+/// Appends the ids of `text` under Qwen2's regex; its characters are known, so NFC leaves them alone. A word seen before is copied.
+fn encode_known(bpe: &tokenizers::Tokenizer, text: &str, ids: &mut Vec<u32>) {
     let mut seen: HashMap<&str, Range<usize>> = HashMap::new();
     let mut word = String::new();
-    for piece in ascii_pieces(text) {
+    for piece in known_pieces(text) {
         if let Some(range) = seen.get(piece) {
             ids.extend_from_within(range.clone());
             continue;
