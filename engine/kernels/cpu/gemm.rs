@@ -384,8 +384,19 @@ mod tests {
         assert!((got - sum).abs() <= bound, "{what}: {got} against {sum}, bound {bound}");
     }
 
-    const SHAPES: [(usize, usize, usize); 9] =
-        [(1, 1, 1), (1, 33, 70), (2, 7, 33), (7, 64, 1), (13, 801, 100), (33, 100, 31), (37, 1, 65), (250, 67, 97), (3, 0, 5)];
+    const SHAPES: [(usize, usize, usize); 11] = [
+        (1, 1, 1),
+        (1, 33, 70),
+        (2, 7, 33),
+        (7, 64, 1),
+        (13, 801, 100),
+        (33, 100, 31),
+        (37, 1, 65),
+        (250, 67, 97),
+        (3, 0, 5),
+        (1, 9, 900),
+        (4, 5, 401),
+    ];
 
     fn products<E: TileElement, O: Float>() {
         for (m, k, n) in SHAPES {
@@ -477,7 +488,7 @@ mod tests {
         for isa in forms() {
             let what = format!("{isa:?} {}", E::DTYPE);
             let all = batch::<E, O>(isa, 257, k, n);
-            for m in [1, 2, 13, 37] {
+            for m in [1, 2, 3, 13, 37] {
                 let some = batch::<E, O>(isa, m, k, n);
                 assert!(some[0] == all[0][..m * n], "{what}: y of {m} rows");
                 assert!(some[1] == all[1][..m * k], "{what}: dx of {m} rows");
