@@ -109,6 +109,7 @@ impl<E: TileElement> TileProduct<'_, E> {
 }
 
 /// Calls `$tile::<ROWS, $vectors>($args)` for the constant that equals `$rows`.
+#[cfg(target_arch = "x86_64")]
 macro_rules! for_rows {
     ($rows:expr, $tile:ident, $vectors:literal, $args:expr, [$($count:literal),*]) => {
         match $rows {
@@ -117,6 +118,7 @@ macro_rules! for_rows {
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use for_rows;
 
 /// Defines `$tile`, the AVX-512 tile of `ROWS` rows and `VECTORS` vectors of 16 columns, and `$run`, which picks its
