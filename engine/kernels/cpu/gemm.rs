@@ -20,8 +20,9 @@ use std::ops::Range;
 /// gradient of the output no longer stays in the cache between two parts of the inputs.
 const TOKEN_UNITS: usize = 1024;
 
-/// Most bytes of the weight that [`input_gradient`] holds transposed at a time.
-const TRANSPOSED_BYTES: usize = 32 << 20;
+/// Most bytes of the weight that [`input_gradient`] holds transposed at a time, and of the output's gradient that
+/// [`weight_gradient`] holds packed.
+const SLAB_BYTES: usize = 32 << 20;
 
 /// Most rows for which [`input_gradient`] turns the weight a panel at a time.
 const FEW_ROWS: usize = 320;
@@ -121,7 +122,7 @@ fn forward_as<E: TileElement, O: Float>(
 /// - `dy`: `[m, outputs]`
 /// - `add`: add to `dx` (in f32, rounded once) instead of overwriting it
 pub fn input_gradient<E: TileElement, O: Float>(dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool) {
-    input_gradient_as(isa(), dx, dy, weight, add, TRANSPOSED_BYTES, FEW_ROWS);
+    input_gradient_as(isa(), dx, dy, weight, add, SLAB_BYTES, FEW_ROWS);
 }
 
 fn input_gradient_as<E: TileElement, O: Float>(
@@ -202,7 +203,7 @@ fn transpose_panel<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usi
 /// - `x`: `[m, inputs]`; with `rows`, token `i` uses row `rows[i]` of `x`
 /// - `add`: continue the sums in `dw`
 pub fn weight_gradient<E: TileElement>(dw: &mut [f32], dy: &[E], x: &[E], rows: Option<&[u32]>, outputs: usize, inputs: usize, add: bool) {
-    weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add);
+    weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add, SLAB_BYTES);
 }
 
 fn weight_gradient_as<E: TileElement>(
@@ -212,6 +213,7 @@ fn weight_gradient_as<E: TileElement>(
     x: &[E],
     rows: Option<&[u32]>,
     add: bool,
+    packed_bytes: usize,
 ) {
     assert!(outputs > 0, "a weight without outputs");
     assert_eq!(dw.len(), panels::len_f32(outputs, inputs), "f32 panels of [{outputs}, {inputs}]");
@@ -224,36 +226,39 @@ fn weight_gradient_as<E: TileElement>(
     if inputs == 0 {
         return;
     }
-    let columns = outputs.div_ceil(PANEL_COLUMNS);
-    let mut packed = Buffer::<E>::scratch(columns * panels::panel_len::<E>(count.min(TOKEN_UNITS * E::UNIT)));
-    for start in (0..count).step_by(TOKEN_UNITS * E::UNIT) {
-        let tokens = start..count.min(start + TOKEN_UNITS * E::UNIT);
-        let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
-        pack_panels(&dy, tokens.clone(), panels);
-        // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
-        let carry = Carry { sums: Shared::new(dw), add: add || start > 0 };
-        let pack = |taken: Range<usize>, out: &mut [E]| {
-            let token = |i: usize| &x.row(tokens.start + i)[taken.clone()];
-            pack::columns_of_tokens::<E, TILE_ROWS>(token, tokens.len(), taken.len(), false, out);
-        };
-        Product { isa, rows: inputs, units: E::units(tokens.len()), panels: Panels::Stored(panels), columns }.run(
-            &pack,
-            Some(&carry),
-            None,
-        );
+    // Outputs are taken a slab at a time, so that a vocabulary of them needs no second copy of its gradients.
+    let slab = (packed_bytes / (TOKEN_UNITS * PANEL_COLUMNS * E::UNIT * size_of::<E>())).max(1) * PANEL_COLUMNS;
+    let slab = slab.min(outputs.next_multiple_of(PANEL_COLUMNS));
+    let mut packed = Buffer::<E>::scratch(panels::len::<E>(slab, count.min(TOKEN_UNITS * E::UNIT)));
+    for (left, dw) in (0..outputs).step_by(slab).zip(dw.chunks_mut(slab * inputs)) {
+        let taken = left..outputs.min(left + slab);
+        let columns = taken.len().div_ceil(PANEL_COLUMNS);
+        for start in (0..count).step_by(TOKEN_UNITS * E::UNIT) {
+            let tokens = start..count.min(start + TOKEN_UNITS * E::UNIT);
+            let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
+            pack_panels(&dy, tokens.clone(), taken.clone(), panels);
+            // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
+            let carry = Carry { sums: Shared::new(dw), add: add || start > 0 };
+            let pack = |inputs: Range<usize>, out: &mut [E]| {
+                let token = |i: usize| &x.row(tokens.start + i)[inputs.clone()];
+                pack::columns_of_tokens::<E, TILE_ROWS>(token, tokens.len(), inputs.len(), false, out);
+            };
+            let product = Product { isa, rows: inputs, units: E::units(tokens.len()), panels: Panels::Stored(panels), columns };
+            product.run(&pack, Some(&carry), None);
+        }
     }
 }
 
-/// Packs all columns of `tokens` of `dy` into panels, tokens running down.
-fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, out: &mut [E]) {
+/// Packs outputs `taken` of `tokens` of `dy` into panels, tokens running down.
+fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, taken: Range<usize>, out: &mut [E]) {
     let size = panels::panel_len::<E>(tokens.len());
     let out = Shared::new(out);
-    parallel_ranges(dy.width.div_ceil(PANEL_COLUMNS), 4, |range| {
-        let taken = range.start * PANEL_COLUMNS..dy.width.min(range.end * PANEL_COLUMNS);
+    parallel_ranges(taken.len().div_ceil(PANEL_COLUMNS), 4, |range| {
         // SAFETY: parallel_ranges hands out disjoint ranges of panels.
         let out = unsafe { out.part(range.start * size..range.end * size) };
-        let token = |i: usize| &dy.row(tokens.start + i)[taken.clone()];
-        pack::columns_of_tokens::<E, PANEL_COLUMNS>(token, tokens.len(), taken.len(), true, out);
+        let columns = taken.start + range.start * PANEL_COLUMNS..taken.end.min(taken.start + range.end * PANEL_COLUMNS);
+        let token = |i: usize| &dy.row(tokens.start + i)[columns.clone()];
+        pack::columns_of_tokens::<E, PANEL_COLUMNS>(token, tokens.len(), columns.len(), true, out);
     });
 }
 
@@ -384,8 +389,19 @@ mod tests {
         assert!((got - sum).abs() <= bound, "{what}: {got} against {sum}, bound {bound}");
     }
 
-    const SHAPES: [(usize, usize, usize); 9] =
-        [(1, 1, 1), (1, 33, 70), (2, 7, 33), (7, 64, 1), (13, 801, 100), (33, 100, 31), (37, 1, 65), (250, 67, 97), (3, 0, 5)];
+    const SHAPES: [(usize, usize, usize); 11] = [
+        (1, 1, 1),
+        (1, 33, 70),
+        (2, 7, 33),
+        (7, 64, 1),
+        (13, 801, 100),
+        (33, 100, 31),
+        (37, 1, 65),
+        (250, 67, 97),
+        (3, 0, 5),
+        (1, 9, 900),
+        (4, 5, 401),
+    ];
 
     fn products<E: TileElement, O: Float>() {
         for (m, k, n) in SHAPES {
@@ -414,10 +430,10 @@ mod tests {
                         check(*dx, terms.chain([(start, 1.0)]), &format!("{what} dx[{i}]"));
                     }
                 }
-                for add in [false, true] {
+                for (add, bytes) in [(false, 1 << 20), (true, 1)] {
                     let before = packed(&values::<f32>(n * k, 8), n, k);
                     let mut dw = before.clone();
-                    weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, Some(&rows), add);
+                    weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, Some(&rows), add, bytes);
                     let (mut got, mut start) = (vec![0.0; n * k], vec![0.0; n * k]);
                     panels::unpack(&dw, n, k, 0..n, &mut got);
                     panels::unpack(&before, n, k, 0..n, &mut start);
@@ -441,6 +457,20 @@ mod tests {
         products::<f32, f32>();
         products::<bf16, bf16>();
         products::<bf16, f32>();
+    }
+
+    #[test]
+    fn a_weight_gradient_in_two_calls_is_the_one_in_one_call() {
+        let (m, k, n) = (2 * TOKEN_UNITS + 77, 13, 40);
+        let (x, dy) = (values::<bf16>(m * k, 1), values::<bf16>(m * n, 2));
+        let (mut whole, mut parts) = (vec![0.0; panels::len_f32(n, k)], vec![0.0; panels::len_f32(n, k)]);
+        weight_gradient(&mut whole, &dy, &x, None, n, k, false);
+        let cut = 1000;
+        weight_gradient(&mut parts, &dy[..cut * n], &x[..cut * k], None, n, k, false);
+        weight_gradient(&mut parts, &dy[cut * n..], &x[cut * k..], None, n, k, true);
+        assert!(whole == parts);
+        let f = |v: bf16| f64::from(v.to_f32());
+        check(whole[0], (0..m).map(|t| (f(dy[t * n]), f(x[t * k]))), "dw[0]");
     }
 
     #[test]
@@ -468,7 +498,7 @@ mod tests {
         let (mut y, mut dx, mut dw) = (vec![O::default(); m * n], vec![O::default(); m * k], vec![0.0; panels::len_f32(n, k)]);
         forward_as(isa, &mut y, &x, None, weight, Some(&values::<E>(n, 4)), None);
         input_gradient_as(isa, &mut dx, &dy, weight, false, 1_000_000, 13);
-        weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, None, false);
+        weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, None, false, 1 << 20);
         [bits(&y), bits(&dx), bits(&dw)]
     }
 
@@ -477,7 +507,7 @@ mod tests {
         for isa in forms() {
             let what = format!("{isa:?} {}", E::DTYPE);
             let all = batch::<E, O>(isa, 257, k, n);
-            for m in [1, 2, 13, 37] {
+            for m in [1, 2, 3, 13, 37] {
                 let some = batch::<E, O>(isa, m, k, n);
                 assert!(some[0] == all[0][..m * n], "{what}: y of {m} rows");
                 assert!(some[1] == all[1][..m * k], "{what}: dx of {m} rows");
