@@ -5,7 +5,8 @@
 //! form with `vdpbf16ps` it is the bits of two bf16 that neighbour each other along the reduction.
 
 use super::isa::{Isa, isa};
-use crate::kernels::element::{Dtype, Float};
+use crate::kernels::element::{Dtype, Element, Float};
+use half::bf16;
 
 /// Positions of a block of keys or queries; blocks begin at multiples of it within their document.
 pub const BLOCK: usize = 64;
@@ -13,6 +14,9 @@ pub const BLOCK: usize = 64;
 pub const ROWS: usize = 8;
 /// Columns of the register tile, and of a packed panel.
 pub const COLUMNS: usize = 32;
+
+/// One number for each position of a block.
+pub type Row = [f32; BLOCK];
 
 /// What the sums of a tile begin with.
 #[derive(Clone, Copy)]
@@ -24,16 +28,39 @@ pub enum Start<'a> {
     Scaled(&'a [f32; ROWS]),
 }
 
+/// The left operand of a product: the word of row r at place k of the reduction is `words[r * row + k * STEP]`.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub words: &'a [f32],
+    pub row: usize,
+}
+
 /// One way to compute a tile. A value is proof that the processor has the instructions: only [`Choice::of`] makes one.
 pub trait Form: Copy + Send + Sync {
     /// Whether a word holds two bf16.
     const PAIRS: bool;
 
-    /// `c[r, j] = start + sum over k of a[r * ROW + k * STEP] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8
-    /// rows r and 32 columns j; row r of the tile is `c[r * stride..][..32]`.
+    /// `c[r, j] = start + sum over k of a[r, k] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8 rows r and 32
+    /// columns j; row r of the tile is `c[r * stride..][..32]`.
     ///
     /// Each element is one chain, so the depth at which a caller cuts the walk in two does not change a bit.
-    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+    fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+
+    /// Rounds two rows to bf16 and puts them side by side: word j is `(first[j], second[j])`. For forms with pairs.
+    #[inline(always)]
+    fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
+        for ((word, x), y) in words.iter_mut().zip(first).zip(second) {
+            *word = pair(*x, *y);
+        }
+    }
+
+    /// Rounds a row to bf16: word j is `(row[2 * j], row[2 * j + 1])`. For forms with pairs.
+    #[inline(always)]
+    fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
+        for (word, x) in words.iter_mut().zip(row.chunks_exact(2)) {
+            *word = pair(x[0], x[1]);
+        }
+    }
 
     /// Runs `work` compiled for this form's instructions, where `work` is inlined.
     fn enter(self, work: impl FnOnce());
@@ -96,6 +123,13 @@ pub fn words<F: Form>(count: usize) -> usize {
     if F::PAIRS { count / 2 } else { count }
 }
 
+/// The word of two numbers, rounded to bf16, that neighbour along the reduction.
+#[inline(always)]
+fn pair(first: f32, second: f32) -> f32 {
+    let bits = |x| u32::from(<bf16 as Element>::from_f32(x).to_bits());
+    f32::from_bits(bits(first) | bits(second) << 16)
+}
+
 /// The word of one element, or of the two that neighbour along the reduction.
 #[inline(always)]
 fn word<F: Form, E: Float>(first: E, second: E) -> f32 {
@@ -130,34 +164,40 @@ impl<'a, E: Float> HeadRows<'a, E> {
         &self.values[index * self.stride..][..self.head_dim]
     }
 
-    /// Left operands reduced along head_dim, one tile for 8 rows: `[tiles, words(head_dim), 8]`; missing rows are zero.
+    /// Left operands reduced along head_dim: `[rows, words(head_dim)]`; missing rows are zero.
     #[inline(always)]
-    pub fn pack_tiles<F: Form>(&self, out: &mut [f32]) {
-        self.pack_across::<F, ROWS>(out);
+    pub fn pack_rows<F: Form>(&self, out: &mut [f32]) {
+        for (index, out) in out.chunks_exact_mut(words::<F>(self.head_dim)).enumerate() {
+            if index >= self.count {
+                out.fill(0.0);
+            } else {
+                self.row_words::<F>(index, out.iter_mut());
+            }
+        }
     }
 
-    /// Right operands reduced along head_dim: `[2 panels, words(head_dim), 32 rows]` for the 64 rows of a block.
+    /// Right operands reduced along head_dim: `[2 panels, words(head_dim), 32 rows]` for the 64 rows of a block; missing
+    /// rows are zero.
     #[inline(always)]
     pub fn pack_transposed<F: Form>(&self, out: &mut [f32]) {
-        self.pack_across::<F, COLUMNS>(out);
-    }
-
-    /// `[_, words(head_dim), LANES]`: groups of LANES rows side by side.
-    #[inline(always)]
-    fn pack_across<F: Form, const LANES: usize>(&self, out: &mut [f32]) {
-        let depth = words::<F>(self.head_dim);
-        for (group, out) in out.chunks_exact_mut(depth * LANES).enumerate() {
-            for lane in 0..LANES {
-                let index = group * LANES + lane;
+        for (panel, out) in out.chunks_exact_mut(words::<F>(self.head_dim) * COLUMNS).enumerate() {
+            for lane in 0..COLUMNS {
+                let (index, out) = (panel * COLUMNS + lane, out[lane..].iter_mut().step_by(COLUMNS));
                 if index >= self.count {
-                    out[lane..].iter_mut().step_by(LANES).for_each(|word| *word = 0.0);
-                } else if F::PAIRS {
-                    let pairs = self.row(index).chunks_exact(2);
-                    out[lane..].iter_mut().step_by(LANES).zip(pairs).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
+                    out.for_each(|word| *word = 0.0);
                 } else {
-                    out[lane..].iter_mut().step_by(LANES).zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
+                    self.row_words::<F>(index, out);
                 }
             }
+        }
+    }
+
+    #[inline(always)]
+    fn row_words<'b, F: Form>(&self, index: usize, out: impl Iterator<Item = &'b mut f32>) {
+        if F::PAIRS {
+            out.zip(self.row(index).chunks_exact(2)).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
+        } else {
+            out.zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
         }
     }
 
@@ -193,25 +233,18 @@ pub fn padded(head_dim: usize) -> usize {
 }
 
 #[inline(always)]
-fn check<const ROW: usize, const STEP: usize>(a: &[f32], b: &[f32], depth: usize, c: &[f32], stride: usize) {
-    assert!(depth == 0 || a.len() > (ROWS - 1) * ROW + (depth - 1) * STEP);
+fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f32], stride: usize) {
+    assert!(depth == 0 || a.words.len() > (ROWS - 1) * a.row + (depth - 1) * STEP);
     assert!(b.len() >= depth * COLUMNS);
     assert!(c.len() >= (ROWS - 1) * stride + COLUMNS);
 }
 
 /// The tile as plain loops over parts small enough for 16 registers of 8 floats.
 #[inline(always)]
-fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
-    a: &[f32],
-    b: &[f32],
-    depth: usize,
-    c: &mut [f32],
-    stride: usize,
-    start: Start,
-) {
+fn multiply_plain<const STEP: usize, const FUSED: bool>(a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
     const PART_ROWS: usize = 4;
     const PART_COLUMNS: usize = 16;
-    check::<ROW, STEP>(a, b, depth, c, stride);
+    check::<STEP>(a, b, depth, c, stride);
     for row in (0..ROWS).step_by(PART_ROWS) {
         for column in (0..COLUMNS).step_by(PART_COLUMNS) {
             let mut sums = [[0.0f32; PART_COLUMNS]; PART_ROWS];
@@ -226,7 +259,7 @@ fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
             for k in 0..depth {
                 let y: &[f32; PART_COLUMNS] = b[k * COLUMNS + column..][..PART_COLUMNS].try_into().expect("the slice has this length");
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = a[(row + r) * ROW + k * STEP];
+                    let x = a.words[(row + r) * a.row + k * STEP];
                     for (sum, y) in sums.iter_mut().zip(y) {
                         *sum = if FUSED { x.mul_add(*y, *sum) } else { x * y + *sum };
                     }
@@ -242,8 +275,8 @@ fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
 impl Form for Plain {
     const PAIRS: bool = false;
 
-    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
-        multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+    fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+        multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
     }
 
     fn enter(self, work: impl FnOnce()) {
@@ -253,21 +286,22 @@ impl Form for Plain {
 
 /// Implements [`Form`] for a token by functions that name its instructions.
 macro_rules! form {
-    ($form:ty, $pairs:literal, $features:literal, |$a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident| $body:block) => {
+    ($form:ty, $pairs:literal, $features:literal, |$a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident| $body:block, { $($more:tt)* }) => {
         impl Form for $form {
             const PAIRS: bool = $pairs;
+            $($more)*
 
             #[inline(always)]
-            fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+            fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
                 #[cfg(target_arch = "x86_64")]
                 {
                     #[target_feature(enable = $features)]
-                    fn tile<const ROW: usize, const STEP: usize>($a: &[f32], $b: &[f32], $depth: usize, $c: &mut [f32], $stride: usize, $start: Start) $body
+                    fn tile<const STEP: usize>($a: Left, $b: &[f32], $depth: usize, $c: &mut [f32], $stride: usize, $start: Start) $body
                     // SAFETY: the token exists, so `Choice::at` saw a processor with these features.
-                    unsafe { tile::<ROW, STEP>(a, b, depth, c, stride, start) }
+                    unsafe { tile::<STEP>(a, b, depth, c, stride, start) }
                 }
                 #[cfg(not(target_arch = "x86_64"))]
-                multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+                multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
             }
 
             #[inline(always)]
@@ -292,8 +326,8 @@ macro_rules! form {
 macro_rules! tile_512 {
     ($a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident, $step:expr) => {{
         use std::arch::x86_64::*;
-        check::<ROW, STEP>($a, $b, $depth, $c, $stride);
-        let (a, b, c) = ($a.as_ptr(), $b.as_ptr(), $c.as_mut_ptr());
+        check::<STEP>($a, $b, $depth, $c, $stride);
+        let (a, row, b, c) = ($a.words.as_ptr(), $a.row, $b.as_ptr(), $c.as_mut_ptr());
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
         // SAFETY: `check` holds that rows 0..8 of `c`, each 32 wide and `stride` apart, words 0..depth of 8 rows of `a`
         // and `depth` rows of 32 of `b` lie within their slices; `c` is borrowed mutably and nothing else aliases it.
@@ -318,7 +352,7 @@ macro_rules! tile_512 {
             for k in 0..$depth {
                 let y = [_mm512_loadu_ps(b.add(k * COLUMNS)), _mm512_loadu_ps(b.add(k * COLUMNS + 16))];
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(r * ROW + k * STEP));
+                    let x = _mm512_set1_ps(*a.add(r * row + k * STEP));
                     *sums = [$step(x, y[0], sums[0]), $step(x, y[1], sums[1])];
                 }
             }
@@ -330,23 +364,77 @@ macro_rules! tile_512 {
     }};
 }
 
-form!(Fused512, false, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", |a, b, depth, c, stride, start| {
-    tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum))
-});
+form!(
+    Fused512,
+    false,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+    |a, b, depth, c, stride, start| { tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum)) },
+    {}
+);
 
-form!(Pairs512, true, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma", |a, b, depth, c, stride, start| {
-    // A word's 32 bits are two bf16; the casts between the vector types move no bit.
-    tile_512!(a, b, depth, c, stride, start, |x: __m512, y: __m512, sum| {
-        _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
-    })
-});
+form!(
+    Pairs512,
+    true,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma",
+    |a, b, depth, c, stride, start| {
+        // A word's 32 bits are two bf16; the casts between the vector types move no bit.
+        tile_512!(a, b, depth, c, stride, start, |x: __m512, y: __m512, sum| {
+            _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
+        })
+    },
+    {
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BW and BF16.
+            unsafe { pair_rows_512(first, second, words) }
+        }
 
-form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<ROW, STEP, true>(a, b, depth, c, stride, start) });
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BF16.
+            unsafe { pair_columns_512(row, words) }
+        }
+    }
+);
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn pair_rows_512(first: &Row, second: &Row, words: &mut Row) {
+    use std::arch::x86_64::*;
+    // Place 2j takes the j-th number of the first row, place 2j + 1 the j-th of the second, which lies 16 places further.
+    let order: [i16; 32] = std::array::from_fn(|place| (place / 2 + place % 2 * 16) as i16);
+    // SAFETY: `order` is 64 bytes, and each step reads and writes 16 of the 64 numbers of a row.
+    unsafe {
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        for at in (0..BLOCK).step_by(16) {
+            let (x, y) = (_mm512_loadu_ps(first.as_ptr().add(at)), _mm512_loadu_ps(second.as_ptr().add(at)));
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
+            _mm512_storeu_si512(words.as_mut_ptr().add(at).cast(), _mm512_permutexvar_epi16(order, both));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pair_columns_512(row: &Row, words: &mut [f32; BLOCK / 2]) {
+    use std::arch::x86_64::*;
+    for at in [0, 32] {
+        // SAFETY: each step reads 32 of the 64 numbers and writes 16 of the 32 words.
+        unsafe {
+            let (x, y) = (_mm512_loadu_ps(row.as_ptr().add(at)), _mm512_loadu_ps(row.as_ptr().add(at + 16)));
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
+            _mm512_storeu_si512(words.as_mut_ptr().add(at / 2).cast(), both);
+        }
+    }
+}
+
+form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<STEP, true>(a, b, depth, c, stride, start) }, {});
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
 
     fn sample(i: usize) -> f32 {
         bf16::from_f32(((i * 7919) % 1013) as f32 / 500.0 - 1.0).to_f32()
@@ -363,11 +451,12 @@ mod tests {
                 let depth = words::<F>(head_dim);
                 let mut tiles = vec![f32::NAN; BLOCK * depth];
                 let mut keys = vec![f32::NAN; BLOCK * depth];
-                a.pack_tiles::<F>(&mut tiles);
+                a.pack_rows::<F>(&mut tiles);
                 b.pack_transposed::<F>(&mut keys);
                 let (tile, panel) = (count.div_ceil(ROWS) - 1, count.div_ceil(COLUMNS) - 1);
                 let mut c = vec![f32::NAN; ROWS * 40];
-                form.multiply::<1, ROWS>(&tiles[tile * depth * ROWS..], &keys[panel * depth * COLUMNS..], depth, &mut c, 40, Start::Zero);
+                let queries = Left { words: &tiles[tile * depth * ROWS..], row: depth };
+                form.multiply::<1>(queries, &keys[panel * depth * COLUMNS..], depth, &mut c, 40, Start::Zero);
                 for r in 0..ROWS {
                     for j in 0..COLUMNS {
                         let (row, column) = (tile * ROWS + r, panel * COLUMNS + j);
@@ -382,14 +471,34 @@ mod tests {
                 let mut panels = vec![f32::NAN; words::<F>(BLOCK) * padded(head_dim)];
                 b.pack_panels::<F>(&mut panels);
                 let ones = vec![word::<F, E>(E::from_f32(1.0), E::from_f32(1.0)); ROWS * BLOCK];
+                let ones = Left { words: &ones, row: BLOCK };
                 let mut c = vec![3.0; ROWS * COLUMNS];
-                form.multiply::<BLOCK, 1>(&ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
-                form.multiply::<BLOCK, 1>(&ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
+                form.multiply::<1>(ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
+                form.multiply::<1>(ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
                 for j in 0..COLUMNS {
                     let column: f64 = if j < head_dim { (0..count).map(|i| f64::from(b.row(i)[j].to_f32())).sum() } else { 0.0 };
                     assert!((f64::from(c[j]) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn pairs_are_rounded_and_put_side_by_side() {
+        let (first, second): (Row, Row) = (std::array::from_fn(|i| (i as f32 - 30.3) * 1.1), std::array::from_fn(|i| i as f32 / 7.0));
+        let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
+        let both = |x: f32, y: f32| u32::from(bf16::from_f32(x).to_bits()) | u32::from(bf16::from_f32(y).to_bits()) << 16;
+        let rows: Vec<u32> = first.iter().zip(&second).map(|(x, y)| both(*x, *y)).collect();
+        let columns: Vec<u32> = first.chunks_exact(2).map(|x| both(x[0], x[1])).collect();
+        let mut words = [0.0; BLOCK];
+        let mut half = [0.0; BLOCK / 2];
+        Plain(()).pair_rows(&first, &second, &mut words);
+        Plain(()).pair_columns(&first, &mut half);
+        assert_eq!((bits(&words), bits(&half)), (rows.clone(), columns.clone()));
+        if let Choice::Pairs512(form) = Choice::at::<bf16>(Isa::best()) {
+            form.pair_rows(&first, &second, &mut words);
+            form.pair_columns(&first, &mut half);
+            assert_eq!((bits(&words), bits(&half)), (rows, columns));
         }
     }
 
