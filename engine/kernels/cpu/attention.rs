@@ -10,7 +10,8 @@
 //! Semantics by element type: scores and sums in f32, softmax in f32. For bf16 the probabilities are rounded to bf16
 //! before they meet the values, as on GPUs, while their sum is taken before rounding.
 
-use super::attention_tile::{BLOCK, COLUMNS, Form, HeadRows, Left, ROWS, Row, Start, padded, with_form, words};
+use super::attention_operands::{HeadRows, padded, words};
+use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
 use super::exp::exp;
 use super::heads::Heads;
 use super::threads::{Shared, parallel};
@@ -329,7 +330,7 @@ fn attend_block<F: Form, E: Float>(
     let mut factors = [0.0; ROWS];
     for ((row, visible), maximum) in scores.iter_mut().zip(visible).zip(&mut factors) {
         visible.mask(row);
-        *maximum = max_of(row);
+        *maximum = form.max(row);
     }
     let mut shifts = [0.0; ROWS];
     for ((factor, shift), maximum) in factors.iter_mut().zip(&mut shifts).zip(&mut *state.maxima) {
@@ -342,16 +343,15 @@ fn attend_block<F: Form, E: Float>(
     }
     for (r, row) in scores.iter_mut().enumerate() {
         let mut sums: [f32; LANES] = std::array::from_fn(|lane| state.sums[r * LANES + lane] * factors[r]);
-        for chunk in row.chunks_exact_mut(LANES) {
-            for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-                let probability = exp(*score * scale - shifts[r]);
-                *sum += probability;
-                *score = if F::PAIRS { probability } else { E::from_f32(probability).to_f32() };
-            }
+        form.exp(row, scale, shifts[r]);
+        for chunk in row.chunks_exact(LANES) {
+            sums.iter_mut().zip(chunk).for_each(|(sum, probability)| *sum += probability);
         }
         state.sums[r * LANES..][..LANES].copy_from_slice(&sums);
         if F::PAIRS {
             form.pair_columns(row, &mut work.pairs.0[r]);
+        } else {
+            row.iter_mut().for_each(|probability| *probability = E::from_f32(*probability).to_f32());
         }
     }
     let padded = state.outputs.len() / ROWS;
@@ -379,18 +379,6 @@ struct Work {
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
-}
-
-/// The largest of 64 numbers.
-#[inline(always)]
-fn max_of(row: &[f32; BLOCK]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in row.chunks_exact(LANES) {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = larger(*x, *lane));
-    }
-    let eight: [f32; 8] = std::array::from_fn(|i| larger(lanes[i], lanes[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| larger(eight[i], eight[i + 4]));
-    larger(larger(four[0], four[2]), larger(four[1], four[3]))
 }
 
 /// The sum of the lanes, always in the same order.

@@ -7,8 +7,8 @@
 //! are multiplied on; sums stay in f32 and are rounded once.
 
 use super::attention::{Attention, Block, Blocks, Visible, panels_words, sum_lanes, transposed_words};
-use super::attention_tile::{BLOCK, COLUMNS, Form, HeadRows, Left, ROWS, Row, Start, padded, with_form, words};
-use super::exp::exp;
+use super::attention_operands::{HeadRows, padded, words};
+use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
 use super::threads::{Shared, parallel, threads};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -299,8 +299,9 @@ impl Weights {
         for (r, (p, ds)) in self.p.iter_mut().zip(&mut self.ds).enumerate() {
             let (lse, delta) = (queries.lse[index * ROWS + r], queries.delta[index * ROWS + r]);
             visible[r].mask(p);
+            form.exp(p, scale, lse);
             for (p, ds) in p.iter_mut().zip(&mut *ds) {
-                let probability = exp(*p * scale - lse);
+                let probability = *p;
                 // In a form with pairs the rounding comes with the pairing.
                 let round = |x: f32| if F::PAIRS { x } else { E::from_f32(x).to_f32() };
                 *ds = round(probability * (*ds - delta));

@@ -1,12 +1,13 @@
-//! The register tile under attention: 8 rows by 32 columns, summed along one chain an element, in each vector form, and
-//! the packing of rows into the operands it reads. Knows no masks and no softmax.
+//! The register tile under attention: 8 rows by 32 columns, summed along one chain an element, in each vector form.
+//! Knows no masks and no softmax; attention_operands.rs packs what it reads.
 //!
 //! Operands are made of 32-bit *words* kept in f32 memory. In most forms a word is one f32 (a bf16 is widened); in the
 //! form with `vdpbf16ps` it is the bits of two bf16 that neighbour each other along the reduction.
 
+use super::attention_rows;
+use super::exp::exp;
 use super::isa::{Isa, isa};
-use crate::kernels::element::{Dtype, Element, Float};
-use half::bf16;
+use crate::kernels::element::{Dtype, Float};
 
 /// Positions of a block of keys or queries; blocks begin at multiples of it within their document.
 pub const BLOCK: usize = 64;
@@ -46,20 +47,28 @@ pub trait Form: Copy + Send + Sync {
     /// Each element is one chain, so the depth at which a caller cuts the walk in two does not change a bit.
     fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
 
+    /// The largest of a row's numbers.
+    #[inline(always)]
+    fn max(self, row: &Row) -> f32 {
+        attention_rows::max(row)
+    }
+
+    /// Sets each number x of a row to `exp(x * scale - shift)`, the same bits in every form.
+    #[inline(always)]
+    fn exp(self, row: &mut Row, scale: f32, shift: f32) {
+        row.iter_mut().for_each(|x| *x = exp(*x * scale - shift));
+    }
+
     /// Rounds two rows to bf16 and puts them side by side: word j is `(first[j], second[j])`. For forms with pairs.
     #[inline(always)]
     fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
-        for ((word, x), y) in words.iter_mut().zip(first).zip(second) {
-            *word = pair(*x, *y);
-        }
+        attention_rows::pair_rows(first, second, words);
     }
 
     /// Rounds a row to bf16: word j is `(row[2 * j], row[2 * j + 1])`. For forms with pairs.
     #[inline(always)]
     fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
-        for (word, x) in words.iter_mut().zip(row.chunks_exact(2)) {
-            *word = pair(x[0], x[1]);
-        }
+        attention_rows::pair_columns(row, words);
     }
 
     /// Runs `work` compiled for this form's instructions, where `work` is inlined.
@@ -116,121 +125,6 @@ macro_rules! with_form {
     };
 }
 pub(super) use with_form;
-
-/// Words of `count` elements along the reduction.
-#[inline(always)]
-pub fn words<F: Form>(count: usize) -> usize {
-    if F::PAIRS { count / 2 } else { count }
-}
-
-/// The word of two numbers, rounded to bf16, that neighbour along the reduction.
-#[inline(always)]
-fn pair(first: f32, second: f32) -> f32 {
-    let bits = |x| u32::from(<bf16 as Element>::from_f32(x).to_bits());
-    f32::from_bits(bits(first) | bits(second) << 16)
-}
-
-/// The word of one element, or of the two that neighbour along the reduction.
-#[inline(always)]
-fn word<F: Form, E: Float>(first: E, second: E) -> f32 {
-    if F::PAIRS {
-        // The upper half of a widened bf16 is its bits.
-        f32::from_bits((first.to_f32().to_bits() >> 16) | (second.to_f32().to_bits() & 0xffff_0000))
-    } else {
-        first.to_f32()
-    }
-}
-
-/// Rows of one head in a larger matrix: row i is `values[i * stride..][..head_dim]`.
-#[derive(Clone, Copy)]
-pub struct HeadRows<'a, E> {
-    pub values: &'a [E],
-    pub stride: usize,
-    pub count: usize,
-    pub head_dim: usize,
-}
-
-impl<'a, E: Float> HeadRows<'a, E> {
-    /// Rows `first..first + count` of `matrix` with rows of `stride` elements, from `column` on.
-    #[inline(always)]
-    pub fn new(matrix: &'a [E], stride: usize, first: usize, count: usize, column: usize, head_dim: usize) -> Self {
-        assert!(count > 0);
-        let start = first * stride + column;
-        Self { values: &matrix[start..start + (count - 1) * stride + head_dim], stride, count, head_dim }
-    }
-
-    #[inline(always)]
-    pub fn row(&self, index: usize) -> &'a [E] {
-        &self.values[index * self.stride..][..self.head_dim]
-    }
-
-    /// Left operands reduced along head_dim: `[rows, words(head_dim)]`; missing rows are zero.
-    #[inline(always)]
-    pub fn pack_rows<F: Form>(&self, out: &mut [f32]) {
-        for (index, out) in out.chunks_exact_mut(words::<F>(self.head_dim)).enumerate() {
-            if index >= self.count {
-                out.fill(0.0);
-            } else {
-                self.row_words::<F>(index, out.iter_mut());
-            }
-        }
-    }
-
-    /// Right operands reduced along head_dim: `[2 panels, words(head_dim), 32 rows]` for the 64 rows of a block; missing
-    /// rows are zero.
-    #[inline(always)]
-    pub fn pack_transposed<F: Form>(&self, out: &mut [f32]) {
-        for (panel, out) in out.chunks_exact_mut(words::<F>(self.head_dim) * COLUMNS).enumerate() {
-            for lane in 0..COLUMNS {
-                let (index, out) = (panel * COLUMNS + lane, out[lane..].iter_mut().step_by(COLUMNS));
-                if index >= self.count {
-                    out.for_each(|word| *word = 0.0);
-                } else {
-                    self.row_words::<F>(index, out);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn row_words<'b, F: Form>(&self, index: usize, out: impl Iterator<Item = &'b mut f32>) {
-        if F::PAIRS {
-            out.zip(self.row(index).chunks_exact(2)).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
-        } else {
-            out.zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
-        }
-    }
-
-    /// Right operands reduced along the rows: `[panels of 32 columns, words(64), 32]`; missing rows and columns are zero.
-    #[inline(always)]
-    pub fn pack_panels<F: Form>(&self, out: &mut [f32]) {
-        let step = if F::PAIRS { 2 } else { 1 };
-        for (panel, out) in out.chunks_exact_mut(words::<F>(BLOCK) * COLUMNS).enumerate() {
-            let column = panel * COLUMNS;
-            let width = self.head_dim.saturating_sub(column).min(COLUMNS);
-            for (k, out) in out.chunks_exact_mut(COLUMNS).enumerate() {
-                let index = k * step;
-                if index >= self.count {
-                    out.fill(0.0);
-                    continue;
-                }
-                let first = &self.row(index)[column..][..width];
-                out[width..].fill(0.0);
-                if F::PAIRS && index + 1 < self.count {
-                    let second = &self.row(index + 1)[column..][..width];
-                    out.iter_mut().zip(first).zip(second).for_each(|((out, x), y)| *out = word::<F, E>(*x, *y));
-                } else {
-                    out.iter_mut().zip(first).for_each(|(out, x)| *out = word::<F, E>(*x, E::default()));
-                }
-            }
-        }
-    }
-}
-
-/// head_dim rounded up to whole panels.
-pub fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(COLUMNS)
-}
 
 #[inline(always)]
 fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f32], stride: usize) {
@@ -322,6 +216,25 @@ macro_rules! form {
     };
 }
 
+/// The row operations of the forms on 512-bit registers.
+macro_rules! rows_512 {
+    () => {
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn max(self, row: &Row) -> f32 {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 F.
+            unsafe { attention_rows::max_512(row) }
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn exp(self, row: &mut Row, scale: f32, shift: f32) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 F.
+            unsafe { attention_rows::exp_512(row, scale, shift) }
+        }
+    };
+}
+
 /// The body of a 512-bit tile; `$step(x, y, sum)` adds the products of one word.
 macro_rules! tile_512 {
     ($a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident, $step:expr) => {{
@@ -369,7 +282,9 @@ form!(
     false,
     "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
     |a, b, depth, c, stride, start| { tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum)) },
-    {}
+    {
+        rows_512!();
+    }
 );
 
 form!(
@@ -383,58 +298,31 @@ form!(
         })
     },
     {
+        rows_512!();
+
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
         fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
             // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BW and BF16.
-            unsafe { pair_rows_512(first, second, words) }
+            unsafe { attention_rows::pair_rows_512(first, second, words) }
         }
 
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
         fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
             // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BF16.
-            unsafe { pair_columns_512(row, words) }
+            unsafe { attention_rows::pair_columns_512(row, words) }
         }
     }
 );
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn pair_rows_512(first: &Row, second: &Row, words: &mut Row) {
-    use std::arch::x86_64::*;
-    // Place 2j takes the j-th number of the first row, place 2j + 1 the j-th of the second, which lies 16 places further.
-    let order: [i16; 32] = std::array::from_fn(|place| (place / 2 + place % 2 * 16) as i16);
-    // SAFETY: `order` is 64 bytes, and each step reads and writes 16 of the 64 numbers of a row.
-    unsafe {
-        let order = _mm512_loadu_si512(order.as_ptr().cast());
-        for at in (0..BLOCK).step_by(16) {
-            let (x, y) = (_mm512_loadu_ps(first.as_ptr().add(at)), _mm512_loadu_ps(second.as_ptr().add(at)));
-            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
-            _mm512_storeu_si512(words.as_mut_ptr().add(at).cast(), _mm512_permutexvar_epi16(order, both));
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn pair_columns_512(row: &Row, words: &mut [f32; BLOCK / 2]) {
-    use std::arch::x86_64::*;
-    for at in [0, 32] {
-        // SAFETY: each step reads 32 of the 64 numbers and writes 16 of the 32 words.
-        unsafe {
-            let (x, y) = (_mm512_loadu_ps(row.as_ptr().add(at)), _mm512_loadu_ps(row.as_ptr().add(at + 16)));
-            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
-            _mm512_storeu_si512(words.as_mut_ptr().add(at / 2).cast(), both);
-        }
-    }
-}
 
 form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<STEP, true>(a, b, depth, c, stride, start) }, {});
 
 #[cfg(test)]
 mod tests {
+    use super::super::attention_operands::{HeadRows, padded, word, words};
     use super::*;
+    use half::bf16;
 
     fn sample(i: usize) -> f32 {
         bf16::from_f32(((i * 7919) % 1013) as f32 / 500.0 - 1.0).to_f32()
@@ -480,25 +368,6 @@ mod tests {
                     assert!((f64::from(c[j]) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
                 }
             }
-        }
-    }
-
-    #[test]
-    fn pairs_are_rounded_and_put_side_by_side() {
-        let (first, second): (Row, Row) = (std::array::from_fn(|i| (i as f32 - 30.3) * 1.1), std::array::from_fn(|i| i as f32 / 7.0));
-        let bits = |words: &[f32]| words.iter().map(|word| word.to_bits()).collect::<Vec<_>>();
-        let both = |x: f32, y: f32| u32::from(bf16::from_f32(x).to_bits()) | u32::from(bf16::from_f32(y).to_bits()) << 16;
-        let rows: Vec<u32> = first.iter().zip(&second).map(|(x, y)| both(*x, *y)).collect();
-        let columns: Vec<u32> = first.chunks_exact(2).map(|x| both(x[0], x[1])).collect();
-        let mut words = [0.0; BLOCK];
-        let mut half = [0.0; BLOCK / 2];
-        Plain(()).pair_rows(&first, &second, &mut words);
-        Plain(()).pair_columns(&first, &mut half);
-        assert_eq!((bits(&words), bits(&half)), (rows.clone(), columns.clone()));
-        if let Choice::Pairs512(form) = Choice::at::<bf16>(Isa::best()) {
-            form.pair_rows(&first, &second, &mut words);
-            form.pair_columns(&first, &mut half);
-            assert_eq!((bits(&words), bits(&half)), (rows, columns));
         }
     }
 

@@ -4,6 +4,8 @@
 
 pub mod attention;
 pub mod attention_backward;
+pub mod attention_operands;
+pub mod attention_rows;
 pub mod attention_tile;
 pub mod exp;
 pub mod heads;
