@@ -472,8 +472,11 @@ pub(super) mod tests {
         }
     }
 
-    /// Shapes that meet every border: (heads, kv_heads, head_dim, documents, window).
-    pub const CASES: &[(usize, usize, usize, &[usize], Option<usize>)] = &[
+    /// (heads, kv_heads, head_dim, documents, window).
+    type Case = (usize, usize, usize, &'static [usize], Option<usize>);
+
+    /// Shapes that meet every border.
+    pub const CASES: &[Case] = &[
         (1, 1, 2, &[1], None),
         (2, 1, 16, &[], None),
         (2, 1, 16, &[0, 0], None),

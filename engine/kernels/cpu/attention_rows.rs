@@ -49,6 +49,9 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     /// [`super::max`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F.
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub fn max_512(row: &Row) -> f32 {
@@ -58,6 +61,9 @@ mod avx512 {
     }
 
     /// Sets each number x of a row to `exp(x * scale - shift)`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F.
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub fn exp_512(row: &mut Row, scale: f32, shift: f32) {
@@ -72,6 +78,9 @@ mod avx512 {
     }
 
     /// [`super::pair_rows`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, BW and BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     #[inline]
     pub fn pair_rows_512(first: &Row, second: &Row, words: &mut Row) {
@@ -89,6 +98,9 @@ mod avx512 {
     }
 
     /// [`super::pair_columns`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and BF16.
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
     pub fn pair_columns_512(row: &Row, words: &mut [f32; BLOCK / 2]) {

@@ -363,9 +363,9 @@ mod tests {
                 let mut c = vec![3.0; ROWS * COLUMNS];
                 form.multiply::<1>(ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
                 form.multiply::<1>(ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
-                for j in 0..COLUMNS {
+                for (j, got) in c[..COLUMNS].iter().enumerate() {
                     let column: f64 = if j < head_dim { (0..count).map(|i| f64::from(b.row(i)[j].to_f32())).sum() } else { 0.0 };
-                    assert!((f64::from(c[j]) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
+                    assert!((f64::from(*got) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
                 }
             }
         }

@@ -39,6 +39,9 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// [`exp`] of 16 numbers, the same bits: AVX-512 has an instruction for the last step, which the compiler does not find.
+///
+/// # Safety
+/// The processor has AVX-512 F.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
