@@ -192,7 +192,8 @@ fn empty_documents_and_empty_batches_are_fine() {
 #[test]
 fn three_updates_give_the_same_weights_on_any_number_of_threads() {
     let _alone = alone();
-    let run = |threads: usize| -> Vec<(String, Vec<(String, Vec<u32>)>)> {
+    type Bits = Vec<(String, Vec<u32>)>;
+    let run = |threads: usize| -> Vec<(String, Bits)> {
         set_threads(threads);
         let updated = models().into_iter().map(|(name, model)| {
             let mut optimizer = AdamW::new(model.parameters(), Settings { lr: 0.01, ..Settings::default() }).unwrap();

@@ -13,7 +13,6 @@ pub mod jsonl;
 pub mod mix;
 pub mod pack;
 pub mod qwen2_split;
-pub mod random;
 pub mod shuffle;
 pub mod source;
 pub mod template_python;

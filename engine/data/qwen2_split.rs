@@ -75,9 +75,9 @@ fn piece_length(first: char, rest: &str) -> usize {
 mod tests {
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
-    use super::super::random::Stream;
     use super::super::tokenizer::QWEN2_SPLIT;
     use super::*;
+    use crate::kernels::random::Stream;
 
     #[test]
     fn pieces_are_those_of_the_regex() {

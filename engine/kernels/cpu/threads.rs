@@ -128,7 +128,8 @@ fn work_forever(pool: &'static Pool, index: usize) {
             pool.asleep[index].store(false, SeqCst);
         }
         seen = pool.epoch.load(Acquire);
-        let entered = index + 1 < threads() && pool.gate.fetch_update(AcqRel, Acquire, |gate| (gate & CLOSED == 0).then_some(gate + 1)).is_ok();
+        let entered =
+            index + 1 < threads() && pool.gate.fetch_update(AcqRel, Acquire, |gate| (gate & CLOSED == 0).then_some(gate + 1)).is_ok();
         if !entered {
             continue;
         }
