@@ -1,6 +1,8 @@
 //! Numbers that need no published weights: a tiny model whose weights follow a formula, the loss of a model that knows
 //! nothing, a batch learnt by heart. The table was computed with transformers 4.57.1 in f32, and agrees with a numpy
 //! forward pass in f64; its last digit is the tolerance where no other is given.
+// The table's digits stand as they were computed.
+#![allow(clippy::excessive_precision)]
 
 mod fixtures;
 
@@ -274,25 +276,63 @@ fn preferences_start_at_ln_2_with_half_of_beta_as_slope() {
     check("gradient", &run(slope), &expected, 1e-8, 1e-4);
 }
 
-/// Along the gradient the loss rises by its squared norm: (loss(w + e g) - loss(w - e g)) / 2e = |g|^2. Sizes that fill no
-/// tile, panel or vector, in every kind of layer; a wrong gradient anywhere shows, most of all where it is large.
-#[test]
-fn gradients_are_the_slopes_of_the_loss() {
-    let odd = |changes: Value| {
-        let config = config(json!({
-            "vocab_size": 53, "hidden_size": 37, "intermediate_size": 43, "head_dim": 10, "num_attention_heads": 3,
-            "num_key_value_heads": 1, "num_hidden_layers": 3,
-        }));
-        merged(config, changes)
-    };
+/// Models of every kind in sizes that fill no tile, panel, vector or pair.
+fn odd_configs() -> Vec<String> {
     let sliding = json!({"use_sliding_window": true, "sliding_window": 5, "max_window_layers": 1});
     let yarn = json!({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}});
     let odd_experts = |norm_topk_prob| {
         let sizes = json!({"moe_intermediate_size": 13, "shared_expert_intermediate_size": 19, "decoder_sparse_step": 2});
         merged(experts(norm_topk_prob), sizes)
     };
-    for changes in [json!({}), json!({"tie_word_embeddings": true}), sliding, yarn, odd_experts(false), odd_experts(true)] {
-        let text = odd(changes).to_string();
+    let kinds = [json!({}), json!({"tie_word_embeddings": true}), sliding, yarn, odd_experts(false), odd_experts(true)];
+    let sizes = json!({
+        "vocab_size": 53, "hidden_size": 37, "intermediate_size": 43, "head_dim": 10, "num_attention_heads": 3,
+        "num_key_value_heads": 1, "num_hidden_layers": 3, "initializer_range": 0.1,
+    });
+    kinds.into_iter().map(|changes| merged(config(sizes.clone()), changes).to_string()).collect()
+}
+
+/// `||got - want|| / ||want||`; 0 if both are 0.
+fn distance(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let off = norm(&mut got.iter().zip(want).map(|(got, want)| f64::from(*got) - f64::from(*want)));
+    if off == 0.0 { 0.0 } else { off / norm(&mut want.iter().map(|want| f64::from(*want))) }
+}
+
+/// Gradients in bf16 are those in f32 but for rounding: each value that is passed on is off by up to 2^-9 of itself, and some
+/// tens of them lie on the way; measured up to 4%, and allowed 6%. For biases of keys it is up to 14%, and 25% allowed: what
+/// all keys of a query share hardly moves its softmax, so their gradient is the small rest of large terms. All experts are
+/// chosen here, or rounding would change the choice.
+#[test]
+fn gradients_in_bf16_are_near_those_in_f32() {
+    for text in odd_configs() {
+        let config = |per_token: usize| {
+            let mut config = Config::parse(Path::new("config.json"), &text).unwrap();
+            config.moe.iter_mut().for_each(|moe| moe.experts_per_token = per_token);
+            config
+        };
+        let batch = Batch::new(&[13, 1, 9, 40].map(|len| (0..len).map(|index| (index * 17 + len) % 53).collect::<Vec<i32>>()));
+        let labels = batch.next_tokens();
+        let run = |dtype| {
+            let model = Model::random(config(6), dtype, 5).unwrap();
+            model.cross_entropy(&batch.packed(), &labels, 59.0, 0.01).unwrap().total.backward().unwrap();
+            model
+        };
+        let (narrow, wide) = (run(Dtype::Bf16), run(Dtype::F32));
+        for (name, _) in wide.tensors() {
+            let off = distance(&gradient(&narrow, &name), &gradient(&wide, &name));
+            let allowed = if name.ends_with("k_proj.bias") { 0.25 } else { 0.06 };
+            assert!(off <= allowed, "{name} is off by {off:.4}: {text}");
+        }
+    }
+}
+
+/// Along the gradient the loss rises by its squared norm: (loss(w + e g) - loss(w - e g)) / 2e = |g|^2. Sizes that fill no
+/// tile, panel or vector, in every kind of layer; a wrong gradient anywhere shows, most of all where it is large.
+#[test]
+fn gradients_are_the_slopes_of_the_loss() {
+    for text in odd_configs() {
         let model = model_at(&text, |_| Box::new(|_| 0.0));
         let documents: [Vec<i32>; 3] = [13, 1, 9].map(|len| (0..len).map(|index| (index * 17 + len) % 53).collect());
         let batch = Batch::new(&documents);
