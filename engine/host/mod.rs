@@ -1,1 +1,18 @@
 //! Lua: the virtual machine, the face of the engine in it, and the run of a workflow. The only folder that names mlua.
+
+pub mod args;
+pub mod call;
+mod globals;
+pub mod interrupt;
+pub mod loops;
+mod memory;
+pub mod modules;
+mod nearest;
+pub mod options;
+pub mod progress;
+pub mod raise;
+pub mod run;
+pub mod tensor;
+mod tensor_text;
+pub mod vm;
+pub mod workflow;
