@@ -1,1 +1,10 @@
 //! Text to token batches: tokenizers, chat template, readers, packing, cursors. Knows no model.
+
+pub mod bpe_trainer;
+pub mod byte_alphabet;
+pub mod chat_template;
+pub mod chat_tokens;
+pub mod random;
+pub mod template_python;
+pub mod tokenizer;
+pub mod tokenizer_files;
