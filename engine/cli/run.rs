@@ -67,7 +67,10 @@ impl Run {
         while let Some(word) = words.next() {
             let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value.to_string())));
             let mut value = |what: &str| {
-                given.clone().or_else(|| words.next()).ok_or_else(|| Error::Script(format!("{name} needs {what} (--help lists the arguments)")))
+                given
+                    .clone()
+                    .or_else(|| words.next())
+                    .ok_or_else(|| Error::Script(format!("{name} needs {what} (--help lists the arguments)")))
             };
             match name {
                 "--help" | "-h" => help = true,
@@ -75,7 +78,8 @@ impl Run {
                 "--runs" => self.runs = PathBuf::from(value("a folder")?),
                 "--seed" => {
                     let text = value("an integer")?;
-                    self.seed = text.parse().map_err(|_| Error::Script(format!("--seed should be an integer of at least 0, got `{text}`")))?;
+                    self.seed =
+                        text.parse().map_err(|_| Error::Script(format!("--seed should be an integer of at least 0, got `{text}`")))?;
                 }
                 "--" => {}
                 _ => rest.push(word),

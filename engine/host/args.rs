@@ -62,7 +62,7 @@ pub struct Declaration(Spec);
 
 impl Class for Declaration {
     const NAME: &'static str = "Argument";
-    const METHODS: &'static [Function] = &[];
+    const METHODS: &'static [&'static [Function]] = &[];
     const FIELDS: &'static [Field<Self>] = &[];
 }
 
@@ -230,10 +230,14 @@ impl Spec {
             },
             Kind::Number => text.parse::<f64>().ok().filter(|value| value.is_finite()).map(Json::from),
             // `1e4` is how people write ten thousand.
-            Kind::Integer => text.parse::<i64>().ok().or_else(|| {
-                let value = text.parse::<f64>().ok()?;
-                (value.fract() == 0.0 && value.abs() < 2f64.powi(53)).then_some(value as i64)
-            }).map(Json::from),
+            Kind::Integer => text
+                .parse::<i64>()
+                .ok()
+                .or_else(|| {
+                    let value = text.parse::<f64>().ok()?;
+                    (value.fract() == 0.0 && value.abs() < 2f64.powi(53)).then_some(value as i64)
+                })
+                .map(Json::from),
         };
         parsed.ok_or_else(|| {
             let hint = match (self.kind, text.parse::<f64>()) {
@@ -318,11 +322,14 @@ fn list(op: &'static str, key: &str, table: &Table) -> Failed<(Kind, Json)> {
 
 fn fields_only(table: &Table) -> Failed<Table> {
     let copy = table.clone();
-    let names: Vec<(mlua::LuaString, Value)> =
-        copy.pairs::<Value, Value>().filter_map(|pair| pair.ok()).filter_map(|(key, value)| match key {
+    let names: Vec<(mlua::LuaString, Value)> = copy
+        .pairs::<Value, Value>()
+        .filter_map(|pair| pair.ok())
+        .filter_map(|(key, value)| match key {
             Value::String(key) => Some((key, value)),
             _ => None,
-        }).collect();
+        })
+        .collect();
     let lua = table.weak_lua().upgrade();
     Ok(lua.create_table_from(names)?)
 }
@@ -390,19 +397,25 @@ pub fn to_lua(lua: &Lua, specs: &[Spec], values: &[(String, Json)]) -> mlua::Res
     }
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let metatable = lua.create_table()?;
-    metatable.set("__index", lua.create_function(move |lua, (_, key): (Table, Value)| {
-        let name = key.to_string()?;
-        if names.contains(&name) {
-            return Ok(Value::Nil); // An optional one that was not given.
-        }
-        let hint = suggestion(&name, names.iter().map(String::as_str));
-        let what = format!("args.{name} is not declared in the workflow's args{hint}");
-        Err(super::raise::raise(lua, Failure::message(what)))
-    })?)?;
-    metatable.set("__newindex", lua.create_function(|lua, (_, key, _): (Table, Value, Value)| -> mlua::Result<()> {
-        let what = format!("args.{} cannot be set: arguments are what the run was started with", key.to_string()?);
-        Err(super::raise::raise(lua, Failure::message(what)))
-    })?)?;
+    metatable.set(
+        "__index",
+        lua.create_function(move |lua, (_, key): (Table, Value)| {
+            let name = key.to_string()?;
+            if names.contains(&name) {
+                return Ok(Value::Nil); // An optional one that was not given.
+            }
+            let hint = suggestion(&name, names.iter().map(String::as_str));
+            let what = format!("args.{name} is not declared in the workflow's args{hint}");
+            Err(super::raise::raise(lua, Failure::message(what)))
+        })?,
+    )?;
+    metatable.set(
+        "__newindex",
+        lua.create_function(|lua, (_, key, _): (Table, Value, Value)| -> mlua::Result<()> {
+            let what = format!("args.{} cannot be set: arguments are what the run was started with", key.to_string()?);
+            Err(super::raise::raise(lua, Failure::message(what)))
+        })?,
+    )?;
     args.set_metatable(Some(metatable))?;
     Ok(args)
 }

@@ -41,7 +41,8 @@ pub struct Field<T> {
 pub trait Class: Send + Sync + Sized + 'static {
     /// Its name in messages and, after `engine.`, in the stubs.
     const NAME: &'static str;
-    const METHODS: &'static [Function];
+    /// In lists, so that a long class can keep its operations in a file of their own.
+    const METHODS: &'static [&'static [Function]];
     const FIELDS: &'static [Field<Self>];
 }
 
@@ -101,7 +102,7 @@ pub fn table_of(lua: &Lua, functions: &'static [Function]) -> mlua::Result<Table
 
 /// Gives class T its methods, its fields, and errors for names that it does not have.
 pub fn register<T: Class + mlua::UserData, M: UserDataMethods<T>>(methods: &mut M) {
-    for function in T::METHODS {
+    for function in T::METHODS.iter().copied().flatten() {
         methods.add_function(function.name(), |lua, values: MultiValue| dispatch(lua, function, Some(|object| object.is::<T>()), values));
     }
     methods.add_meta_function(mlua::MetaMethod::Index, |lua, (object, key): (AnyUserData, Value)| {
@@ -114,7 +115,7 @@ pub fn register<T: Class + mlua::UserData, M: UserDataMethods<T>>(methods: &mut 
                 let object = object.borrow::<T>()?;
                 return (field.get)(lua, &object);
             }
-            let known = T::METHODS.iter().map(Function::name).chain(T::FIELDS.iter().map(|field| field.name));
+            let known = T::METHODS.iter().copied().flatten().map(Function::name).chain(T::FIELDS.iter().map(|field| field.name));
             let hint = super::nearest::suggestion(&name, known);
             Err(Failure::message(format!("{} has no method or field `{name}`{hint}", T::NAME)))
         };

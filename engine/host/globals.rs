@@ -107,7 +107,8 @@ fn strict(lua: &Lua, globals: &Table) -> mlua::Result<()> {
         "__newindex",
         lua.create_function(|lua, (_, key, _): (Table, Value, Value)| -> mlua::Result<()> {
             let name = key.to_string()?;
-            let what = format!("`{name}` is not declared; write `local {name}` where it is first set (scripts have no globals of their own)");
+            let what =
+                format!("`{name}` is not declared; write `local {name}` where it is first set (scripts have no globals of their own)");
             Err(raise(lua, Failure::message(what)))
         })?,
     )?;

@@ -58,14 +58,8 @@ pub fn start(call: &Call) -> Answer {
     records.insert(path.clone(), LoopRecord::default());
     drop(records);
     let progress = Some(Progress::start(&run.screen, &path, Some(steps as u64)));
-    let state = State {
-        current: None,
-        next: 0,
-        logged: Map::new(),
-        progress,
-        in_loop: Some(InLoop::enter()),
-        step_started: Instant::now(),
-    };
+    let state =
+        State { current: None, next: 0, logged: Map::new(), progress, in_loop: Some(InLoop::enter()), step_started: Instant::now() };
     let looping = LoopObject(Arc::new(Loop { run, name: path, steps: Some(steps as u64), state: Mutex::new(state) }));
     let next = call.lua.create_function(|lua, (looping, _): (AnyUserData, Value)| {
         let looping = looping.borrow::<LoopObject>()?.0.clone();
@@ -208,7 +202,7 @@ struct Step {
 
 impl Class for Step {
     const NAME: &'static str = "Step";
-    const METHODS: &'static [Function] = &[Function {
+    const METHODS: &'static [&'static [Function]] = &[&[Function {
         op: "Step:log",
         params: &["values"],
         call: |call| {
@@ -221,7 +215,7 @@ impl Class for Step {
             state.logged.extend(values);
             call.done()
         },
-    }];
+    }]];
     const FIELDS: &'static [Field<Self>] = &[
         Field { name: "count", get: |_, step| Ok(Value::Integer(step.index as i64 + 1)) },
         Field { name: "first", get: |_, step| Ok(Value::Boolean(step.index == 0)) },

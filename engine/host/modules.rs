@@ -62,7 +62,7 @@ pub fn load_file(lua: &Lua, path: &Path) -> Result<mlua::Function, Error> {
     let name = path.display().to_string();
     // The line itself goes, its end stays: line numbers must not move.
     let code = if text.starts_with('#') { &text[text.find('\n').unwrap_or(text.len())..] } else { &text };
-    let chunk = lua.load(code).set_name(format!("@{name}")).set_mode(mlua::ChunkMode::Text);
+    let chunk = lua.load(code).set_name(format!("@{name}")).set_mode(mlua::chunk::ChunkMode::Text);
     let function = chunk.into_function().map_err(|error| explain(&error))?;
     if let Some(modules) = lua.app_data_ref::<Modules>() {
         modules.sources.lock().expect("no panic happens under this lock").push(Source { path: name, text });
@@ -82,7 +82,9 @@ pub fn install(lua: &Lua, engine: &Table) -> mlua::Result<()> {
 
 fn require(lua: &Lua, loaded: &Table, name: &Value) -> Failed<Value> {
     let Value::String(name) = name else {
-        return Err(Error::argument("require", "module", "the name of a module, such as \"std.losses\"", super::call::describe(name)).into());
+        return Err(
+            Error::argument("require", "module", "the name of a module, such as \"std.losses\"", super::call::describe(name)).into()
+        );
     };
     let name = name.to_string_lossy();
     match loaded.raw_get::<Value>(name.as_str())? {

@@ -83,7 +83,9 @@ impl Progress {
         let bar = (screen.0.terminal && !screen.0.quiet).then(|| {
             let bar = ProgressBar::with_draw_target(steps, ProgressDrawTarget::stderr());
             let template = if steps.is_some() { "{prefix} {bar:20.cyan/dim} {pos}/{len}  {msg}" } else { "{prefix} step {pos}  {msg}" };
-            bar.set_style(ProgressStyle::with_template(template).expect("the template is a constant and well-formed").progress_chars("━╸─"));
+            bar.set_style(
+                ProgressStyle::with_template(template).expect("the template is a constant and well-formed").progress_chars("━╸─"),
+            );
             bar.set_prefix(name.to_string());
             *screen.0.bar.lock().expect("no panic happens under this lock") = Some(bar.clone());
             bar

@@ -129,7 +129,7 @@ pub struct RunObject(pub std::sync::Arc<Run>);
 
 impl Class for RunObject {
     const NAME: &'static str = "Run";
-    const METHODS: &'static [Function] = &[
+    const METHODS: &'static [&'static [Function]] = &[&[
         Function { op: "Run:loop", params: &["name", "options"], call: loops::start },
         Function {
             op: "Run:log",
@@ -152,7 +152,7 @@ impl Class for RunObject {
                 call.give(now)
             },
         },
-    ];
+    ]];
     const FIELDS: &'static [Field<Self>] = &[
         Field { name: "folder", get: |lua, run| Ok(Value::String(lua.create_string(run.0.folder.display().to_string())?)) },
         Field { name: "id", get: |lua, run| Ok(Value::String(lua.create_string(&run.0.id)?)) },

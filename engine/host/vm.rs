@@ -144,10 +144,7 @@ mod tests {
         );
         assert_eq!(run("local ok, err = pcall(error, { 7 }) return err[1]").unwrap(), "7");
         assert_eq!(run("return select(2, pcall(function() error('x') end))").unwrap(), "test.lua:1: x");
-        assert_eq!(
-            run("return select(2, xpcall(function() math.randomseed(1) end, function(e) return type(e) end))").unwrap(),
-            "string"
-        );
+        assert_eq!(run("return select(2, xpcall(function() math.randomseed(1) end, function(e) return type(e) end))").unwrap(), "string");
         let vm = vm();
         let panics = vm.lua.create_function(|_, ()| -> mlua::Result<()> { panic!("planned") }).unwrap();
         vm.lua.globals().raw_set("panics", panics).unwrap();

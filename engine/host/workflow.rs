@@ -65,7 +65,7 @@ impl Workflow {
 
 impl Class for Workflow {
     const NAME: &'static str = "Workflow";
-    const METHODS: &'static [Function] = &[];
+    const METHODS: &'static [&'static [Function]] = &[];
     const FIELDS: &'static [Field<Self>] = &[];
 }
 
