@@ -1,1 +1,8 @@
 //! safetensors folders in and out. Turns bytes into (name, tensor); knows no Qwen.
+
+pub mod folder;
+mod header;
+#[cfg(test)]
+mod malformed;
+pub mod safetensors;
+pub mod stored_dtype;

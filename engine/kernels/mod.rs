@@ -3,3 +3,4 @@
 pub mod buffer;
 pub mod cpu;
 pub mod element;
+pub mod random;

@@ -1,1 +1,13 @@
 //! The Qwen2.5 graph: configuration, parameter names, layers, dense and mixture of experts.
+
+pub mod config;
+pub mod fields;
+pub mod generation_config;
+pub mod graph;
+mod model;
+pub mod names;
+pub mod rope_scaling;
+pub mod weights;
+
+pub use graph::Packed;
+pub use model::{Loss, Model};

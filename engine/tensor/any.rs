@@ -113,6 +113,18 @@ impl AnyTensor {
         Self { node: None, ..self.clone() }
     }
 
+    /// Computes the elements if they were deferred.
+    ///
+    /// Errors: those of the computation.
+    pub fn force(&self) -> Result<()> {
+        match &self.data {
+            AnyData::F32(data) => data.force().map(drop),
+            AnyData::Bf16(data) => data.force().map(drop),
+            AnyData::I32(data) => data.force().map(drop),
+            AnyData::I8(data) => data.force().map(drop),
+        }
+    }
+
     /// All elements as f32, in row-major order.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         fn convert<E: Element>(data: &Data<E>) -> Vec<f32> {
@@ -133,6 +145,7 @@ impl AnyTensor {
         let Some(data) = E::unwrap(&self.data) else {
             return Err(Error::Dtype { op, arg, expected: E::DTYPE.name().into(), got: self.dtype().name().into() });
         };
+        data.force()?;
         let Ok(shape) = <[usize; R]>::try_from(self.shape.as_slice()) else {
             return Err(Error::Shape { op, arg, expected: format!("of rank {R}"), got: format!("rank {} {:?}", self.rank(), self.shape) });
         };

@@ -9,7 +9,7 @@ use crate::kernels::element::Element;
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Computes elements that nobody has asked for yet.
-type Later<E> = Box<dyn FnOnce() -> Buffer<E> + Send>;
+type Later<E> = Box<dyn Fn() -> Result<Buffer<E>> + Send>;
 
 /// The elements of a tensor: there already, or computed when first read. An operation whose backward pass computes its
 /// value on the way (cross entropy) is deferred, so that the work is done once.
@@ -25,22 +25,39 @@ impl<E: Element> Data<E> {
     }
 
     /// Elements that `compute` makes when somebody reads them, unless [`Data::fulfil`] came first.
-    pub fn deferred(compute: impl FnOnce() -> Buffer<E> + Send + 'static) -> Arc<Self> {
+    pub fn deferred(compute: impl Fn() -> Result<Buffer<E>> + Send + 'static) -> Arc<Self> {
         Arc::new(Self { buffer: OnceLock::new(), later: Mutex::new(Some(Box::new(compute))) })
     }
 
     /// Hands deferred elements in. Ignored if they were read before: both ways give the same bits.
     pub fn fulfil(&self, buffer: Buffer<E>) {
-        *self.later.lock().expect("computing elements does not panic under this lock") = None;
+        let mut later = self.later.lock().expect("computing elements does not panic under this lock");
         let _ = self.buffer.set(buffer);
+        *later = None;
     }
 
-    /// The elements, computed now if they were deferred.
+    /// Computes the elements if they were deferred.
+    ///
+    /// Errors: those of the computation; they come again at the next try.
+    pub fn force(&self) -> Result<&[E]> {
+        if let Some(buffer) = self.buffer.get() {
+            return Ok(buffer);
+        }
+        let mut later = self.later.lock().expect("computing elements does not panic under this lock");
+        if let Some(compute) = later.as_ref() {
+            let buffer = compute()?;
+            let _ = self.buffer.set(buffer);
+            *later = None;
+        }
+        Ok(self.buffer.get().expect("elements are there, fulfilled, or were computed just now"))
+    }
+
+    /// The elements.
+    ///
+    /// Panics if they were deferred and cannot be computed any more; [`Data::force`] says so as an error, and
+    /// `AnyTensor::typed` calls it for every operation of a script.
     pub fn get(&self) -> &[E] {
-        self.buffer.get_or_init(|| {
-            let later = self.later.lock().expect("computing elements does not panic under this lock").take();
-            later.expect("deferred elements are either fulfilled or computed")()
-        })
+        self.force().unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// Whether the elements are there without work.

@@ -2,5 +2,29 @@
 //! Each output element is summed in an order that depends on its own reduction alone, never on the number of rows,
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
+pub mod adamw;
+pub mod attention;
+pub mod attention_backward;
+pub mod attention_tile;
+pub mod combine;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod exp;
+pub mod gemm;
+pub mod heads;
 pub mod isa;
+pub mod lanes;
+pub mod load_balance;
+pub mod norm;
+pub mod pack;
+pub mod panels;
+pub mod rms_norm;
+pub mod rope;
+pub mod route;
+#[cfg(test)]
+mod samples;
+pub mod swiglu;
 pub mod threads;
+pub mod tile;
+mod tile_bf16;
+mod tile_f32;

@@ -1,0 +1,409 @@
+//! The register tile under attention: 8 rows by 32 columns, summed along one chain an element, in each vector form, and
+//! the packing of rows into the operands it reads. Knows no masks and no softmax.
+//!
+//! Operands are made of 32-bit *words* kept in f32 memory. In most forms a word is one f32 (a bf16 is widened); in the
+//! form with `vdpbf16ps` it is the bits of two bf16 that neighbour each other along the reduction.
+
+use super::isa::{Isa, isa};
+use crate::kernels::element::{Dtype, Float};
+
+/// Positions of a block of keys or queries; blocks begin at multiples of it within their document.
+pub const BLOCK: usize = 64;
+/// Rows of the register tile.
+pub const ROWS: usize = 8;
+/// Columns of the register tile, and of a packed panel.
+pub const COLUMNS: usize = 32;
+
+/// What the sums of a tile begin with.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    Zero,
+    /// The tile's present content.
+    Keep,
+    /// The tile's present content, row r times the r-th factor.
+    Scaled(&'a [f32; ROWS]),
+}
+
+/// One way to compute a tile. A value is proof that the processor has the instructions: only [`Choice::of`] makes one.
+pub trait Form: Copy + Send + Sync {
+    /// Whether a word holds two bf16.
+    const PAIRS: bool;
+
+    /// `c[r, j] = start + sum over k of a[r * ROW + k * STEP] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8
+    /// rows r and 32 columns j; row r of the tile is `c[r * stride..][..32]`.
+    ///
+    /// Each element is one chain, so the depth at which a caller cuts the walk in two does not change a bit.
+    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+
+    /// Runs `work` compiled for this form's instructions, where `work` is inlined.
+    fn enter(self, work: impl FnOnce());
+}
+
+/// f32 words on 512-bit registers, products fused with sums.
+#[derive(Clone, Copy)]
+pub struct Fused512(());
+/// bf16 pairs on 512-bit registers. `vdpbf16ps` takes denormal numbers for zeros.
+#[derive(Clone, Copy)]
+pub struct Pairs512(());
+/// f32 words on 256-bit registers, products fused with sums: the bits of [`Fused512`].
+#[derive(Clone, Copy)]
+pub struct Fused256(());
+/// f32 words in plain Rust, each product rounded.
+#[derive(Clone, Copy)]
+pub struct Plain(());
+
+/// The form for an element type on this processor.
+pub enum Choice {
+    Fused512(Fused512),
+    Pairs512(Pairs512),
+    Fused256(Fused256),
+    Plain(Plain),
+}
+
+impl Choice {
+    pub fn of<E: Float>() -> Self {
+        Self::at::<E>(isa())
+    }
+
+    /// The form for `isa`, which this processor must have.
+    fn at<E: Float>(isa: Isa) -> Self {
+        assert!(isa <= Isa::best());
+        match isa {
+            Isa::Avx512Bf16 if E::DTYPE == Dtype::Bf16 => Self::Pairs512(Pairs512(())),
+            Isa::Avx512Bf16 | Isa::Avx512 => Self::Fused512(Fused512(())),
+            Isa::Avx2 => Self::Fused256(Fused256(())),
+            Isa::Portable => Self::Plain(Plain(())),
+        }
+    }
+}
+
+/// Runs `$call` with `$form` bound to the form for `$element`.
+macro_rules! with_form {
+    ($element:ty, |$form:ident| $call:expr) => {
+        match $crate::kernels::cpu::attention_tile::Choice::of::<$element>() {
+            $crate::kernels::cpu::attention_tile::Choice::Fused512($form) => $call,
+            $crate::kernels::cpu::attention_tile::Choice::Pairs512($form) => $call,
+            $crate::kernels::cpu::attention_tile::Choice::Fused256($form) => $call,
+            $crate::kernels::cpu::attention_tile::Choice::Plain($form) => $call,
+        }
+    };
+}
+pub(super) use with_form;
+
+/// Words of `count` elements along the reduction.
+#[inline(always)]
+pub fn words<F: Form>(count: usize) -> usize {
+    if F::PAIRS { count / 2 } else { count }
+}
+
+/// The word of one element, or of the two that neighbour along the reduction.
+#[inline(always)]
+fn word<F: Form, E: Float>(first: E, second: E) -> f32 {
+    if F::PAIRS {
+        // The upper half of a widened bf16 is its bits.
+        f32::from_bits((first.to_f32().to_bits() >> 16) | (second.to_f32().to_bits() & 0xffff_0000))
+    } else {
+        first.to_f32()
+    }
+}
+
+/// Rows of one head in a larger matrix: row i is `values[i * stride..][..head_dim]`.
+#[derive(Clone, Copy)]
+pub struct HeadRows<'a, E> {
+    pub values: &'a [E],
+    pub stride: usize,
+    pub count: usize,
+    pub head_dim: usize,
+}
+
+impl<'a, E: Float> HeadRows<'a, E> {
+    /// Rows `first..first + count` of `matrix` with rows of `stride` elements, from `column` on.
+    #[inline(always)]
+    pub fn new(matrix: &'a [E], stride: usize, first: usize, count: usize, column: usize, head_dim: usize) -> Self {
+        assert!(count > 0);
+        let start = first * stride + column;
+        Self { values: &matrix[start..start + (count - 1) * stride + head_dim], stride, count, head_dim }
+    }
+
+    #[inline(always)]
+    pub fn row(&self, index: usize) -> &'a [E] {
+        &self.values[index * self.stride..][..self.head_dim]
+    }
+
+    /// Left operands reduced along head_dim, one tile for 8 rows: `[tiles, words(head_dim), 8]`; missing rows are zero.
+    #[inline(always)]
+    pub fn pack_tiles<F: Form>(&self, out: &mut [f32]) {
+        self.pack_across::<F, ROWS>(out);
+    }
+
+    /// Right operands reduced along head_dim: `[2 panels, words(head_dim), 32 rows]` for the 64 rows of a block.
+    #[inline(always)]
+    pub fn pack_transposed<F: Form>(&self, out: &mut [f32]) {
+        self.pack_across::<F, COLUMNS>(out);
+    }
+
+    /// `[_, words(head_dim), LANES]`: groups of LANES rows side by side.
+    #[inline(always)]
+    fn pack_across<F: Form, const LANES: usize>(&self, out: &mut [f32]) {
+        let depth = words::<F>(self.head_dim);
+        for (group, out) in out.chunks_exact_mut(depth * LANES).enumerate() {
+            for lane in 0..LANES {
+                let index = group * LANES + lane;
+                if index >= self.count {
+                    out[lane..].iter_mut().step_by(LANES).for_each(|word| *word = 0.0);
+                } else if F::PAIRS {
+                    let pairs = self.row(index).chunks_exact(2);
+                    out[lane..].iter_mut().step_by(LANES).zip(pairs).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
+                } else {
+                    out[lane..].iter_mut().step_by(LANES).zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
+                }
+            }
+        }
+    }
+
+    /// Right operands reduced along the rows: `[panels of 32 columns, words(64), 32]`; missing rows and columns are zero.
+    #[inline(always)]
+    pub fn pack_panels<F: Form>(&self, out: &mut [f32]) {
+        let step = if F::PAIRS { 2 } else { 1 };
+        for (panel, out) in out.chunks_exact_mut(words::<F>(BLOCK) * COLUMNS).enumerate() {
+            let column = panel * COLUMNS;
+            let width = self.head_dim.saturating_sub(column).min(COLUMNS);
+            for (k, out) in out.chunks_exact_mut(COLUMNS).enumerate() {
+                let index = k * step;
+                if index >= self.count {
+                    out.fill(0.0);
+                    continue;
+                }
+                let first = &self.row(index)[column..][..width];
+                out[width..].fill(0.0);
+                if F::PAIRS && index + 1 < self.count {
+                    let second = &self.row(index + 1)[column..][..width];
+                    out.iter_mut().zip(first).zip(second).for_each(|((out, x), y)| *out = word::<F, E>(*x, *y));
+                } else {
+                    out.iter_mut().zip(first).for_each(|(out, x)| *out = word::<F, E>(*x, E::default()));
+                }
+            }
+        }
+    }
+}
+
+/// head_dim rounded up to whole panels.
+pub fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(COLUMNS)
+}
+
+#[inline(always)]
+fn check<const ROW: usize, const STEP: usize>(a: &[f32], b: &[f32], depth: usize, c: &[f32], stride: usize) {
+    assert!(depth == 0 || a.len() > (ROWS - 1) * ROW + (depth - 1) * STEP);
+    assert!(b.len() >= depth * COLUMNS);
+    assert!(c.len() >= (ROWS - 1) * stride + COLUMNS);
+}
+
+/// The tile as plain loops over parts small enough for 16 registers of 8 floats.
+#[inline(always)]
+fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
+    a: &[f32],
+    b: &[f32],
+    depth: usize,
+    c: &mut [f32],
+    stride: usize,
+    start: Start,
+) {
+    const PART_ROWS: usize = 4;
+    const PART_COLUMNS: usize = 16;
+    check::<ROW, STEP>(a, b, depth, c, stride);
+    for row in (0..ROWS).step_by(PART_ROWS) {
+        for column in (0..COLUMNS).step_by(PART_COLUMNS) {
+            let mut sums = [[0.0f32; PART_COLUMNS]; PART_ROWS];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let c = &c[(row + r) * stride + column..][..PART_COLUMNS];
+                match start {
+                    Start::Zero => {}
+                    Start::Keep => sums.copy_from_slice(c),
+                    Start::Scaled(factors) => sums.iter_mut().zip(c).for_each(|(sum, c)| *sum = c * factors[row + r]),
+                }
+            }
+            for k in 0..depth {
+                let y: &[f32; PART_COLUMNS] = b[k * COLUMNS + column..][..PART_COLUMNS].try_into().expect("the slice has this length");
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = a[(row + r) * ROW + k * STEP];
+                    for (sum, y) in sums.iter_mut().zip(y) {
+                        *sum = if FUSED { x.mul_add(*y, *sum) } else { x * y + *sum };
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                c[(row + r) * stride + column..][..PART_COLUMNS].copy_from_slice(sums);
+            }
+        }
+    }
+}
+
+impl Form for Plain {
+    const PAIRS: bool = false;
+
+    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+        multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+    }
+
+    fn enter(self, work: impl FnOnce()) {
+        work();
+    }
+}
+
+/// Implements [`Form`] for a token by functions that name its instructions.
+macro_rules! form {
+    ($form:ty, $pairs:literal, $features:literal, |$a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident| $body:block) => {
+        impl Form for $form {
+            const PAIRS: bool = $pairs;
+
+            #[inline(always)]
+            fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    #[target_feature(enable = $features)]
+                    fn tile<const ROW: usize, const STEP: usize>($a: &[f32], $b: &[f32], $depth: usize, $c: &mut [f32], $stride: usize, $start: Start) $body
+                    // SAFETY: the token exists, so `Choice::at` saw a processor with these features.
+                    unsafe { tile::<ROW, STEP>(a, b, depth, c, stride, start) }
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+            }
+
+            #[inline(always)]
+            fn enter(self, work: impl FnOnce()) {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    #[target_feature(enable = $features)]
+                    fn inside(work: impl FnOnce()) {
+                        work();
+                    }
+                    // SAFETY: the token exists, so `Choice::at` saw a processor with these features.
+                    unsafe { inside(work) }
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                work();
+            }
+        }
+    };
+}
+
+/// The body of a 512-bit tile; `$step(x, y, sum)` adds the products of one word.
+macro_rules! tile_512 {
+    ($a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident, $step:expr) => {{
+        use std::arch::x86_64::*;
+        check::<ROW, STEP>($a, $b, $depth, $c, $stride);
+        let (a, b, c) = ($a.as_ptr(), $b.as_ptr(), $c.as_mut_ptr());
+        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+        // SAFETY: `check` holds that rows 0..8 of `c`, each 32 wide and `stride` apart, words 0..depth of 8 rows of `a`
+        // and `depth` rows of 32 of `b` lie within their slices; `c` is borrowed mutably and nothing else aliases it.
+        unsafe {
+            match $start {
+                Start::Zero => {}
+                Start::Keep => {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        *sums = [_mm512_loadu_ps(c.add(r * $stride)), _mm512_loadu_ps(c.add(r * $stride + 16))];
+                    }
+                }
+                Start::Scaled(factors) => {
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let factor = _mm512_set1_ps(factors[r]);
+                        *sums = [
+                            _mm512_mul_ps(_mm512_loadu_ps(c.add(r * $stride)), factor),
+                            _mm512_mul_ps(_mm512_loadu_ps(c.add(r * $stride + 16)), factor),
+                        ];
+                    }
+                }
+            }
+            for k in 0..$depth {
+                let y = [_mm512_loadu_ps(b.add(k * COLUMNS)), _mm512_loadu_ps(b.add(k * COLUMNS + 16))];
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm512_set1_ps(*a.add(r * ROW + k * STEP));
+                    *sums = [$step(x, y[0], sums[0]), $step(x, y[1], sums[1])];
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                _mm512_storeu_ps(c.add(r * $stride), sums[0]);
+                _mm512_storeu_ps(c.add(r * $stride + 16), sums[1]);
+            }
+        }
+    }};
+}
+
+form!(Fused512, false, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", |a, b, depth, c, stride, start| {
+    tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum))
+});
+
+form!(Pairs512, true, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma", |a, b, depth, c, stride, start| {
+    // A word's 32 bits are two bf16; the casts between the vector types move no bit.
+    tile_512!(a, b, depth, c, stride, start, |x: __m512, y: __m512, sum| {
+        _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
+    })
+});
+
+form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<ROW, STEP, true>(a, b, depth, c, stride, start) });
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn sample(i: usize) -> f32 {
+        bf16::from_f32(((i * 7919) % 1013) as f32 / 500.0 - 1.0).to_f32()
+    }
+
+    /// Packs two small matrices for one form and compares their product with f64.
+    fn check_product<F: Form, E: Float>(form: F) {
+        for head_dim in [2, 16, 40, 64] {
+            for count in [1, 7, 33, 64] {
+                let stride = head_dim + 3;
+                let left: Vec<E> = (0..64 * stride).map(|i| E::from_f32(sample(i))).collect();
+                let right: Vec<E> = (0..64 * stride).map(|i| E::from_f32(sample(i + 5000))).collect();
+                let (a, b) = (HeadRows::new(&left, stride, 0, count, 3, head_dim), HeadRows::new(&right, stride, 0, count, 3, head_dim));
+                let depth = words::<F>(head_dim);
+                let mut tiles = vec![f32::NAN; BLOCK * depth];
+                let mut keys = vec![f32::NAN; BLOCK * depth];
+                a.pack_tiles::<F>(&mut tiles);
+                b.pack_transposed::<F>(&mut keys);
+                let (tile, panel) = (count.div_ceil(ROWS) - 1, count.div_ceil(COLUMNS) - 1);
+                let mut c = vec![f32::NAN; ROWS * 40];
+                form.multiply::<1, ROWS>(&tiles[tile * depth * ROWS..], &keys[panel * depth * COLUMNS..], depth, &mut c, 40, Start::Zero);
+                for r in 0..ROWS {
+                    for j in 0..COLUMNS {
+                        let (row, column) = (tile * ROWS + r, panel * COLUMNS + j);
+                        let dot = |(x, y): (&E, &E)| f64::from(x.to_f32()) * f64::from(y.to_f32());
+                        let want: f64 =
+                            if row < count && column < count { a.row(row).iter().zip(b.row(column)).map(dot).sum() } else { 0.0 };
+                        // 64 roundings at sums below 64.
+                        assert!((f64::from(c[r * 40 + j]) - want).abs() < 2e-5, "{head_dim} {count}: [{row}, {column}]");
+                    }
+                }
+                // The sum over rows: weights 1 for each row, kept sums doubled.
+                let mut panels = vec![f32::NAN; words::<F>(BLOCK) * padded(head_dim)];
+                b.pack_panels::<F>(&mut panels);
+                let ones = vec![word::<F, E>(E::from_f32(1.0), E::from_f32(1.0)); ROWS * BLOCK];
+                let mut c = vec![3.0; ROWS * COLUMNS];
+                form.multiply::<BLOCK, 1>(&ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
+                form.multiply::<BLOCK, 1>(&ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
+                for j in 0..COLUMNS {
+                    let column: f64 = if j < head_dim { (0..count).map(|i| f64::from(b.row(i)[j].to_f32())).sum() } else { 0.0 };
+                    assert!((f64::from(c[j]) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_form_multiplies_what_was_packed() {
+        for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best()) {
+            for choice in [Choice::at::<f32>(isa), Choice::at::<bf16>(isa)] {
+                match choice {
+                    Choice::Fused512(form) => check_product::<_, f32>(form),
+                    Choice::Pairs512(form) => check_product::<_, bf16>(form),
+                    Choice::Fused256(form) => check_product::<_, bf16>(form),
+                    Choice::Plain(form) => check_product::<_, bf16>(form),
+                }
+            }
+        }
+    }
+}

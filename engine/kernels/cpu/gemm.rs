@@ -1,0 +1,689 @@
+//! Matrix products of linear layers over weights in panels (panels.rs): forward, gradient of the input, of the weight and
+//! of the bias. Sums are f32. Allocates only recycled scratch. Knows nothing of layers, graphs or devices.
+//!
+//! Order of sums. An output element of [`forward`] and [`input_gradient`] is one chain along its reduction index, in one
+//! lane, whatever the number of rows, their neighbours, the threads and the blocking (tile.rs): a row alone and the same
+//! row in a batch agree in every bit. Bias and residual join in f32 after the whole sum, then the value is rounded once.
+//! [`weight_gradient`] and [`bias_gradient`] add tokens in their order; threads change nothing.
+
+use super::isa::{Isa, isa};
+use super::threads::{Shared, parallel, parallel_ranges, threads};
+use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileArgs, TileElement, panels_abreast};
+use super::{pack, panels};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Float;
+use crate::vectorised;
+use std::ops::Range;
+
+/// Units of the reduction between two visits to a tile's sums: the panel's part (48 KiB) stays close while tiles pass by.
+const BLOCK_UNITS: usize = 384;
+
+/// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
+const BLOCK_TILES: usize = 16;
+
+/// Tokens that [`weight_gradient`] packs at a time, a multiple of a unit.
+const TOKENS: usize = 2048;
+
+/// Most bytes of the weight that [`input_gradient`] holds transposed at a time.
+const TRANSPOSED_BYTES: usize = 8 << 20;
+
+/// The weight of a linear layer, `[outputs, inputs]`, in panels of `E`.
+#[derive(Clone, Copy)]
+pub struct Weight<'a, E> {
+    pub panels: &'a [E],
+    pub outputs: usize,
+    pub inputs: usize,
+}
+
+impl<E: TileElement> Weight<'_, E> {
+    fn check(&self) {
+        assert!(self.outputs > 0, "a weight without outputs");
+        assert_eq!(self.panels.len(), panels::len::<E>(self.outputs, self.inputs), "panels of [{}, {}]", self.outputs, self.inputs);
+    }
+}
+
+/// Rows of a row-major matrix, all or a choice of them.
+struct Rows<'a, E> {
+    values: &'a [E],
+    width: usize,
+    choice: Option<&'a [u32]>,
+}
+
+impl<'a, E> Rows<'a, E> {
+    /// Asserts that there are `count` rows.
+    fn new(values: &'a [E], width: usize, choice: Option<&'a [u32]>, count: usize) -> Self {
+        match choice {
+            None => assert_eq!(values.len(), count * width, "values of [{count}, {width}]"),
+            Some(choice) => {
+                assert_eq!(choice.len(), count, "a choice of {count} rows");
+                let last = choice.iter().max().map_or(0, |last| *last as usize + 1);
+                assert!(last * width <= values.len(), "row {} of {} values in rows of {width}", last.saturating_sub(1), values.len());
+            }
+        }
+        Self { values, width, choice }
+    }
+
+    fn row(&self, i: usize) -> &'a [E] {
+        let row = self.choice.map_or(i, |choice| choice[i] as usize);
+        &self.values[row * self.width..(row + 1) * self.width]
+    }
+}
+
+/// `y = x Wᵀ (+ bias) (+ residual)`.
+///
+/// - `y`: `[m, outputs]`, E or, for logits, f32; row-major like all but the weight
+/// - `x`: `[m, inputs]`; with `rows`, row `i` of the product uses row `rows[i]` of `x`, which may have any number of rows
+/// - `bias`: `[outputs]`; `residual`: `[m, outputs]`
+pub fn forward<E: TileElement, O: Float>(
+    y: &mut [O],
+    x: &[E],
+    rows: Option<&[u32]>,
+    weight: Weight<E>,
+    bias: Option<&[E]>,
+    residual: Option<&[O]>,
+) {
+    forward_as(isa(), y, x, rows, weight, bias, residual);
+}
+
+fn forward_as<E: TileElement, O: Float>(
+    isa: Isa,
+    y: &mut [O],
+    x: &[E],
+    rows: Option<&[u32]>,
+    weight: Weight<E>,
+    bias: Option<&[E]>,
+    residual: Option<&[O]>,
+) {
+    weight.check();
+    let Weight { panels, outputs, inputs } = weight;
+    assert_eq!(y.len() % outputs, 0, "y has {} values, rows of {outputs}", y.len());
+    assert!(bias.is_none_or(|bias| bias.len() == outputs), "a bias of {outputs}");
+    assert!(residual.is_none_or(|residual| residual.len() == y.len()), "a residual of {}", y.len());
+    let count = y.len() / outputs;
+    let x = Rows::new(x, inputs, rows, count);
+    let y = Shared::new(y);
+    let product = Product { isa, rows: count, units: E::units(inputs), panels, columns: outputs.div_ceil(PANEL_COLUMNS) };
+    product.run(
+        &|rows, out| pack_rows(isa, &x, 0..inputs, rows, out),
+        None,
+        Some(&|top, panel, sums| {
+            let left = panel * PANEL_COLUMNS;
+            let width = PANEL_COLUMNS.min(outputs - left);
+            let bias = bias.map(|bias| &bias[left..left + width]);
+            finish_forward(&y, top * outputs + left, outputs, width, sums, bias, residual);
+        }),
+    );
+}
+
+/// `dx = dy W`, or `dx += dy W`: the gradient of the layer's input.
+///
+/// - `dx`: `[m, inputs]`, E or f32
+/// - `dy`: `[m, outputs]`
+/// - `add`: add to `dx` (in f32, rounded once) instead of overwriting it
+pub fn input_gradient<E: TileElement, O: Float>(dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool) {
+    input_gradient_as(isa(), dx, dy, weight, add, TRANSPOSED_BYTES);
+}
+
+fn input_gradient_as<E: TileElement, O: Float>(isa: Isa, dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool, transposed_bytes: usize) {
+    weight.check();
+    let Weight { outputs, inputs, .. } = weight;
+    assert_eq!(dy.len() % outputs, 0, "dy has {} values, rows of {outputs}", dy.len());
+    let count = dy.len() / outputs;
+    assert_eq!(dx.len(), count * inputs, "dx of [{count}, {inputs}]");
+    if dx.is_empty() {
+        return;
+    }
+    let dy = Rows::new(dy, outputs, None, count);
+    let input_panels = inputs.div_ceil(PANEL_COLUMNS);
+    // Outputs, the reduction index, are taken a slab at a time: as many as fit, in whole panels.
+    let slab_panels = (transposed_bytes / (input_panels * PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
+    let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));
+    let mut transposed = Buffer::<E>::scratch(input_panels * slab * PANEL_COLUMNS);
+    let mut carry = Buffer::<f32>::scratch(if slab < outputs { input_panels * count * PANEL_COLUMNS } else { 0 });
+    let dx = Shared::new(dx);
+    for start in (0..outputs).step_by(slab) {
+        let taken = start..outputs.min(start + slab);
+        let units = E::units(taken.len());
+        transpose_slab(isa, weight, taken.clone(), &mut transposed);
+        let panels = &transposed[..input_panels * units * PANEL_COLUMNS * E::UNIT];
+        let product = Product { isa, rows: count, units, panels, columns: input_panels };
+        let carry = (slab < outputs).then_some(Carry { sums: Shared::new(&mut carry), add: start > 0 });
+        let finish = |top: usize, panel: usize, sums: &[f32]| {
+            let left = panel * PANEL_COLUMNS;
+            finish_gradient(&dx, top * inputs + left, inputs, PANEL_COLUMNS.min(inputs - left), sums, add);
+        };
+        let pack = |rows: Range<usize>, out: &mut [E]| pack_rows(isa, &dy, taken.clone(), rows, out);
+        product.run(&pack, carry.as_ref(), if taken.end == outputs { Some(&finish) } else { None });
+    }
+}
+
+/// Writes outputs `taken` (from the start of a panel) of the weight as panels of 32 inputs, outputs running down.
+fn transpose_slab<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usize>, out: &mut [E]) {
+    let inputs = weight.inputs;
+    let size = panels::panel_len::<E>(inputs);
+    let out_size = E::units(taken.len()) * PANEL_COLUMNS * E::UNIT;
+    let out = Shared::new(out);
+    parallel(inputs.div_ceil(PANEL_COLUMNS), |q| {
+        let height = PANEL_COLUMNS.min(inputs - q * PANEL_COLUMNS);
+        let block_len = E::units(height) * PANEL_COLUMNS * E::UNIT;
+        // SAFETY: each task writes its own panel.
+        let panel = unsafe { out.part(q * out_size..(q + 1) * out_size) };
+        let mut spill = [E::default(); PANEL_COLUMNS * PANEL_COLUMNS];
+        for (i, rows) in panel.chunks_mut(PANEL_COLUMNS * PANEL_COLUMNS).enumerate() {
+            let p = taken.start / PANEL_COLUMNS + i;
+            let block = &weight.panels[p * size + q * PANEL_COLUMNS * PANEL_COLUMNS..][..block_len];
+            if rows.len() == spill.len() {
+                pack::transposed_block(isa, block, height, rows);
+            } else {
+                pack::transposed_block(isa, block, height, &mut spill);
+                rows.copy_from_slice(&spill[..rows.len()]);
+            }
+        }
+    });
+}
+
+/// `dW = dyᵀ x`, or `dW += dyᵀ x`, over all tokens in their order.
+///
+/// - `dw`: `[outputs, inputs]` in f32 panels, whatever E is
+/// - `dy`: `[m, outputs]`
+/// - `x`: `[m, inputs]`; with `rows`, token `i` uses row `rows[i]` of `x`
+/// - `add`: continue the sums in `dw`
+pub fn weight_gradient<E: TileElement>(dw: &mut [f32], dy: &[E], x: &[E], rows: Option<&[u32]>, outputs: usize, inputs: usize, add: bool) {
+    weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add);
+}
+
+fn weight_gradient_as<E: TileElement>(
+    isa: Isa,
+    (dw, outputs, inputs): (&mut [f32], usize, usize),
+    dy: &[E],
+    x: &[E],
+    rows: Option<&[u32]>,
+    add: bool,
+) {
+    assert!(outputs > 0, "a weight without outputs");
+    assert_eq!(dw.len(), panels::len_f32(outputs, inputs), "f32 panels of [{outputs}, {inputs}]");
+    assert_eq!(dy.len() % outputs, 0, "dy has {} values, rows of {outputs}", dy.len());
+    let count = dy.len() / outputs;
+    let (dy, x) = (Rows::new(dy, outputs, None, count), Rows::new(x, inputs, rows, count));
+    if count == 0 && !add {
+        dw.fill(0.0);
+    }
+    if inputs == 0 {
+        return;
+    }
+    let (tiles, columns) = (inputs.div_ceil(TILE_ROWS), outputs.div_ceil(PANEL_COLUMNS));
+    // Few panels are cut into parts of their inputs too, so that all threads have work.
+    let parts = (8 * threads()).div_ceil(columns).clamp(1, tiles.div_ceil(8));
+    let mut packed = Buffer::<E>::scratch(E::units(count.min(TOKENS)) * E::UNIT * inputs);
+    let dw = Shared::new(dw);
+    for start in (0..count).step_by(TOKENS) {
+        let tokens = start..count.min(start + TOKENS);
+        let units = E::units(tokens.len());
+        pack_tokens(&x, tokens.clone(), &mut packed);
+        parallel(columns * parts, |task| {
+            let (p, part) = (task / parts, task % parts);
+            let inside = tiles * part / parts * TILE_ROWS..inputs.min(tiles * (part + 1) / parts * TILE_ROWS);
+            let taken = p * PANEL_COLUMNS..outputs.min((p + 1) * PANEL_COLUMNS);
+            let mut panel = Buffer::<E>::scratch(units * PANEL_COLUMNS * E::UNIT);
+            for (u, out) in panel.chunks_exact_mut(PANEL_COLUMNS * E::UNIT).enumerate() {
+                unit_of(&dy, &tokens, u, taken.clone(), out);
+            }
+            let first = p * inputs * PANEL_COLUMNS;
+            // SAFETY: each task writes its own inputs of its own panel.
+            let sums = unsafe { dw.part(first + inside.start * PANEL_COLUMNS..first + inside.end * PANEL_COLUMNS) };
+            let a = &packed[inside.start * units * E::UNIT..inside.end * units * E::UNIT];
+            multiply(isa, a, inside.len(), &panel, units, sums, add || start > 0);
+        });
+    }
+}
+
+/// `db = column sums of dy`, or `db += ...`, in f32, tokens in their order.
+///
+/// - `db`: `[outputs]`; `dy`: `[m, outputs]`
+pub fn bias_gradient<E: Float>(db: &mut [f32], dy: &[E], add: bool) {
+    let outputs = db.len();
+    assert!(outputs > 0, "a bias without outputs");
+    assert_eq!(dy.len() % outputs, 0, "dy has {} values, rows of {outputs}", dy.len());
+    let db = Shared::new(db);
+    parallel_ranges(outputs, 256, |range| {
+        // SAFETY: parallel_ranges hands out disjoint ranges.
+        let sums = unsafe { db.part(range.clone()) };
+        if !add {
+            sums.fill(0.0);
+        }
+        add_rows(sums, dy, range.start, outputs);
+    });
+}
+
+vectorised! {
+    /// Adds columns `left..` of all rows of `dy` to `sums`.
+    fn add_rows<E: Float>(sums: &mut [f32], dy: &[E], left: usize, width: usize) {
+        for row in dy.chunks_exact(width) {
+            for (sum, value) in sums.iter_mut().zip(&row[left..]) {
+                *sum += value.to_f32();
+            }
+        }
+    }
+}
+
+/// Unit `u` of `tokens`, columns `taken`, side by side; zero past them.
+fn unit_of<E: TileElement>(values: &Rows<E>, tokens: &Range<usize>, u: usize, taken: Range<usize>, out: &mut [E]) {
+    let first = tokens.start + u * E::UNIT;
+    let row = |token: usize| &values.row(token)[taken.clone()];
+    if E::UNIT == 2 && first + 1 < tokens.end {
+        pack::unit_of_tokens(&[row(first), row(first + 1)], out);
+    } else {
+        pack::unit_of_tokens(&[row(first)], out);
+    }
+}
+
+/// Packs `tokens` of `x` into tiles of 12 inputs, tokens running down.
+fn pack_tokens<E: TileElement>(x: &Rows<E>, tokens: Range<usize>, out: &mut [E]) {
+    let units = E::units(tokens.len());
+    let out = Shared::new(out);
+    parallel_ranges(units, 16, |range| {
+        // A few tokens at a time, all inputs of each: whole lines of `x` are read once, and written in runs.
+        for from in range.clone().step_by(16) {
+            let group = from..range.end.min(from + 16);
+            for left in (0..x.width).step_by(TILE_ROWS) {
+                let taken = left..x.width.min(left + TILE_ROWS);
+                let unit = taken.len() * E::UNIT;
+                let first = left * units * E::UNIT;
+                // SAFETY: each range of units writes its own units of each tile.
+                let tile = unsafe { out.part(first + group.start * unit..first + group.end * unit) };
+                for (u, out) in group.clone().zip(tile.chunks_exact_mut(unit)) {
+                    unit_of(x, &tokens, u, taken.clone(), out);
+                }
+            }
+        }
+    });
+}
+
+/// Packs columns `taken` of `rows` into tiles of 12 rows.
+fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
+    let row_len = E::units(taken.len()) * E::UNIT;
+    for (i, tile) in out.chunks_mut((TILE_ROWS * row_len).max(1)).enumerate() {
+        let first = rows.start + i * TILE_ROWS;
+        let count = TILE_ROWS.min(rows.end - first);
+        let mut sources: [&[E]; TILE_ROWS] = [&[]; TILE_ROWS];
+        for (r, source) in sources.iter_mut().enumerate().take(count) {
+            *source = &values.row(first + r)[taken.clone()];
+        }
+        pack::tile_of_rows(isa, &sources[..count], tile);
+    }
+}
+
+/// `rows` packed rows times panels, row by row of tiles and panel by panel.
+struct Product<'a, E> {
+    isa: Isa,
+    rows: usize,
+    units: usize,
+    panels: &'a [E],
+    /// Number of panels.
+    columns: usize,
+}
+
+/// Sums that go on from one product to the next: `[panels][rows][32]`.
+struct Carry<'a> {
+    sums: Shared<'a, f32>,
+    /// Whether there are sums to go on from.
+    add: bool,
+}
+
+/// Receives the first row, the panel and the sums `[rows][32]` of a finished piece.
+type Finish<'a> = &'a (dyn Fn(usize, usize, &[f32]) + Sync);
+
+impl<E: TileElement> Product<'_, E> {
+    /// Splits rows and panels over the threads, never the reduction.
+    fn run(&self, pack: &(impl Fn(Range<usize>, &mut [E]) + Sync), carry: Option<&Carry>, finish: Option<Finish>) {
+        let row_len = self.units * E::UNIT;
+        let panels = self.columns;
+        let tiles = self.rows.div_ceil(TILE_ROWS);
+        if tiles == 0 || panels == 0 {
+            return;
+        }
+        let threads = threads();
+        let row_parts = if tiles <= BLOCK_TILES { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
+        let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
+        let rows_of = |part: usize| tiles * part / row_parts * TILE_ROWS..self.rows.min(tiles * (part + 1) / row_parts * TILE_ROWS);
+        if panel_parts == 1 {
+            parallel(row_parts, |part| {
+                let rows = rows_of(part);
+                let mut packed = Buffer::<E>::scratch(tiles.div_ceil(row_parts) * TILE_ROWS * row_len);
+                let packed = &mut packed[..rows.len() * row_len];
+                pack(rows.clone(), packed);
+                self.sweep(packed, rows, 0..panels, carry, finish);
+            });
+            return;
+        }
+        // Several tasks use the same rows: pack them once, together.
+        let mut packed = Buffer::<E>::scratch(self.rows * row_len);
+        let shared = Shared::new(&mut packed);
+        parallel_ranges(tiles, 2, |range| {
+            let rows = range.start * TILE_ROWS..self.rows.min(range.end * TILE_ROWS);
+            // SAFETY: parallel_ranges hands out disjoint ranges of tiles.
+            pack(rows.clone(), unsafe { shared.part(rows.start * row_len..rows.end * row_len) });
+        });
+        parallel(row_parts * panel_parts, |task| {
+            let (rows, part) = (rows_of(task / panel_parts), task % panel_parts);
+            let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
+            self.sweep(&packed[rows.start * row_len..rows.end * row_len], rows, taken, carry, finish);
+        });
+    }
+
+    /// Multiplies packed `rows` by the panels of `taken`.
+    fn sweep(&self, packed: &[E], rows: Range<usize>, taken: Range<usize>, carry: Option<&Carry>, finish: Option<Finish>) {
+        let panel_len = self.units * PANEL_COLUMNS * E::UNIT;
+        let step = if carry.is_some() { 1 } else { panels_abreast(rows.len()) };
+        let size = rows.len() * PANEL_COLUMNS;
+        let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { step * size });
+        for p in taken.clone().step_by(step) {
+            let some = p..taken.end.min(p + step);
+            let b = &self.panels[p * panel_len..some.end * panel_len];
+            let sums = match carry {
+                Some(carry) => {
+                    let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
+                    // SAFETY: tasks have disjoint pairs of rows and panels, and this one holds one part at a time.
+                    unsafe { carry.sums.part(first..first + size) }
+                }
+                None => &mut own[..some.len() * size],
+            };
+            multiply(self.isa, packed, rows.len(), b, self.units, sums, carry.is_some_and(|carry| carry.add));
+            if let Some(finish) = finish {
+                for (p, sums) in some.zip(sums.chunks_exact(size)) {
+                    finish(rows.start, p, sums);
+                }
+            }
+        }
+    }
+}
+
+/// Packed tiles of `rows` rows times neighbouring panels, each of `units`; sums are `[panels][rows][32]`.
+fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usize, sums: &mut [f32], add: bool) {
+    let panels = sums.len() / (rows * PANEL_COLUMNS);
+    assert!(isa <= Isa::best(), "{isa:?} is beyond this processor");
+    assert_eq!(sums.len(), panels * rows * PANEL_COLUMNS, "sums of {panels} panels and {rows} rows");
+    assert_eq!(a.len(), rows * units * E::UNIT, "{rows} packed rows of {units} units");
+    assert_eq!(b.len(), panels * units * PANEL_COLUMNS * E::UNIT, "{panels} panels of {units} units");
+    let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
+    let abreast = panels_abreast(rows);
+    // One tile meets each panel once, so nothing is gained by cutting its reduction.
+    let block = if rows <= TILE_ROWS { units.max(1) } else { BLOCK_UNITS };
+    for p in (0..panels).step_by(abreast) {
+        for from in (0..units.max(1)).step_by(block) {
+            for top in (0..rows).step_by(TILE_ROWS) {
+                let height = TILE_ROWS.min(rows - top);
+                let args = TileArgs {
+                    a: a.as_ptr().wrapping_add((top * units + from * height) * E::UNIT),
+                    a_row: E::UNIT,
+                    a_unit: height * E::UNIT,
+                    b: b.as_ptr().wrapping_add(p * b_panel + from * b_unit),
+                    b_unit,
+                    b_panel,
+                    c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS),
+                    c_row: PANEL_COLUMNS,
+                    c_panel,
+                    units: block.min(units - from),
+                    add: add || from > 0,
+                };
+                // SAFETY: the processor has `isa`. The tile's `units` from `from` lie inside its `height` packed rows
+                // and inside panels `p..`, of which there are at most `abreast`, the height's own limit when there is
+                // one tile and 1 otherwise; its sums lie inside `sums`. The lengths are asserted above.
+                unsafe { E::tile(isa, height, abreast.min(panels - p), &args) }
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// Adds bias and residual to `sums` `[rows][32]` and rounds them to rows of `y`, from element `first` on.
+    #[allow(clippy::too_many_arguments)]
+    fn finish_forward<E: Float, O: Float>(
+        y: &Shared<O>, first: usize, stride: usize, width: usize, sums: &[f32], bias: Option<&[E]>, residual: Option<&[O]>,
+    ) {
+        for (r, sums) in sums.chunks_exact(PANEL_COLUMNS).enumerate() {
+            let at = first + r * stride;
+            let mut row = [0.0f32; PANEL_COLUMNS];
+            row.copy_from_slice(sums);
+            if let Some(bias) = bias {
+                row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
+            }
+            if let Some(residual) = residual {
+                row.iter_mut().zip(&residual[at..at + width]).for_each(|(sum, residual)| *sum += residual.to_f32());
+            }
+            // SAFETY: this piece of these rows belongs to the calling task alone, and one part is held at a time.
+            let out = unsafe { y.part(at..at + width) };
+            out.iter_mut().zip(&row).for_each(|(out, sum)| *out = O::from_f32(*sum));
+        }
+    }
+}
+
+vectorised! {
+    /// Rounds `sums` `[rows][32]` to rows of `dx`, from element `first` on, or adds them.
+    fn finish_gradient<O: Float>(dx: &Shared<O>, first: usize, stride: usize, width: usize, sums: &[f32], add: bool) {
+        for (r, sums) in sums.chunks_exact(PANEL_COLUMNS).enumerate() {
+            let at = first + r * stride;
+            // SAFETY: this piece of these rows belongs to the calling task alone, and one part is held at a time.
+            let out = unsafe { dx.part(at..at + width) };
+            if add {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = O::from_f32(out.to_f32() + sum));
+            } else {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = O::from_f32(*sum));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::threads::set_threads;
+    use super::*;
+    use half::bf16;
+    use std::sync::Mutex;
+
+    /// Held by tests that set the number of threads.
+    static THREADS: Mutex<()> = Mutex::new(());
+
+    fn forms() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best())
+    }
+
+    /// Values in -1 to 1, from a seed, rounded to E.
+    fn values<E: Float>(count: usize, seed: u64) -> Vec<E> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| E::from_f32(next())).collect()
+    }
+
+    fn packed<E: TileElement>(rows: &[E], n: usize, k: usize) -> Vec<E> {
+        let mut out = vec![E::default(); panels::len::<E>(n, k)];
+        panels::pack(&mut out, n, k, 0..n, rows);
+        out
+    }
+
+    /// `got` against the sum of `terms`: every addition rounds by 2^-24 of the terms' sizes, twice that if products are
+    /// rounded too; the result rounds once more, by 2^-8 in bf16.
+    fn check<O: Float>(got: O, terms: impl Iterator<Item = (f64, f64)>, what: &str) {
+        let (mut sum, mut size, mut count) = (0.0, 0.0, 2);
+        for (a, b) in terms {
+            sum += a * b;
+            size += (a * b).abs();
+            count += 1;
+        }
+        let rounding = if size_of::<O>() == 2 { sum.abs() * 2.0f64.powi(-8) } else { 0.0 };
+        let bound = size * f64::from(count) * 2.0f64.powi(-23) + rounding;
+        let got = f64::from(got.to_f32());
+        assert!((got - sum).abs() <= bound, "{what}: {got} against {sum}, bound {bound}");
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] =
+        [(1, 1, 1), (1, 33, 70), (2, 7, 33), (7, 64, 1), (13, 801, 100), (33, 100, 31), (37, 1, 65), (250, 67, 97), (3, 0, 5)];
+
+    fn products<E: TileElement, O: Float>() {
+        for (m, k, n) in SHAPES {
+            for isa in forms() {
+                let what = format!("{isa:?} {} to {}, {m} x {k} x {n}", E::DTYPE, O::DTYPE);
+                let (x, w, dy) = (values::<E>((m + 3) * k, 1), values::<E>(n * k, 2), values::<E>(m * n, 3));
+                let (bias, residual) = (values::<E>(n, 4), values::<O>(m * n, 5));
+                let rows: Vec<u32> = (0..m as u32).map(|i| (i * 5 + 2) % (m as u32 + 3)).collect();
+                let panels = packed(&w, n, k);
+                let weight = Weight { panels: &panels, outputs: n, inputs: k };
+                let f = |v: E| f64::from(v.to_f32());
+                let mut y = values::<O>(m * n, 6);
+                forward_as(isa, &mut y, &x, Some(&rows), weight, Some(&bias), Some(&residual));
+                for (i, y) in y.iter().enumerate() {
+                    let (r, j) = (rows[i / n] as usize, i % n);
+                    let terms = (0..k).map(|kk| (f(x[r * k + kk]), f(w[j * k + kk])));
+                    check(*y, terms.chain([(f(bias[j]), 1.0), (f64::from(residual[i].to_f32()), 1.0)]), &format!("{what} y[{i}]"));
+                }
+                for (add, transposed_bytes) in [(false, 1 << 20), (true, 1)] {
+                    let before = values::<O>(m * k, 7);
+                    let mut dx = before.clone();
+                    input_gradient_as(isa, &mut dx, &dy, weight, add, transposed_bytes);
+                    for (i, dx) in dx.iter().enumerate() {
+                        let terms = (0..n).map(|j| (f(dy[i / k * n + j]), f(w[j * k + i % k])));
+                        let start = if add { f64::from(before[i].to_f32()) } else { 0.0 };
+                        check(*dx, terms.chain([(start, 1.0)]), &format!("{what} dx[{i}]"));
+                    }
+                }
+                for add in [false, true] {
+                    let before = packed(&values::<f32>(n * k, 8), n, k);
+                    let mut dw = before.clone();
+                    weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, Some(&rows), add);
+                    let (mut got, mut start) = (vec![0.0; n * k], vec![0.0; n * k]);
+                    panels::unpack(&dw, n, k, 0..n, &mut got);
+                    panels::unpack(&before, n, k, 0..n, &mut start);
+                    for (i, got) in got.iter().enumerate() {
+                        let terms = (0..m).map(|t| (f(dy[t * n + i / k]), f(x[rows[t] as usize * k + i % k])));
+                        let start = if add { f64::from(start[i]) } else { 0.0 };
+                        check(*got, terms.chain([(start, 1.0)]), &format!("{what} dw[{i}]"));
+                    }
+                }
+                let mut db = vec![1.0; n];
+                bias_gradient(&mut db, &dy, true);
+                for (j, db) in db.iter().enumerate() {
+                    check(*db, (0..m).map(|t| (f(dy[t * n + j]), 1.0)).chain([(1.0, 1.0)]), &format!("{what} db[{j}]"));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_form_agrees_with_f64() {
+        products::<f32, f32>();
+        products::<bf16, bf16>();
+        products::<bf16, f32>();
+    }
+
+    #[test]
+    fn no_rows_give_no_output_and_an_empty_weight_gradient() {
+        let panels = packed(&values::<f32>(15, 1), 5, 3);
+        let weight = Weight { panels: &panels, outputs: 5, inputs: 3 };
+        forward::<f32, f32>(&mut [], &[], None, weight, None, None);
+        forward::<f32, f32>(&mut [], &[1.0; 9], Some(&[]), weight, None, None);
+        input_gradient::<f32, f32>(&mut [], &[], weight, false);
+        let mut dw = vec![1.0; panels::len_f32(5, 3)];
+        weight_gradient::<f32>(&mut dw, &[], &[], None, 5, 3, true);
+        assert!(dw.iter().all(|v| *v == 1.0));
+        weight_gradient::<f32>(&mut dw, &[], &[], None, 5, 3, false);
+        assert!(dw.iter().all(|v| *v == 0.0));
+    }
+
+    fn bits<O: Float>(values: &[O]) -> Vec<u32> {
+        values.iter().map(|v| v.to_f32().to_bits()).collect()
+    }
+
+    /// All results of a batch of `m` rows, the first rows of one fixed matrix.
+    fn batch<E: TileElement, O: Float>(isa: Isa, m: usize, k: usize, n: usize) -> [Vec<u32>; 3] {
+        let (x, dy, panels) = (values::<E>(m * k, 1), values::<E>(m * n, 3), packed(&values::<E>(n * k, 2), n, k));
+        let weight = Weight { panels: &panels, outputs: n, inputs: k };
+        let (mut y, mut dx, mut dw) = (vec![O::default(); m * n], vec![O::default(); m * k], vec![0.0; panels::len_f32(n, k)]);
+        forward_as(isa, &mut y, &x, None, weight, Some(&values::<E>(n, 4)), None);
+        input_gradient_as(isa, &mut dx, &dy, weight, false, 100_000);
+        weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, None, false);
+        [bits(&y), bits(&dx), bits(&dw)]
+    }
+
+    fn invariance<E: TileElement, O: Float>() {
+        let (k, n) = (901, 850);
+        for isa in forms() {
+            let what = format!("{isa:?} {}", E::DTYPE);
+            let all = batch::<E, O>(isa, 257, k, n);
+            for m in [1, 2, 13, 37] {
+                let some = batch::<E, O>(isa, m, k, n);
+                assert!(some[0] == all[0][..m * n], "{what}: y of {m} rows");
+                assert!(some[1] == all[1][..m * k], "{what}: dx of {m} rows");
+                set_threads(1);
+                let alone = batch::<E, O>(isa, m, k, n);
+                set_threads(2);
+                assert!(some == alone, "{what}: {m} rows on one thread");
+            }
+            set_threads(1);
+            let alone = batch::<E, O>(isa, 257, k, n);
+            set_threads(2);
+            assert!(all == alone, "{what}: one thread");
+            // A row in another place, through a choice of rows, is the same row.
+            let (x, panels) = (values::<E>(257 * k, 1), packed(&values::<E>(n * k, 2), n, k));
+            let weight = Weight { panels: &panels, outputs: n, inputs: k };
+            let rows = [200, 3, 3, 256, 0];
+            let mut y = vec![O::default(); rows.len() * n];
+            forward_as(isa, &mut y, &x, Some(&rows), weight, Some(&values::<E>(n, 4)), None);
+            for (got, row) in bits(&y).chunks(n).zip(rows) {
+                assert!(got == &all[0][row as usize * n..][..n], "{what}: chosen row {row}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_alone_in_a_batch_and_on_any_thread() {
+        let _guard = THREADS.lock();
+        invariance::<f32, f32>();
+        invariance::<bf16, f32>();
+        invariance::<bf16, bf16>();
+    }
+
+    /// Best of `runs`, in seconds.
+    fn best(runs: usize, mut run: impl FnMut()) -> f64 {
+        let time = |_| {
+            let start = std::time::Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        };
+        (0..runs).map(time).fold(f64::INFINITY, f64::min)
+    }
+
+    fn throughput<E: TileElement>() {
+        for (m, k, n) in [(2048, 512, 1408), (2048, 256, 704), (2048, 896, 4864), (2048, 4864, 896)] {
+            let (x, dy, w) = (values::<E>(m * k, 1), values::<E>(m * n, 2), packed(&values::<E>(n * k, 3), n, k));
+            let weight = Weight { panels: &w, outputs: n, inputs: k };
+            let (mut y, mut dx, mut dw) = (Buffer::<E>::zeroed(m * n), Buffer::<E>::zeroed(m * k), Buffer::<f32>::zeroed(w.len()));
+            let rate = |seconds: f64| 2.0 * (m * k * n) as f64 / seconds / 1e9;
+            let runs = if n == 4864 || k == 4864 { 8 } else { 40 };
+            println!(
+                "{} {m} x {k} x {n}: forward {:.0}, dx {:.0}, dw {:.0} GFLOP/s",
+                E::DTYPE,
+                rate(best(runs, || forward(&mut y[..], &x, None, weight, None, None))),
+                rate(best(runs, || input_gradient(&mut dx[..], &dy, weight, false))),
+                rate(best(runs, || weight_gradient(&mut dw, &dy, &x, None, n, k, true))),
+            );
+        }
+        for m in [1, 2, 4, 8] {
+            let (k, n) = (896, 151_936 / 2);
+            let (x, w) = (values::<E>(m * k, 1), packed(&values::<E>(n * k, 3), n, k));
+            let weight = Weight { panels: &w, outputs: n, inputs: k };
+            let mut y = Buffer::<f32>::zeroed(m * n);
+            let seconds = best(5, || forward(&mut y[..], &x, None, weight, None, None));
+            println!("{} {m} x {k} x {n}: {:.1} GB/s of weights", E::DTYPE, (w.len() * size_of::<E>()) as f64 / seconds / 1e9);
+        }
+    }
+
+    #[test]
+    #[ignore = "a measurement: cargo test --release gemm_throughput -- --ignored --nocapture"]
+    fn gemm_throughput() {
+        throughput::<f32>();
+        throughput::<bf16>();
+    }
+}

@@ -1,0 +1,267 @@
+//! Rearranges operands for the tile product: rows into packed tiles, columns of tokens into tiles and panels, and weight
+//! panels into those of the transposed weight. Copies only; nothing is computed.
+
+use super::isa::Isa;
+use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Packs `rows` (1 to 12, of equal length) as one tile: unit by unit, the rows' units side by side. The last unit of a
+/// bf16 row of odd length is filled with a zero.
+///
+/// - `out`: `units * rows * UNIT` elements
+pub fn tile_of_rows<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut [E]) {
+    let (count, k) = (rows.len(), rows[0].len());
+    assert!((1..=TILE_ROWS).contains(&count), "a tile of {count} rows");
+    assert!(rows.iter().all(|row| row.len() == k), "rows of different lengths");
+    assert_eq!(out.len(), E::units(k) * count * E::UNIT, "a packed tile of {count} rows of {k}");
+    let full_units = k / E::UNIT;
+    let mut done = 0;
+    if count == 1 {
+        out[..k].copy_from_slice(rows[0]);
+        done = full_units;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 && count > 1 {
+        // SAFETY: the processor has AVX-512 (`isa`); the rows hold `full_units` units each, and `out` at least
+        // `full_units * count`, by the assertions.
+        done = unsafe { tile_of_rows_avx512(rows, full_units, out) };
+    }
+    let _ = isa;
+    for u in done..E::units(k) {
+        for (r, row) in rows.iter().enumerate() {
+            let unit = &mut out[(u * count + r) * E::UNIT..][..E::UNIT];
+            for (i, value) in unit.iter_mut().enumerate() {
+                *value = row.get(u * E::UNIT + i).copied().unwrap_or_default();
+            }
+        }
+    }
+}
+
+/// Packs the first units, a multiple of 16; returns how many.
+///
+/// # Safety
+/// The processor has AVX-512; `rows` (at most 12) hold `units` units each and `out` `units * rows.len()`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_of_rows_avx512<E: TileElement>(rows: &[&[E]], units: usize, out: &mut [E]) -> usize {
+    let count = rows.len();
+    let total = units * count;
+    let target = out.as_mut_ptr().cast::<i32>();
+    let mut square = [_mm512_setzero_si512(); 16];
+    for u in (0..units / 16 * 16).step_by(16) {
+        for (slot, row) in square.iter_mut().zip(rows) {
+            // SAFETY: units `u` to `u + 15` lie inside the row; a unit is 4 bytes.
+            *slot = unsafe { _mm512_loadu_si512(row.as_ptr().add(u * E::UNIT).cast()) };
+        }
+        square[count..].fill(_mm512_setzero_si512());
+        let columns = transposed(square);
+        for (i, column) in columns.iter().enumerate() {
+            let at = (u + i) * count;
+            if at + 16 <= total {
+                // What this writes past the unit is overwritten by the units that follow.
+                // SAFETY: the 16 units from `at` lie inside `out`.
+                unsafe { _mm512_storeu_si512(target.add(at).cast(), *column) };
+            } else {
+                // SAFETY: only the first `count` units from `at` are written, and they lie inside `out`.
+                unsafe { _mm512_mask_storeu_epi32(target.add(at), (1u16 << count) - 1, *column) };
+            }
+        }
+    }
+    units / 16 * 16
+}
+
+/// The transpose of 16 x 16 values of 4 bytes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // fours[4g + c], 128-bit lane l: column 4l + c of rows 4g to 4g + 3.
+    let mut fours = pairs;
+    for g in 0..4 {
+        fours[4 * g] = _mm512_unpacklo_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 1] = _mm512_unpackhi_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 2] = _mm512_unpacklo_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+        fours[4 * g + 3] = _mm512_unpackhi_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+    }
+    let mut columns = fours;
+    for c in 0..4 {
+        let even_top = _mm512_shuffle_i32x4::<0x88>(fours[c], fours[4 + c]);
+        let odd_top = _mm512_shuffle_i32x4::<0xdd>(fours[c], fours[4 + c]);
+        let even_bottom = _mm512_shuffle_i32x4::<0x88>(fours[8 + c], fours[12 + c]);
+        let odd_bottom = _mm512_shuffle_i32x4::<0xdd>(fours[8 + c], fours[12 + c]);
+        columns[c] = _mm512_shuffle_i32x4::<0x88>(even_top, even_bottom);
+        columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd_top, odd_bottom);
+        columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even_top, even_bottom);
+        columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd_top, odd_bottom);
+    }
+    columns
+}
+
+/// Transposes one 32 x 32 block of a weight panel: outputs become the reduction index, inputs the columns.
+///
+/// - `block`: `height` (1 to 32) inputs of a panel, `[units(height)][32][UNIT]`; inputs past `height` count as zero
+/// - `out`: `[32 / UNIT][32][UNIT]`, with outputs running down and inputs across
+pub fn transposed_block<E: TileElement>(isa: Isa, block: &[E], height: usize, out: &mut [E]) {
+    assert!((1..=PANEL_COLUMNS).contains(&height), "a block of {height} inputs");
+    assert_eq!(block.len(), E::units(height) * PANEL_COLUMNS * E::UNIT, "a block of {height} inputs");
+    assert_eq!(out.len(), PANEL_COLUMNS * PANEL_COLUMNS, "a transposed block");
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: the processor has AVX-512 F and BW (`isa`); the lengths are asserted above.
+        unsafe { transposed_block_avx512(block, out) };
+        return;
+    }
+    let _ = isa;
+    for column in 0..PANEL_COLUMNS {
+        for row in 0..PANEL_COLUMNS {
+            let value = block.get((column / E::UNIT * PANEL_COLUMNS + row) * E::UNIT + column % E::UNIT);
+            out[(row / E::UNIT * PANEL_COLUMNS + column) * E::UNIT + row % E::UNIT] = value.copied().unwrap_or_default();
+        }
+    }
+}
+
+/// # Safety
+/// The processor has AVX-512 F and BW; `block` is a whole number of rows of 32 units; `out` has 32 x 32 elements.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn transposed_block_avx512<E: TileElement>(block: &[E], out: &mut [E]) {
+    let rows = block.len() / (PANEL_COLUMNS * E::UNIT);
+    let (source, target) = (block.as_ptr().cast::<i32>(), out.as_mut_ptr().cast::<i32>());
+    for top in (0..PANEL_COLUMNS / E::UNIT).step_by(16) {
+        for left in [0, 16] {
+            let mut square = [_mm512_setzero_si512(); 16];
+            for (i, slot) in square.iter_mut().enumerate().take(rows.saturating_sub(top)) {
+                // SAFETY: row `top + i` is below `rows`, so its 16 units from `left` lie inside `block`.
+                *slot = unsafe { _mm512_loadu_si512(source.add((top + i) * PANEL_COLUMNS + left).cast()) };
+            }
+            let columns = transposed(square);
+            if E::UNIT == 1 {
+                for (i, column) in columns.iter().enumerate() {
+                    // SAFETY: row `left + i` and the 16 columns from `top` lie inside the 32 x 32 elements of `out`.
+                    unsafe { _mm512_storeu_si512(target.add((left + i) * PANEL_COLUMNS + top).cast(), *column) };
+                }
+                continue;
+            }
+            // Each of `columns` holds the 32 inputs of one output; outputs 2i and 2i + 1 are dealt out alternately.
+            let deal = _mm512_set_epi16(
+                47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0,
+            );
+            let deal_high = _mm512_add_epi16(deal, _mm512_set1_epi16(16));
+            for (i, pair) in columns.chunks_exact(2).enumerate() {
+                let at = (left / 2 + i) * PANEL_COLUMNS;
+                // SAFETY: row `left / 2 + i` is one of the 16 rows of 32 units of `out`.
+                unsafe {
+                    _mm512_storeu_si512(target.add(at).cast(), _mm512_permutex2var_epi16(pair[0], deal, pair[1]));
+                    _mm512_storeu_si512(target.add(at + 16).cast(), _mm512_permutex2var_epi16(pair[0], deal_high, pair[1]));
+                }
+            }
+        }
+    }
+}
+
+/// Packs part of one unit of tokens, so that tokens are the reduction index: `out` unit `j` holds value `j` of each token.
+///
+/// - `tokens`: `UNIT` slices of one length, or fewer at the end of the tokens (the rest counts as zero)
+/// - `out`: at least that many units; units past the slices become zero
+pub fn unit_of_tokens<E: TileElement>(tokens: &[&[E]], out: &mut [E]) {
+    match *tokens {
+        [only] if E::UNIT == 1 => {
+            out[..only.len()].copy_from_slice(only);
+            out[only.len()..].fill(E::default());
+        }
+        [even, odd] if E::UNIT == 2 => {
+            let (units, rest) = out.split_at_mut(even.len() * 2);
+            for ((unit, even), odd) in units.chunks_exact_mut(2).zip(even).zip(odd) {
+                unit[0] = *even;
+                unit[1] = *odd;
+            }
+            rest.fill(E::default());
+        }
+        _ => {
+            out.fill(E::default());
+            for (i, token) in tokens.iter().enumerate() {
+                for (unit, value) in out.chunks_exact_mut(E::UNIT).zip(*token) {
+                    unit[i] = *value;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn forms() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best())
+    }
+
+    fn value<E: TileElement>(i: usize) -> E {
+        E::from_f32((i % 255) as f32 + 1.0)
+    }
+
+    fn tiles<E: TileElement>() {
+        for isa in forms() {
+            for count in 1..=TILE_ROWS {
+                for k in [1, 2, 15, 33, 64, 101] {
+                    let rows: Vec<Vec<E>> = (0..count).map(|r| (0..k).map(|i| value(r * 31 + i)).collect()).collect();
+                    let rows: Vec<&[E]> = rows.iter().map(Vec::as_slice).collect();
+                    let mut out = vec![value::<E>(7); E::units(k) * count * E::UNIT];
+                    tile_of_rows(isa, &rows, &mut out);
+                    for (at, got) in out.iter().enumerate() {
+                        let (u, r, i) = (at / E::UNIT / count, at / E::UNIT % count, at % E::UNIT);
+                        assert_eq!(*got, rows[r].get(u * E::UNIT + i).copied().unwrap_or_default(), "{isa:?} {count} x {k} at {at}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn blocks<E: TileElement>() {
+        for isa in forms() {
+            for height in [1, 2, 9, 16, 17, 32] {
+                let mut block: Vec<E> = (0..E::units(height) * PANEL_COLUMNS * E::UNIT).map(value).collect();
+                if height % E::UNIT == 1 {
+                    let last = (E::units(height) - 1) * PANEL_COLUMNS * E::UNIT;
+                    block[last..].iter_mut().skip(1).step_by(2).for_each(|v| *v = E::default());
+                }
+                let mut out = vec![value::<E>(7); PANEL_COLUMNS * PANEL_COLUMNS];
+                transposed_block(isa, &block, height, &mut out);
+                for (output, input) in (0..32).flat_map(|output| (0..32).map(move |input| (output, input))) {
+                    let got = out[(output / E::UNIT * 32 + input) * E::UNIT + output % E::UNIT];
+                    let want =
+                        if input < height { block[(input / E::UNIT * 32 + output) * E::UNIT + input % E::UNIT] } else { E::default() };
+                    assert_eq!(got, want, "{isa:?} height {height} output {output} input {input}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_form_packs_the_same_tile() {
+        tiles::<f32>();
+        tiles::<bf16>();
+    }
+
+    #[test]
+    fn every_form_transposes_a_block() {
+        blocks::<f32>();
+        blocks::<bf16>();
+    }
+
+    #[test]
+    fn tokens_alternate_in_bf16() {
+        let [a, b] = [[1.0, 2.0].map(bf16::from_f32), [3.0, 4.0].map(bf16::from_f32)];
+        let mut out = [bf16::ONE; 6];
+        unit_of_tokens(&[&a, &b], &mut out);
+        assert_eq!(out.map(f32::from), [1.0, 3.0, 2.0, 4.0, 0.0, 0.0]);
+        unit_of_tokens(&[&b], &mut out);
+        assert_eq!(out.map(f32::from), [3.0, 0.0, 4.0, 0.0, 0.0, 0.0]);
+    }
+}

@@ -1,0 +1,329 @@
+//! The innermost step of every matrix product: a tile of up to 12 rows times a panel of 32 columns, added up in
+//! registers. Knows addresses and strides, not matrices; gemm.rs and attention choose what to multiply.
+//!
+//! Each of the tile's elements is one chain of fused multiply-adds along the reduction index, in one lane, from zero or
+//! from the value already in `c`. So its bits depend neither on the height of the tile nor on where a long reduction is
+//! cut into several calls. The forms differ from each other in rounding (the portable one does not fuse, `vdpbf16ps`
+//! takes two products at a time), but every form keeps this law.
+
+use super::isa::{Isa, isa};
+use crate::kernels::element::Float;
+
+/// Most rows of a tile: 12 x 2 sums, 2 vectors of the panel and a broadcast fill the 32 registers of AVX-512.
+pub const TILE_ROWS: usize = 12;
+
+/// Columns of a panel and of a tile: two AVX-512 vectors of f32.
+pub const PANEL_COLUMNS: usize = 32;
+
+/// An element in which matrix products are computed: f32, or bf16 with sums in f32.
+///
+/// Operands are made of *units* of 4 bytes along the reduction index: one f32, or a pair of bf16 (zero past the end).
+pub trait TileElement: Float {
+    /// Values in a unit.
+    const UNIT: usize;
+
+    /// Units that hold `count` values.
+    fn units(count: usize) -> usize {
+        count.div_ceil(Self::UNIT)
+    }
+
+    /// Computes `panels` neighbouring tiles of `rows` rows in form `isa`.
+    ///
+    /// # Safety
+    /// The processor has `isa`; `rows` is 1 to [`TILE_ROWS`]; `panels` is 1, or at most [`panels_abreast`] of `rows`;
+    /// every address that `args` describes is valid, that of `c` for writing by this thread alone.
+    unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>);
+}
+
+/// Panels that a tile of `rows` rows computes side by side: enough sums to hide the latency of an addition.
+pub(super) const fn panels_abreast(rows: usize) -> usize {
+    match rows {
+        1 | 2 => 4,
+        3 | 4 => 2,
+        _ => 1,
+    }
+}
+
+/// Addresses of a tile; strides count elements.
+pub struct TileArgs<E> {
+    pub(super) a: *const E,
+    /// From a row of `a` to the next.
+    pub(super) a_row: usize,
+    /// From a unit of `a` to the next.
+    pub(super) a_unit: usize,
+    pub(super) b: *const E,
+    /// From a unit of the panel (32 columns of [`TileElement::UNIT`] values) to the next.
+    pub(super) b_unit: usize,
+    /// From a panel to the next.
+    pub(super) b_panel: usize,
+    pub(super) c: *mut f32,
+    pub(super) c_row: usize,
+    pub(super) c_panel: usize,
+    pub(super) units: usize,
+    /// Start from what `c` holds, not from zero.
+    pub(super) add: bool,
+}
+
+/// `a` `[rows, k]` times a panel `[k, 32]`, for kernels that build products of their own, such as attention.
+///
+/// - `a`: unit `u` of row `r` is the [`TileElement::UNIT`] values from `a[r * a_row + u * a_unit]`: row-major rows have
+///   `a_row` their length and `a_unit` the `UNIT`; packed ones (`pack::tile_of_rows`; faster) `UNIT` and `rows * UNIT`.
+/// - `panel`: unit `u` of column `j` is the values from `panel[u * panel_unit + j * UNIT]`. In f32 that is any row-major
+///   matrix at least 32 columns wide, `panel_unit` its row length; in bf16 two values along the reduction lie together.
+/// - `units`: length of the reduction; a bf16 reduction of odd length ends in a pair with a zero.
+pub struct TileProduct<'a, E> {
+    pub rows: usize,
+    pub units: usize,
+    pub a: &'a [E],
+    pub a_row: usize,
+    pub a_unit: usize,
+    pub panel: &'a [E],
+    pub panel_unit: usize,
+}
+
+impl<E: TileElement> TileProduct<'_, E> {
+    /// Writes the product to `c` `[rows, 32]`, f32, whose rows are `c_row` apart; with `add`, continues the sums in `c`.
+    #[inline]
+    pub fn run(&self, c: &mut [f32], c_row: usize, add: bool) {
+        self.run_as(isa(), c, c_row, add);
+    }
+
+    /// As [`Self::run`], in form `isa`, which the processor must have.
+    #[inline]
+    pub(super) fn run_as(&self, isa: Isa, c: &mut [f32], c_row: usize, add: bool) {
+        let Self { rows, units, a, a_row, a_unit, panel, panel_unit } = *self;
+        assert!((1..=TILE_ROWS).contains(&rows), "a tile of {rows} rows");
+        assert!(c_row >= PANEL_COLUMNS, "rows of c overlap: {c_row} apart");
+        assert!((rows - 1) * c_row + PANEL_COLUMNS <= c.len(), "c ends inside the tile: {} values", c.len());
+        if units > 0 {
+            assert!((rows - 1) * a_row + (units - 1) * a_unit + E::UNIT <= a.len(), "a ends inside the tile: {} values", a.len());
+            assert!((units - 1) * panel_unit + PANEL_COLUMNS * E::UNIT <= panel.len(), "the panel ends too soon: {} values", panel.len());
+        }
+        let (a, b, c) = (a.as_ptr(), panel.as_ptr(), c.as_mut_ptr());
+        let args = TileArgs { a, a_row, a_unit, b, b_unit: panel_unit, b_panel: 0, c, c_row, c_panel: 0, units, add };
+        // SAFETY: `isa` is one this processor has; the assertions bound the last element read of `a` and `panel` and
+        // written of `c`, which is borrowed mutably.
+        unsafe { E::tile(isa, rows, 1, &args) }
+    }
+}
+
+/// Calls `$tile::<ROWS, $vectors, $packed>($args)` for the constant that equals `$rows`.
+macro_rules! for_rows {
+    ($rows:expr, $tile:ident, $vectors:literal, $packed:literal, $args:expr, [$($count:literal),*]) => {
+        match $rows {
+            $($count => $tile::<$count, $vectors, $packed>($args),)*
+            rows => unreachable!("a tile of {rows} rows"),
+        }
+    };
+}
+pub(super) use for_rows;
+
+/// Defines `$tile`, the AVX-512 tile of `ROWS` rows and `VECTORS` vectors of 16 columns, and `$run`, which picks its
+/// constants. `$step` adds the product of a unit of `a`, broadcast, and 16 units of the panel to a vector of sums.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tile_avx512 {
+    ($run:ident, $tile:ident, $element:ty, $features:literal, |$sum:ident, $a:ident, $b:ident| $step:expr) => {
+        /// # Safety
+        /// As [`TileElement::tile`]; `PACKED` only if units of `a` are `ROWS` neighbours.
+        #[target_feature(enable = $features)]
+        unsafe fn $tile<const ROWS: usize, const VECTORS: usize, const PACKED: bool>(args: &TileArgs<$element>) {
+            const UNIT: usize = <$element as TileElement>::UNIT;
+            let TileArgs { a: mut at, a_row, a_unit, b: mut bt, b_unit, b_panel, c, c_row, c_panel, units, add } = *args;
+            let (a_row, a_unit) = if PACKED { (UNIT, ROWS * UNIT) } else { (a_row, a_unit) };
+            // Where vector `v` of 16 columns lies: two to a panel.
+            let b_vector = |v: usize| (v / 2) * b_panel + (v % 2) * 16 * UNIT;
+            let c_vector = |r: usize, v: usize| r * c_row + (v / 2) * c_panel + (v % 2) * 16;
+            let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+            // SAFETY: the caller vouches for every address: `units` units of `ROWS` rows of `a` and of `VECTORS * 16`
+            // columns of the panels, and the tile `c`. Loads and stores ask no alignment.
+            unsafe {
+                if add {
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        for (v, sum) in row.iter_mut().enumerate() {
+                            *sum = _mm512_loadu_ps(c.add(c_vector(r, v)));
+                        }
+                    }
+                }
+                for _ in 0..units {
+                    let mut columns = [_mm512_setzero_si512(); VECTORS];
+                    for (v, column) in columns.iter_mut().enumerate() {
+                        *column = _mm512_loadu_si512(bt.add(b_vector(v)).cast());
+                    }
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let $a = _mm512_set1_epi32(at.add(r * a_row).cast::<i32>().read_unaligned());
+                        for (sum, &$b) in row.iter_mut().zip(&columns) {
+                            let $sum = *sum;
+                            *sum = $step;
+                        }
+                    }
+                    at = at.wrapping_add(a_unit);
+                    bt = bt.wrapping_add(b_unit);
+                }
+                for (r, row) in sums.iter().enumerate() {
+                    for (v, sum) in row.iter().enumerate() {
+                        _mm512_storeu_ps(c.add(c_vector(r, v)), *sum);
+                    }
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`TileElement::tile`].
+        #[target_feature(enable = $features)]
+        unsafe fn $run(rows: usize, panels: usize, args: &TileArgs<$element>) {
+            const UNIT: usize = <$element as TileElement>::UNIT;
+            let packed = args.a_row == UNIT && args.a_unit == rows * UNIT;
+            // SAFETY: the caller's promise, passed on; `packed` is what PACKED asks.
+            unsafe {
+                match (panels, packed) {
+                    (1, true) => for_rows!(rows, $tile, 2, true, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+                    (1, false) => for_rows!(rows, $tile, 2, false, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+                    (2, _) => for_rows!(rows, $tile, 4, false, args, [1, 2, 3, 4]),
+                    (3, _) => for_rows!(rows, $tile, 6, false, args, [1, 2]),
+                    (4, _) => for_rows!(rows, $tile, 8, false, args, [1, 2]),
+                    _ => unreachable!("{panels} panels abreast"),
+                }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use tile_avx512;
+
+/// Cuts a tile into pieces of at most `$most` rows and `$width` columns, for forms with fewer or narrower registers.
+/// `$piece::<ROWS>(args)` computes one.
+macro_rules! tile_in_pieces {
+    ($rows:expr, $panels:expr, $args:expr, $width:literal, $most:literal, $unit:expr, $piece:ident, [$($count:literal),*]) => {
+        for panel in 0..$panels {
+            for top in (0..$rows).step_by($most) {
+                for left in (0..PANEL_COLUMNS).step_by($width) {
+                    let piece = TileArgs {
+                        a: $args.a.wrapping_add(top * $args.a_row),
+                        b: $args.b.wrapping_add(panel * $args.b_panel + left * $unit),
+                        c: $args.c.wrapping_add(panel * $args.c_panel + top * $args.c_row + left),
+                        ..*$args
+                    };
+                    match ($rows - top).min($most) {
+                        $($count => $piece::<$count>(&piece),)*
+                        rows => unreachable!("a piece of {rows} rows"),
+                    }
+                }
+            }
+        }
+    };
+}
+pub(super) use tile_in_pieces;
+
+/// Defines `$piece`, the AVX2 tile of `ROWS` rows and 16 columns, and `$run`, which cuts a whole tile into such pieces.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tile_avx2 {
+    ($run:ident, $piece:ident, $element:ty, |$sum:ident, $a:ident, $b:ident| $step:expr) => {
+        /// # Safety
+        /// As [`TileElement::tile`], for 16 columns.
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn $piece<const ROWS: usize>(args: &TileArgs<$element>) {
+            const UNIT: usize = <$element as TileElement>::UNIT;
+            let TileArgs { a: mut at, a_row, a_unit, b: mut bt, b_unit, c, c_row, units, add, .. } = *args;
+            let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
+            // SAFETY: the caller vouches for every address: `units` units of `ROWS` rows of `a` and of 16 columns of
+            // the panel, and 16 columns of `c`. Loads and stores ask no alignment.
+            unsafe {
+                if add {
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        for (v, sum) in row.iter_mut().enumerate() {
+                            *sum = _mm256_loadu_ps(c.add(r * c_row + v * 8));
+                        }
+                    }
+                }
+                for _ in 0..units {
+                    let columns = [_mm256_loadu_si256(bt.cast()), _mm256_loadu_si256(bt.add(8 * UNIT).cast())];
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let $a = _mm256_set1_epi32(at.add(r * a_row).cast::<i32>().read_unaligned());
+                        for (sum, &$b) in row.iter_mut().zip(&columns) {
+                            let $sum = *sum;
+                            *sum = $step;
+                        }
+                    }
+                    at = at.wrapping_add(a_unit);
+                    bt = bt.wrapping_add(b_unit);
+                }
+                for (r, row) in sums.iter().enumerate() {
+                    for (v, sum) in row.iter().enumerate() {
+                        _mm256_storeu_ps(c.add(r * c_row + v * 8), *sum);
+                    }
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`TileElement::tile`].
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn $run(rows: usize, panels: usize, args: &TileArgs<$element>) {
+            // SAFETY: pieces of 6 rows and 16 columns cover the caller's tile and nothing else.
+            unsafe { tile_in_pieces!(rows, panels, args, 16, 6, <$element as TileElement>::UNIT, $piece, [1, 2, 3, 4, 5, 6]) }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use tile_avx2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    /// Forms that this processor can run.
+    fn forms() -> impl Iterator<Item = Isa> {
+        Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best())
+    }
+
+    /// Small numbers that differ from place to place, exact in bf16.
+    fn value(i: usize) -> f32 {
+        ((i * 37 + i / 7 * 11) % 61) as f32 / 32.0 - 0.9375
+    }
+
+    fn check<E: TileElement>(rows: usize, units: usize, packed: bool) {
+        let unit = E::UNIT;
+        let k = units * unit;
+        let (a_row, a_unit) = if packed { (unit, rows * unit) } else { (k + 3, unit) };
+        let a: Vec<E> = (0..rows * (k + 3)).map(|i| E::from_f32(value(i))).collect();
+        let panel_unit = PANEL_COLUMNS * unit + 5;
+        let panel: Vec<E> = (0..units * panel_unit).map(|i| E::from_f32(value(i * 3 + 1))).collect();
+        let c_row = PANEL_COLUMNS + 2;
+        for isa in forms() {
+            for add in [false, true] {
+                let mut c: Vec<f32> = (0..rows * c_row).map(|i| value(i * 5)).collect();
+                let before = c.clone();
+                TileProduct { rows, units, a: &a, a_row, a_unit, panel: &panel, panel_unit }.run_as(isa, &mut c, c_row, add);
+                for (i, got) in c.iter().enumerate() {
+                    let (r, j) = (i / c_row, i % c_row);
+                    if j >= PANEL_COLUMNS {
+                        assert_eq!(*got, before[i], "wrote outside the tile");
+                        continue;
+                    }
+                    let mut want = if add { f64::from(before[i]) } else { 0.0 };
+                    let mut size = want.abs();
+                    for kk in 0..k {
+                        let x = f64::from(a[r * a_row + kk / unit * a_unit + kk % unit].to_f32());
+                        let product = x * f64::from(panel[kk / unit * panel_unit + j * unit + kk % unit].to_f32());
+                        want += product;
+                        size += product.abs();
+                    }
+                    // Each of k + 1 additions rounds once, by at most 2^-24 of the sum of sizes; twice that if unfused.
+                    let bound = size * (k + 1) as f64 * 2.0f64.powi(-23);
+                    assert!((f64::from(*got) - want).abs() <= bound, "{isa:?} {rows}x{units} at {r},{j}: {got} against {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_form_agrees_with_f64() {
+        for rows in 1..=TILE_ROWS {
+            for (units, packed) in [(0, false), (1, true), (7, false), (33, true), (33, false)] {
+                check::<f32>(rows, units, packed);
+                check::<bf16>(rows, units, packed);
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The tile product of bf16 operands with sums in f32, for each instruction set. `vdpbf16ps` takes a pair of products at
+//! a time; the other forms widen both values of a pair to f32, which is a shift or a mask, and add the even one first.
+
+use super::isa::Isa;
+use super::tile::{PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
+#[cfg(target_arch = "x86_64")]
+use super::tile::{for_rows, tile_avx2, tile_avx512};
+use half::bf16;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+impl TileElement for bf16 {
+    const UNIT: usize = 2;
+
+    unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>) {
+        // SAFETY: the caller's promise, passed on: the processor has `isa`, which includes the features of the form.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            match isa {
+                Isa::Avx512Bf16 => return dot_pairs(rows, panels, args),
+                Isa::Avx512 => return avx512(rows, panels, args),
+                Isa::Avx2 => return avx2(rows, panels, args),
+                Isa::Portable => {}
+            }
+            let _ = isa;
+            tile_in_pieces!(rows, panels, args, 8, 4, 2, portable, [1, 2, 3, 4]);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+tile_avx512!(dot_pairs, dot_pairs_tile, bf16, "avx512f,avx512bw,avx512bf16", |sum, a, b| {
+    _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
+});
+
+#[cfg(target_arch = "x86_64")]
+tile_avx512!(avx512, avx512_tile, bf16, "avx512f", |sum, a, b| {
+    let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+    let even = |pair| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pair));
+    let odd = |pair| _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+    _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum))
+});
+
+#[cfg(target_arch = "x86_64")]
+tile_avx2!(avx2, avx2_piece, bf16, |sum, a, b| {
+    let high = _mm256_set1_epi32(0xffff_0000u32 as i32);
+    let even = |pair| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pair));
+    let odd = |pair| _mm256_castsi256_ps(_mm256_and_si256(pair, high));
+    _mm256_fmadd_ps(odd(a), odd(b), _mm256_fmadd_ps(even(a), even(b), sum))
+});
+
+/// `ROWS` rows and 8 columns.
+///
+/// # Safety
+/// As [`TileElement::tile`], for 8 columns.
+unsafe fn portable<const ROWS: usize>(args: &TileArgs<bf16>) {
+    let TileArgs { a, a_row, a_unit, b, b_unit, c, c_row, units, add, .. } = *args;
+    let mut sums = [[0.0f32; 8]; ROWS];
+    // SAFETY: the caller vouches for `units` units of `ROWS` rows of `a`, of 8 columns of the panel, and 8 columns of
+    // `c`. Arrays of bf16 ask no more alignment than bf16.
+    unsafe {
+        if add {
+            for (r, row) in sums.iter_mut().enumerate() {
+                *row = c.add(r * c_row).cast::<[f32; 8]>().read();
+            }
+        }
+        for u in 0..units {
+            let columns = b.add(u * b_unit).cast::<[[bf16; 2]; 8]>().read();
+            for (r, row) in sums.iter_mut().enumerate() {
+                let [even, odd] = a.add(r * a_row + u * a_unit).cast::<[bf16; 2]>().read();
+                for (sum, column) in row.iter_mut().zip(&columns) {
+                    *sum += even.to_f32() * column[0].to_f32();
+                    *sum += odd.to_f32() * column[1].to_f32();
+                }
+            }
+        }
+        for (r, row) in sums.iter().enumerate() {
+            c.add(r * c_row).cast::<[f32; 8]>().write(*row);
+        }
+    }
+}

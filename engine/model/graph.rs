@@ -1,0 +1,215 @@
+//! The one forward pass of Qwen2.5, dense and mixture of experts: training, scoring and generation all run this graph.
+//! The attention step is an argument, so that packed sequences and a cache of earlier keys need no second graph.
+//! Source: reference implementation `Qwen2ForCausalLM` and `Qwen2MoeForCausalLM` of Hugging Face transformers.
+
+use super::config::Config;
+use crate::error::{Error, Result};
+use crate::tensor::attention::{Heads, Rope, attention};
+use crate::tensor::embedding::embedding;
+use crate::tensor::experts::{Expert, Routing, mixture, routing};
+use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
+use crate::tensor::recompute::recompute;
+use crate::tensor::rms_norm::rms_norm;
+use crate::tensor::{ModelElement, Parameter, Tensor};
+use std::sync::Arc;
+
+/// Documents laid end to end: `tokens` and `position_ids` of `[tokens]`, and the borders of the documents, from 0 to
+/// the number of tokens. Attention stays inside a document.
+#[derive(Clone, Copy, Debug)]
+pub struct Packed<'a> {
+    pub tokens: &'a [i32],
+    pub position_ids: &'a [i32],
+    pub cu_seqlens: &'a [u32],
+}
+
+impl Packed<'_> {
+    /// Errors: [`Error::Shape`] or [`Error::Argument`] if the three do not fit together, or a token is outside the
+    /// vocabulary.
+    pub fn check(&self, op: &'static str, vocab: usize) -> Result<()> {
+        let tokens = self.tokens.len();
+        if self.position_ids.len() != tokens {
+            return Err(Error::Shape {
+                op,
+                arg: "position_ids",
+                expected: format!("[{tokens}]"),
+                got: format!("[{}]", self.position_ids.len()),
+            });
+        }
+        let rising = self.cu_seqlens.windows(2).all(|pair| pair[0] <= pair[1]);
+        if self.cu_seqlens.first() != Some(&0) || self.cu_seqlens.last().map(|last| *last as usize) != Some(tokens) || !rising {
+            return Err(Error::argument(
+                op,
+                "cu_seqlens",
+                format!("document borders rising from 0 to {tokens}"),
+                format!("{:?}", self.cu_seqlens),
+            ));
+        }
+        if let Some((index, token)) = self.tokens.iter().enumerate().find(|(_, token)| **token < 0 || **token as usize >= vocab) {
+            return Err(Error::argument(op, format!("tokens[{index}]"), format!("an id from 0 to {}", vocab - 1), token));
+        }
+        if let Some(position) = self.position_ids.iter().find(|position| **position < 0) {
+            return Err(Error::argument(op, "position_ids", "0 or more", position));
+        }
+        Ok(())
+    }
+}
+
+/// A transformer layer's weights. q, k and v are rows of one matrix, as are gate and up, so that each input is read once.
+pub struct Layer<E: ModelElement> {
+    /// `[hidden]`
+    pub input_norm: Arc<Parameter<E>>,
+    /// `[(heads + 2 * kv_heads) * head_dim, hidden]`
+    pub qkv: Arc<Parameter<E>>,
+    /// `[(heads + 2 * kv_heads) * head_dim]`
+    pub qkv_bias: Arc<Parameter<E>>,
+    /// `[hidden, heads * head_dim]`
+    pub o: Arc<Parameter<E>>,
+    /// `[hidden]`
+    pub post_norm: Arc<Parameter<E>>,
+    pub mlp: Mlp<E>,
+    /// Keys that a query sees, itself included; all of its document if none.
+    pub window: Option<usize>,
+}
+
+/// The second half of a layer.
+pub enum Mlp<E: ModelElement> {
+    Dense(Expert<E>),
+    Sparse(Box<Sparse<E>>),
+}
+
+/// A mixture of experts beside one shared expert.
+pub struct Sparse<E: ModelElement> {
+    /// `[experts, hidden]`
+    pub router: Arc<Parameter<E>>,
+    pub experts: Arc<[Expert<E>]>,
+    pub shared: Expert<E>,
+    /// `[1, hidden]`
+    pub shared_gate: Arc<Parameter<E>>,
+}
+
+/// A model's weights and what is derived from its configuration.
+pub struct Graph<E: ModelElement> {
+    pub config: Config,
+    /// `[vocab, hidden]`
+    pub embed: Arc<Parameter<E>>,
+    pub layers: Vec<Layer<E>>,
+    /// `[hidden]`
+    pub norm: Arc<Parameter<E>>,
+    /// `[vocab, hidden]`; the embedding itself when tied.
+    pub head: Arc<Parameter<E>>,
+    pub rope: Rope,
+}
+
+/// What a forward pass gives.
+pub struct Forward<E: ModelElement> {
+    /// `[tokens, hidden]`, after the last layer and before the final norm.
+    pub hidden: Tensor<E, 2>,
+    /// One for each sparse layer, in order.
+    pub routing: Vec<Routing<E>>,
+}
+
+impl<E: ModelElement> Graph<E> {
+    fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
+    /// How a layer's attention sees the heads.
+    pub fn heads(&self) -> Heads {
+        Heads { heads: self.config.heads, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
+    }
+
+    /// Runs the layers over packed documents.
+    ///
+    /// - `recompute_layers`: keep only each layer's input and compute the layer again for the backward pass
+    /// - `observe`: sees the residual stream before the first layer and after each one
+    ///
+    /// Errors: those of [`Packed::check`].
+    pub fn forward(self: &Arc<Self>, input: &Packed, recompute_layers: bool, observe: impl FnMut(&Tensor<E, 2>)) -> Result<Forward<E>> {
+        input.check("forward", self.config.vocab)?;
+        let tables = Arc::new(self.rope.tables::<E>(input.position_ids)?);
+        let borders: Arc<[i32]> = input.cu_seqlens.iter().map(|border| *border as i32).collect();
+        let heads = self.heads();
+        self.forward_with(input.tokens, recompute_layers, observe, move |qkv, window| attention(qkv, heads, &tables, &borders, window))
+    }
+
+    /// Runs the layers; `attend` turns `[tokens, (heads + 2 * kv_heads) * head_dim]` before rope into
+    /// `[tokens, heads * head_dim]` for a layer with that window.
+    fn forward_with(
+        self: &Arc<Self>,
+        tokens: &[i32],
+        recompute_layers: bool,
+        mut observe: impl FnMut(&Tensor<E, 2>),
+        attend: impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>> + Clone + Send + 'static,
+    ) -> Result<Forward<E>> {
+        let mut x = embedding(tokens, &self.embed)?;
+        let mut routings = Vec::new();
+        observe(&x);
+        for (index, layer) in self.layers.iter().enumerate() {
+            match &layer.mlp {
+                Mlp::Dense(_) if recompute_layers => {
+                    let (graph, attend) = (self.clone(), attend.clone());
+                    x = recompute(&x, move |x| {
+                        let layer = &graph.layers[index];
+                        let x = layer.attend(x, graph.eps(), &attend)?;
+                        layer.dense(&x, graph.eps())
+                    })?;
+                }
+                Mlp::Dense(_) => {
+                    x = layer.attend(&x, self.eps(), &attend)?;
+                    x = layer.dense(&x, self.eps())?;
+                }
+                Mlp::Sparse(sparse) => {
+                    // Routing gives several results, so only the attention half is computed again.
+                    if recompute_layers {
+                        let (graph, attend) = (self.clone(), attend.clone());
+                        x = recompute(&x, move |x| graph.layers[index].attend(x, graph.eps(), &attend))?;
+                    } else {
+                        x = layer.attend(&x, self.eps(), &attend)?;
+                    }
+                    let (next, routing) = sparse.forward(&x, layer, self)?;
+                    x = next;
+                    routings.push(routing);
+                }
+            }
+            observe(&x);
+        }
+        Ok(Forward { hidden: x, routing: routings })
+    }
+
+    /// The final norm: `[tokens, hidden]` ready for the head.
+    pub fn final_norm(&self, hidden: &Tensor<E, 2>) -> Result<Tensor<E, 2>> {
+        rms_norm(hidden, &self.norm, self.eps())
+    }
+}
+
+impl<E: ModelElement> Layer<E> {
+    fn attend(
+        &self,
+        x: &Tensor<E, 2>,
+        eps: f32,
+        attend: &impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>>,
+    ) -> Result<Tensor<E, 2>> {
+        let qkv = norm_linear(x, &self.input_norm, eps, &self.qkv, Some(&self.qkv_bias))?;
+        let mixed = attend(&qkv, self.window)?;
+        linear(&mixed, &self.o, None, Some(x))
+    }
+
+    fn dense(&self, x: &Tensor<E, 2>, eps: f32) -> Result<Tensor<E, 2>> {
+        let Mlp::Dense(mlp) = &self.mlp else { unreachable!("the caller looked") };
+        let gate_up = norm_linear(x, &self.post_norm, eps, &mlp.gate_up, None)?;
+        swiglu_linear(&gate_up, &mlp.down, Some(x))
+    }
+}
+
+impl<E: ModelElement> Sparse<E> {
+    fn forward(&self, x: &Tensor<E, 2>, layer: &Layer<E>, graph: &Graph<E>) -> Result<(Tensor<E, 2>, Routing<E>)> {
+        let moe = graph.config.moe.as_ref().expect("a sparse layer exists only with experts configured");
+        let normed = rms_norm(x, &layer.post_norm, graph.eps())?;
+        let logits = linear(&normed, &self.router, None, None)?;
+        let routing = routing(&logits, moe.experts_per_token, moe.norm_topk_prob)?;
+        let shared = swiglu_linear(&linear(&normed, &self.shared.gate_up, None, None)?, &self.shared.down, None)?;
+        let gate = linear(&normed, &self.shared_gate, None, None)?;
+        let mixed = mixture(x, &normed, &routing, &self.experts, &shared, &gate)?;
+        Ok((mixed, routing))
+    }
+}

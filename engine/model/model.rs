@@ -1,0 +1,271 @@
+//! `Model`: a graph in f32 or in bf16 behind one face, with the questions that scripts ask it: logits, log-probabilities,
+//! losses, parameters and gradients by name.
+
+use super::config::Config;
+use super::graph::{Forward, Graph, Packed};
+use super::names::Named;
+use super::weights::blocks;
+use crate::checkpoint::folder::CheckpointFolder;
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Dtype;
+use crate::tensor::experts::load_balance;
+use crate::tensor::logprobs;
+use crate::tensor::parameter::Trainable;
+use crate::tensor::{AnyTensor, ModelElement, Tensor};
+use half::bf16;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+/// A graph in the element type that was chosen when the model was made.
+#[derive(Clone)]
+enum AnyGraph {
+    F32(Arc<Graph<f32>>),
+    Bf16(Arc<Graph<bf16>>),
+}
+
+/// Runs an expression on the graph, whichever its type.
+macro_rules! on_graph {
+    ($model:expr, $graph:ident => $body:expr) => {
+        match &$model.graph {
+            AnyGraph::F32($graph) => $body,
+            AnyGraph::Bf16($graph) => $body,
+        }
+    };
+}
+
+/// A Qwen2.5 model.
+pub struct Model {
+    graph: AnyGraph,
+    recompute: AtomicBool,
+}
+
+/// A training loss and its parts.
+pub struct Loss {
+    /// What to run backwards: `cross_entropy + coefficient * load_balance`. Deferred; see `tensor/logprobs.rs`.
+    pub total: Tensor<f32, 0>,
+    /// Before its coefficient; none for a dense model, or if the coefficient is 0.
+    pub load_balance: Option<Tensor<f32, 0>>,
+}
+
+impl Model {
+    /// A new model with random weights.
+    ///
+    /// Errors: those of [`Config::check`]; [`Error::Argument`] for an element type in which models do not compute.
+    pub fn random(config: Config, dtype: Dtype, seed: u64) -> Result<Self> {
+        let graph = match dtype {
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(config, seed)?)),
+            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::random(config, seed)?)),
+            other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
+        };
+        Ok(Self { graph, recompute: AtomicBool::new(false) })
+    }
+
+    /// The model of a Hugging Face checkpoint folder, in its own element type or in `dtype`.
+    ///
+    /// - `trains`: whether it will be trained; otherwise it has no gradients
+    /// - `remark`: hears of what was odd but clear
+    ///
+    /// Errors: those of [`Config::load`], [`CheckpointFolder::open`] and [`Graph::load`].
+    pub fn load(folder: &Path, dtype: Option<Dtype>, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        let config = Config::load(folder)?;
+        let files = CheckpointFolder::open(folder)?;
+        let graph = match dtype.unwrap_or(config.dtype) {
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, trains, remark)?)),
+            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, trains, remark)?)),
+            other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
+        };
+        Ok(Self { graph, recompute: AtomicBool::new(false) })
+    }
+
+    pub fn config(&self) -> &Config {
+        on_graph!(self, graph => &graph.config)
+    }
+
+    /// The element type of weights and activations.
+    pub fn dtype(&self) -> Dtype {
+        match self.graph {
+            AnyGraph::F32(_) => Dtype::F32,
+            AnyGraph::Bf16(_) => Dtype::Bf16,
+        }
+    }
+
+    /// From now on, keep only each layer's input in the forward pass and compute the layer again for the backward pass.
+    pub fn set_recompute(&self, recompute: bool) {
+        self.recompute.store(recompute, Relaxed);
+    }
+
+    fn run<E: ModelElement>(&self, graph: &Arc<Graph<E>>, input: &Packed) -> Result<(Tensor<E, 2>, Forward<E>)> {
+        let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+        Ok((graph.final_norm(&forward.hidden)?, forward))
+    }
+
+    /// The logits of every token: `[tokens, vocab]`, f32. Not differentiable: losses go through [`Model::logprobs`].
+    ///
+    /// Errors: those of [`Packed::check`].
+    pub fn logits(&self, input: &Packed) -> Result<Tensor<f32, 2>> {
+        on_graph!(self, graph => {
+            let (normed, _) = crate::tensor::autograd::with_recording(false, || self.run(graph, input))?;
+            logprobs::logits(&normed, &graph.head)
+        })
+    }
+
+    /// The logits of the given tokens alone, by index: `[rows.len(), vocab]`, f32.
+    ///
+    /// Errors: those of [`Packed::check`]; [`Error::Argument`] for an index outside the tokens.
+    pub fn logits_at(&self, input: &Packed, rows: &[usize]) -> Result<Tensor<f32, 2>> {
+        on_graph!(self, graph => {
+            let (normed, _) = crate::tensor::autograd::with_recording(false, || self.run(graph, input))?;
+            let [tokens, hidden] = normed.shape();
+            let mut some = Buffer::scratch(rows.len() * hidden);
+            for (to, row) in some.chunks_exact_mut(hidden).zip(rows) {
+                if *row >= tokens {
+                    return Err(Error::argument("logits", "rows", format!("indices below {tokens}"), row));
+                }
+                to.copy_from_slice(&normed.values()[row * hidden..][..hidden]);
+            }
+            logprobs::logits(&Tensor::new([rows.len(), hidden], some)?, &graph.head)
+        })
+    }
+
+    /// The residual stream before the first layer and after each one, the last after the final norm, as transformers'
+    /// `output_hidden_states` gives it: `layers + 1` tensors of `[tokens, hidden]`.
+    ///
+    /// Errors: those of [`Packed::check`].
+    pub fn hidden_states(&self, input: &Packed) -> Result<Vec<AnyTensor>> {
+        on_graph!(self, graph => {
+            let mut states: Vec<AnyTensor> = Vec::new();
+            let last = graph.config.layers;
+            let forward = graph.forward(input, self.recompute.load(Relaxed), |x| {
+                if states.len() < last {
+                    states.push(x.clone().into());
+                }
+            })?;
+            states.push(graph.final_norm(&forward.hidden)?.into());
+            Ok(states)
+        })
+    }
+
+    /// What the routers of the sparse layers say, in order: logits `[tokens, experts]`, chosen experts and weights
+    /// `[tokens, k]`; and the load-balancing loss over them all. Empty for a dense model.
+    ///
+    /// Errors: those of [`Packed::check`].
+    #[allow(clippy::type_complexity)]
+    pub fn routing(&self, input: &Packed) -> Result<(Vec<(AnyTensor, Vec<u32>, AnyTensor)>, Option<Tensor<f32, 0>>)> {
+        on_graph!(self, graph => {
+            let (_, forward) = self.run(graph, input)?;
+            let balance = load_balance(&forward.routing);
+            let layers = forward.routing.iter().map(|layer| (layer.logits.clone().into(), layer.chosen.to_vec(), layer.weights.clone().into()));
+            Ok((layers.collect(), balance))
+        })
+    }
+
+    /// The log-probability of each token's label under the model: `[tokens]`, f32, differentiable; 0 where the label is -100.
+    ///
+    /// - `labels`: `[tokens]`, the token that should follow each one
+    /// - `temperature`: logits are divided by it
+    ///
+    /// Errors: those of [`Packed::check`] and of [`logprobs::logprobs`].
+    pub fn logprobs(&self, input: &Packed, labels: &[i32], temperature: f32) -> Result<Tensor<f32, 1>> {
+        on_graph!(self, graph => {
+            let (normed, _) = self.run(graph, input)?;
+            logprobs::logprobs(&normed, &graph.head, labels, temperature)
+        })
+    }
+
+    /// The log-probabilities of [`Model::logprobs`], and the entropy of each labelled token's distribution, both `[tokens]`.
+    ///
+    /// Errors: as [`Model::logprobs`].
+    pub fn logprobs_and_entropy(&self, input: &Packed, labels: &[i32], temperature: f32) -> Result<(Tensor<f32, 1>, Tensor<f32, 1>)> {
+        on_graph!(self, graph => {
+            let (normed, _) = self.run(graph, input)?;
+            let logp = logprobs::logprobs(&normed, &graph.head, labels, temperature)?;
+            Ok((logp, logprobs::entropy(&normed, &graph.head, labels, temperature)?))
+        })
+    }
+
+    /// The training loss: the sum over labelled tokens of minus the log-probability of the label, divided by
+    /// `normalizer`, plus `router_aux_loss_coef` times the load-balancing loss.
+    ///
+    /// - `normalizer`: the supervised tokens of the whole update, over all its micro-batches
+    /// - `router_aux_loss_coef`: 0 leaves the load-balancing loss out; dense models have none
+    ///
+    /// Errors: those of [`Packed::check`] and of [`logprobs::cross_entropy`].
+    pub fn cross_entropy(&self, input: &Packed, labels: &[i32], normalizer: f32, router_aux_loss_coef: f32) -> Result<Loss> {
+        on_graph!(self, graph => {
+            let (normed, forward) = self.run(graph, input)?;
+            let balance = if router_aux_loss_coef == 0.0 { None } else { load_balance(&forward.routing) };
+            let extra = balance.as_ref().map(|balance| (balance, router_aux_loss_coef));
+            let total = logprobs::cross_entropy(&normed, &graph.head, labels, normalizer, extra)?;
+            Ok(Loss { total, load_balance: balance.map(|balance| balance.detach()) })
+        })
+    }
+
+    /// Every parameter once, for an optimizer.
+    pub fn parameters(&self) -> Vec<Arc<dyn Trainable>> {
+        on_graph!(self, graph => graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect())
+    }
+
+    /// Number of parameters.
+    pub fn count(&self) -> usize {
+        self.parameters().iter().map(|parameter| parameter.count()).sum()
+    }
+
+    /// Freezes or thaws all weights.
+    pub fn set_trains(&self, trains: bool) {
+        on_graph!(self, graph => graph.parameters().iter().for_each(|parameter| parameter.set_trains(trains)));
+    }
+
+    /// Names and shapes of the tensors, as checkpoints know them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        on_graph!(self, graph => graph.named().into_iter().map(|named| (named.name, named.shape)).collect())
+    }
+
+    /// Walks the tensor called `name` in blocks of rows, as f32, row-major: master weights where they exist.
+    ///
+    /// Errors: [`Error::Argument`] for an unknown name; those of `visit`.
+    pub fn read_tensor(&self, name: &str, visit: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        on_graph!(self, graph => {
+            let named = find(graph, name)?;
+            let columns = named.parameter.columns();
+            for block in blocks(named.rows.len(), columns) {
+                let mut values = Buffer::scratch(block.len() * columns);
+                Graph::read_tensor_rows(&named, block, &mut values);
+                visit(&values)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The value of the tensor called `name`, f32.
+    ///
+    /// Errors: [`Error::Argument`] for an unknown name.
+    pub fn value(&self, name: &str) -> Result<AnyTensor> {
+        let mut values = Vec::new();
+        self.read_tensor(name, &mut |block| {
+            values.extend_from_slice(block);
+            Ok(())
+        })?;
+        AnyTensor::new(&self.shape_of(name)?, Buffer::copy_of(&values))
+    }
+
+    /// The gradient of the tensor called `name`, f32; none if there is none.
+    ///
+    /// Errors: [`Error::Argument`] for an unknown name.
+    pub fn gradient(&self, name: &str) -> Result<Option<AnyTensor>> {
+        on_graph!(self, graph => {
+            let named = find(graph, name)?;
+            named.parameter.gradient_rows(named.rows.clone()).map(|values| AnyTensor::new(&named.shape, values)).transpose()
+        })
+    }
+
+    fn shape_of(&self, name: &str) -> Result<Vec<usize>> {
+        on_graph!(self, graph => find(graph, name).map(|named| named.shape))
+    }
+}
+
+fn find<E: ModelElement>(graph: &Graph<E>, name: &str) -> Result<Named<E>> {
+    let known = || Error::argument("model", "name", "a tensor of this model, for example model.norm.weight", format!("{name:?}"));
+    graph.named().into_iter().find(|named| named.name == name).ok_or_else(known)
+}

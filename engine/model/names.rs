@@ -1,0 +1,94 @@
+//! Which Hugging Face tensor is which rows of which parameter. The graph keeps q, k and v in one matrix, and gate and
+//! up in another; files keep them apart. Everything that speaks of tensors by name (checkpoints, gradients shown to a
+//! script, optimizer groups) goes through this table.
+//! Source: the hub layout of Qwen2 and Qwen2-MoE checkpoints.
+
+use super::graph::{Graph, Mlp};
+use crate::tensor::{ModelElement, Parameter};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A tensor of the checkpoint format and where it lies.
+pub struct Named<E: ModelElement> {
+    /// For example `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// Its own shape: `[out, in]` or `[n]`.
+    pub shape: Vec<usize>,
+    pub parameter: Arc<Parameter<E>>,
+    /// The rows of the parameter that it is.
+    pub rows: Range<usize>,
+}
+
+impl<E: ModelElement> Graph<E> {
+    /// Every tensor of the model, in the order in which transformers lists parameters; a tied head is not listed.
+    pub fn named(&self) -> Vec<Named<E>> {
+        let mut list = List { named: Vec::new() };
+        list.matrix("model.embed_tokens.weight", &self.embed);
+        let (query, key) = (self.config.heads * self.config.head_dim, self.config.kv_heads * self.config.head_dim);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let prefix = format!("model.layers.{index}");
+            let parts = [("q", 0..query), ("k", query..query + key), ("v", query + key..query + 2 * key)];
+            for (part, rows) in &parts {
+                list.add(format!("{prefix}.self_attn.{part}_proj.weight"), &layer.qkv, rows.clone(), true);
+                list.add(format!("{prefix}.self_attn.{part}_proj.bias"), &layer.qkv_bias, rows.clone(), false);
+            }
+            list.matrix(&format!("{prefix}.self_attn.o_proj.weight"), &layer.o);
+            match &layer.mlp {
+                Mlp::Dense(mlp) => list.expert(&format!("{prefix}.mlp"), &mlp.gate_up, &mlp.down),
+                Mlp::Sparse(sparse) => {
+                    list.matrix(&format!("{prefix}.mlp.gate.weight"), &sparse.router);
+                    for (index, expert) in sparse.experts.iter().enumerate() {
+                        list.expert(&format!("{prefix}.mlp.experts.{index}"), &expert.gate_up, &expert.down);
+                    }
+                    list.expert(&format!("{prefix}.mlp.shared_expert"), &sparse.shared.gate_up, &sparse.shared.down);
+                    list.matrix(&format!("{prefix}.mlp.shared_expert_gate.weight"), &sparse.shared_gate);
+                }
+            }
+            list.vector(&format!("{prefix}.input_layernorm.weight"), &layer.input_norm);
+            list.vector(&format!("{prefix}.post_attention_layernorm.weight"), &layer.post_norm);
+        }
+        list.vector("model.norm.weight", &self.norm);
+        if !Arc::ptr_eq(&self.embed, &self.head) {
+            list.matrix("lm_head.weight", &self.head);
+        }
+        list.named
+    }
+
+    /// Every parameter once, in the order of [`Graph::named`].
+    pub fn parameters(&self) -> Vec<Arc<Parameter<E>>> {
+        let mut parameters: Vec<Arc<Parameter<E>>> = Vec::new();
+        for named in self.named() {
+            // The rows of one parameter stand near each other, but a bias stands between q's and k's weights.
+            if !parameters.iter().rev().take(4).any(|known| Arc::ptr_eq(known, &named.parameter)) {
+                parameters.push(named.parameter);
+            }
+        }
+        parameters
+    }
+}
+
+struct List<E: ModelElement> {
+    named: Vec<Named<E>>,
+}
+
+impl<E: ModelElement> List<E> {
+    fn add(&mut self, name: String, parameter: &Arc<Parameter<E>>, rows: Range<usize>, matrix: bool) {
+        let shape = if matrix { vec![rows.len(), parameter.columns()] } else { vec![rows.len()] };
+        self.named.push(Named { name, shape, parameter: parameter.clone(), rows });
+    }
+
+    fn matrix(&mut self, name: &str, parameter: &Arc<Parameter<E>>) {
+        self.add(name.into(), parameter, 0..parameter.rows(), true);
+    }
+
+    fn vector(&mut self, name: &str, parameter: &Arc<Parameter<E>>) {
+        self.add(name.into(), parameter, 0..parameter.rows(), false);
+    }
+
+    fn expert(&mut self, prefix: &str, gate_up: &Arc<Parameter<E>>, down: &Arc<Parameter<E>>) {
+        let half = gate_up.rows() / 2;
+        self.add(format!("{prefix}.gate_proj.weight"), gate_up, 0..half, true);
+        self.add(format!("{prefix}.up_proj.weight"), gate_up, half..2 * half, true);
+        self.matrix(&format!("{prefix}.down_proj.weight"), down);
+    }
+}

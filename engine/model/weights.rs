@@ -1,0 +1,210 @@
+//! Weights come to be: from a seed, or from a checkpoint folder, row block by row block into the layout of the products,
+//! so that loading needs no second copy of them. And they go out the same way.
+//! Source: initialisation as in the reference implementation, N(0, initializer_range), biases 0, norm weights 1.
+
+use super::config::Config;
+use super::graph::{Graph, Layer, Mlp, Sparse};
+use super::names::Named;
+use crate::checkpoint::folder::CheckpointFolder;
+use crate::checkpoint::stored_dtype::StoredDtype;
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::random::Stream;
+use crate::tensor::ModelElement;
+use crate::tensor::attention::Rope;
+use crate::tensor::experts::Expert;
+use crate::tensor::parameter::{Layout, Parameter};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+/// f32 values that one block of rows may have while weights move.
+const BLOCK_VALUES: usize = 1 << 20;
+
+/// Whether the head is the embedding.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Head {
+    Tied,
+    Own,
+}
+
+impl<E: ModelElement> Graph<E> {
+    /// A model of zeros.
+    ///
+    /// Errors: those of [`Config::check`].
+    pub fn zeros(config: Config) -> Result<Self> {
+        config.check(Path::new("model"))?;
+        let head = if config.tied { Head::Tied } else { Head::Own };
+        Ok(Self::build(config, head))
+    }
+
+    /// A new model with random weights: each is a function of the seed, the tensor's name and its index there.
+    ///
+    /// Errors: those of [`Config::check`].
+    pub fn random(config: Config, seed: u64) -> Result<Self> {
+        let graph = Self::zeros(config)?;
+        let (deviation, pad) = (graph.config.initializer_range as f32, graph.config.pad);
+        for named in graph.named() {
+            let Kind::Matrix = kind(&named) else {
+                let value = if matches!(kind(&named), Kind::Norm) { 1.0 } else { 0.0 };
+                named.parameter.write_rows(named.rows.clone(), &vec![value; named.rows.len()], E::HAS_REMAINDER);
+                continue;
+            };
+            let stream = Stream::new(seed, &named.name);
+            let columns = named.parameter.columns();
+            for block in blocks(named.rows.len(), columns) {
+                let mut values = Buffer::<f32>::scratch(block.len() * columns);
+                stream.fill_normal((block.start * columns) as u64, deviation, &mut values);
+                if named.name == "model.embed_tokens.weight"
+                    && let Some(pad) = pad.map(|pad| pad as usize).filter(|pad| block.contains(pad))
+                {
+                    values[(pad - block.start) * columns..][..columns].fill(0.0);
+                }
+                named.parameter.write_rows(shift(&block, named.rows.start), &values, E::HAS_REMAINDER);
+            }
+        }
+        Ok(graph)
+    }
+
+    /// The model of a checkpoint folder. Remarks on what was odd but clear (a redundant head, a missing one) go to `remark`.
+    ///
+    /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from f32 then keeps full master weights
+    ///
+    /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
+    pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        let head = choose_head(folder, &config, remark)?;
+        let config = Config { tied: head == Head::Tied, ..config };
+        let graph = Self::build(config, head);
+        let named = graph.named();
+        refuse_unexpected(folder, &named)?;
+        for tensor in &named {
+            let info = folder.expect(&tensor.name, &tensor.shape)?;
+            let split = trains && info.dtype == StoredDtype::F32;
+            let columns = tensor.parameter.columns();
+            for block in blocks(tensor.rows.len(), columns) {
+                let mut values = Buffer::<f32>::scratch(block.len() * columns);
+                folder.read_rows(&tensor.name, block.clone(), &mut values)?;
+                tensor.parameter.write_rows(shift(&block, tensor.rows.start), &values, split);
+            }
+        }
+        if !trains {
+            graph.parameters().iter().for_each(|parameter| parameter.set_trains(false));
+        }
+        Ok(graph)
+    }
+
+    fn build(config: Config, head: Head) -> Self {
+        let (hidden, query, key) = (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let matrix = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, Layout::Panels));
+        let vector = |name: String, rows| Arc::new(Parameter::zeros(name, rows, 1, Layout::Rows));
+        let mlp = |name: String, intermediate| Expert {
+            gate_up: matrix(format!("{name}.gate_up_proj"), 2 * intermediate, hidden),
+            down: matrix(format!("{name}.down_proj"), hidden, intermediate),
+        };
+        let layers = (0..config.layers)
+            .map(|index| {
+                let name = format!("model.layers.{index}");
+                let second = match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
+                    None => Mlp::Dense(mlp(format!("{name}.mlp"), config.intermediate)),
+                    Some(moe) => Mlp::Sparse(Box::new(Sparse {
+                        router: matrix(format!("{name}.mlp.gate"), moe.experts, hidden),
+                        experts: (0..moe.experts).map(|e| mlp(format!("{name}.mlp.experts.{e}"), moe.moe_intermediate)).collect(),
+                        shared: mlp(format!("{name}.mlp.shared_expert"), moe.shared_intermediate),
+                        shared_gate: matrix(format!("{name}.mlp.shared_expert_gate"), 1, hidden),
+                    })),
+                };
+                Layer {
+                    input_norm: vector(format!("{name}.input_layernorm"), hidden),
+                    qkv: matrix(format!("{name}.self_attn.qkv_proj"), query + 2 * key, hidden),
+                    qkv_bias: vector(format!("{name}.self_attn.qkv_proj.bias"), query + 2 * key),
+                    o: matrix(format!("{name}.self_attn.o_proj"), hidden, query),
+                    post_norm: vector(format!("{name}.post_attention_layernorm"), hidden),
+                    mlp: second,
+                    window: config.sliding.get(index).copied().flatten(),
+                }
+            })
+            .collect();
+        let embed_layout = if head == Head::Tied { Layout::Panels } else { Layout::Rows };
+        let embed = Arc::new(Parameter::zeros("model.embed_tokens", config.vocab, hidden, embed_layout));
+        let head = match head {
+            Head::Tied => embed.clone(),
+            Head::Own => matrix("lm_head".into(), config.vocab, hidden),
+        };
+        let (inv_freq, attention_scaling) = config.inv_freq();
+        Self { embed, layers, norm: vector("model.norm".into(), hidden), head, rope: Rope { inv_freq, attention_scaling }, config }
+    }
+
+    /// Copies rows of a named tensor, counted from its own first row, as f32: master weights where they exist.
+    pub fn read_tensor_rows(named: &Named<E>, rows: Range<usize>, values: &mut [f32]) {
+        named.parameter.read_rows(shift(&rows, named.rows.start), values);
+    }
+}
+
+/// What a tensor is initialised as.
+enum Kind {
+    Matrix,
+    Norm,
+    Bias,
+}
+
+fn kind<E: ModelElement>(named: &Named<E>) -> Kind {
+    match named.shape.len() {
+        1 if named.name.ends_with(".bias") => Kind::Bias,
+        1 => Kind::Norm,
+        _ => Kind::Matrix,
+    }
+}
+
+/// Ranges of rows of at most [`BLOCK_VALUES`] values, each of whole panels where it can be.
+pub(super) fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = (BLOCK_VALUES / columns.max(1)).next_multiple_of(32);
+    (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
+}
+
+fn shift(range: &Range<usize>, by: usize) -> Range<usize> {
+    range.start + by..range.end + by
+}
+
+/// Decides between tied and own head by what the checkpoint holds: some say one thing and hold another.
+fn choose_head(folder: &CheckpointFolder, config: &Config, remark: &mut dyn FnMut(String)) -> Result<Head> {
+    let (embed, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    let shape = [config.vocab, config.hidden];
+    if folder.get(head).is_none() {
+        if !config.tied {
+            remark(format!(
+                "{}: tie_word_embeddings is false, but there is no {head}; the embedding serves as head",
+                folder.path().display()
+            ));
+        }
+        return Ok(Head::Tied);
+    }
+    if !config.tied {
+        return Ok(Head::Own);
+    }
+    folder.expect(embed, &shape)?;
+    folder.expect(head, &shape)?;
+    for block in blocks(config.vocab, config.hidden) {
+        let len = block.len() * config.hidden;
+        let (mut a, mut b) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
+        folder.read_rows(embed, block.clone(), &mut a)?;
+        folder.read_rows(head, block, &mut b)?;
+        if a[..] != b[..] {
+            remark(format!("{}: tie_word_embeddings is true, but {head} differs from {embed}; it is used", folder.path().display()));
+            return Ok(Head::Own);
+        }
+    }
+    Ok(Head::Tied)
+}
+
+fn refuse_unexpected<E: ModelElement>(folder: &CheckpointFolder, named: &[Named<E>]) -> Result<()> {
+    let known: std::collections::HashSet<&str> = named.iter().map(|tensor| tensor.name.as_str()).collect();
+    for tensor in folder.tensors() {
+        let name = tensor.name.as_str();
+        // A redundant head has been compared with the embedding; old checkpoints hold a table that is computed today.
+        if !known.contains(name) && name != "lm_head.weight" && !name.ends_with(".rotary_emb.inv_freq") {
+            let expected = "only tensors of the model that config.json describes";
+            return Err(Error::format(folder.path(), name, expected, format!("this one, of shape {:?}", tensor.shape)));
+        }
+    }
+    Ok(())
+}

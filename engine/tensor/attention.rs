@@ -1,0 +1,80 @@
+//! Rotary positions and causal attention over packed documents, with autograd. The loops are in kernels/cpu/attention.rs
+//! and kernels/cpu/rope.rs.
+//! Sources: Su et al., arXiv 2104.09864; Dao et al., arXiv 2205.14135 (scores are never stored); GQA, arXiv 2305.13245.
+
+use super::ModelElement;
+use super::typed::{Data, Tensor};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::attention::{self as kernel, Attention as Settings};
+use crate::kernels::cpu::attention_backward::attention_backward;
+pub use crate::kernels::cpu::heads::Heads;
+use crate::kernels::cpu::rope;
+use std::sync::Arc;
+
+/// The frequencies of rotary positions.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    /// `[head_dim / 2]`, radians a position
+    pub inv_freq: Vec<f32>,
+    /// Multiplies cos and sin; 1 unless YaRN.
+    pub attention_scaling: f32,
+}
+
+/// Cosines and sines of every token's position: `[tokens, head_dim / 2]` each, f32, rounded to the element type in use.
+pub struct RopeTables {
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
+}
+
+impl Rope {
+    /// The tables for tokens at `positions`; computed once and read by every layer.
+    pub fn tables<E: ModelElement>(&self, positions: &[i32]) -> Result<RopeTables> {
+        let len = positions.len() * self.inv_freq.len();
+        let (mut cos, mut sin) = (Buffer::scratch(len), Buffer::scratch(len));
+        rope::rope_tables::<E>(&self.inv_freq, self.attention_scaling, positions, &mut cos, &mut sin)?;
+        Ok(RopeTables { cos, sin })
+    }
+}
+
+/// Turns queries and keys to their positions and mixes values causally inside each document.
+///
+/// - `qkv`: `[tokens, (heads + 2 * kv_heads) * head_dim]`, queries, keys, values
+/// - `cu_seqlens`: borders of the documents, from 0 to tokens
+/// - `window`: keys that a query sees, itself included; all earlier ones of its document if none
+/// - returns `[tokens, heads * head_dim]`
+///
+/// Errors: [`Error::Shape`] if `qkv` has another width.
+pub fn attention<E: ModelElement>(
+    qkv: &Tensor<E, 2>,
+    heads: Heads,
+    tables: &Arc<RopeTables>,
+    cu_seqlens: &Arc<[i32]>,
+    window: Option<usize>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, width] = qkv.shape();
+    if width != heads.width() {
+        return Err(Error::Shape {
+            op: "attention",
+            arg: "qkv",
+            expected: format!("[tokens, {}]", heads.width()),
+            got: format!("[{tokens}, {width}]"),
+        });
+    }
+    let mut turned = Buffer::copy_of(qkv.values());
+    rope::rope(&mut turned, heads, &tables.cos, &tables.sin)?;
+    let scale = (heads.head_dim as f32).sqrt().recip();
+    let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
+    let mut lse = Buffer::<f32>::scratch(tokens * heads.heads);
+    kernel::attention(&Settings { heads, cu_seqlens, scale, window }, &turned, &mut mixed, &mut lse)?;
+    let mixed = Data::ready(mixed);
+    let (saved, tables, cu_seqlens) = (mixed.clone(), tables.clone(), cu_seqlens.clone());
+    Ok(Tensor::from_operation([tokens, heads.heads * heads.head_dim], mixed, &[qkv.node()], false, move |d_mixed, sink| {
+        let mut d_qkv = Buffer::<E>::scratch(tokens * width);
+        let settings = Settings { heads, cu_seqlens: &cu_seqlens, scale, window };
+        attention_backward(&settings, &d_mixed, &turned, saved.get(), &lse, &mut d_qkv)?;
+        rope::rope_backward(&mut d_qkv, heads, &tables.cos, &tables.sin)?;
+        sink.add(0, d_qkv);
+        Ok(())
+    }))
+}

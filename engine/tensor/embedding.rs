@@ -1,0 +1,45 @@
+//! Token embedding with autograd: rows of a weight, and the sum of gradients back into them in token order.
+
+use super::ModelElement;
+use super::parameter::{Layout, Parameter};
+use super::typed::{Data, Tensor};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::embedding::{Order, embed, embed_backward};
+use std::sync::Arc;
+
+/// The rows of `weight` that `tokens` name.
+///
+/// - `weight`: `[vocab, hidden]`, in rows or, when it is the head as well, in panels
+/// - returns `[tokens, hidden]`
+///
+/// Errors: [`Error::Argument`] if a token is outside the vocabulary.
+pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) -> Result<Tensor<E, 2>> {
+    let (vocab, hidden) = (weight.rows(), weight.columns());
+    if let Some((index, token)) = tokens.iter().enumerate().find(|(_, token)| usize::try_from(**token).map_or(true, |token| token >= vocab))
+    {
+        return Err(Error::argument(
+            "embedding",
+            format!("tokens[{index}]"),
+            format!("an id from 0 to {}", vocab.saturating_sub(1)),
+            token,
+        ));
+    }
+    let mut x = Buffer::<E>::scratch(tokens.len() * hidden);
+    let order = match weight.layout() {
+        Layout::Rows => Order::Rows,
+        Layout::Panels => Order::Panels,
+    };
+    embed(&weight.read().weight, order, vocab, hidden, tokens, &mut x);
+    let (tokens, weight): (Arc<[i32]>, _) = (tokens.into(), weight.clone());
+    let trains = weight.trains();
+    Ok(Tensor::from_operation([tokens.len(), hidden], Data::ready(x), &[], trains, move |dx, _| {
+        weight.accumulate(|gradient, add| {
+            if !add {
+                gradient.fill(0.0);
+            }
+            embed_backward(&dx, &tokens, order, vocab, hidden, gradient);
+        });
+        Ok(())
+    }))
+}

@@ -1,0 +1,184 @@
+//! Products with a weight: `linear`, and the two fused forms in which a layer needs it, `norm_linear` and
+//! `swiglu_linear`. The fused forms save their input alone and compute the norm or the activation again for the
+//! backward pass, which costs a hundredth of the product and spares its memory.
+
+use super::parameter::Parameter;
+use super::typed::{Data, Tensor};
+use super::{ModelElement, parameter};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::{gemm, rms_norm, swiglu};
+use std::sync::Arc;
+
+/// `x Wᵀ (+ bias) (+ residual)`.
+///
+/// - `x`: `[tokens, in]`
+/// - `weight`: `[out, in]` in panels; `bias`: `[out]`; `residual`: `[tokens, out]`
+/// - returns `[tokens, out]`; sums in f32, rounded once
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit.
+pub fn linear<E: ModelElement>(
+    x: &Tensor<E, 2>,
+    weight: &Arc<Parameter<E>>,
+    bias: Option<&Arc<Parameter<E>>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, input] = x.shape();
+    check_weight("linear", input, weight)?;
+    let y = product(x.values(), tokens, weight, bias, residual)?;
+    let (saved, weight, bias) = (x.data().clone(), weight.clone(), bias.cloned());
+    let (seen, trains) = (weight.version(), weight.trains() || bias.as_ref().is_some_and(|bias| bias.trains()));
+    let parents = [x.node(), residual.and_then(Tensor::node)];
+    Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &parents, trains, move |dy, sink| {
+        weight.check_version(seen, "linear")?;
+        weight_gradients(&dy, saved.get(), &weight, bias.as_deref());
+        sink.accumulate::<E>(0, tokens * input, |dx, add| gemm::input_gradient(dx, &dy, weight.product_weight(&weight.read()), add));
+        sink.add(1, dy);
+        Ok(())
+    }))
+}
+
+/// `rms_norm(x) Wᵀ (+ bias)`: the input half of attention and of the MLP.
+///
+/// - `x`: `[tokens, hidden]`; `norm`: `[hidden]`; `weight`: `[out, hidden]` in panels; `bias`: `[out]`
+/// - returns `[tokens, out]`
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit.
+pub fn norm_linear<E: ModelElement>(
+    x: &Tensor<E, 2>,
+    norm: &Arc<Parameter<E>>,
+    eps: f32,
+    weight: &Arc<Parameter<E>>,
+    bias: Option<&Arc<Parameter<E>>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, hidden] = x.shape();
+    check_weight("norm_linear", hidden, weight)?;
+    check_vector("norm_linear", "norm", hidden, norm)?;
+    let mut inv_rms = Buffer::<f32>::scratch(tokens);
+    let mut normed = Buffer::<E>::scratch(tokens * hidden);
+    rms_norm::rms_norm(x.values(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
+    let y = product(&normed, tokens, weight, bias, None)?;
+    let (saved, norm, weight, bias) = (x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
+    let (seen, trains) = (weight.version(), weight.trains() || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains()));
+    Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &[x.node()], trains, move |dy, sink| {
+        weight.check_version(seen, "norm_linear")?;
+        let mut normed = Buffer::<E>::scratch(tokens * hidden);
+        if weight.trains() {
+            rms_norm::rms_norm(saved.get(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
+        }
+        weight_gradients(&dy, &normed, &weight, bias.as_deref());
+        if sink.wants(0) || norm.trains() {
+            // The normalised input is read no more: its buffer takes the gradient that flows into the norm.
+            gemm::input_gradient(&mut normed[..], &dy, weight.product_weight(&weight.read()), false);
+            drop(dy);
+            super::rms_norm::backward(sink, &norm, saved.get(), &inv_rms, &normed);
+        }
+        Ok(())
+    }))
+}
+
+/// `swiglu(gate_up) Wᵀ (+ residual)`: the output half of an MLP.
+///
+/// - `gate_up`: `[tokens, 2 * intermediate]`, gate columns first
+/// - `weight`: `[out, intermediate]` in panels; `residual`: `[tokens, out]`
+/// - returns `[tokens, out]`
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit.
+pub fn swiglu_linear<E: ModelElement>(
+    gate_up: &Tensor<E, 2>,
+    weight: &Arc<Parameter<E>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, width] = gate_up.shape();
+    let intermediate = width / 2;
+    if width % 2 != 0 {
+        return Err(Error::Shape {
+            op: "swiglu_linear",
+            arg: "gate_up",
+            expected: "[tokens, 2 * intermediate]".into(),
+            got: format!("{:?}", gate_up.shape()),
+        });
+    }
+    check_weight("swiglu_linear", intermediate, weight)?;
+    let mut activation = Buffer::<E>::scratch(tokens * intermediate);
+    swiglu::swiglu(gate_up.values(), intermediate, &mut activation);
+    let y = product(&activation, tokens, weight, None, residual)?;
+    drop(activation);
+    let (saved, weight) = (gate_up.data().clone(), weight.clone());
+    let (seen, trains) = (weight.version(), weight.trains());
+    let parents = [gate_up.node(), residual.and_then(Tensor::node)];
+    Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &parents, trains, move |dy, sink| {
+        weight.check_version(seen, "swiglu_linear")?;
+        let mut activation = Buffer::<E>::scratch(tokens * intermediate);
+        let mut d_activation = Buffer::<E>::scratch(tokens * intermediate);
+        gemm::input_gradient(&mut d_activation[..], &dy, weight.product_weight(&weight.read()), false);
+        let mut d_gate_up = Buffer::<E>::scratch(tokens * width);
+        swiglu::swiglu_backward(saved.get(), intermediate, &d_activation, &mut d_gate_up, Some(&mut activation));
+        drop(d_activation);
+        weight_gradients(&dy, &activation, &weight, None);
+        sink.add(0, d_gate_up);
+        sink.add(1, dy);
+        Ok(())
+    }))
+}
+
+/// The product itself, on slices.
+pub(super) fn product<E: ModelElement>(
+    x: &[E],
+    tokens: usize,
+    weight: &Parameter<E>,
+    bias: Option<&Arc<Parameter<E>>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Buffer<E>> {
+    if let Some(bias) = bias {
+        check_vector("linear", "bias", weight.rows(), bias)?;
+    }
+    if let Some(residual) = residual
+        && residual.shape() != [tokens, weight.rows()]
+    {
+        return Err(Error::Shape {
+            op: "linear",
+            arg: "residual",
+            expected: format!("{:?}", [tokens, weight.rows()]),
+            got: format!("{:?}", residual.shape()),
+        });
+    }
+    let mut y = Buffer::scratch(tokens * weight.rows());
+    let bias = bias.map(|bias| bias.read());
+    let bias = bias.as_ref().map(|bias| &bias.weight[..]);
+    gemm::forward(&mut y[..], x, None, weight.product_weight(&weight.read()), bias, residual.map(Tensor::values));
+    Ok(y)
+}
+
+/// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.
+pub(super) fn weight_gradients<E: ModelElement>(dy: &[E], x: &[E], weight: &Parameter<E>, bias: Option<&Parameter<E>>) {
+    weight.accumulate(|gradient, add| gemm::weight_gradient(gradient, dy, x, None, weight.rows(), weight.columns(), add));
+    if let Some(bias) = bias {
+        bias.accumulate(|gradient, add| gemm::bias_gradient(gradient, dy, add));
+    }
+}
+
+pub(super) fn check_weight<E: ModelElement>(op: &'static str, input: usize, weight: &Parameter<E>) -> Result<()> {
+    assert_eq!(weight.layout(), parameter::Layout::Panels, "{op}: {} is not packed", weight.name());
+    if weight.columns() != input {
+        return Err(Error::Shape {
+            op,
+            arg: "x",
+            expected: format!("[tokens, {}] for {}", weight.columns(), weight.name()),
+            got: format!("[tokens, {input}]"),
+        });
+    }
+    Ok(())
+}
+
+pub(super) fn check_vector<E: ModelElement>(op: &'static str, arg: &'static str, len: usize, vector: &Parameter<E>) -> Result<()> {
+    if vector.rows() != len || vector.columns() != 1 {
+        return Err(Error::Shape {
+            op,
+            arg,
+            expected: format!("[{len}]"),
+            got: format!("[{}, {}] in {}", vector.rows(), vector.columns(), vector.name()),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,287 @@
+//! The loss head: log-probabilities, entropy and cross entropy straight from hidden states. Logits exist for a chunk of
+//! rows at a time and are never stored; rows without a label are skipped.
+//! Cross entropy is deferred: its backward pass needs the logits anyway and computes the value on the way, so that a
+//! training step pays three products with the head, not four.
+//! Source of the idea: Liger-Kernel's fused linear cross entropy.
+
+use super::ModelElement;
+use super::autograd::Sink;
+use super::linear::{check_weight, weight_gradients};
+use super::parameter::Parameter;
+use super::typed::{Data, Tensor};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::{cross_entropy as kernel, gemm, norm};
+use std::sync::Arc;
+
+/// A label that is no target.
+pub const IGNORE: i32 = -100;
+
+/// Bytes that the f32 logits of one chunk may take.
+const CHUNK_BYTES: usize = 96 << 20;
+
+/// Rows of a chunk: whole tiles of the product, so that no tile is wasted at its end.
+fn chunk_rows(vocab: usize) -> usize {
+    (CHUNK_BYTES / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016)
+}
+
+/// All logits, for looking and sampling: `[tokens, hidden]` times the head gives `[tokens, vocab]` f32. Not differentiable.
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit.
+pub fn logits<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>) -> Result<Tensor<f32, 2>> {
+    let [tokens, hidden] = x.shape();
+    check_weight("logits", hidden, head)?;
+    let mut y = Buffer::scratch(tokens * head.rows());
+    gemm::forward::<E, f32>(&mut y, x.values(), None, head.product_weight(&head.read()), None, None);
+    Tensor::new([tokens, head.rows()], y)
+}
+
+/// The rows that have a label, their hidden states side by side, and what each contributes.
+struct Targets<E: ModelElement> {
+    /// Index in the whole of each row that has a label.
+    rows: Vec<u32>,
+    labels: Vec<i32>,
+    /// `[rows, hidden]`; the whole itself when every row has a label.
+    x: Source<E>,
+    tokens: usize,
+    hidden: usize,
+}
+
+enum Source<E: ModelElement> {
+    Whole(Arc<Data<E>>),
+    Some(Buffer<E>),
+}
+
+impl<E: ModelElement> Targets<E> {
+    fn new(op: &'static str, x: &Tensor<E, 2>, labels: &[i32], vocab: usize) -> Result<Self> {
+        let [tokens, hidden] = x.shape();
+        if labels.len() != tokens {
+            return Err(Error::Shape { op, arg: "labels", expected: format!("[{tokens}]"), got: format!("[{}]", labels.len()) });
+        }
+        if let Some((index, label)) =
+            labels.iter().enumerate().find(|(_, label)| **label != IGNORE && (**label < 0 || **label as usize >= vocab))
+        {
+            return Err(Error::argument(op, format!("labels[{index}]"), format!("{IGNORE}, or an id from 0 to {}", vocab - 1), label));
+        }
+        let rows: Vec<u32> = (0..tokens as u32).filter(|row| labels[*row as usize] != IGNORE).collect();
+        let source = if rows.len() == tokens {
+            Source::Whole(x.data().clone())
+        } else {
+            let mut some = Buffer::scratch(rows.len() * hidden);
+            for (to, row) in some.chunks_exact_mut(hidden.max(1)).zip(&rows) {
+                to.copy_from_slice(&x.values()[*row as usize * hidden..][..hidden]);
+            }
+            Source::Some(some)
+        };
+        Ok(Self { labels: rows.iter().map(|row| labels[*row as usize]).collect(), rows, x: source, tokens, hidden })
+    }
+
+    fn x(&self) -> &[E] {
+        match &self.x {
+            Source::Whole(data) => data.get(),
+            Source::Some(buffer) => buffer,
+        }
+    }
+
+    /// Spreads the gradients of the labelled rows over all rows; the others get zero, or stay as they are with `add`.
+    fn spread(&self, d_rows: &[E], dx: &mut [E], add: bool) {
+        if !add {
+            dx.fill(E::default());
+        }
+        for (from, row) in d_rows.chunks_exact(self.hidden.max(1)).zip(&self.rows) {
+            let to = &mut dx[*row as usize * self.hidden..][..self.hidden];
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = E::from_f32(to.to_f32() + from.to_f32());
+            }
+        }
+    }
+}
+
+/// The logits of one chunk of labelled rows, divided by the temperature.
+fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32) -> Buffer<f32> {
+    let rows = x.len() / head.columns();
+    let mut logits = Buffer::scratch(rows * head.rows());
+    gemm::forward::<E, f32>(&mut logits, x, None, head.product_weight(&head.read()), None, None);
+    if temperature != 1.0 {
+        norm::scale(&mut logits, temperature.recip());
+    }
+    logits
+}
+
+/// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
+fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: impl FnMut(std::ops::Range<usize>, &[E], &[i32])) {
+    let size = chunk_rows(vocab);
+    let count = targets.rows.len();
+    for start in (0..count).step_by(size) {
+        let range = start..(start + size).min(count);
+        visit(range.clone(), &targets.x()[range.start * targets.hidden..range.end * targets.hidden], &targets.labels[range]);
+    }
+}
+
+/// One chunk's part of the backward pass: from the gradient in its logits to those of its hidden states and the head.
+fn chunk_backward<E: ModelElement>(x: &[E], d_logits: &[E], head: &Parameter<E>, d_rows: Option<&mut [E]>) {
+    if let Some(d_rows) = d_rows {
+        gemm::input_gradient(d_rows, d_logits, head.product_weight(&head.read()), false);
+    }
+    weight_gradients(d_logits, x, head, None);
+}
+
+/// Gives parent 0 the gradients of its labelled rows.
+fn give_rows<E: ModelElement>(sink: &mut Sink, targets: &Targets<E>, d_rows: Buffer<E>) {
+    match targets.x {
+        Source::Whole(_) => sink.add(0, d_rows),
+        Source::Some(_) => sink.accumulate(0, targets.tokens * targets.hidden, |dx, add| targets.spread(&d_rows, dx, add)),
+    }
+}
+
+/// The sum over labelled rows of minus the log-probability of the label, divided by `normalizer`.
+///
+/// - `x`: `[tokens, hidden]`, after the final norm; `head`: `[vocab, hidden]` in panels
+/// - `labels`: `[tokens]`, the target of each row itself (shifted already), or [`IGNORE`]
+/// - `normalizer`: what the sum is divided by: the supervised tokens of the whole update
+/// - `extra`: another scalar and its coefficient, added to the result (a load-balancing loss)
+/// - returns a scalar in nats, deferred: see the file's head. No labelled row at all gives 0.
+///
+/// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary or a normalizer that is not above 0.
+pub fn cross_entropy<E: ModelElement>(
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    labels: &[i32],
+    normalizer: f32,
+    extra: Option<(&Tensor<f32, 0>, f32)>,
+) -> Result<Tensor<f32, 0>> {
+    check_weight("cross_entropy", x.shape()[1], head)?;
+    if !(normalizer > 0.0 && normalizer.is_finite()) {
+        return Err(Error::argument("cross_entropy", "normalizer", "a number above 0 (the supervised tokens of the update)", normalizer));
+    }
+    let vocab = head.rows();
+    let (extra_node, extra_coefficient) = extra.map_or((None, 0.0), |(extra, coefficient)| (extra.node(), coefficient));
+    let extra_value = extra.map_or(0.0, |(extra, coefficient)| f64::from(extra.values()[0]) * f64::from(coefficient));
+    let targets = Arc::new(Targets::new("cross_entropy", x, labels, vocab)?);
+    let data = {
+        let (targets, head) = (targets.clone(), head.clone());
+        let seen = head.version();
+        Data::deferred(move || {
+            head.check_version(seen, "cross_entropy")?;
+            let mut sum = 0.0;
+            for_chunks(&targets, vocab, |range, x, labels| {
+                let logits = chunk_logits(x, &head, 1.0);
+                sum += chunk_loss(&logits, vocab, labels, &mut Buffer::scratch(range.len()));
+            });
+            Ok(scalar(sum, normalizer, extra_value))
+        })
+    };
+    let (value, head, seen) = (data.clone(), head.clone(), head.version());
+    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream, sink| {
+        head.check_version(seen, "cross_entropy")?;
+        let wants_rows = sink.wants(0);
+        let mut d_rows = Buffer::<E>::scratch(if wants_rows { targets.rows.len() * targets.hidden } else { 0 });
+        let coefficient = upstream[0] / normalizer;
+        let mut sum = 0.0;
+        for_chunks(&targets, vocab, |range, x, labels| {
+            let logits = chunk_logits(x, &head, 1.0);
+            let mut lse = Buffer::scratch(range.len());
+            sum += chunk_loss(&logits, vocab, labels, &mut lse);
+            let mut coefficients = Buffer::scratch(range.len());
+            coefficients.fill(coefficient);
+            let d_logits = E::logits_gradient(logits, vocab, labels, &lse, &coefficients, None);
+            let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
+            chunk_backward(x, &d_logits, &head, d_part);
+        });
+        value.fulfil(scalar(sum, normalizer, extra_value));
+        sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * extra_coefficient]));
+        give_rows(sink, &targets, d_rows);
+        Ok(())
+    });
+    if loss.node().is_none() {
+        // No backward pass will come: compute now rather than hold the hidden states.
+        loss.data().force()?;
+    }
+    Ok(loss)
+}
+
+/// Sum of minus log-probabilities of one chunk, in f64; leaves each row's log-sum-exp.
+fn chunk_loss(logits: &[f32], vocab: usize, labels: &[i32], lse: &mut [f32]) -> f64 {
+    let mut logprobs = Buffer::scratch(labels.len());
+    kernel::logprobs(logits, vocab, labels, lse, &mut logprobs, None);
+    -logprobs.iter().map(|logprob| f64::from(*logprob)).sum::<f64>()
+}
+
+fn scalar(sum: f64, normalizer: f32, extra: f64) -> Buffer<f32> {
+    Buffer::copy_of(&[(sum / f64::from(normalizer) + extra) as f32])
+}
+
+/// Which number each row gives.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Score {
+    Logprob,
+    Entropy,
+}
+
+/// The log-probability of each row's label.
+///
+/// - `x`: `[tokens, hidden]`, after the final norm; `head`: `[vocab, hidden]` in panels
+/// - `labels`: `[tokens]`, the target of each row itself, or [`IGNORE`], which gives 0
+/// - `temperature`: logits are divided by it; 1 unless tokens were sampled otherwise
+/// - returns `[tokens]`, f32, natural logarithm
+///
+/// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary or a temperature not above 0.
+pub fn logprobs<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>, labels: &[i32], temperature: f32) -> Result<Tensor<f32, 1>> {
+    score("logprobs", x, head, labels, temperature, Score::Logprob)
+}
+
+/// The entropy of each row's distribution over the vocabulary; arguments as in [`logprobs`], rows without a label give 0.
+///
+/// Errors: as [`logprobs`].
+pub fn entropy<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>, labels: &[i32], temperature: f32) -> Result<Tensor<f32, 1>> {
+    score("entropy", x, head, labels, temperature, Score::Entropy)
+}
+
+fn score<E: ModelElement>(
+    op: &'static str,
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    labels: &[i32],
+    temperature: f32,
+    score: Score,
+) -> Result<Tensor<f32, 1>> {
+    check_weight(op, x.shape()[1], head)?;
+    if !(temperature > 0.0 && temperature.is_finite()) {
+        return Err(Error::argument(op, "temperature", "a number above 0", temperature));
+    }
+    let vocab = head.rows();
+    let targets = Targets::new(op, x, labels, vocab)?;
+    let count = targets.rows.len();
+    let (mut lse, mut logprobs, mut entropies) =
+        (Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count));
+    for_chunks(&targets, vocab, |range, x, labels| {
+        let logits = chunk_logits(x, head, temperature);
+        let entropies = (score == Score::Entropy).then(|| &mut entropies[range.clone()]);
+        kernel::logprobs(&logits, vocab, labels, &mut lse[range.clone()], &mut logprobs[range], entropies);
+    });
+    let mut y = Buffer::zeroed(targets.tokens);
+    for (row, value) in targets.rows.iter().zip(if score == Score::Logprob { &logprobs } else { &entropies }.iter()) {
+        y[*row as usize] = *value;
+    }
+    let (head, seen) = (head.clone(), head.version());
+    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.trains(), move |dy, sink| {
+        head.check_version(seen, op)?;
+        let wants_rows = sink.wants(0);
+        let mut d_rows = Buffer::<E>::scratch(if wants_rows { count * targets.hidden } else { 0 });
+        for_chunks(&targets, vocab, |range, x, labels| {
+            let logits = chunk_logits(x, &head, temperature);
+            let (mut minus, mut plain) = (Buffer::scratch(range.len()), Buffer::scratch(range.len()));
+            for (index, row) in targets.rows[range.clone()].iter().enumerate() {
+                plain[index] = dy[*row as usize] / temperature;
+                minus[index] = if score == Score::Logprob { -plain[index] } else { 0.0 };
+            }
+            let entropy =
+                (score == Score::Entropy).then(|| kernel::EntropyGradient { entropy: &entropies[range.clone()], coefficients: &plain });
+            let d_logits = E::logits_gradient(logits, vocab, labels, &lse[range.clone()], &minus, entropy);
+            let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
+            chunk_backward(x, &d_logits, &head, d_part);
+        });
+        give_rows(sink, &targets, d_rows);
+        Ok(())
+    }))
+}

@@ -1,0 +1,293 @@
+//! `Parameter`: a weight that models train. Its value lies in the layout its products read, its gradient is an f32 sum
+//! in the matching f32 layout. Optimizers and checkpoints see it through the methods here.
+//! Layouts: `Rows` is row-major (norm weights, biases, untied embeddings); `Panels` is what the packed products read
+//! (kernels/cpu/panels.rs). A trained bf16 weight is split: the bf16 value that products read, and the remainder that
+//! completes it to the f32 master weight (kernels/cpu/adamw.rs).
+
+use super::ModelElement;
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::adamw::AdamW;
+use crate::kernels::cpu::gemm::Weight;
+use crate::kernels::cpu::panels;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, RwLock, RwLockReadGuard};
+
+/// How the elements lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `[rows, columns]` in row-major order.
+    Rows,
+    /// Panels of 32 rows with the columns running down.
+    Panels,
+}
+
+/// The value of a parameter.
+pub struct Value<E: ModelElement> {
+    /// What the forward and backward products read.
+    pub weight: Buffer<E>,
+    /// For bf16 only, while it trains: what completes each element to its f32 master, in the order of `weight`.
+    pub remainder: Option<Vec<i16>>,
+}
+
+/// A trainable weight of `rows x columns`; a vector is one column.
+pub struct Parameter<E: ModelElement> {
+    name: String,
+    rows: usize,
+    columns: usize,
+    layout: Layout,
+    value: RwLock<Value<E>>,
+    gradient: Mutex<Option<Buffer<f32>>>,
+    trains: AtomicBool,
+    /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
+    version: AtomicU64,
+}
+
+impl<E: ModelElement> Parameter<E> {
+    /// Zeros that train. `name` is for messages.
+    pub fn zeros(name: impl Into<String>, rows: usize, columns: usize, layout: Layout) -> Self {
+        let len = match layout {
+            Layout::Rows => rows * columns,
+            Layout::Panels => panels::len::<E>(rows, columns),
+        };
+        Self {
+            name: name.into(),
+            rows,
+            columns,
+            layout,
+            value: RwLock::new(Value { weight: Buffer::zeroed(len), remainder: None }),
+            gradient: Mutex::new(None),
+            trains: AtomicBool::new(true),
+            version: AtomicU64::new(0),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Outputs of a matrix, or elements of a vector.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs of a matrix; 1 for a vector.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Elements, padding of the layout not counted.
+    pub fn count(&self) -> usize {
+        self.rows * self.columns
+    }
+
+    /// Elements of the gradient and of everything else kept in f32 beside it, padding counted.
+    pub fn gradient_len(&self) -> usize {
+        match self.layout {
+            Layout::Rows => self.rows * self.columns,
+            Layout::Panels => panels::len_f32(self.rows, self.columns),
+        }
+    }
+
+    /// Whether backward passes leave a gradient here.
+    pub fn trains(&self) -> bool {
+        self.trains.load(Relaxed)
+    }
+
+    /// Freezes or thaws it. A frozen one has no gradient.
+    pub fn set_trains(&self, trains: bool) {
+        self.trains.store(trains, Relaxed);
+        if !trains {
+            self.clear_gradient();
+        }
+    }
+
+    pub fn read(&self) -> RwLockReadGuard<'_, Value<E>> {
+        self.value.read().expect("nothing panics while a parameter is written")
+    }
+
+    /// A value of this parameter as an operand of the packed products. Panics for `Rows`, which products do not read.
+    pub fn product_weight<'a>(&self, value: &'a Value<E>) -> Weight<'a, E> {
+        assert_eq!(self.layout, Layout::Panels, "{} is not packed", self.name);
+        Weight { panels: &value.weight, outputs: self.rows, inputs: self.columns }
+    }
+
+    /// Number of updates so far.
+    pub fn version(&self) -> u64 {
+        self.version.load(Relaxed)
+    }
+
+    /// Errors: [`Error::Argument`] if it was updated since version `seen`: derivatives would mix two models.
+    pub fn check_version(&self, seen: u64, op: &'static str) -> Result<()> {
+        if self.version() == seen {
+            return Ok(());
+        }
+        Err(Error::argument(
+            op,
+            &self.name,
+            "weights as they were in the forward pass",
+            "weights that an optimizer or a load has changed since; run backward, or read the loss, before the update",
+        ))
+    }
+
+    /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
+    pub fn read_rows(&self, rows: Range<usize>, values: &mut [f32]) {
+        let value = self.read();
+        let mut narrow = Buffer::<E>::scratch(values.len());
+        self.unpack(&value.weight, rows.clone(), &mut narrow);
+        match &value.remainder {
+            None => values.iter_mut().zip(narrow.iter()).for_each(|(to, from)| *to = from.to_f32()),
+            Some(remainder) => {
+                let mut rest = Buffer::<E>::scratch(values.len());
+                self.unpack(E::remainder_as_elements(remainder), rows, &mut rest);
+                E::join_master(&narrow, &rest, values);
+            }
+        }
+    }
+
+    fn unpack(&self, from: &[E], rows: Range<usize>, to: &mut [E]) {
+        match self.layout {
+            Layout::Rows => to.copy_from_slice(&from[rows.start * self.columns..rows.end * self.columns]),
+            Layout::Panels => panels::unpack(from, self.rows, self.columns, rows, to),
+        }
+    }
+
+    fn pack(&self, to: &mut [E], rows: Range<usize>, from: &[E]) {
+        match self.layout {
+            Layout::Rows => to[rows.start * self.columns..rows.end * self.columns].copy_from_slice(from),
+            Layout::Panels => panels::pack(to, self.rows, self.columns, rows, from),
+        }
+    }
+
+    /// Sets `rows` of the value from `values` `[rows, columns]`, row-major; bf16 keeps the rest as remainder if
+    /// `split_master` asks for one or one is there already.
+    pub fn write_rows(&self, rows: Range<usize>, values: &[f32], split_master: bool) {
+        assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
+        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
+        let value = &mut *guard;
+        let mut narrow = Buffer::<E>::scratch(values.len());
+        if E::HAS_REMAINDER && (split_master || value.remainder.is_some()) {
+            let mut rest = Buffer::<E>::scratch(values.len());
+            E::split_master(values, &mut narrow, &mut rest);
+            let remainder = value.remainder.get_or_insert_with(|| vec![0; value.weight.len()]);
+            self.pack(E::remainder_as_elements_mut(remainder), rows.clone(), &rest);
+        } else {
+            narrow.iter_mut().zip(values).for_each(|(to, from)| *to = E::from_f32(*from));
+        }
+        self.pack(&mut value.weight, rows, &narrow);
+        self.version.fetch_add(1, Relaxed);
+    }
+
+    /// Copies `rows` of the gradient, row-major; none if there is no gradient.
+    pub fn gradient_rows(&self, rows: Range<usize>) -> Option<Buffer<f32>> {
+        let guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        let gradient = guard.as_ref()?;
+        let mut values = Buffer::scratch(rows.len() * self.columns);
+        match self.layout {
+            Layout::Rows => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
+            Layout::Panels => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
+        }
+        Some(values)
+    }
+
+    /// Lets `write` put a gradient in place, in the f32 layout: with `true` it must add to what is there, with `false`
+    /// overwrite all of it, padding with zeros. Nothing happens to a frozen parameter.
+    pub fn accumulate(&self, write: impl FnOnce(&mut [f32], bool)) {
+        if !self.trains() {
+            return;
+        }
+        let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        match guard.as_mut() {
+            Some(sum) => write(sum, true),
+            None => {
+                let mut sum = Buffer::scratch(self.gradient_len());
+                write(&mut sum, false);
+                *guard = Some(sum);
+            }
+        }
+    }
+
+    /// Reads the gradient, if there is one.
+    pub fn with_gradient<T>(&self, read: impl FnOnce(Option<&[f32]>) -> T) -> T {
+        read(self.gradient.lock().expect("nothing panics while a gradient is read").as_deref())
+    }
+
+    /// Forgets the gradient.
+    pub fn clear_gradient(&self) {
+        *self.gradient.lock().expect("nothing panics while a gradient is dropped") = None;
+    }
+
+    /// Lets `write` change the value, given the gradient, which is gone afterwards; skipped without a gradient.
+    pub fn update(&self, write: impl FnOnce(&mut Value<E>, &[f32])) {
+        let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
+        if let Some(gradient) = gradient {
+            write(&mut self.value.write().expect("nothing panics while a parameter is written"), &gradient);
+            self.version.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// A parameter of any element type, as optimizers see it.
+pub trait Trainable: Send + Sync {
+    fn name(&self) -> &str;
+    /// Whether it is a matrix: biases and norm weights, which are not, usually go without weight decay.
+    fn is_matrix(&self) -> bool;
+    /// Elements, padding of the layout not counted.
+    fn count(&self) -> usize;
+    /// Elements of its gradient and moments, padding counted.
+    fn gradient_len(&self) -> usize;
+    fn trains(&self) -> bool;
+    /// Reads the gradient, if there is one.
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>));
+    fn clear_gradient(&self);
+    /// One AdamW update by the gradient, which is gone afterwards. Nothing happens without a gradient.
+    ///
+    /// - `m`, `v`: `gradient_len` elements each
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
+}
+
+impl<E: ModelElement> Trainable for Parameter<E> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_matrix(&self) -> bool {
+        self.layout == Layout::Panels || self.columns > 1
+    }
+
+    fn count(&self) -> usize {
+        self.rows * self.columns
+    }
+
+    fn gradient_len(&self) -> usize {
+        Parameter::gradient_len(self)
+    }
+
+    fn trains(&self) -> bool {
+        Parameter::trains(self)
+    }
+
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) {
+        self.with_gradient(read);
+    }
+
+    fn clear_gradient(&self) {
+        Parameter::clear_gradient(self);
+    }
+
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+        let panel_columns = (self.layout == Layout::Panels).then_some(self.columns);
+        self.update(|value, gradient| {
+            if E::HAS_REMAINDER && value.remainder.is_none() {
+                // The first update of a weight that came as bf16: its master is that bf16 value.
+                value.remainder = Some(vec![0; value.weight.len()]);
+            }
+            E::adamw(&mut value.weight, value.remainder.as_deref_mut(), gradient, m, v, panel_columns, settings);
+        });
+    }
+}

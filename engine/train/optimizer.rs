@@ -1,0 +1,173 @@
+//! AdamW with decoupled weight decay over a list of parameters, clipping by global norm, and refusal of updates that are
+//! not finite. Gradients accumulate in the parameters until `step`, which consumes them.
+//! Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; order of operations as in `torch.optim.AdamW`.
+
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::adamw::AdamW as Update;
+use crate::kernels::cpu::norm;
+use crate::tensor::parameter::Trainable;
+use std::sync::Arc;
+
+/// What a script sets.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Whether biases and norm weights decay too.
+    pub decay_vectors: bool,
+    /// Largest norm of the whole gradient; larger ones are scaled down to it.
+    pub clip_norm: Option<f64>,
+}
+
+impl Default for Settings {
+    /// As in Qwen's reports: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices, clipping at 1.
+    fn default() -> Self {
+        Self { lr: 1e-3, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, decay_vectors: false, clip_norm: Some(1.0) }
+    }
+}
+
+impl Settings {
+    /// Errors: [`Error::Argument`] for a value that cannot be meant.
+    pub fn check(&self) -> Result<()> {
+        let op = "adamw";
+        let finite_from = |arg: &str, value: f64, least: f64| {
+            if value.is_finite() && value >= least {
+                Ok(())
+            } else {
+                Err(Error::argument(op, arg, format!("a number from {least}"), value))
+            }
+        };
+        finite_from("lr", self.lr, 0.0)?;
+        finite_from("weight_decay", self.weight_decay, 0.0)?;
+        for (arg, beta) in [("betas[1]", self.betas.0), ("betas[2]", self.betas.1)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::argument(op, arg, "a number from 0 to below 1", beta));
+            }
+        }
+        if !(self.eps > 0.0 && self.eps.is_finite()) {
+            return Err(Error::argument(op, "eps", "a number above 0", self.eps));
+        }
+        match self.clip_norm {
+            Some(norm) if !(norm > 0.0 && norm.is_finite()) => Err(Error::argument(op, "clip_norm", "a number above 0, or none", norm)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One parameter and its moments, which come with its first gradient.
+struct Slot {
+    parameter: Arc<dyn Trainable>,
+    moments: Option<(Buffer<f32>, Buffer<f32>)>,
+    /// Updates of this very parameter, for its bias correction.
+    updates: u64,
+}
+
+/// AdamW over a list of parameters.
+pub struct AdamW {
+    settings: Settings,
+    slots: Vec<Slot>,
+    steps: u64,
+    skipped: u64,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// Norm of the whole gradient before clipping.
+    pub grad_norm: f64,
+    /// False if the gradient was not finite, or if there was none: parameters and moments are as before.
+    pub applied: bool,
+}
+
+impl AdamW {
+    /// Errors: those of [`Settings::check`]; [`Error::Argument`] if no parameter trains.
+    pub fn new(parameters: Vec<Arc<dyn Trainable>>, settings: Settings) -> Result<Self> {
+        settings.check()?;
+        let slots: Vec<Slot> = parameters.into_iter().map(|parameter| Slot { parameter, moments: None, updates: 0 }).collect();
+        if !slots.iter().any(|slot| slot.parameter.trains()) {
+            return Err(Error::argument("adamw", "parameters", "at least one that trains", "none; is the model frozen?"));
+        }
+        Ok(Self { settings, slots, steps: 0, skipped: 0 })
+    }
+
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// Replaces the settings from the next step on; moments stay.
+    ///
+    /// Errors: those of [`Settings::check`].
+    pub fn set(&mut self, settings: Settings) -> Result<()> {
+        settings.check()?;
+        self.settings = settings;
+        Ok(())
+    }
+
+    /// Steps that were applied.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Steps that were not applied because the gradient was not finite.
+    pub fn skipped(&self) -> u64 {
+        self.skipped
+    }
+
+    /// Norm of the whole gradient as it stands, in the order of the parameters.
+    pub fn gradient_norm(&self) -> f64 {
+        let mut sum = 0.0;
+        for slot in &self.slots {
+            slot.parameter.read_gradient(&mut |gradient| {
+                if let Some(gradient) = gradient {
+                    sum += norm::sum_of_squares(&[gradient]);
+                }
+            });
+        }
+        sum.sqrt()
+    }
+
+    /// Updates every parameter that has a gradient, scaled so that its norm is at most `clip_norm`, and clears all
+    /// gradients. A gradient with a number that is not finite changes nothing but the count of skipped steps.
+    pub fn step(&mut self) -> Step {
+        let grad_norm = self.gradient_norm();
+        if !grad_norm.is_finite() {
+            self.skipped += 1;
+            self.clear_gradients();
+            return Step { grad_norm, applied: false };
+        }
+        let gradient_scale = self.settings.clip_norm.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+        let mut applied = false;
+        for slot in &mut self.slots {
+            let mut has_gradient = false;
+            slot.parameter.read_gradient(&mut |gradient| has_gradient = gradient.is_some());
+            if !has_gradient {
+                continue;
+            }
+            applied = true;
+            slot.updates += 1;
+            let len = slot.parameter.gradient_len();
+            let (m, v) = slot.moments.get_or_insert_with(|| (Buffer::zeroed(len), Buffer::zeroed(len)));
+            let decays = self.settings.decay_vectors || slot.parameter.is_matrix();
+            let update = Update {
+                lr: self.settings.lr,
+                beta1: self.settings.betas.0,
+                beta2: self.settings.betas.1,
+                eps: self.settings.eps,
+                weight_decay: if decays { self.settings.weight_decay } else { 0.0 },
+                step: slot.updates,
+                gradient_scale,
+            };
+            slot.parameter.adamw(m, v, &update);
+        }
+        self.steps += u64::from(applied);
+        Step { grad_norm, applied }
+    }
+
+    /// Forgets all gradients.
+    pub fn clear_gradients(&mut self) {
+        self.slots.iter().for_each(|slot| slot.parameter.clear_gradient());
+    }
+}
