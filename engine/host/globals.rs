@@ -6,8 +6,8 @@ use super::call::describe;
 use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, is_interrupt, message, raise};
-use crate::data::random::Stream;
 use crate::error::Error;
+use crate::kernels::random::Stream;
 use mlua::{Lua, MultiValue, Table, Value, Variadic};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
