@@ -4,5 +4,7 @@ pub mod folder;
 mod header;
 #[cfg(test)]
 mod malformed;
+pub mod replacement;
 pub mod safetensors;
 pub mod stored_dtype;
+pub mod writer;

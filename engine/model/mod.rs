@@ -3,11 +3,13 @@
 pub mod config;
 pub mod fields;
 pub mod generation_config;
-pub mod graph;
-mod model;
-pub mod names;
-pub mod rope_scaling;
-pub mod weights;
 
+mod model;
+pub mod graph;
+pub mod names;
+pub mod presets;
+pub mod rope_scaling;
+pub mod sizes;
+pub mod weights;
 pub use graph::Packed;
 pub use model::{Loss, Model};

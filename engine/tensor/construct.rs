@@ -1,5 +1,5 @@
 //! Tensors from nothing but sizes: constants, sequences, the identity, random numbers. All are constants of the graph.
-//! Random tensors are functions of (seed, stream, counter); see `kernels/random.rs`.
+//! Random tensors are functions of a stream and the counter of their first element; see `kernels/random.rs`.
 
 use super::any::{AnyTensor, TensorElement};
 use super::convert::to_dtype;
@@ -7,7 +7,7 @@ use super::shape::room_for;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
-use crate::kernels::random::{self, Position};
+use crate::kernels::random::Stream;
 use half::bf16;
 
 /// `value` as E, which must hold it: a float of any size, or a whole number in range.
@@ -106,29 +106,31 @@ fn random_floats(op: &'static str, shape: &[usize], dtype: Dtype, draw: impl Fn(
     to_dtype(&AnyTensor::new(shape, out)?, dtype)
 }
 
-/// Numbers uniform in [0, 1), f32 or bf16 (which may round to 1). Uses `random::blocks_of_words(len)` counters.
+/// Numbers uniform in [0, 1), f32 or bf16 (which may round to 1). Element `i` uses counter `first + i`.
 ///
 /// Errors: as [`zeros`], and [`Error::Dtype`] for integer types.
-pub fn rand(shape: &[usize], dtype: Dtype, from: Position) -> Result<AnyTensor> {
-    random_floats("rand", shape, dtype, |out| random::fill_uniform(from, out))
+pub fn rand(shape: &[usize], dtype: Dtype, stream: Stream, first: u64) -> Result<AnyTensor> {
+    random_floats("rand", shape, dtype, |out| out.iter_mut().zip(first..).for_each(|(out, counter)| *out = stream.f32(counter)))
 }
 
-/// Numbers of the normal distribution with mean 0 and variance 1, f32 or bf16. Uses `random::blocks_of_words(len)`
-/// counters.
+/// Numbers of the normal distribution with mean 0 and variance 1, f32 or bf16. Element `i` uses counter `first + i`.
 ///
 /// Errors: as [`rand`].
-pub fn randn(shape: &[usize], dtype: Dtype, from: Position) -> Result<AnyTensor> {
-    random_floats("randn", shape, dtype, |out| random::fill_normal(from, out))
+pub fn randn(shape: &[usize], dtype: Dtype, stream: Stream, first: u64) -> Result<AnyTensor> {
+    random_floats("randn", shape, dtype, |out| stream.fill_normal(first, 1.0, out))
 }
 
-/// i32 uniform from `low` to below `high`. Uses `random::blocks_of_words(2 * len)` counters.
+/// i32 uniform from `low` to below `high`. Element `i` uses counter `first + i`.
 ///
 /// Errors: as [`zeros`], and [`Error::Argument`] if `low` is not below `high`.
-pub fn randint(low: i32, high: i32, shape: &[usize], from: Position) -> Result<AnyTensor> {
+pub fn randint(low: i32, high: i32, shape: &[usize], stream: Stream, first: u64) -> Result<AnyTensor> {
     if low >= high {
         return Err(Error::argument("randint", "low, high", "low < high", format!("{low}, {high}")));
     }
     let mut out = Buffer::scratch(room_for("randint", shape)?);
-    random::fill_integers(from, low, high, &mut out);
+    let span = i64::from(high) - i64::from(low);
+    for (out, counter) in out.iter_mut().zip(first..) {
+        *out = (i64::from(low) + stream.below(counter, span as u64) as i64) as i32;
+    }
     AnyTensor::new(shape, out)
 }

@@ -7,25 +7,20 @@
 //! [`weight_gradient`] and [`bias_gradient`] add tokens in their order; threads change nothing.
 
 use super::isa::{Isa, isa};
-use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileArgs, TileElement, panels_abreast};
+use super::product::{Carry, Product};
+use super::threads::{Shared, parallel, parallel_ranges};
+use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
 use super::{pack, panels};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
 use crate::vectorised;
 use std::ops::Range;
 
-/// Units of the reduction between two visits to a tile's sums: the panel's part (48 KiB) stays close while tiles pass by.
-const BLOCK_UNITS: usize = 384;
-
-/// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
-const BLOCK_TILES: usize = 16;
-
 /// Tokens that [`weight_gradient`] packs at a time, a multiple of a unit.
 const TOKENS: usize = 2048;
 
 /// Most bytes of the weight that [`input_gradient`] holds transposed at a time.
-const TRANSPOSED_BYTES: usize = 8 << 20;
+const TRANSPOSED_BYTES: usize = 32 << 20;
 
 /// The weight of a linear layer, `[outputs, inputs]`, in panels of `E`.
 #[derive(Clone, Copy)]
@@ -211,30 +206,33 @@ fn weight_gradient_as<E: TileElement>(
     if inputs == 0 {
         return;
     }
-    let (tiles, columns) = (inputs.div_ceil(TILE_ROWS), outputs.div_ceil(PANEL_COLUMNS));
-    // Few panels are cut into parts of their inputs too, so that all threads have work.
-    let parts = (8 * threads()).div_ceil(columns).clamp(1, tiles.div_ceil(8));
-    let mut packed = Buffer::<E>::scratch(E::units(count.min(TOKENS)) * E::UNIT * inputs);
-    let dw = Shared::new(dw);
+    let columns = outputs.div_ceil(PANEL_COLUMNS);
+    let mut packed = Buffer::<E>::scratch(columns * panels::panel_len::<E>(count.min(TOKENS)));
     for start in (0..count).step_by(TOKENS) {
         let tokens = start..count.min(start + TOKENS);
-        let units = E::units(tokens.len());
-        pack_tokens(&x, tokens.clone(), &mut packed);
-        parallel(columns * parts, |task| {
-            let (p, part) = (task / parts, task % parts);
-            let inside = tiles * part / parts * TILE_ROWS..inputs.min(tiles * (part + 1) / parts * TILE_ROWS);
-            let taken = p * PANEL_COLUMNS..outputs.min((p + 1) * PANEL_COLUMNS);
-            let mut panel = Buffer::<E>::scratch(units * PANEL_COLUMNS * E::UNIT);
-            for (u, out) in panel.chunks_exact_mut(PANEL_COLUMNS * E::UNIT).enumerate() {
-                unit_of(&dy, &tokens, u, taken.clone(), out);
-            }
-            let first = p * inputs * PANEL_COLUMNS;
-            // SAFETY: each task writes its own inputs of its own panel.
-            let sums = unsafe { dw.part(first + inside.start * PANEL_COLUMNS..first + inside.end * PANEL_COLUMNS) };
-            let a = &packed[inside.start * units * E::UNIT..inside.end * units * E::UNIT];
-            multiply(isa, a, inside.len(), &panel, units, sums, add || start > 0);
-        });
+        let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
+        pack_panels(&dy, tokens.clone(), panels);
+        // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
+        let carry = Carry { sums: Shared::new(dw), add: add || start > 0 };
+        let pack = |taken: Range<usize>, out: &mut [E]| {
+            let token = |i: usize| &x.row(tokens.start + i)[taken.clone()];
+            pack::columns_of_tokens::<E, TILE_ROWS>(token, tokens.len(), taken.len(), false, out);
+        };
+        Product { isa, rows: inputs, units: E::units(tokens.len()), panels, columns }.run(&pack, Some(&carry), None);
     }
+}
+
+/// Packs all columns of `tokens` of `dy` into panels, tokens running down.
+fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, out: &mut [E]) {
+    let size = panels::panel_len::<E>(tokens.len());
+    let out = Shared::new(out);
+    parallel_ranges(dy.width.div_ceil(PANEL_COLUMNS), 4, |range| {
+        let taken = range.start * PANEL_COLUMNS..dy.width.min(range.end * PANEL_COLUMNS);
+        // SAFETY: parallel_ranges hands out disjoint ranges of panels.
+        let out = unsafe { out.part(range.start * size..range.end * size) };
+        let token = |i: usize| &dy.row(tokens.start + i)[taken.clone()];
+        pack::columns_of_tokens::<E, PANEL_COLUMNS>(token, tokens.len(), taken.len(), true, out);
+    });
 }
 
 /// `db = column sums of dy`, or `db += ...`, in f32, tokens in their order.
@@ -266,39 +264,6 @@ vectorised! {
     }
 }
 
-/// Unit `u` of `tokens`, columns `taken`, side by side; zero past them.
-fn unit_of<E: TileElement>(values: &Rows<E>, tokens: &Range<usize>, u: usize, taken: Range<usize>, out: &mut [E]) {
-    let first = tokens.start + u * E::UNIT;
-    let row = |token: usize| &values.row(token)[taken.clone()];
-    if E::UNIT == 2 && first + 1 < tokens.end {
-        pack::unit_of_tokens(&[row(first), row(first + 1)], out);
-    } else {
-        pack::unit_of_tokens(&[row(first)], out);
-    }
-}
-
-/// Packs `tokens` of `x` into tiles of 12 inputs, tokens running down.
-fn pack_tokens<E: TileElement>(x: &Rows<E>, tokens: Range<usize>, out: &mut [E]) {
-    let units = E::units(tokens.len());
-    let out = Shared::new(out);
-    parallel_ranges(units, 16, |range| {
-        // A few tokens at a time, all inputs of each: whole lines of `x` are read once, and written in runs.
-        for from in range.clone().step_by(16) {
-            let group = from..range.end.min(from + 16);
-            for left in (0..x.width).step_by(TILE_ROWS) {
-                let taken = left..x.width.min(left + TILE_ROWS);
-                let unit = taken.len() * E::UNIT;
-                let first = left * units * E::UNIT;
-                // SAFETY: each range of units writes its own units of each tile.
-                let tile = unsafe { out.part(first + group.start * unit..first + group.end * unit) };
-                for (u, out) in group.clone().zip(tile.chunks_exact_mut(unit)) {
-                    unit_of(x, &tokens, u, taken.clone(), out);
-                }
-            }
-        }
-    });
-}
-
 /// Packs columns `taken` of `rows` into tiles of 12 rows.
 fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
     let row_len = E::units(taken.len()) * E::UNIT;
@@ -309,129 +274,7 @@ fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, ro
         for (r, source) in sources.iter_mut().enumerate().take(count) {
             *source = &values.row(first + r)[taken.clone()];
         }
-        pack::tile_of_rows(isa, &sources[..count], tile);
-    }
-}
-
-/// `rows` packed rows times panels, row by row of tiles and panel by panel.
-struct Product<'a, E> {
-    isa: Isa,
-    rows: usize,
-    units: usize,
-    panels: &'a [E],
-    /// Number of panels.
-    columns: usize,
-}
-
-/// Sums that go on from one product to the next: `[panels][rows][32]`.
-struct Carry<'a> {
-    sums: Shared<'a, f32>,
-    /// Whether there are sums to go on from.
-    add: bool,
-}
-
-/// Receives the first row, the panel and the sums `[rows][32]` of a finished piece.
-type Finish<'a> = &'a (dyn Fn(usize, usize, &[f32]) + Sync);
-
-impl<E: TileElement> Product<'_, E> {
-    /// Splits rows and panels over the threads, never the reduction.
-    fn run(&self, pack: &(impl Fn(Range<usize>, &mut [E]) + Sync), carry: Option<&Carry>, finish: Option<Finish>) {
-        let row_len = self.units * E::UNIT;
-        let panels = self.columns;
-        let tiles = self.rows.div_ceil(TILE_ROWS);
-        if tiles == 0 || panels == 0 {
-            return;
-        }
-        let threads = threads();
-        let row_parts = if tiles <= BLOCK_TILES { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
-        let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
-        let rows_of = |part: usize| tiles * part / row_parts * TILE_ROWS..self.rows.min(tiles * (part + 1) / row_parts * TILE_ROWS);
-        if panel_parts == 1 {
-            parallel(row_parts, |part| {
-                let rows = rows_of(part);
-                let mut packed = Buffer::<E>::scratch(tiles.div_ceil(row_parts) * TILE_ROWS * row_len);
-                let packed = &mut packed[..rows.len() * row_len];
-                pack(rows.clone(), packed);
-                self.sweep(packed, rows, 0..panels, carry, finish);
-            });
-            return;
-        }
-        // Several tasks use the same rows: pack them once, together.
-        let mut packed = Buffer::<E>::scratch(self.rows * row_len);
-        let shared = Shared::new(&mut packed);
-        parallel_ranges(tiles, 2, |range| {
-            let rows = range.start * TILE_ROWS..self.rows.min(range.end * TILE_ROWS);
-            // SAFETY: parallel_ranges hands out disjoint ranges of tiles.
-            pack(rows.clone(), unsafe { shared.part(rows.start * row_len..rows.end * row_len) });
-        });
-        parallel(row_parts * panel_parts, |task| {
-            let (rows, part) = (rows_of(task / panel_parts), task % panel_parts);
-            let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
-            self.sweep(&packed[rows.start * row_len..rows.end * row_len], rows, taken, carry, finish);
-        });
-    }
-
-    /// Multiplies packed `rows` by the panels of `taken`.
-    fn sweep(&self, packed: &[E], rows: Range<usize>, taken: Range<usize>, carry: Option<&Carry>, finish: Option<Finish>) {
-        let panel_len = self.units * PANEL_COLUMNS * E::UNIT;
-        let step = if carry.is_some() { 1 } else { panels_abreast(rows.len()) };
-        let size = rows.len() * PANEL_COLUMNS;
-        let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { step * size });
-        for p in taken.clone().step_by(step) {
-            let some = p..taken.end.min(p + step);
-            let b = &self.panels[p * panel_len..some.end * panel_len];
-            let sums = match carry {
-                Some(carry) => {
-                    let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
-                    // SAFETY: tasks have disjoint pairs of rows and panels, and this one holds one part at a time.
-                    unsafe { carry.sums.part(first..first + size) }
-                }
-                None => &mut own[..some.len() * size],
-            };
-            multiply(self.isa, packed, rows.len(), b, self.units, sums, carry.is_some_and(|carry| carry.add));
-            if let Some(finish) = finish {
-                for (p, sums) in some.zip(sums.chunks_exact(size)) {
-                    finish(rows.start, p, sums);
-                }
-            }
-        }
-    }
-}
-
-/// Packed tiles of `rows` rows times neighbouring panels, each of `units`; sums are `[panels][rows][32]`.
-fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usize, sums: &mut [f32], add: bool) {
-    let panels = sums.len() / (rows * PANEL_COLUMNS);
-    assert!(isa <= Isa::best(), "{isa:?} is beyond this processor");
-    assert_eq!(sums.len(), panels * rows * PANEL_COLUMNS, "sums of {panels} panels and {rows} rows");
-    assert_eq!(a.len(), rows * units * E::UNIT, "{rows} packed rows of {units} units");
-    assert_eq!(b.len(), panels * units * PANEL_COLUMNS * E::UNIT, "{panels} panels of {units} units");
-    let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
-    let abreast = panels_abreast(rows);
-    // One tile meets each panel once, so nothing is gained by cutting its reduction.
-    let block = if rows <= TILE_ROWS { units.max(1) } else { BLOCK_UNITS };
-    for p in (0..panels).step_by(abreast) {
-        for from in (0..units.max(1)).step_by(block) {
-            for top in (0..rows).step_by(TILE_ROWS) {
-                let height = TILE_ROWS.min(rows - top);
-                let args = TileArgs {
-                    a: a.as_ptr().wrapping_add((top * units + from * height) * E::UNIT),
-                    a_row: E::UNIT,
-                    a_unit: height * E::UNIT,
-                    b: b.as_ptr().wrapping_add(p * b_panel + from * b_unit),
-                    b_unit,
-                    b_panel,
-                    c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS),
-                    c_row: PANEL_COLUMNS,
-                    c_panel,
-                    units: block.min(units - from),
-                    add: add || from > 0,
-                };
-                // SAFETY: the processor has `isa`. The tile's `units` from `from` lie inside its `height` packed rows
-                // and inside panels `p..`, of which there are at most `abreast`, the height's own limit when there is
-                // one tile and 1 otherwise; its sums lie inside `sums`. The lengths are asserted above.
-                unsafe { E::tile(isa, height, abreast.min(panels - p), &args) }
-            }
-        }
+        pack::tile_of_rows_as(isa, &sources[..count], tile);
     }
 }
 
