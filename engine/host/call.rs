@@ -91,13 +91,12 @@ fn dispatch(lua: &Lua, function: &Function, is_self: Option<fn(&AnyUserData) -> 
     run().map_err(|failure| raise(lua, failure))
 }
 
-/// A table of `functions`, as a namespace of the engine is.
-pub fn table_of(lua: &Lua, functions: &'static [Function]) -> mlua::Result<Table> {
-    let table = lua.create_table()?;
-    for function in functions {
-        table.set(function.name(), lua.create_function(|lua, values: MultiValue| dispatch(lua, function, None, values))?)?;
+/// Puts `functions` into a table of the engine.
+pub fn add_functions(lua: &Lua, table: &Table, functions: &'static [&'static [Function]]) -> mlua::Result<()> {
+    for function in functions.iter().copied().flatten() {
+        table.raw_set(function.name(), lua.create_function(|lua, values: MultiValue| dispatch(lua, function, None, values))?)?;
     }
-    Ok(table)
+    Ok(())
 }
 
 /// Gives class T its methods, its fields, and errors for names that it does not have.

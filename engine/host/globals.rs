@@ -37,20 +37,30 @@ function coroutine.resume(...) return tidy(resume_raw(...)) end
 /// Instructions between two looks at whether the user wants to stop; a few milliseconds.
 const INSTRUCTIONS: u32 = 100_000;
 
-/// Where `math.random` stands. Replaced when the run's seed is known.
+/// Where the random numbers of a script stand: a stream for `math.random`, one for random tensors. Replaced when the run's
+/// seed is known.
 pub struct RandomState {
-    stream: Stream,
-    counter: AtomicU64,
+    numbers: Stream,
+    numbers_taken: AtomicU64,
+    tensors: Stream,
+    tensors_taken: AtomicU64,
 }
 
 impl RandomState {
     pub fn new(seed: u64) -> Self {
-        Self { stream: Stream::new(seed, "lua math.random"), counter: AtomicU64::new(0) }
+        let (numbers, tensors) = (Stream::new(seed, "lua math.random"), Stream::new(seed, "lua tensor"));
+        Self { numbers, numbers_taken: AtomicU64::new(0), tensors, tensors_taken: AtomicU64::new(0) }
     }
 
     fn bits(&self) -> u64 {
-        self.stream.bits(self.counter.fetch_add(1, Relaxed))
+        self.numbers.bits(self.numbers_taken.fetch_add(1, Relaxed))
     }
+}
+
+/// The script's stream of random tensors, and the first of `count` counters of it that nobody else gets.
+pub fn take_counters(lua: &Lua, count: u64) -> (Stream, u64) {
+    let state = lua.app_data_ref::<RandomState>().expect("installed with the globals");
+    (state.tensors, state.tensors_taken.fetch_add(count, Relaxed))
 }
 
 /// Replaces what must be replaced in the globals of `lua`.

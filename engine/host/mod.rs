@@ -13,6 +13,7 @@ pub mod progress;
 pub mod raise;
 pub mod run;
 pub mod tensor;
+pub mod tensor_operations;
 mod tensor_text;
 pub mod vm;
 pub mod workflow;

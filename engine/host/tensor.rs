@@ -4,6 +4,7 @@
 use super::call::{Answer, Call, Class, Failed, Field, Function, as_integer, as_tensor, describe, register};
 use super::memory::tensor_made;
 use super::raise::{Failure, raise};
+use super::tensor_operations as operations;
 use super::tensor_text::tensor_text;
 use crate::error::Error;
 use crate::kernels::buffer::Buffer;
@@ -19,12 +20,10 @@ pub struct TensorObject(pub AnyTensor);
 
 impl Class for TensorObject {
     const NAME: &'static str = "Tensor";
-    const METHODS: &'static [&'static [Function]] = &[METHODS];
+    const METHODS: &'static [&'static [Function]] =
+        &[METHODS, operations::UNARY, operations::BINARY, operations::REDUCTIONS, operations::OTHERS];
     const FIELDS: &'static [Field<Self>] = FIELDS;
 }
-
-/// Most elements a script may make at once from sizes that it gives: 2^34, 64 GiB of f32. More is a slip.
-const ELEMENTS_MAX: usize = 1 << 34;
 
 /// Makers of tensors, and what concerns no single one.
 pub const FUNCTIONS: &[Function] = &[
@@ -37,17 +36,7 @@ pub const FUNCTIONS: &[Function] = &[
             let mut shape = Vec::new();
             let mut values = Vec::new();
             read_nested(call, &call.value(0), 0, &mut shape, &mut values)?;
-            tensor(call, from_numbers(call, &shape, &values, dtype)?)
-        },
-    },
-    Function { op: "tensor.zeros", params: &["shape", "options?"], call: |call| filled(call, 0.0, 1) },
-    Function { op: "tensor.ones", params: &["shape", "options?"], call: |call| filled(call, 1.0, 1) },
-    Function {
-        op: "tensor.full",
-        params: &["shape", "value", "options?"],
-        call: |call| {
-            let value = call.number(1)?;
-            filled(call, value, 2)
+            tensor(call, from_numbers(call.op, &shape, &values, dtype)?)
         },
     },
     Function {
@@ -112,6 +101,7 @@ const FIELDS: &[Field<TensorObject>] = &[
 impl UserData for TensorObject {
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
+        operations::operators(methods);
         methods.add_meta_method(MetaMethod::ToString, |_, this, ()| Ok(tensor_text(&this.0)));
         methods.add_meta_function(MetaMethod::Len, |lua, x: Value| -> mlua::Result<()> {
             let what = format!("a tensor has no single length ({}); use x.shape[1], x.count or x.rank", describe(&x));
@@ -136,36 +126,6 @@ pub fn dtype_of(call: &Call, name: Option<String>) -> Failed<Dtype> {
     let Some(name) = name else { return Ok(Dtype::F32) };
     let known = "\"f32\", \"bf16\", \"i32\" or \"i8\"";
     Dtype::parse(&name).ok_or_else(|| Error::argument(call.op, "dtype", known, format!("\"{name}\"")).into())
-}
-
-/// A shape argument whose tensor fits memory.
-pub fn checked_shape(call: &Call, index: usize) -> Failed<Vec<usize>> {
-    let shape = call.shape(index)?;
-    let count = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
-    match count {
-        Some(count) if count <= ELEMENTS_MAX => Ok(shape),
-        _ => Err(Error::Shape { op: call.op, arg: "shape", expected: "at most 2^34 elements".into(), got: format!("{shape:?}") }.into()),
-    }
-}
-
-fn filled(call: &Call, value: f64, options_at: usize) -> Answer {
-    let shape = checked_shape(call, 0)?;
-    let dtype = dtype_of(call, call.options(options_at, &["dtype"])?.string("dtype")?)?;
-    // One element says whether the value fits the type.
-    from_numbers(call, &[1], &[value], dtype)?;
-    let count = shape.iter().product();
-    fn fill<E: Element>(count: usize, value: E) -> Buffer<E> {
-        let mut buffer = Buffer::scratch(count);
-        buffer.fill(value);
-        buffer
-    }
-    let filled = match dtype {
-        Dtype::F32 => AnyTensor::new(&shape, fill(count, value as f32)),
-        Dtype::Bf16 => AnyTensor::new(&shape, fill(count, <bf16 as Element>::from_f32(value as f32))),
-        Dtype::I32 => AnyTensor::new(&shape, fill(count, value as i32)),
-        Dtype::I8 => AnyTensor::new(&shape, fill(count, value as i8)),
-    }?;
-    tensor(call, filled)
 }
 
 /// Reads nested tables of numbers; the first entries give the shape, and every other entry must agree.
@@ -205,11 +165,11 @@ fn read_nested(call: &Call, value: &Value, depth: usize, shape: &mut Vec<usize>,
 }
 
 /// A tensor of `values`, which must be whole numbers in range for an integer type.
-pub fn from_numbers(call: &Call, shape: &[usize], values: &[f64], dtype: Dtype) -> Failed<AnyTensor> {
-    fn integers<E: Element>(call: &Call, values: &[f64], low: f64, high: f64, convert: fn(f64) -> E) -> Failed<Buffer<E>> {
+fn from_numbers(op: &'static str, shape: &[usize], values: &[f64], dtype: Dtype) -> Failed<AnyTensor> {
+    fn integers<E: Element>(op: &'static str, values: &[f64], low: f64, high: f64, convert: fn(f64) -> E) -> Failed<Buffer<E>> {
         if let Some(bad) = values.iter().find(|value| value.fract() != 0.0 || !(low..=high).contains(*value)) {
             let expected = format!("whole numbers from {low} to {high} for {}", E::DTYPE);
-            return Err(Error::argument(call.op, "values", expected, format!("{bad:?}")).into());
+            return Err(Error::argument(op, "values", expected, format!("{bad:?}")).into());
         }
         Ok(Buffer::copy_of(&values.iter().map(|value| convert(*value)).collect::<Vec<_>>()))
     }
@@ -219,8 +179,8 @@ pub fn from_numbers(call: &Call, shape: &[usize], values: &[f64], dtype: Dtype) 
             let values: Vec<bf16> = values.iter().map(|value| <bf16 as Element>::from_f32(*value as f32)).collect();
             AnyTensor::new(shape, Buffer::copy_of(&values))
         }
-        Dtype::I32 => AnyTensor::new(shape, integers(call, values, f64::from(i32::MIN), f64::from(i32::MAX), |value| value as i32)?),
-        Dtype::I8 => AnyTensor::new(shape, integers(call, values, -128.0, 127.0, |value| value as i8)?),
+        Dtype::I32 => AnyTensor::new(shape, integers(op, values, f64::from(i32::MIN), f64::from(i32::MAX), |value| value as i32)?),
+        Dtype::I8 => AnyTensor::new(shape, integers(op, values, -128.0, 127.0, |value| value as i8)?),
     };
     Ok(made?)
 }
@@ -244,13 +204,18 @@ fn nest(lua: &Lua, shape: &[usize], values: &[Value]) -> mlua::Result<Value> {
 
 /// Argument `index` as a tensor: one, or a number that becomes a tensor of no axes with the element type of `like`.
 pub fn operand(call: &Call, index: usize, like: &AnyTensor) -> Failed<AnyTensor> {
-    let value = call.value(index);
-    if let Some(tensor) = as_tensor(&value) {
+    number_or_tensor(call.op, call.param(index), &call.value(index), like)
+}
+
+/// As [`operand`], for operators, which are no calls.
+pub fn number_or_tensor(op: &'static str, arg: &'static str, value: &Value, like: &AnyTensor) -> Failed<AnyTensor> {
+    if let Some(tensor) = as_tensor(value) {
         return Ok(tensor);
     }
     match value {
-        Value::Integer(_) | Value::Number(_) => from_numbers(call, &[], &[call.number(index)?], like.dtype()),
-        _ => Err(call.wrong(index, "a tensor or a number")),
+        Value::Integer(number) => from_numbers(op, &[], &[*number as f64], like.dtype()),
+        Value::Number(number) => from_numbers(op, &[], &[*number], like.dtype()),
+        other => Err(Error::argument(op, arg, "a tensor or a number", describe(other)).into()),
     }
 }
 

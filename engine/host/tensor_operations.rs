@@ -3,11 +3,12 @@
 
 use super::call::{Answer, Call, Failed, Function, as_tensor};
 use super::globals::take_counters;
-use tensor_made;
+use super::memory::tensor_made;
 use super::raise::raise;
 use super::tensor::{TensorObject, axes, dtype_of, number_or_tensor, operand, tensor};
 use crate::error::{Error, Result};
-use crate::tensor::random::{Position, blocks_of_words};
+use crate::kernels::element::Dtype;
+use crate::kernels::random::Stream;
 use crate::tensor::{AnyTensor, arithmetic, compare, construct, convert, elementwise, gather, index, matmul, order, reduce, softmax};
 use mlua::{MetaMethod, UserDataMethods, Value};
 
@@ -107,14 +108,10 @@ pub const OTHERS: &[Function] = &[
         params: &["axis", "index"],
         call: |call| tensor(call, gather::index_select(&call.this()?, axis(call, 0)?, &call.tensor(1)?)?),
     },
-    Function { op: "Tensor:log_softmax", params: &["axis?"], call: |call| tensor(call, softmax::log_softmax(&call.this()?, axis_or(call, 0, -1)?)?) },
     Function {
-        op: "Tensor:masked_mean",
-        params: &["mask", "axis?", "options?"],
-        call: |call| {
-            let keepdim = call.options(2, &["keepdim"])?.boolean("keepdim")?.unwrap_or(false);
-            tensor(call, reduce::masked_mean(&call.this()?, &call.tensor(0)?, axes(call, 1)?.as_deref(), keepdim)?)
-        },
+        op: "Tensor:log_softmax",
+        params: &["axis?"],
+        call: |call| tensor(call, softmax::log_softmax(&call.this()?, axis_or(call, 0, -1)?)?),
     },
     Function { op: "Tensor:matmul", params: &["other"], call: |call| tensor(call, matmul::matmul(&call.this()?, &call.tensor(0)?)?) },
     Function {
@@ -147,7 +144,11 @@ pub const OTHERS: &[Function] = &[
             tensor(call, index::slice(&call.this()?, axis(call, 0)?, axis(call, 1)?, stop, step)?)
         },
     },
-    Function { op: "Tensor:softmax", params: &["axis?"], call: |call| tensor(call, softmax::softmax(&call.this()?, axis_or(call, 0, -1)?)?) },
+    Function {
+        op: "Tensor:softmax",
+        params: &["axis?"],
+        call: |call| tensor(call, softmax::softmax(&call.this()?, axis_or(call, 0, -1)?)?),
+    },
     Function {
         op: "Tensor:sort",
         params: &["axis?", "options?"],
@@ -235,8 +236,8 @@ pub const FUNCTIONS: &[Function] = &[
         call: |call| {
             let bound = |index| i32::try_from(call.integer(index)?).map_err(|_| call.wrong(index, "an integer that fits i32"));
             let shape = call.shape(2)?;
-            let from = position(call, count_of(call.op, &shape)?.saturating_mul(2));
-            tensor(call, construct::randint(bound(0)?, bound(1)?, &shape, from)?)
+            let (stream, first) = take_counters(call.lua, count_of(call.op, &shape)? as u64);
+            tensor(call, construct::randint(bound(0)?, bound(1)?, &shape, stream, first)?)
         },
     },
     Function { op: "tensor.randn", params: &["shape", "options?"], call: |call| random(call, construct::randn) },
@@ -329,19 +330,14 @@ fn spread(call: &Call, f: fn(&AnyTensor, Option<&[isize]>, usize, bool) -> Resul
     tensor(call, f(&call.this()?, axes(call, 0)?.as_deref(), correction, keepdim)?)
 }
 
-fn shaped(call: &Call, f: fn(&[usize], crate::kernels::element::Dtype) -> Result<AnyTensor>) -> Answer {
+fn shaped(call: &Call, f: fn(&[usize], Dtype) -> Result<AnyTensor>) -> Answer {
     let dtype = dtype_of(call, call.options(1, &["dtype"])?.string("dtype")?)?;
     tensor(call, f(&call.shape(0)?, dtype)?)
 }
 
-/// Where the run's stream of random tensors stands, moved on by what `count` words take.
-fn position(call: &Call, count: usize) -> Position {
-    take_counters(call.lua, blocks_of_words(count))
-}
-
-fn random(call: &Call, f: fn(&[usize], crate::kernels::element::Dtype, Position) -> Result<AnyTensor>) -> Answer {
+fn random(call: &Call, f: fn(&[usize], Dtype, Stream, u64) -> Result<AnyTensor>) -> Answer {
     let dtype = dtype_of(call, call.options(1, &["dtype"])?.string("dtype")?)?;
     let shape = call.shape(0)?;
-    let from = position(call, count_of(call.op, &shape)?);
-    tensor(call, f(&shape, dtype, from)?)
+    let (stream, first) = take_counters(call.lua, count_of(call.op, &shape)? as u64);
+    tensor(call, f(&shape, dtype, stream, first)?)
 }

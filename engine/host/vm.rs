@@ -1,14 +1,14 @@
 //! The Lua state of a script: Lua 5.4 with its standard libraries, `require "engine"`, and the replaced globals. A Rust
 //! panic passes through it as a panic; scripts cannot catch one.
 
-use super::call::{Function, table_of};
+use super::call::{Function, add_functions};
 use super::memory::Watermark;
 use super::modules::{self, Modules, Source};
 use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
 use super::workflow::Workflow;
-use super::{args, globals, tensor, workflow};
+use super::{args, globals, tensor, tensor_operations, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 pub const TOP: &[&[Function]] = &[workflow::FUNCTIONS, args::FUNCTIONS];
 
 /// The tables in `engine`, each a mirror of a folder of the engine.
-pub const NAMESPACES: &[(&str, &[Function])] = &[("tensor", tensor::FUNCTIONS)];
+pub const NAMESPACES: &[(&str, &[&[Function]])] = &[("tensor", &[tensor::FUNCTIONS, tensor_operations::FUNCTIONS])];
 
 /// One script's Lua state.
 pub struct Vm {
@@ -82,14 +82,10 @@ fn new_state() -> mlua::Result<Lua> {
 
 fn engine_table(lua: &Lua) -> mlua::Result<Table> {
     let engine = lua.create_table()?;
-    for functions in TOP {
-        for pair in table_of(lua, functions)?.pairs::<String, Value>() {
-            let (name, function) = pair?;
-            engine.raw_set(name, function)?;
-        }
-    }
+    add_functions(lua, &engine, TOP)?;
     for (name, functions) in NAMESPACES {
-        let namespace = table_of(lua, functions)?;
+        let namespace = lua.create_table()?;
+        add_functions(lua, &namespace, functions)?;
         seal(lua, &namespace, &format!("engine.{name}"))?;
         engine.raw_set(*name, namespace)?;
     }

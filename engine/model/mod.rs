@@ -4,8 +4,8 @@ pub mod config;
 pub mod fields;
 pub mod generation_config;
 
-mod model;
 pub mod graph;
+mod model;
 pub mod names;
 pub mod presets;
 pub mod rope_scaling;

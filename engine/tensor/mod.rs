@@ -1,16 +1,13 @@
 //! Typed tensors, autograd and the operations on them, one file an operation. The only folder that names dfdx.
 
 pub mod any;
-mod dfdx_tape;
-mod model_element;
-mod operation;
-mod shape;
 pub mod arithmetic;
 pub mod attention;
 pub mod autograd;
 pub mod compare;
 pub mod construct;
 pub mod convert;
+mod dfdx_tape;
 pub mod elementwise;
 pub mod embedding;
 pub mod experts;
@@ -19,11 +16,14 @@ pub mod index;
 pub mod linear;
 pub mod logprobs;
 pub mod matmul;
+mod model_element;
+mod operation;
 pub mod order;
 pub mod parameter;
 pub mod recompute;
 pub mod reduce;
 pub mod rms_norm;
+mod shape;
 pub mod softmax;
 mod typed;
 

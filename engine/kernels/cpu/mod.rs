@@ -18,12 +18,12 @@ pub mod load_balance;
 pub mod norm;
 pub mod pack;
 pub mod panels;
-#[cfg(test)]
 mod product;
-mod samples;
 pub mod rms_norm;
 pub mod rope;
 pub mod route;
+#[cfg(test)]
+mod samples;
 pub mod swiglu;
 pub mod threads;
 pub mod tile;
