@@ -13,11 +13,11 @@ use super::document_index::{Format, Part, Split};
 use super::jsonl::Record;
 use super::mix::Mix;
 use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, TokenBatch, window};
-use super::random::Stream;
 use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
 use super::text::Delimiter;
 use super::tokenizer::{Specials, Tokenizer, in_parallel};
 use crate::error::{Error, Result};
+use crate::kernels::random::Stream;
 
 /// Documents tokenised together, on all threads.
 const FETCH_DOCUMENTS: usize = 256;

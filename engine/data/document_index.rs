@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use super::content_hash::ContentHash;
 use super::jsonl::{BadLine, Record, parse_line};
-use super::random::Stream;
 use super::text::{Delimiter, split_point};
 use crate::error::{Error, Result};
+use crate::kernels::random::Stream;
 
 /// The field that holds the text of a document from a text file.
 pub const TEXT_FIELD: &str = "text";

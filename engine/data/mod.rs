@@ -11,7 +11,6 @@ pub mod document_index;
 pub mod jsonl;
 pub mod mix;
 pub mod pack;
-pub mod random;
 pub mod shuffle;
 pub mod source;
 pub mod template_python;

@@ -4,12 +4,12 @@ pub mod config;
 pub mod fields;
 pub mod generation_config;
 
+mod any;
 pub mod graph;
-mod model;
 pub mod names;
 pub mod presets;
 pub mod rope_scaling;
 pub mod sizes;
 pub mod weights;
+pub use any::{Loss, Model};
 pub use graph::Packed;
-pub use model::{Loss, Model};
