@@ -420,7 +420,8 @@ pub fn to_lua(lua: &Lua, specs: &[Spec], values: &[(String, Json)]) -> mlua::Res
     Ok(args)
 }
 
-fn json_to_lua(lua: &Lua, value: &Json) -> mlua::Result<Value> {
+/// A JSON value in Lua: objects and arrays become tables, null nil.
+pub(super) fn json_to_lua(lua: &Lua, value: &Json) -> mlua::Result<Value> {
     Ok(match value {
         Json::Null => Value::Nil,
         Json::Bool(value) => Value::Boolean(*value),

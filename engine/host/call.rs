@@ -176,6 +176,15 @@ impl Call<'_> {
         as_tensor(&self.value(index)).ok_or_else(|| self.wrong(index, "a tensor"))
     }
 
+    /// Argument `index` as an object of class T.
+    pub fn object<T: Class>(&self, index: usize) -> Failed<UserDataRef<T>> {
+        let object = match self.value(index) {
+            Value::UserData(object) => object.borrow::<T>().ok(),
+            _ => None,
+        };
+        object.ok_or_else(|| self.wrong(index, format!("a {}", T::NAME)))
+    }
+
     pub fn string(&self, index: usize) -> Failed<String> {
         match self.value(index) {
             Value::String(text) => Ok(text.to_string_lossy()),

@@ -40,6 +40,7 @@ const INSTRUCTIONS: u32 = 100_000;
 /// Where the random numbers of a script stand: a stream for `math.random`, one for random tensors. Replaced when the run's
 /// seed is known.
 pub struct RandomState {
+    seed: u64,
     numbers: Stream,
     numbers_taken: AtomicU64,
     tensors: Stream,
@@ -49,12 +50,17 @@ pub struct RandomState {
 impl RandomState {
     pub fn new(seed: u64) -> Self {
         let (numbers, tensors) = (Stream::new(seed, "lua math.random"), Stream::new(seed, "lua tensor"));
-        Self { numbers, numbers_taken: AtomicU64::new(0), tensors, tensors_taken: AtomicU64::new(0) }
+        Self { seed, numbers, numbers_taken: AtomicU64::new(0), tensors, tensors_taken: AtomicU64::new(0) }
     }
 
     fn bits(&self) -> u64 {
         self.numbers.bits(self.numbers_taken.fetch_add(1, Relaxed))
     }
+}
+
+/// The seed of the run.
+pub fn seed(lua: &Lua) -> u64 {
+    lua.app_data_ref::<RandomState>().expect("installed with the globals").seed
 }
 
 /// The script's stream of random tensors, and the first of `count` counters of it that nobody else gets.

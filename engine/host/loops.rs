@@ -2,11 +2,14 @@
 //! metrics are written, progress is shown and the user's wish to stop is taken.
 
 use super::call::{Answer, Call, Class, Field, Function, as_tensor, describe, register};
+use super::data::DataObject;
 use super::interrupt::{self, InLoop};
 use super::progress::{Progress, Report, short};
 use super::raise::{Failure, raise};
 use super::run::{Run, RunObject, check_name};
+use super::work::Work;
 use crate::error::{Error, Result};
+use crate::kernels::buffer::live_bytes;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MetaMethod, UserData, UserDataMethods, Value};
 use serde_json::{Map, Value as Json};
 use std::sync::{Arc, Mutex};
@@ -25,6 +28,9 @@ struct Loop {
     run: Arc<Run>,
     name: String,
     steps: Option<u64>,
+    /// The data set that ends the loop, and how often it is read.
+    over: Option<(DataObject, u64)>,
+    work: Option<Arc<Work>>,
     state: Mutex<State>,
 }
 
@@ -36,6 +42,8 @@ struct State {
     progress: Option<Progress>,
     in_loop: Option<InLoop>,
     step_started: Instant,
+    /// Tokens and operations counted when the step began.
+    work_before: (u64, u64),
 }
 
 /// `run:loop(name, options)`: what Lua's `for` needs, with the loop as its closing value.
@@ -43,10 +51,27 @@ pub fn start(call: &Call) -> Answer {
     let run = call.subject::<RunObject>()?.0.clone();
     let name = call.string(0)?;
     check_name(call.op, &name)?;
-    let options = call.options(1, &["steps"])?;
-    let Some(steps) = options.count("steps", 0)? else {
-        return Err(Error::argument(call.op, "steps", "given: how many steps the loop has", "nil").into());
+    let options = call.options(1, &["steps", "epochs", "over"])?;
+    let steps = options.count("steps", 0)?.map(|steps| steps as u64);
+    let epochs = options.count("epochs", 1)?.map(|epochs| epochs as u64);
+    let over = match options.value("over")? {
+        Value::Nil => None,
+        Value::UserData(object) if object.is::<DataObject>() => Some(object.borrow::<DataObject>()?.clone()),
+        other => return Err(Error::argument(call.op, "over", "a data set", describe(&other)).into()),
     };
+    let over = match (over, epochs) {
+        (None, Some(_)) => return Err(Error::argument(call.op, "over", "given with epochs: the data set to read", "nil").into()),
+        (Some(data), Some(epochs)) => {
+            data.set_epochs(epochs)?;
+            Some((data, epochs))
+        }
+        (Some(data), None) => Some((data, 1)),
+        (None, None) => None,
+    };
+    if steps.is_none() && over.is_none() {
+        return Err(Error::argument(call.op, "options", "steps, or over with a data set, to say where the loop ends", "neither").into());
+    }
+    let work = call.lua.app_data_ref::<Arc<Work>>().map(|work| work.clone());
     let mut records = run.loops.lock().expect("no panic happens under this lock");
     // A loop inside a step of another is told apart by that step.
     let outer = records.iter().find(|(_, record)| !record.finished).map(|(name, record)| format!("{name}[{}]/", record.count));
@@ -57,10 +82,17 @@ pub fn start(call: &Call) -> Answer {
     }
     records.insert(path.clone(), LoopRecord::default());
     drop(records);
-    let progress = Some(Progress::start(&run.screen, &path, Some(steps as u64)));
-    let state =
-        State { current: None, next: 0, logged: Map::new(), progress, in_loop: Some(InLoop::enter()), step_started: Instant::now() };
-    let looping = LoopObject(Arc::new(Loop { run, name: path, steps: Some(steps as u64), state: Mutex::new(state) }));
+    let progress = Some(Progress::start(&run.screen, &path, steps));
+    let state = State {
+        current: None,
+        next: 0,
+        logged: Map::new(),
+        progress,
+        in_loop: Some(InLoop::enter()),
+        step_started: Instant::now(),
+        work_before: (0, 0),
+    };
+    let looping = LoopObject(Arc::new(Loop { run, name: path, steps, over, work, state: Mutex::new(state) }));
     let next = call.lua.create_function(|lua, (looping, _): (AnyUserData, Value)| {
         let looping = looping.borrow::<LoopObject>()?.0.clone();
         match Loop::next(&looping) {
@@ -83,7 +115,11 @@ impl Loop {
             this.run.screen.note(&format!("stopped by the user after step {} of {}", state.next, this.name));
             return Err(Error::Interrupted);
         }
-        if this.steps.is_some_and(|steps| state.next >= steps) {
+        let data_ended = match &this.over {
+            Some((data, _)) => !data.has_more()?,
+            None => false,
+        };
+        if data_ended || this.steps.is_some_and(|steps| state.next >= steps) {
             this.close(&mut state);
             return Ok(None);
         }
@@ -91,6 +127,7 @@ impl Loop {
         state.next += 1;
         state.current = Some(index);
         state.step_started = Instant::now();
+        state.work_before = this.work.as_ref().map_or((0, 0), |work| work.so_far());
         Ok(Some(Step { of: this.clone(), index }))
     }
 
@@ -100,20 +137,30 @@ impl Loop {
         let logged = std::mem::take(&mut state.logged);
         let shown: Vec<(String, String)> = logged.iter().map(|(name, value)| (name.clone(), shown(value))).collect();
         let seconds = state.step_started.elapsed().as_secs_f64();
+        let work = self.work.as_ref().map_or((0, 0), |work| work.so_far());
+        let tokens = work.0.saturating_sub(state.work_before.0);
+        let operations = work.1.saturating_sub(state.work_before.1);
+        let rate = (tokens > 0).then(|| tokens as f64 / seconds);
+        let operation_rate = (operations > 0).then(|| operations as f64 / seconds);
         if !logged.is_empty() {
             let mut line = Map::new();
             line.insert("loop".into(), Json::from(self.name.as_str()));
             line.insert("step".into(), Json::from(index));
             line.insert("time".into(), Json::from(self.run.seconds()));
             line.insert("step_seconds".into(), Json::from(seconds));
+            line.extend(rate.map(|rate| ("tokens_per_second".to_string(), Json::from(rate))));
+            line.extend(operation_rate.map(|rate| ("flops_per_second".to_string(), Json::from(rate))));
+            line.insert("tensor_bytes".into(), Json::from(live_bytes()));
             line.extend(logged);
             self.run.write_metrics(&line)?;
         }
         if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.name) {
             record.count = index + 1;
         }
-        let done = self.steps.map(|steps| (index + 1) as f64 / steps as f64);
-        let report = Report { count: index + 1, done, values: &shown, tokens_per_second: None, share_of_peak: None };
+        let by_steps = self.steps.map(|steps| (index + 1) as f64 / steps as f64);
+        let by_data = self.over.as_ref().and_then(|(data, epochs)| data.share_done(*epochs));
+        let done = by_steps.into_iter().chain(by_data).reduce(f64::max);
+        let report = Report { count: index + 1, done, values: &shown, tokens_per_second: rate, flops_per_second: operation_rate };
         if let Some(progress) = &mut state.progress {
             progress.step(&report);
         }
@@ -138,7 +185,7 @@ fn shown(value: &Json) -> String {
 }
 
 /// Names that the engine writes into each line itself.
-const OWN_NAMES: [&str; 4] = ["loop", "step", "time", "step_seconds"];
+const OWN_NAMES: [&str; 7] = ["loop", "step", "time", "step_seconds", "tokens_per_second", "flops_per_second", "tensor_bytes"];
 
 /// The table of values at argument `index`, sorted by name: numbers, strings, booleans, tensors of one element.
 pub fn logged_values(call: &Call, index: usize) -> Result<Map<String, Json>, Failure> {

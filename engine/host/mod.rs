@@ -2,12 +2,15 @@
 
 pub mod args;
 pub mod call;
+pub mod data;
 mod globals;
 pub mod interrupt;
 pub mod loops;
 mod memory;
+pub mod model;
 pub mod modules;
 mod nearest;
+pub mod optim;
 pub mod options;
 pub mod progress;
 pub mod raise;
@@ -15,5 +18,7 @@ pub mod run;
 pub mod tensor;
 pub mod tensor_operations;
 mod tensor_text;
+pub mod tokenizer;
 pub mod vm;
+mod work;
 pub mod workflow;

@@ -1,9 +1,12 @@
 //! A run: a script, its arguments and a seed, with its folder. It owns everything that must outlive a Lua state, under the
 //! names that the script gives; the script holds handles. Asking twice for a name gives the same object.
 
-use super::call::{Class, Field, Function, register};
+use super::call::{Class, Failed, Field, Function, register};
+use super::data::DataObject;
 use super::loops::{self, LoopRecord};
+use super::model::ModelObject;
 use super::modules::Source;
+use super::optim::OptimizerObject;
 use super::progress::Screen;
 use super::raise::Failure;
 use crate::error::{Error, Result};
@@ -14,7 +17,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// One run of a workflow.
@@ -26,8 +29,28 @@ pub struct Run {
     pub screen: Screen,
     started: Instant,
     metrics: Mutex<File>,
+    /// What the script named, by name.
+    resources: Mutex<BTreeMap<String, Resource>>,
     /// Loops by name: how far each has come. The engine's counter, not Lua's.
     pub(super) loops: Mutex<BTreeMap<String, LoopRecord>>,
+}
+
+/// Something of a run that outlives a Lua state; the script holds handles of it.
+#[derive(Clone)]
+enum Resource {
+    Model(ModelObject),
+    Optimizer(OptimizerObject),
+    Data(DataObject),
+}
+
+impl Resource {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Model(_) => "model",
+            Self::Optimizer(_) => "optimizer",
+            Self::Data(_) => "data set",
+        }
+    }
 }
 
 /// What a run is started with.
@@ -76,6 +99,7 @@ impl Run {
             screen: start.screen.clone(),
             started: Instant::now(),
             metrics: Mutex::new(metrics),
+            resources: Mutex::new(BTreeMap::new()),
             loops: Mutex::new(BTreeMap::new()),
         })
     }
@@ -93,6 +117,38 @@ impl Run {
         text.push('\n');
         let mut file = self.metrics.lock().expect("no panic happens under this lock");
         file.write_all(text.as_bytes()).map_err(|source| Error::io(&self.folder.join("metrics.jsonl"), "write", source))
+    }
+
+    /// The resource called `name`, made by `make` if there is none. `wanted` takes it apart, none if it is of another kind.
+    fn resource<T>(
+        &self,
+        op: &'static str,
+        kind: &'static str,
+        name: &str,
+        wanted: impl Fn(&Resource) -> Option<T>,
+        make: impl FnOnce() -> Failed<Resource>,
+    ) -> Failed<T> {
+        check_name(op, name)?;
+        let known = self.resources.lock().expect("no panic happens under this lock").get(name).cloned();
+        let resource = match known {
+            Some(resource) => resource,
+            None => {
+                let made = make()?;
+                self.resources.lock().expect("no panic happens under this lock").insert(name.to_string(), made.clone());
+                made
+            }
+        };
+        wanted(&resource).ok_or_else(|| {
+            let got = format!("`{name}`, which is a {} of this run", resource.kind());
+            Error::argument(op, "name", format!("a name that is free, or that of a {kind}"), got).into()
+        })
+    }
+
+    /// The name under which the run knows `model`.
+    fn name_of(&self, model: &ModelObject) -> Option<String> {
+        let resources = self.resources.lock().expect("no panic happens under this lock");
+        let is_it = |resource: &Resource| matches!(resource, Resource::Model(other) if Arc::ptr_eq(&other.model, &model.model));
+        resources.iter().find(|(_, resource)| is_it(resource)).map(|(name, _)| name.clone())
     }
 
     /// The folder of the artifact `name`.
@@ -125,7 +181,7 @@ fn new_id() -> String {
 
 /// The object that a workflow's function gets.
 #[derive(Clone)]
-pub struct RunObject(pub std::sync::Arc<Run>);
+pub struct RunObject(pub Arc<Run>);
 
 impl Class for RunObject {
     const NAME: &'static str = "Run";
@@ -150,6 +206,63 @@ impl Class for RunObject {
             call: |call| {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
                 call.give(now)
+            },
+        },
+        Function {
+            op: "Run:data",
+            params: &["name", "data"],
+            call: |call| {
+                let run = call.subject::<RunObject>()?.0.clone();
+                let data = call.object::<DataObject>(1)?.clone();
+                let wanted = |resource: &Resource| if let Resource::Data(data) = resource { Some(data.clone()) } else { None };
+                call.give(run.resource(call.op, "data set", &call.string(0)?, wanted, || Ok(Resource::Data(data)))?)
+            },
+        },
+        Function {
+            op: "Run:model",
+            params: &["name", "source", "options?"],
+            call: |call| {
+                let run = call.subject::<RunObject>()?.0.clone();
+                let options = call.options(2, super::model::OPTIONS)?;
+                let wanted = |resource: &Resource| if let Resource::Model(model) = resource { Some(model.clone()) } else { None };
+                let make = || Ok(Resource::Model(ModelObject::make(call.lua, call.op, &call.value(1), &options)?));
+                call.give(run.resource(call.op, "model", &call.string(0)?, wanted, make)?)
+            },
+        },
+        Function {
+            op: "Run:optimizer",
+            params: &["kind", "model", "options?"],
+            call: |call| {
+                let run = call.subject::<RunObject>()?.0.clone();
+                let kind = call.string(0)?;
+                if kind != "adamw" {
+                    return Err(call.wrong(0, "\"adamw\""));
+                }
+                let model = call.object::<ModelObject>(1)?.clone();
+                let options = call.options(2, super::optim::OPTIONS)?;
+                // An optimizer goes with its model, so the model's name names it.
+                let owner = run.name_of(&model).unwrap_or_else(|| "model".into());
+                let wanted = |resource: &Resource| if let Resource::Optimizer(optim) = resource { Some(optim.clone()) } else { None };
+                let make = || Ok(Resource::Optimizer(OptimizerObject::adamw(call.op, &model, &options)?));
+                let optimizer = run.resource(call.op, "optimizer", &format!("{kind} of {owner}"), wanted, make)?;
+                optimizer.set(call.op, &options)?;
+                call.give(optimizer)
+            },
+        },
+        Function {
+            op: "Run:save",
+            params: &["name", "model", "options?"],
+            call: |call| {
+                let run = call.subject::<RunObject>()?.0.clone();
+                let model = call.object::<ModelObject>(1)?.clone();
+                let dtype = match call.options(2, &["dtype"])?.string("dtype")? {
+                    Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
+                    None => None,
+                };
+                let folder = run.artifact(&call.string(0)?)?;
+                model.save(&folder, dtype)?;
+                run.screen.print(&format!("saved {}", folder.display()));
+                call.give(folder.display().to_string())
             },
         },
     ]];

@@ -116,6 +116,12 @@ pub fn tensor(call: &Call, tensor: AnyTensor) -> Answer {
     call.give(TensorObject(tensor))
 }
 
+/// A tensor as a Lua value; the collector hears of it.
+pub fn tensor_value(lua: &Lua, tensor: AnyTensor) -> Failed<Value> {
+    tensor_made(lua)?;
+    Ok(TensorObject(tensor).into_lua(lua)?)
+}
+
 fn this_done(call: &Call, body: fn(&AnyTensor) -> crate::error::Result<()>) -> Answer {
     body(&call.this()?)?;
     call.done()

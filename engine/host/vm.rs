@@ -7,17 +7,25 @@ use super::modules::{self, Modules, Source};
 use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
+use super::work::Work;
 use super::workflow::Workflow;
-use super::{args, globals, tensor, tensor_operations, workflow};
+use super::{args, data, globals, model, optim, tensor, tensor_operations, tokenizer, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The functions of `engine` itself.
 pub const TOP: &[&[Function]] = &[workflow::FUNCTIONS, args::FUNCTIONS];
 
 /// The tables in `engine`, each a mirror of a folder of the engine.
-pub const NAMESPACES: &[(&str, &[&[Function]])] = &[("tensor", &[tensor::FUNCTIONS, tensor_operations::FUNCTIONS])];
+pub const NAMESPACES: &[(&str, &[&[Function]])] = &[
+    ("data", &[data::FUNCTIONS]),
+    ("model", &[model::FUNCTIONS]),
+    ("optim", &[optim::FUNCTIONS]),
+    ("tensor", &[tensor::FUNCTIONS, tensor_operations::FUNCTIONS]),
+    ("tokenizer", &[tokenizer::FUNCTIONS]),
+];
 
 /// One script's Lua state.
 pub struct Vm {
@@ -74,6 +82,7 @@ fn new_state() -> mlua::Result<Lua> {
     // Without catch_rust_panics, pcall lets a panic of ours pass instead of handing it to the script as an error.
     let lua = Lua::new_with(StdLib::ALL_SAFE, LuaOptions::new().catch_rust_panics(false))?;
     lua.set_app_data(Watermark::new());
+    lua.set_app_data(Arc::new(Work::default()));
     let engine = engine_table(&lua)?;
     modules::install(&lua, &engine)?;
     globals::install(&lua)?;
