@@ -242,7 +242,7 @@ impl UserData for LoopObject {
 }
 
 /// One iteration, as the script holds it.
-struct Step {
+pub struct Step {
     of: Arc<Loop>,
     index: u64,
 }

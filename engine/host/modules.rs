@@ -24,7 +24,7 @@ macro_rules! embedded {
 pub const STDLIB: &[Embedded] = embedded!["losses.lua", "schedules.lua"];
 
 /// The stubs of everything the engine exports, for editors.
-pub const STUBS: &[Embedded] = embedded!["meta/engine.lua", "meta/run.lua", "meta/tensor.lua"];
+pub const STUBS: &[Embedded] = embedded!["meta/data.lua", "meta/engine.lua", "meta/model.lua", "meta/run.lua", "meta/tensor.lua"];
 
 /// A file of the user's that took part in a run.
 #[derive(Clone, Debug, PartialEq)]

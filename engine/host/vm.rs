@@ -1,7 +1,7 @@
 //! The Lua state of a script: Lua 5.4 with its standard libraries, `require "engine"`, and the replaced globals. A Rust
 //! panic passes through it as a panic; scripts cannot catch one.
 
-use super::call::{Function, add_functions};
+use super::call::{Class, Function, add_functions};
 use super::memory::Watermark;
 use super::modules::{self, Modules, Source};
 use super::nearest::suggestion;
@@ -9,7 +9,7 @@ use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
 use super::work::Work;
 use super::workflow::Workflow;
-use super::{args, data, globals, model, optim, tensor, tensor_operations, tokenizer, workflow};
+use super::{args, data, globals, loops, model, optim, run, tensor, tensor_operations, tokenizer, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
 use std::path::{Path, PathBuf};
@@ -26,6 +26,32 @@ pub const NAMESPACES: &[(&str, &[&[Function]])] = &[
     ("tensor", &[tensor::FUNCTIONS, tensor_operations::FUNCTIONS]),
     ("tokenizer", &[tokenizer::FUNCTIONS]),
 ];
+
+/// A class of objects that scripts hold, for the test that compares it with its stub.
+pub struct ClassListing {
+    pub name: &'static str,
+    pub methods: &'static [&'static [Function]],
+    pub fields: Vec<&'static str>,
+}
+
+/// All classes of objects.
+pub fn classes() -> Vec<ClassListing> {
+    fn listing<T: Class>() -> ClassListing {
+        ClassListing { name: T::NAME, methods: T::METHODS, fields: T::FIELDS.iter().map(|field| field.name).collect() }
+    }
+    vec![
+        listing::<args::Declaration>(),
+        listing::<data::BatchObject>(),
+        listing::<data::DataObject>(),
+        listing::<loops::Step>(),
+        listing::<model::ModelObject>(),
+        listing::<optim::OptimizerObject>(),
+        listing::<run::RunObject>(),
+        listing::<tensor::TensorObject>(),
+        listing::<tokenizer::TokenizerObject>(),
+        listing::<Workflow>(),
+    ]
+}
 
 /// One script's Lua state.
 pub struct Vm {
