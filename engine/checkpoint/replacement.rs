@@ -23,7 +23,7 @@ pub struct Replacement {
 }
 
 impl Replacement {
-    /// Begins to replace (or create) the folder `target`, whose parent must exist.
+    /// Begins to replace (or create) the folder `target`; its parents are created too.
     ///
     /// Errors: [`Error::Argument`] if `target` is something that no checkpoint was saved to: a file, or a folder with
     /// folders in it, or with files but no safetensors; [`Error::Io`].
@@ -38,6 +38,7 @@ impl Replacement {
             return Err(Error::argument("save", "path", "a folder with a name", target.display()));
         };
         check_replaceable(&target)?;
+        std::fs::create_dir_all(parent).map_err(|e| Error::io(parent, "create", e))?;
         let name = name.to_string_lossy();
         remove_leftovers(parent, &name);
         for attempt in 0..10_000 {
@@ -238,7 +239,8 @@ mod tests {
         let empty = folder.path().join("empty");
         std::fs::create_dir(&empty).unwrap();
         save(&empty, "three").unwrap();
-        assert_eq!(names(folder.path()), ["empty", "model"]);
+        save(&folder.path().join("runs/monday/model"), "four").unwrap();
+        assert_eq!(names(folder.path()), ["empty", "model", "runs"]);
     }
 
     #[test]
@@ -296,7 +298,7 @@ mod tests {
         std::fs::write(notes.join("a.txt"), "x").unwrap();
         check(&notes, "1 files without weights");
         check(Path::new("/"), "a folder with a name");
-        check(&folder.path().join("none/model"), "cannot create");
+        check(&folder.path().join("file/model"), "cannot save to");
         let replacement = Replacement::begin(&folder.path().join("model")).unwrap();
         for name in ["../x", "", "a/b", "/x", ".."] {
             assert!(replacement.write_file(name, b"x").unwrap_err().to_string().contains("plain name"), "{name}");

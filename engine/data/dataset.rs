@@ -6,70 +6,24 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::chat_template::{ChatTemplate, Rendering};
+use super::batch_stream::{BatchStream, Plan, text_of};
+use super::chat_template::ChatTemplate;
 use super::content_hash::ContentHash;
-use super::cursor::{CURSOR_VERSION, Cursor, FileFingerprint, Fingerprint, PackerPosition, SourceFingerprint, StreamPosition};
+use super::cursor::{CURSOR_VERSION, Cursor, FileFingerprint, Fingerprint, SourceFingerprint};
 use super::document_index::{Format, Part, Split};
 use super::jsonl::Record;
 use super::mix::Mix;
-use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, TokenBatch, window};
+use super::pack::{Packing, Row, TokenBatch};
 use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
 use super::text::Delimiter;
-use super::tokenizer::{Specials, Tokenizer, in_parallel};
+use super::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
-use crate::kernels::random::Stream;
-
-/// Documents tokenised together, on all threads.
-const FETCH_DOCUMENTS: usize = 256;
-/// Or fewer, when they hold this much text.
-const FETCH_BYTES: usize = 1 << 20;
 
 /// Settings, and the reading that begins at the first record or batch asked for.
 #[derive(Debug)]
 pub struct Dataset {
     plan: Plan,
-    running: Option<Running>,
-}
-
-#[derive(Debug, Clone)]
-struct Plan {
-    sources: Vec<SourcePlan>,
-    weights: Vec<f64>,
-    mix_seed: u64,
-    tokenizer: Option<Arc<Tokenizer>>,
-    chat: Option<Arc<ChatTemplate>>,
-    specials: Specials,
-    end_of_document: bool,
-    packing: Option<Packing>,
-}
-
-#[derive(Debug)]
-struct Running {
-    sources: Vec<Source>,
-    mix: Mix,
-    draws: u64,
-    /// Tokenised ahead, each with the stream's position behind it.
-    ahead: VecDeque<(Document, StreamPosition)>,
-    /// The stream's position behind the last document that the packer took.
-    taken: StreamPosition,
-    packer: Packer,
-    batches: u64,
-}
-
-#[derive(Debug)]
-enum Packer {
-    None,
-    Concat(ConcatPacker),
-    BestFit {
-        packer: BestFitPacker,
-        pool_start: StreamPosition,
-        rows: u64,
-    },
-    /// The tokens are read at the first batch.
-    Windows {
-        tokens: Option<Vec<u32>>,
-        rows: u64,
-    },
+    running: Option<BatchStream>,
 }
 
 impl Dataset {
@@ -144,7 +98,7 @@ impl Dataset {
         })
     }
 
-    /// The field whose string is the document's text. An empty name takes records as they are, without a check.
+    /// The field whose string is the document's text, for batches and [`Dataset::texts`].
     pub fn field(self, name: &str) -> Self {
         self.with_sources(|source| source.field = name.to_string())
     }
@@ -211,7 +165,7 @@ impl Dataset {
         self.running.as_ref().map_or(0, |running| running.taken.sources.iter().map(|source| source.skipped).sum())
     }
 
-    /// Up to `count` records as they are in the files, fewer at the end.
+    /// Up to `count` records as they are in the files, fewer at the end. A text document is a record with the field `text`.
     ///
     /// Errors: [`Error::Io`]; [`Error::Format`] for a bad document; [`Error::Argument`] for settings that cannot be meant.
     pub fn take_rows(&mut self, count: usize) -> Result<Vec<Record>> {
@@ -219,7 +173,7 @@ impl Dataset {
         running.rewind_to_taken();
         let mut rows = Vec::new();
         while rows.len() < count {
-            let Some((_, record)) = running.record()? else { break };
+            let Some((_, _, record)) = running.record()? else { break };
             rows.push(record);
         }
         running.taken = running.stream();
@@ -236,7 +190,7 @@ impl Dataset {
             loop {
                 let source = sources.front_mut()?;
                 match source.next() {
-                    Ok(Some(record)) => return Some(Ok(text_of(&record, &source.plan.field))),
+                    Ok(Some((_, record))) => return Some(Ok(text_of(&record, &source.plan.field))),
                     Ok(None) => drop(sources.pop_front()),
                     Err(error) => return Some(Err(error)),
                 }
@@ -274,20 +228,7 @@ impl Dataset {
     pub fn cursor(&mut self) -> Result<Cursor> {
         let fingerprint = self.fingerprint()?;
         let running = self.running()?;
-        let mut stream = running.taken.clone();
-        let packer = match &running.packer {
-            Packer::None => PackerPosition::None,
-            Packer::Concat(packer) => {
-                let carry = packer.carry();
-                PackerPosition::Concat { tokens: carry.tokens, supervised: carry.supervised }
-            }
-            Packer::BestFit { packer, .. } if packer.at_pool_start() => PackerPosition::BestFit { pools: packer.pools(), rows: 0 },
-            Packer::BestFit { packer, pool_start, rows } => {
-                stream = pool_start.clone();
-                PackerPosition::BestFit { pools: packer.pools() - 1, rows: *rows }
-            }
-            Packer::Windows { rows, .. } => PackerPosition::Windows { rows: *rows },
-        };
+        let (stream, packer) = running.position();
         Ok(Cursor { version: CURSOR_VERSION, fingerprint, batches: running.batches, stream, packer })
     }
 
@@ -297,49 +238,18 @@ impl Dataset {
     /// for a damaged cursor.
     pub fn restore(&mut self, cursor: &Cursor) -> Result<()> {
         cursor.check(&self.fingerprint()?)?;
-        self.running = None;
-        self.running()?;
-        let (plan, running) = (&self.plan, self.running.as_mut().expect("just made"));
-        let damaged = |place: &str, expected: String, got: String| Err(Error::argument("data.restore", place, expected, got));
-        let (sources, stored) = (running.sources.len(), &cursor.stream.sources);
-        if stored.len() != sources {
-            return damaged("stream.sources", format!("{sources} positions"), stored.len().to_string());
-        }
-        for (source, position) in running.sources.iter().zip(stored) {
-            if position.record > source.index().count() {
-                return damaged("record", format!("at most {}", source.index().count()), position.record.to_string());
-            }
-        }
-        running.seek(&cursor.stream);
-        match (&mut running.packer, &cursor.packer) {
-            (Packer::None, PackerPosition::None) => {}
-            (Packer::Concat(packer), PackerPosition::Concat { tokens, supervised }) => {
-                if let Some(mask) = supervised.as_ref().filter(|mask| mask.len() != tokens.len()) {
-                    return damaged("packer.supervised", format!("{} flags", tokens.len()), mask.len().to_string());
-                }
-                let carry = Document { tokens: tokens.clone(), supervised: supervised.clone() };
-                *packer = ConcatPacker::new(plan.packing.map_or(1, |packing| packing.seq_len()), carry);
-            }
-            (Packer::BestFit { packer, .. }, PackerPosition::BestFit { pools, rows }) => {
-                if let Some(Packing::BestFit { seq_len, pool }) = plan.packing {
-                    *packer = BestFitPacker::new(seq_len, pool, *pools);
-                }
-                for row in 0..*rows {
-                    if running.row(plan)?.is_none() {
-                        return damaged("packer.rows", format!("at most {row}"), rows.to_string());
-                    }
-                }
-            }
-            (Packer::Windows { rows, .. }, PackerPosition::Windows { rows: stored }) => *rows = *stored,
-            (_, stored) => return damaged("packer", format!("a position of {:?}", plan.packing), format!("{stored:?}")),
+        let (plan, running) = (&self.plan, self.running.as_mut().expect("the fingerprint needed it"));
+        if let Err(error) = running.go_to(plan, &cursor.stream, &cursor.packer) {
+            self.running = None; // Half a position is none.
+            return Err(error);
         }
         running.batches = cursor.batches;
         Ok(())
     }
 
-    fn running(&mut self) -> Result<&mut Running> {
+    fn running(&mut self) -> Result<&mut BatchStream> {
         if self.running.is_none() {
-            self.running = Some(Running::open(&self.plan)?);
+            self.running = Some(BatchStream::open(&self.plan)?);
         }
         Ok(self.running.as_mut().expect("just made"))
     }
@@ -377,166 +287,133 @@ impl Dataset {
     }
 }
 
-fn text_of(record: &Record, field: &str) -> String {
-    record.get(field).and_then(|text| text.as_str()).unwrap_or_default().to_string()
-}
+#[cfg(test)]
+mod tests {
+    use super::super::bpe_trainer::{BpeTraining, train_bpe};
+    use super::*;
 
-impl Plan {
-    fn tokenizer(&self) -> Result<&Tokenizer> {
-        let missing = || Error::argument("data.take", "tokenizer", "set, which batches need", "none");
-        self.tokenizer.as_deref().ok_or_else(missing)
+    fn bytes() -> Arc<Tokenizer> {
+        Arc::new(Tokenizer::bytes_with_chat())
     }
 
-    /// The tokens of a record of source `which`.
-    fn document(&self, which: usize, record: &Record) -> Result<Document> {
-        let tokenizer = self.tokenizer()?;
-        if let Some(template) = &self.chat {
-            let array = |field: &str| record.get(field).and_then(|value| value.as_array()).cloned().unwrap_or_default();
-            let rendering = Rendering { tools: array("tools"), ..Rendering::default() };
-            let chat = template.tokens(tokenizer, &array(MESSAGES_FIELD), &rendering, self.specials)?;
-            return Ok(Document { tokens: chat.ids, supervised: Some(chat.supervised) });
-        }
-        let mut tokens = tokenizer.encode(&text_of(record, &self.sources[which].field), self.specials);
-        tokens.extend(tokenizer.end_of_text().filter(|_| self.end_of_document));
-        Ok(Document::all(tokens))
+    fn file(content: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("data");
+        std::fs::write(&path, content).unwrap();
+        (folder, path)
     }
-}
 
-impl Running {
-    fn open(plan: &Plan) -> Result<Self> {
-        if let Some(packing) = &plan.packing {
-            packing.check()?;
-        }
-        for source in &plan.sources {
-            if source.epochs == Some(0) {
-                return Err(Error::argument("data.epochs", "count", "at least 1, or forever", 0));
-            }
-        }
-        let mix = Mix::new(&plan.weights, plan.mix_seed)?;
-        let sources = plan.sources.iter().map(|source| Source::open(source.clone())).collect::<Result<Vec<_>>>()?;
-        let packer = match plan.packing {
-            None => Packer::None,
-            Some(Packing::Concat { seq_len }) => Packer::Concat(ConcatPacker::new(seq_len, Document::default())),
-            Some(Packing::BestFit { seq_len, pool }) => {
-                Packer::BestFit { packer: BestFitPacker::new(seq_len, pool, 0), pool_start: StreamPosition::default(), rows: 0 }
-            }
-            Some(Packing::Windows { .. }) if sources.len() > 1 => {
-                let got = format!("a mixture of {}", sources.len());
-                return Err(Error::argument("data.pack", "windows", "one source: windows cut one long text", got));
-            }
-            Some(Packing::Windows { .. }) => Packer::Windows { tokens: None, rows: 0 },
+    fn drain(mut data: Dataset, rows: usize) -> Vec<TokenBatch> {
+        std::iter::from_fn(|| data.take_batch(rows).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_text_becomes_windows_whose_labels_are_the_validation_text() {
+        let text: String = (0..50).map(|n| format!("line {n} é\n")).collect();
+        let (_folder, path) = file(&text);
+        let part = |part| Dataset::text([&path]).split(part, 0.1).tokenizer(bytes()).pack(Packing::Windows { seq_len: 7 });
+        let batches = drain(part(Part::Validation), 2);
+        let tokens: Vec<u32> = batches.iter().flat_map(|batch| batch.tokens.iter().map(|token| *token as u32)).collect();
+        let shown = bytes().decode(&tokens, false).unwrap();
+        // All but the last byte are inputs, all but the first are targets, each once; no end token follows a single text.
+        assert!(text.trim_end().ends_with(&shown) && shown.len() + 1 >= text.len() / 10);
+        assert_eq!(batches.iter().map(TokenBatch::supervised).sum::<usize>(), tokens.len());
+        let random = drain(part(Part::Train).shuffle(1).epochs(3), 4);
+        let rows: usize = random.iter().map(TokenBatch::rows).sum();
+        let train = text.len() - text.len() / 10 - 1;
+        assert!(rows.abs_diff(3 * train.div_ceil(7)) <= 3, "{rows}");
+        assert!(random.iter().flat_map(|batch| batch.row_starts.windows(2)).all(|row| row[1] - row[0] == 7));
+    }
+
+    #[test]
+    fn documents_are_separated_and_shuffled_and_both_parts_are_whole() {
+        let lines: Vec<String> = (0..60).map(|n| format!("{n}")).collect();
+        let (_folder, path) = file(&lines.join("\n"));
+        let data = || Dataset::text([&path]).delimiter(Delimiter::Line).tokenizer(bytes()).pack(Packing::Concat { seq_len: 16 });
+        let documents = |data: Dataset| -> Vec<String> {
+            let tokens: Vec<u32> = drain(data, 3).iter().flat_map(|batch| batch.tokens.clone()).map(|token| token as u32).collect();
+            let text = bytes().decode(&tokens, false).unwrap();
+            text.split_terminator("<|endoftext|>").map(str::to_string).collect()
         };
-        let mut running = Self { sources, mix, draws: 0, ahead: VecDeque::new(), taken: StreamPosition::default(), packer, batches: 0 };
-        running.taken = running.stream();
-        Ok(running)
+        assert_eq!(documents(data()), lines);
+        let shuffled = documents(data().shuffle(1));
+        assert!(shuffled != lines && shuffled != documents(data().shuffle(2)));
+        assert_eq!(shuffled, documents(data().shuffle(1)));
+        let mut both = [documents(data().split(Part::Train, 0.3)), documents(data().split(Part::Validation, 0.3))].concat();
+        both.sort_by_key(|text| text.parse::<u32>().unwrap());
+        assert_eq!(both, lines);
     }
 
-    fn stream(&self) -> StreamPosition {
-        StreamPosition { draws: self.draws, sources: self.sources.iter().map(Source::position).collect() }
-    }
-
-    fn seek(&mut self, position: &StreamPosition) {
-        self.ahead.clear();
-        self.draws = position.draws;
-        self.sources.iter_mut().zip(&position.sources).for_each(|(source, position)| source.seek(*position));
-        self.taken = position.clone();
-    }
-
-    /// Forgets what was fetched ahead.
-    fn rewind_to_taken(&mut self) {
-        if !self.ahead.is_empty() {
-            self.seek(&self.taken.clone());
+    #[test]
+    fn a_mixture_follows_its_weights_until_each_part_ends() {
+        let (_one, ones) = file(&"1\n".repeat(300));
+        let (_two, twos) = file(&"2\n".repeat(900));
+        let lines = |path| Dataset::text([path]).delimiter(Delimiter::Line);
+        let mixed = || Dataset::mix(vec![(lines(&ones), 1.0), (lines(&twos), 3.0)], 5).unwrap();
+        let rows = mixed().take_rows(10_000).unwrap();
+        assert_eq!(rows.len(), 1_200);
+        let ones_early = rows[..400].iter().filter(|row| row["text"] == "1").count();
+        // 100 with a deviation of 8.7.
+        assert!(ones_early.abs_diff(100) < 44, "{ones_early}");
+        let nested = Dataset::mix(vec![(mixed(), 1.0), (lines(&ones), 0.0)], 5).unwrap().take_rows(10_000).unwrap();
+        assert_eq!(nested.len(), 1_200);
+        for weights in [[-1.0, 1.0], [f64::NAN, 1.0], [0.0, 0.0]] {
+            assert!(Dataset::mix(vec![(lines(&ones), weights[0]), (lines(&twos), weights[1])], 0).is_err());
         }
+        assert!(Dataset::mix(vec![], 0).is_err());
     }
 
-    /// The next record of the mixture, and its source.
-    fn record(&mut self) -> Result<Option<(usize, Record)>> {
-        loop {
-            let alive: Vec<bool> = self.sources.iter().map(Source::is_alive).collect();
-            let Some(which) = self.mix.source(self.draws, &alive) else { return Ok(None) };
-            self.draws += 1;
-            // A source whose last documents are all bad ends without a record; another draw follows.
-            if let Some(record) = self.sources[which].next()? {
-                return Ok(Some((which, record)));
-            }
-        }
+    #[test]
+    fn conversations_that_cannot_be_rendered_stop_with_their_line_or_are_counted() {
+        let good = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
+        let (_folder, path) =
+            file(&[good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, r#"{"messages": "x"}"#, good].join("\n"));
+        let data = Dataset::jsonl([&path]).chat(Arc::new(ChatTemplate::default())).tokenizer(bytes());
+        let data = || data.fresh().pack(Packing::BestFit { seq_len: 1000, pool: 1 });
+        let mut failing = data();
+        let error = (0..4).find_map(|_| failing.take_batch(1).err()).unwrap().to_string();
+        assert!(error.contains("line 3: expected an array of messages"), "{error}");
+        let mut skipping = data().on_error(OnError::Skip);
+        let batch = skipping.take_batch(9).unwrap().unwrap();
+        // "b" and the end of its turn, twice.
+        assert_eq!((batch.rows(), batch.supervised()), (2, 4));
+        assert!(skipping.take_batch(9).unwrap().is_none());
+        assert_eq!(skipping.skipped(), 2);
+        std::fs::write(&path, [good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#].join("\n")).unwrap();
+        let error = data().take_batch(9).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("wizard"), "{error}");
     }
 
-    /// The next document's tokens. Many are tokenised at once, on all threads.
-    fn document(&mut self, plan: &Plan) -> Result<Option<Document>> {
-        if self.ahead.is_empty() {
-            plan.tokenizer()?;
-            let (mut records, mut positions, mut bytes) = (Vec::new(), Vec::new(), 0);
-            while records.len() < FETCH_DOCUMENTS && bytes < FETCH_BYTES {
-                let Some((which, record)) = self.record()? else { break };
-                bytes += text_of(&record, &plan.sources[which].field).len();
-                records.push((which, record));
-                positions.push(self.stream());
-            }
-            let documents = in_parallel(records.len(), |index| plan.document(records[index].0, &records[index].1));
-            for (document, position) in documents.into_iter().zip(positions) {
-                self.ahead.push_back((document?, position));
-            }
-        }
-        Ok(self.ahead.pop_front().map(|(document, position)| {
-            self.taken = position;
-            document
-        }))
-    }
-
-    fn row(&mut self, plan: &Plan) -> Result<Option<Row>> {
-        // The packer is lent out for the call, since it asks this same stream for documents.
-        let mut packer = std::mem::replace(&mut self.packer, Packer::None);
-        let row = match &mut packer {
-            Packer::None => Ok(None),
-            Packer::Concat(packer) => packer.row(|| self.document(plan)),
-            Packer::BestFit { packer, pool_start, rows } => {
-                if packer.at_pool_start() {
-                    (*pool_start, *rows) = (self.taken.clone(), 0);
-                }
-                *rows += 1;
-                packer.row(|| self.document(plan))
-            }
-            Packer::Windows { tokens, rows } => self.window(plan, tokens, rows),
+    #[test]
+    fn settings_that_cannot_be_meant_are_errors() {
+        let (_folder, path) = file("a\n");
+        let check = |mut data: Dataset, rows, says: &str| {
+            let error = data.take_batch(rows).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
         };
-        self.packer = packer;
-        row
+        let data = || Dataset::text([&path]).tokenizer(bytes()).pack(Packing::Concat { seq_len: 4 });
+        check(data(), 0, "at least 1");
+        check(data().pack(Packing::Concat { seq_len: 0 }), 1, "seq_len");
+        check(data().epochs(0), 1, "forever");
+        check(Dataset::text([&path]).tokenizer(bytes()), 1, "pack");
+        check(Dataset::text([&path]).pack(Packing::Concat { seq_len: 4 }), 1, "tokenizer");
+        check(data().split(Part::Validation, 2.0), 1, "fraction");
+        check(data().split(Part::Validation, 0.0), 1, "Validation");
+        check(Dataset::text(Vec::<PathBuf>::new()), 1, "paths");
+        check(Dataset::mix(vec![(data(), 1.0), (data(), 1.0)], 0).unwrap().pack(Packing::Windows { seq_len: 4 }), 1, "one source");
+        std::fs::write(&path, "").unwrap();
+        check(data(), 1, "at least one document");
+        std::fs::write(&path, "x").unwrap();
+        check(data().pack(Packing::Windows { seq_len: 4 }), 1, "at least 2 tokens");
+        check(data().field("body"), 1, "no field \"body\"");
     }
 
-    fn window(&mut self, plan: &Plan, tokens: &mut Option<Vec<u32>>, rows: &mut u64) -> Result<Option<Row>> {
-        let seq_len = plan.packing.map_or(1, |packing| packing.seq_len());
-        let source = &self.sources[0].plan;
-        let (shuffle, epochs) = (source.shuffle, source.epochs);
-        if tokens.is_none() {
-            let mut reader = Source::open(SourcePlan { shuffle: None, epochs: Some(1), ..source.clone() })?;
-            let one_text = reader.index().count() == 1;
-            let mut all = Vec::new();
-            while let Some(record) = reader.next()? {
-                let mut document = plan.document(0, &record)?;
-                // A single text has no neighbour to be told apart from.
-                if one_text && plan.chat.is_none() && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
-                    document.tokens.pop();
-                }
-                all.append(&mut document.tokens);
-            }
-            if all.len() < 2 {
-                let got = format!("{} tokens", all.len());
-                return Err(Error::argument("data.pack", "windows", "a text of at least 2 tokens", got));
-            }
-            *tokens = Some(all);
-        }
-        let tokens = tokens.as_deref().expect("just read");
-        let targets = tokens.len() - 1;
-        let rows_in_epoch = targets.div_ceil(seq_len) as u64;
-        if epochs.is_some_and(|epochs| *rows / rows_in_epoch >= epochs) {
-            return Ok(None);
-        }
-        let start = match shuffle {
-            // As many places as there are whole windows; a text shorter than one has a single place.
-            Some(seed) => Stream::new(seed, "windows").below(*rows, (targets - seq_len.min(targets) + 1) as u64) as usize,
-            None => (*rows % rows_in_epoch) as usize * seq_len,
-        };
-        *rows += 1;
-        Ok(Some(window(tokens, start, seq_len)))
+    #[test]
+    fn a_tokenizer_is_trained_on_the_texts_of_a_data_set() {
+        let (_folder, path) = file(&"{\"body\": \"the cat and the hat\"}\n".repeat(20));
+        let data = Dataset::jsonl([&path]).field("body");
+        let tokenizer = train_bpe(data.texts().unwrap(), &BpeTraining::new(280)).unwrap();
+        let ids = tokenizer.encode("the cat", Specials::Plain);
+        assert!(ids.len() < 7 && tokenizer.decode(&ids, false).unwrap() == "the cat");
     }
 }

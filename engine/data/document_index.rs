@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -217,7 +216,7 @@ impl DocumentReader {
     pub fn bad(&self, number: u64, bad: BadLine) -> Result<Error> {
         let which = self.index.files.partition_point(|file| file.first <= number) - 1;
         let file = &self.index.files[which];
-        let line = line_number(&file.path, 0..file.starts[(number - file.first) as usize])?;
+        let line = line_number(&file.path, file.starts[(number - file.first) as usize])?;
         let place = if bad.column == 0 { format!("line {line}") } else { format!("line {line}, column {}", bad.column) };
         Ok(Error::format(&file.path, place, bad.expected, bad.found))
     }
@@ -268,10 +267,10 @@ fn trim_newline(bytes: &mut Vec<u8>) {
     }
 }
 
-/// The number, from 1, of the line that begins after `before`.
-fn line_number(path: &Path, before: Range<u64>) -> Result<u64> {
+/// The number, from 1, of the line that begins at byte `start`.
+fn line_number(path: &Path, start: u64) -> Result<u64> {
     let file = File::open(path).map_err(|source| Error::io(path, "open", source))?;
-    let mut reader = BufReader::with_capacity(BUFFER_BYTES, file.take(before.end));
+    let mut reader = BufReader::with_capacity(BUFFER_BYTES, file.take(start));
     let mut line = 1;
     loop {
         let chunk = reader.fill_buf().map_err(|source| Error::io(path, "read", source))?;

@@ -47,7 +47,7 @@ impl Mix {
             left -= weight;
         }
         // Rounding may leave a crumb above the last weight.
-        candidates().last().map(|(index, _)| index)
+        candidates().next_back().map(|(index, _)| index)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Text to token batches: tokenizers, chat template, readers, packing, cursors. Knows no model.
 
+pub mod batch_stream;
 pub mod bpe_trainer;
 pub mod byte_alphabet;
 pub mod chat_template;
@@ -11,6 +12,7 @@ pub mod document_index;
 pub mod jsonl;
 pub mod mix;
 pub mod pack;
+pub mod qwen2_split;
 pub mod shuffle;
 pub mod source;
 pub mod template_python;

@@ -111,30 +111,45 @@ impl Source {
         }
     }
 
-    /// The next document; `None` at the end of the last epoch.
+    /// Counts `documents` that turned out to be bad after they were read.
+    pub fn count_skipped(&mut self, documents: u64) {
+        self.position.skipped += documents;
+    }
+
+    /// `error` about the content of document `number`, with its file and line.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn located(&self, number: u64, error: Error) -> Result<Error> {
+        self.reader.bad(number, BadLine { column: 0, expected: "a document that can be tokenised", found: error.to_string() })
+    }
+
+    /// The next document and its number; `None` at the end of the last epoch.
     ///
     /// Errors: [`Error::Io`]; [`Error::Format`] for a bad document, if those are not skipped, or if all are bad.
-    pub fn next(&mut self) -> Result<Option<Record>> {
+    pub fn next(&mut self) -> Result<Option<(u64, Record)>> {
         while self.is_alive() {
             let number = self.order.map_or(self.position.record, |order| order.at(self.position.record));
             let found = match self.reader.read(number)? {
                 Ok(record) => self.checked(number, record)?,
                 Err(error) => Err(error),
             };
-            if let Err(error) = found {
-                self.bad_in_a_row += 1;
-                if self.plan.on_error == OnError::Fail || self.bad_in_a_row >= self.index().count() {
-                    return Err(error);
+            let record = match found {
+                Ok(record) => record,
+                Err(error) => {
+                    self.bad_in_a_row += 1;
+                    if self.plan.on_error == OnError::Fail || self.bad_in_a_row >= self.index().count() {
+                        return Err(error);
+                    }
+                    self.position.skipped += 1;
+                    self.position.record += 1;
+                    self.wrap();
+                    continue;
                 }
-                self.position.skipped += 1;
-                self.position.record += 1;
-                self.wrap();
-                continue;
-            }
+            };
             self.bad_in_a_row = 0;
             self.position.record += 1;
             self.wrap();
-            return found.map(Some);
+            return Ok(Some((number, record)));
         }
         Ok(None)
     }
@@ -174,7 +189,7 @@ mod tests {
     }
 
     fn read(source: &mut Source, count: usize) -> Vec<String> {
-        (0..count).map_while(|_| source.next().unwrap()).map(|record| record["text"].as_str().unwrap().to_string()).collect()
+        (0..count).map_while(|_| source.next().unwrap()).map(|(_, record)| record["text"].as_str().unwrap().to_string()).collect()
     }
 
     #[test]

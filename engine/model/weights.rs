@@ -70,7 +70,7 @@ impl<E: ModelElement> Graph<E> {
 
     /// The model of a checkpoint folder. Remarks on what was odd but clear (a redundant head, a missing one) go to `remark`.
     ///
-    /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from f32 then keeps full master weights
+    /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from a finer type then keeps f32 master weights
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
     pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
@@ -81,7 +81,8 @@ impl<E: ModelElement> Graph<E> {
         refuse_unexpected(folder, &named)?;
         for tensor in &named {
             let info = folder.expect(&tensor.name, &tensor.shape)?;
-            let split = trains && info.dtype == StoredDtype::F32;
+            // bf16 holds a stored bf16 exactly; of every other type something is left over.
+            let split = trains && info.dtype != StoredDtype::Bf16;
             let columns = tensor.parameter.columns();
             for block in blocks(tensor.rows.len(), columns) {
                 let mut values = Buffer::<f32>::scratch(block.len() * columns);

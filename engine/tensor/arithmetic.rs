@@ -161,3 +161,100 @@ pub fn modulo(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
         Some(if rest != 0 && (rest < 0) != (b < 0) { rest + b } else { rest })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers as i32s, numbers, tensor};
+    use super::*;
+    use crate::kernels::element::Dtype;
+    use crate::tensor::convert::to_dtype;
+    use crate::tensor::elementwise::exp;
+    use crate::tensor::reduce::sum;
+
+    type Function = fn(&AnyTensor, &AnyTensor) -> Result<AnyTensor>;
+    type Case = (&'static str, Function, fn(f64, f64) -> f64);
+
+    #[test]
+    fn values_and_gradients_agree_with_f64_over_broadcasts() {
+        let table: [Case; 6] = [
+            ("add", add, |a, b| a + b),
+            ("sub", sub, |a, b| a - b),
+            ("mul", mul, |a, b| a * b),
+            ("div", div, |a, b| a / b),
+            ("maximum", maximum, f64::max),
+            ("minimum", minimum, f64::min),
+        ];
+        for (what, op, f) in table {
+            let run = |x: &[AnyTensor]| op(&x[0], &x[1]);
+            let (row, column, scalar) = (numbers(&[1, 7]), numbers(&[3, 1]), numbers(&[]));
+            check(what, &[numbers(&[3, 7]), row.clone()], run, |x| (0..21).map(|i| f(x[0][i], x[1][i % 7])).collect());
+            check(what, &[column, row], run, |x| (0..21).map(|i| f(x[0][i / 7], x[1][i % 7])).collect());
+            check(what, &[scalar, numbers(&[2, 1, 3])], run, |x| (0..6).map(|i| f(x[0][0], x[1][i])).collect());
+        }
+        let positive = [exp(&numbers(&[3, 5])).unwrap(), numbers(&[5])];
+        check("pow", &positive, |x| pow(&x[0], &x[1]), |x| (0..15).map(|i| x[0][i].powf(x[1][i % 5])).collect());
+    }
+
+    #[test]
+    fn a_tensor_meets_itself() {
+        let table: [(&str, Function, [f32; 3], [f32; 3]); 5] = [
+            ("sub", sub, [0., 0., 0.], [0., 0., 0.]),
+            ("add", add, [2., -4., 6.], [2., 2., 2.]),
+            ("mul", mul, [1., 4., 9.], [2., -4., 6.]),
+            ("div", div, [1., 1., 1.], [0., 0., 0.]),
+            ("maximum", maximum, [1., -2., 3.], [1., 1., 1.]),
+        ];
+        for (what, op, values, gradient) in table {
+            let x = tensor(&[3], &[1., -2., 3.]).leaf().unwrap();
+            let y = op(&x, &x).unwrap();
+            assert_eq!(y.to_f32_vec(), values, "{what}");
+            sum(&y, None, false).unwrap().backward().unwrap();
+            assert_eq!(x.gradient().unwrap().to_f32_vec(), gradient, "{what}");
+        }
+        // x + x x, where x enters by two ways of different length: 1 + 2 x.
+        let x = tensor(&[2], &[1., -2.]).leaf().unwrap();
+        sum(&add(&x, &mul(&x, &x).unwrap()).unwrap(), None, false).unwrap().backward().unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [3., -3.]);
+    }
+
+    #[test]
+    fn a_graph_may_run_backwards_on_another_thread() {
+        let x = tensor(&[2], &[3., 4.]).leaf().unwrap();
+        let loss = sum(&mul(&x, &x).unwrap(), None, false).unwrap();
+        std::thread::spawn(move || loss.backward().unwrap()).join().unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [6., 8.]);
+    }
+
+    #[test]
+    fn integers_round_down_and_refuse_to_wrap() {
+        let (a, b) = (i32s(&[4], &[7, -7, 7, -7]), i32s(&[4], &[2, 2, -2, -2]));
+        let ints = |x: AnyTensor| x.to_f32_vec();
+        assert_eq!(ints(floor_div(&a, &b).unwrap()), [3., -4., -4., 3.]);
+        assert_eq!(ints(modulo(&a, &b).unwrap()), [1., 1., -1., -1.]);
+        let (big, small) = (i32s(&[], &[i32::MAX]), i32s(&[], &[i32::MIN]));
+        let (one, zero, minus) = (i32s(&[], &[1]), i32s(&[], &[0]), i32s(&[], &[-1]));
+        for wrong in [add(&big, &one), sub(&small, &one), mul(&big, &big), floor_div(&one, &zero), modulo(&one, &zero)] {
+            assert!(wrong.unwrap_err().to_string().contains("fits i32"));
+        }
+        assert!(floor_div(&small, &minus).is_err());
+        assert_eq!(ints(modulo(&small, &minus).unwrap()), [0.]);
+    }
+
+    #[test]
+    fn wrong_operands_are_named() {
+        let (a, bf16) = (numbers(&[3]), to_dtype(&numbers(&[3]), Dtype::Bf16).unwrap());
+        let (ints, bytes) = (i32s(&[3], &[1, 2, 3]), to_dtype(&numbers(&[3]), Dtype::I8).unwrap());
+        for (wrong, parts) in [
+            (add(&a, &bf16), ["add", "`b`", "should be f32", "got bf16"]),
+            (mul(&bf16, &ints), ["mul", "`b`", "should be bf16", "got i32"]),
+            (div(&ints, &ints), ["div", "`a`", "should be f32", "got i32"]),
+            (add(&bytes, &bytes), ["add", "`a`", "should be f32", "got i8"]),
+            (modulo(&a, &a), ["modulo", "`a`", "should be i32", "got f32"]),
+            (sub(&a, &numbers(&[2])), ["sub", "`b`", "broadcastable to [3]", "got [2]"]),
+            (pow(&a, &numbers(&[2, 2])), ["pow", "`b`", "broadcastable to [3]", "got [2, 2]"]),
+        ] {
+            let told = wrong.unwrap_err().to_string();
+            assert!(parts.iter().all(|part| told.contains(part)), "{told}");
+        }
+    }
+}

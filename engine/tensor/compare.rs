@@ -118,3 +118,45 @@ pub fn where_(condition: &AnyTensor, a: &AnyTensor, b: &AnyTensor) -> Result<Any
         Ok(())
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers, numbers, tensor};
+    use super::*;
+    use crate::tensor::reduce::sum;
+
+    #[test]
+    fn masks_follow_ieee_and_keep_large_integers_apart() {
+        let (a, b) = (tensor(&[4], &[1., f32::NAN, 0., f32::INFINITY]), tensor(&[4], &[1., f32::NAN, -0., 1.]));
+        assert_eq!(eq(&a, &b).unwrap().to_f32_vec(), [1., 0., 1., 0.]);
+        assert_eq!(ne(&a, &b).unwrap().to_f32_vec(), [0., 1., 0., 1.]);
+        assert_eq!(ge(&a, &b).unwrap().to_f32_vec(), [1., 0., 1., 1.]);
+        assert_eq!(is_nan(&a).unwrap().to_f32_vec(), [0., 1., 0., 0.]);
+        assert_eq!(is_finite(&a).unwrap().to_f32_vec(), [1., 0., 1., 0.]);
+        // 2^24 and 2^24 + 1 are one number in f32.
+        assert_eq!(lt(&integers(&[], &[1 << 24]), &integers(&[], &[(1 << 24) + 1])).unwrap().to_f32_vec(), [1.]);
+        assert!(eq(&a, &integers(&[4], &[0; 4])).is_err());
+        assert!(gt(&a, &tensor(&[3], &[0.; 3])).is_err());
+    }
+
+    #[test]
+    fn where_chooses_and_sends_gradients_to_the_chosen() {
+        let mask = [1., 0., 1., 1., 0., 0., 0.];
+        let condition = tensor(&[7], &mask);
+        check(
+            "where",
+            &[numbers(&[3, 7]), numbers(&[3, 1])],
+            |x| where_(&condition, &x[0], &x[1]),
+            |x| (0..21).map(|i| if mask[i % 7] == 1. { x[0][i] } else { x[1][i / 7] }).collect(),
+        );
+        // A part that was not chosen gets 0, not the NaN of 0 times an infinite derivative upstream of it.
+        let x = tensor(&[2], &[4., 0.]).leaf().unwrap();
+        sum(&where_(&tensor(&[2], &[1., 0.]), &x, &tensor(&[], &[9.])).unwrap(), None, false).unwrap().backward().unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [1., 0.]);
+        let both = tensor(&[2], &[4., 5.]).leaf().unwrap();
+        sum(&where_(&tensor(&[2], &[1., 0.]), &both, &both).unwrap(), None, false).unwrap().backward().unwrap();
+        assert_eq!(both.gradient().unwrap().to_f32_vec(), [1., 1.]);
+        assert!(where_(&condition, &x, &integers(&[2], &[1, 2])).is_err());
+        assert!(where_(&condition, &x, &x).unwrap_err().to_string().contains("`condition`"));
+    }
+}

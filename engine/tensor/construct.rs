@@ -134,3 +134,58 @@ pub fn randint(low: i32, high: i32, shape: &[usize], stream: Stream, first: u64)
     }
     AnyTensor::new(shape, out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::operation::require_i32;
+
+    #[test]
+    fn constants_and_sequences_hold_what_they_say() {
+        assert_eq!(ones(&[2, 1], Dtype::Bf16).unwrap().to_f32_vec(), [1., 1.]);
+        assert_eq!(full(&[], 2.5, Dtype::F32).unwrap().to_f32_vec(), [2.5]);
+        assert_eq!(zeros(&[3, 0], Dtype::I8).unwrap().shape(), [3, 0]);
+        let large = full(&[1], f64::from((1 << 24) + 1), Dtype::I32).unwrap();
+        assert_eq!(require_i32("", "", &large).unwrap(), [(1 << 24) + 1]);
+        assert_eq!(arange(1., 2., 0.25, Dtype::F32).unwrap().to_f32_vec(), [1., 1.25, 1.5, 1.75]);
+        assert_eq!(arange(3., 0., -1., Dtype::I32).unwrap().to_f32_vec(), [3., 2., 1.]);
+        assert!(arange(3., 0., 1., Dtype::F32).unwrap().is_empty());
+        assert_eq!(linspace(0., 1., 5, Dtype::F32).unwrap().to_f32_vec(), [0., 0.25, 0.5, 0.75, 1.]);
+        assert_eq!(linspace(3., 7., 1, Dtype::F32).unwrap().to_f32_vec(), [3.]);
+        assert_eq!(*linspace(0.1, 0.7, 7, Dtype::F32).unwrap().to_f32_vec().last().unwrap(), 0.7);
+        assert_eq!(eye(2, Dtype::I32).unwrap().to_f32_vec(), [1., 0., 0., 1.]);
+    }
+
+    #[test]
+    fn random_tensors_are_functions_of_their_position() {
+        let init = Stream::new(1, "init");
+        let draw = |stream, first| randn(&[7, 3], Dtype::F32, stream, first).unwrap().to_f32_vec();
+        assert_eq!(draw(init, 9), draw(init, 9));
+        assert_ne!(draw(init, 9), draw(Stream::new(2, "init"), 9));
+        assert_ne!(draw(init, 9), draw(Stream::new(1, "data"), 9));
+        assert_eq!(draw(init, 9)[4..], draw(init, 13)[..17]);
+        assert!(rand(&[33], Dtype::Bf16, init, 0).unwrap().to_f32_vec().iter().all(|v| (0.0..=1.0).contains(v)));
+        assert!(randint(-1, 2, &[33], init, 0).unwrap().to_f32_vec().iter().all(|v| [-1., 0., 1.].contains(v)));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_named() {
+        let stream = Stream::new(1, "init");
+        for (wrong, part) in [
+            (full(&[1], 0.5, Dtype::I32), "whole number that fits i32"),
+            (full(&[1], f64::NAN, Dtype::I8), "whole number that fits i8"),
+            (full(&[1], 128.0, Dtype::I8), "whole number that fits i8"),
+            (arange(0., 1., 0., Dtype::F32), "step not 0"),
+            (arange(0., f64::INFINITY, 1., Dtype::F32), "finite"),
+            (arange(0., 1e300, 1., Dtype::F32), "fits memory"),
+            (zeros(&[1 << 60, 1 << 10], Dtype::F32), "fits memory"),
+            (zeros(&[0, usize::MAX, 2], Dtype::F32), "fits memory"),
+            (eye(1 << 40, Dtype::F32), "fits memory"),
+            (randn(&[1], Dtype::I32, stream, 0), "should be f32"),
+            (randint(3, 3, &[1], stream, 0), "low < high"),
+        ] {
+            let told = wrong.unwrap_err().to_string();
+            assert!(told.contains(part), "{told}");
+        }
+    }
+}

@@ -46,3 +46,37 @@ fn integers<E: TensorElement>(x: &AnyTensor, min: f64, max: f64, convert: fn(f64
     }
     Ok(AnyTensor::from_parts(x.shape().to_vec(), E::wrap(Data::ready(out)), None))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{integers as i32s, tensor};
+    use super::*;
+    use crate::tensor::arithmetic::mul;
+    use crate::tensor::reduce::sum;
+
+    #[test]
+    fn gradients_pass_between_f32_and_bf16() {
+        let x = tensor(&[2], &[1.0, 3.0]).leaf().unwrap();
+        let narrow = to_dtype(&x, Dtype::Bf16).unwrap();
+        let wide = to_dtype(&mul(&narrow, &narrow).unwrap(), Dtype::F32).unwrap();
+        sum(&wide, None, false).unwrap().backward().unwrap();
+        let gradient = x.gradient().unwrap();
+        assert_eq!((gradient.dtype(), gradient.to_f32_vec()), (Dtype::F32, vec![2.0, 6.0]));
+        // 1 + 2^-8 is half way between two bf16 and goes to the even one.
+        assert_eq!(to_dtype(&tensor(&[], &[1.0 + 1.0 / 256.0]), Dtype::Bf16).unwrap().to_f32_vec(), [1.0]);
+    }
+
+    #[test]
+    fn integers_take_what_fits_and_refuse_the_rest() {
+        let x = tensor(&[3], &[1.9, -1.9, -0.5]).leaf().unwrap();
+        let whole = to_dtype(&x, Dtype::I32).unwrap();
+        assert!(whole.node().is_none());
+        assert_eq!(whole.to_f32_vec(), [1., -1., 0.]);
+        assert_eq!(to_dtype(&tensor(&[1], &[-128.9]), Dtype::I8).unwrap().to_f32_vec(), [-128.]);
+        for (value, dtype) in [(f32::NAN, Dtype::I32), (f32::INFINITY, Dtype::I8), (2147483648.0, Dtype::I32), (128.0, Dtype::I8)] {
+            assert!(to_dtype(&tensor(&[], &[value]), dtype).unwrap_err().to_string().contains("fit"));
+        }
+        assert!(to_dtype(&i32s(&[], &[300]), Dtype::I8).is_err());
+        assert_eq!(to_dtype(&tensor(&[0, 3], &[]), Dtype::I8).unwrap().shape(), [0, 3]);
+    }
+}

@@ -173,3 +173,97 @@ pub fn gelu(x: &AnyTensor) -> Result<AnyTensor> {
         Ok(())
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers as i32s, numbers, tensor};
+    use super::*;
+    use crate::kernels::element::Dtype;
+
+    type Function = fn(&AnyTensor) -> Result<AnyTensor>;
+    type Case = (&'static str, Function, fn(f64) -> f64);
+
+    /// The normal distribution function by Simpson's rule from 0: independent of any error function.
+    fn normal_below(x: f64) -> f64 {
+        let density = |t: f64| (-0.5 * t * t).exp() / std::f64::consts::TAU.sqrt();
+        let (count, step) = (400, x / 400.0);
+        let inner: f64 = (1..count).map(|i| density(i as f64 * step) * if i % 2 == 1 { 4.0 } else { 2.0 }).sum();
+        0.5 + (density(0.0) + inner + density(x)) * step / 3.0
+    }
+
+    #[test]
+    fn values_and_gradients_agree_with_f64() {
+        let any: [Case; 13] = [
+            ("neg", neg, |x| -x),
+            ("abs", abs, f64::abs),
+            ("exp", exp, f64::exp),
+            ("square", square, |x| x * x),
+            ("recip", recip, |x| 1.0 / x),
+            ("tanh", tanh, f64::tanh),
+            ("sigmoid", sigmoid, |x| 1.0 / (1.0 + (-x).exp())),
+            ("relu", relu, |x| x.max(0.0)),
+            ("silu", silu, |x| x / (1.0 + (-x).exp())),
+            ("gelu", gelu, |x| x * normal_below(x)),
+            ("gelu_tanh", gelu_tanh, |x| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())),
+            ("softplus", softplus, |x| (1.0 + x.exp()).ln()),
+            ("cube", |x| powf(x, 3.0), |x| x.powi(3)),
+        ];
+        for (what, op, reference) in any {
+            for shape in [vec![], vec![1], vec![7], vec![3, 11], vec![1, 2, 1, 3, 1, 2]] {
+                check(what, &[numbers(&shape)], |x| op(&x[0]), |x| x[0].iter().map(|x| reference(*x)).collect());
+            }
+        }
+        let positive: [Case; 5] = [
+            ("log", log, f64::ln),
+            ("sqrt", sqrt, f64::sqrt),
+            ("sin", sin, f64::sin),
+            ("cos", cos, f64::cos),
+            ("power", |x| powf(x, -1.5), |x| x.powf(-1.5)),
+        ];
+        for (what, op, reference) in positive {
+            let x = exp(&numbers(&[33])).unwrap();
+            check(what, &[x], |x| op(&x[0]), |x| x[0].iter().map(|x| reference(*x)).collect());
+        }
+        let clamped = |x: &[AnyTensor]| clamp(&x[0], Some(-0.6), Some(0.4));
+        check("clamp", &[numbers(&[33])], clamped, |x| x[0].iter().map(|x| x.clamp(-0.6, 0.4)).collect());
+    }
+
+    #[test]
+    fn empty_tensors_keep_their_shape_and_get_empty_gradients() {
+        for op in [neg, exp, relu, gelu, silu] {
+            let x = tensor(&[3, 0], &[]).leaf().unwrap();
+            let y = op(&x).unwrap();
+            assert_eq!(y.shape(), [3, 0]);
+            super::super::reduce::sum(&y, None, false).unwrap().backward().unwrap();
+            assert_eq!(x.gradient().unwrap().shape(), [3, 0]);
+        }
+    }
+
+    #[test]
+    fn bf16_is_computed_in_f32_and_rounded_once() {
+        let x = super::super::convert::to_dtype(&numbers(&[7]), Dtype::Bf16).unwrap();
+        let wide = exp(&super::super::convert::to_dtype(&x, Dtype::F32).unwrap()).unwrap();
+        let want = super::super::convert::to_dtype(&wide, Dtype::Bf16).unwrap();
+        assert_eq!(exp(&x).unwrap().to_f32_vec(), want.to_f32_vec());
+    }
+
+    #[test]
+    fn steps_are_constants_and_nothing_is_recorded_under_no_grad() {
+        let x = numbers(&[3]).leaf().unwrap();
+        assert!(floor(&x).unwrap().node().is_none() && exp(&x).unwrap().node().is_some());
+        assert!(super::super::autograd::with_recording(false, || exp(&x)).unwrap().node().is_none());
+    }
+
+    #[test]
+    fn integers_are_checked_and_wrong_operands_are_named() {
+        let x = i32s(&[2], &[i32::MIN, 3]);
+        assert!(neg(&x).unwrap_err().to_string().contains("-2147483648"));
+        assert!(abs(&x).is_err());
+        assert_eq!(sign(&x).unwrap().to_f32_vec(), [-1.0, 1.0]);
+        let told = exp(&x).unwrap_err().to_string();
+        assert!(told.contains("exp") && told.contains("f32") && told.contains("i32"), "{told}");
+        for (min, max) in [(Some(1.0), Some(0.0)), (Some(f32::NAN), None)] {
+            assert!(clamp(&numbers(&[1]), min, max).unwrap_err().to_string().contains("min <= max"));
+        }
+    }
+}

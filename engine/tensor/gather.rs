@@ -190,3 +190,78 @@ pub fn stack(parts: &[AnyTensor], axis: isize) -> Result<AnyTensor> {
     let parts = parts.iter().map(|part| unsqueeze(part, axis)).collect::<Result<Vec<_>>>()?;
     concat(&parts, axis)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{backward_with, check, integers, numbers, tensor};
+    use super::*;
+
+    #[test]
+    fn values_and_gradients_agree_with_loops() {
+        let index = integers(&[2, 2, 3], &[3, 0, 1, 3, 3, 1, 0, 0, 0, 2, 1, 0]);
+        let places = [3, 0, 1, 3, 3, 1, 0, 0, 0, 2, 1, 0];
+        check(
+            "gather",
+            &[numbers(&[2, 4, 3])],
+            |x| gather(&x[0], 1, &index),
+            |x| (0..12).map(|n| x[0][(n / 6 * 4 + places[n]) * 3 + n % 3]).collect(),
+        );
+        let rows = integers(&[3], &[1, 0, 1]);
+        check(
+            "index_select",
+            &[numbers(&[2, 2, 3])],
+            |x| index_select(&x[0], -2, &rows),
+            |x| (0..18).map(|n| x[0][(n / 9 * 2 + [1, 0, 1][n / 3 % 3]) * 3 + n % 3]).collect(),
+        );
+        check(
+            "concat",
+            &[numbers(&[2, 1, 3]), numbers(&[2, 2, 3])],
+            |x| concat(x, 1),
+            |x| {
+                (0..18)
+                    .map(|n| if n / 3 % 3 == 0 { x[0][n / 9 * 3 + n % 3] } else { x[1][(n / 9 * 2 + n / 3 % 3 - 1) * 3 + n % 3] })
+                    .collect()
+            },
+        );
+        check("stack", &[numbers(&[3]), exp_of(&numbers(&[3]))], |x| stack(x, -1), |x| (0..6).map(|n| x[n % 2][n / 2]).collect());
+    }
+
+    fn exp_of(x: &AnyTensor) -> AnyTensor {
+        super::super::elementwise::exp(x).unwrap()
+    }
+
+    #[test]
+    fn a_tensor_joins_itself_and_nothing() {
+        let x = tensor(&[1, 2], &[1., 2.]).leaf().unwrap();
+        let y = concat(&[x.clone(), tensor(&[0, 2], &[]), x.clone()], 0).unwrap();
+        assert_eq!((y.shape(), y.to_f32_vec()), (&[2, 2][..], vec![1., 2., 1., 2.]));
+        backward_with(&y, &[1., 10., 100., 1000.]).unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [101., 1010.]);
+        assert_eq!(concat(&[tensor(&[0], &[]), tensor(&[0], &[])], 0).unwrap().shape(), [0]);
+        assert_eq!(index_select(&numbers(&[2, 3]), 0, &integers(&[0], &[])).unwrap().shape(), [0, 3]);
+        assert_eq!(index_select(&numbers(&[2, 3]), 1, &integers(&[], &[2])).unwrap().shape(), [2]);
+        assert_eq!(gather(&numbers(&[2, 3]), 1, &integers(&[2, 0], &[])).unwrap().shape(), [2, 0]);
+    }
+
+    #[test]
+    fn wrong_operands_are_named() {
+        let x = numbers(&[2, 3]);
+        for (wrong, part) in [
+            (gather(&x, 1, &numbers(&[2, 1])), "should be i32"),
+            (gather(&x, 1, &integers(&[2, 1], &[0, 3])), "below 3"),
+            (gather(&x, 1, &integers(&[2, 1], &[0, -1])), "got -1"),
+            (gather(&x, 1, &integers(&[1, 1], &[0])), "but at axis 1"),
+            (gather(&numbers(&[]), 0, &integers(&[], &[0])), "rank 0"),
+            (index_select(&x, 0, &integers(&[1], &[2])), "below 2"),
+            (index_select(&x, 0, &integers(&[1, 1], &[0])), "rank 0 or 1"),
+            (concat(&[], 0), "at least one"),
+            (concat(&[x.clone(), integers(&[1, 3], &[0; 3])], 0), "should be f32"),
+            (concat(&[x.clone(), numbers(&[2, 2])], 0), "but at axis 0"),
+            (stack(&[x.clone(), numbers(&[3, 2])], 0), "[2, 3]"),
+            (stack(&[], 0), "at least one"),
+        ] {
+            let told = wrong.unwrap_err().to_string();
+            assert!(told.contains(part), "{told}");
+        }
+    }
+}

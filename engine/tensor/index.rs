@@ -4,7 +4,7 @@
 
 use super::any::AnyTensor;
 use super::operation::{map_elements, record};
-use super::shape::{View, axis_index, axis_indices, broadcast_shape, room_for, strides_of};
+use super::shape::{View, axis_index, axis_indices, broadcast_shape, elements_of, room_for, strides_of};
 use crate::error::{Error, Result};
 
 /// The elements that `view` names.
@@ -41,6 +41,7 @@ pub fn reshape(x: &AnyTensor, shape: &[isize]) -> Result<AnyTensor> {
             got: format!("{sizes:?}"),
         });
     }
+    elements_of("reshape", &sizes)?;
     Ok(x.with_shape(sizes))
 }
 
@@ -167,4 +168,67 @@ pub fn broadcast_to(x: &AnyTensor, shape: &[usize]) -> Result<AnyTensor> {
     }
     room_for("broadcast_to", shape)?;
     Ok(viewed(x, View::broadcast(x.shape(), shape)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers, numbers, tensor};
+    use super::*;
+
+    #[test]
+    fn values_and_gradients_agree_with_loops() {
+        let x = || [numbers(&[2, 3, 5])];
+        let at = |x: &[Vec<f64>], i: usize, j: usize, k: usize| x[0][(i * 3 + j) * 5 + k];
+        let turned = |x: &[Vec<f64>]| (0..30).map(|n| at(x, n / 3 % 2, n % 3, n / 6)).collect();
+        check("permute", &x(), |x| permute(&x[0], &[2, 0, -2]), turned);
+        check("transpose", &x(), |x| transpose(&x[0], 0, 2), |x| (0..30).map(|n| at(x, n % 2, n / 2 % 3, n / 6)).collect());
+        check("slice", &x(), |x| slice(&x[0], 2, 1, Some(-1), 2), |x| (0..12).map(|n| at(x, n / 6, n / 2 % 3, 1 + n % 2 * 2)).collect());
+        check("select", &x(), |x| select(&x[0], 1, -1), |x| (0..10).map(|n| at(x, n / 5, 2, n % 5)).collect());
+        check("flip", &x(), |x| flip(&x[0], &[2, 0]), |x| (0..30).map(|n| at(x, 1 - n / 15, n / 5 % 3, 4 - n % 5)).collect());
+        check("reshape", &x(), |x| reshape(&x[0], &[-1, 6]), |x| x[0].clone());
+        let wide = |x: &[Vec<f64>]| (0..24).map(|n| x[0][n / 4 % 3]).collect();
+        check("broadcast_to", &[numbers(&[3, 1])], |x| broadcast_to(&x[0], &[2, 3, 4]), wide);
+    }
+
+    #[test]
+    fn integers_and_empty_tensors_move_too() {
+        let x = integers(&[2, 2], &[1, 2, 3, (1 << 24) + 1]);
+        let turned = transpose(&x, 0, 1).unwrap();
+        assert_eq!(super::super::operation::require_i32("", "", &turned).unwrap(), [1, 3, 2, (1 << 24) + 1]);
+        let none = tensor(&[2, 0, 3], &[]);
+        assert_eq!(permute(&none, &[1, 2, 0]).unwrap().shape(), [0, 3, 2]);
+        assert_eq!(slice(&none, 0, 1, None, 1).unwrap().shape(), [1, 0, 3]);
+        assert_eq!(select(&none, 2, 1).unwrap().shape(), [2, 0]);
+        assert_eq!(flip(&none, &[0, 1, 2]).unwrap().shape(), [2, 0, 3]);
+        assert_eq!(reshape(&none, &[0, 7]).unwrap().shape(), [0, 7]);
+        assert_eq!(broadcast_to(&tensor(&[1], &[1.]), &[0]).unwrap().shape(), [0]);
+        assert_eq!(slice(&numbers(&[3]), 0, 2, Some(1), 1).unwrap().shape(), [0]);
+        assert_eq!(slice(&numbers(&[3]), 0, -9, Some(9), usize::MAX).unwrap().shape(), [1]);
+        assert_eq!(slice(&numbers(&[3]), 0, isize::MIN, Some(isize::MAX), 1).unwrap().shape(), [3]);
+        assert_eq!(squeeze(&numbers(&[1, 3, 1]), None).unwrap().shape(), [3]);
+        assert_eq!(unsqueeze(&numbers(&[]), 0).unwrap().shape(), [1]);
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let x = numbers(&[2, 3]);
+        for (wrong, part) in [
+            (reshape(&x, &[4]), "of 6 elements"),
+            (reshape(&x, &[-1, -1]), "at most one"),
+            (reshape(&x, &[-1, 4]), "divide"),
+            (reshape(&tensor(&[0], &[]), &[-1, 0]), "leave one value"),
+            (reshape(&x, &[isize::MAX, isize::MAX]), "fits memory"),
+            (permute(&x, &[0]), "each of the 2 axes once"),
+            (permute(&x, &[0, 0]), "differ"),
+            (select(&x, 1, 3), "from -3 to 2"),
+            (slice(&x, 0, 0, None, 0), "at least 1"),
+            (slice(&x, 2, 0, None, 1), "from -2 to 1"),
+            (squeeze(&x, Some(1)), "of size 1"),
+            (broadcast_to(&x, &[3]), "[2, 3] broadcasts to"),
+            (broadcast_to(&x, &[2, 2]), "broadcast"),
+        ] {
+            let told = wrong.unwrap_err().to_string();
+            assert!(told.contains(part), "{told}");
+        }
+    }
 }

@@ -134,3 +134,79 @@ pub fn matmul(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
         Ok(())
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers, numbers, tensor};
+    use super::*;
+    use crate::tensor::reduce::sum;
+
+    /// Entry by entry, in f64, for `batches` pairs of [m, k] and [k, n]; a side with one matrix serves all.
+    fn reference(x: &[Vec<f64>], batches: usize, m: usize, k: usize, n: usize) -> Vec<f64> {
+        let a = |b: usize, i: usize, l: usize| x[0][(b * m * k % x[0].len()) + i * k + l];
+        let b = |b: usize, l: usize, j: usize| x[1][(b * k * n % x[1].len()) + l * n + j];
+        (0..batches * m * n)
+            .map(|at| {
+                let (batch, i, j) = (at / (m * n), at / n % m, at % n);
+                (0..k).map(|l| a(batch, i, l) * b(batch, l, j)).sum()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn values_and_gradients_agree_with_f64_over_ranks() {
+        for (a, b, [batches, m, k, n], shape) in [
+            (vec![7], vec![7], [1, 1, 7, 1], vec![]),
+            (vec![3, 7], vec![7], [1, 3, 7, 1], vec![3]),
+            (vec![7], vec![7, 5], [1, 1, 7, 5], vec![5]),
+            (vec![3, 7], vec![7, 5], [1, 3, 7, 5], vec![3, 5]),
+            (vec![2, 3, 7], vec![7, 5], [2, 3, 7, 5], vec![2, 3, 5]),
+            (vec![3, 7], vec![2, 7, 5], [2, 3, 7, 5], vec![2, 3, 5]),
+            (vec![2, 3, 7], vec![2, 7, 1], [2, 3, 7, 1], vec![2, 3, 1]),
+        ] {
+            let x = [numbers(&a), numbers(&b)];
+            assert_eq!(matmul(&x[0], &x[1]).unwrap().shape(), shape);
+            check("matmul", &x, |x| matmul(&x[0], &x[1]), |x| reference(x, batches, m, k, n));
+        }
+    }
+
+    #[test]
+    fn threads_and_neighbours_change_no_bit() {
+        let (a, b) = (numbers(&[33, 65]), numbers(&[65, 47]));
+        let whole = matmul(&a, &b).unwrap().to_f32_vec();
+        for row in [0, 8, 32] {
+            let alone = matmul(&tensor(&[65], &a.to_f32_vec()[row * 65..(row + 1) * 65]), &b).unwrap();
+            assert_eq!(alone.to_f32_vec(), whole[row * 47..(row + 1) * 47]);
+        }
+    }
+
+    #[test]
+    fn a_matrix_meets_itself_and_nothing_sums_to_zero() {
+        // d sum(X X) / dX_ij = sum of row j + sum of column i.
+        let x = tensor(&[2, 2], &[1., 2., 3., 4.]).leaf().unwrap();
+        let y = matmul(&x, &x).unwrap();
+        assert_eq!(y.to_f32_vec(), [7., 10., 15., 22.]);
+        sum(&y, None, false).unwrap().backward().unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [7., 11., 9., 13.]);
+        let (a, b) = (tensor(&[2, 0], &[]).leaf().unwrap(), tensor(&[0, 3], &[]).leaf().unwrap());
+        let y = matmul(&a, &b).unwrap();
+        assert_eq!((y.shape(), y.to_f32_vec()), (&[2, 3][..], vec![0.; 6]));
+        sum(&y, None, false).unwrap().backward().unwrap();
+        assert_eq!((a.gradient().unwrap().shape(), b.gradient().unwrap().shape()), (&[2, 0][..], &[0, 3][..]));
+    }
+
+    #[test]
+    fn wrong_operands_are_named() {
+        let a = numbers(&[2, 3]);
+        for (b, part) in [
+            (numbers(&[2, 3]), "3 rows"),
+            (numbers(&[]), "rank 1 or more"),
+            (numbers(&[2]), "3 rows"),
+            (integers(&[3], &[1, 2, 3]), "should be f32"),
+        ] {
+            let told = matmul(&a, &b).unwrap_err().to_string();
+            assert!(told.starts_with("matmul: `b`") && told.contains(part), "{told}");
+        }
+        assert!(matmul(&numbers(&[2, 3, 3]), &numbers(&[4, 3, 3])).unwrap_err().to_string().contains("broadcastable"));
+    }
+}

@@ -12,6 +12,8 @@ pub mod elementwise;
 pub mod embedding;
 pub mod experts;
 pub mod gather;
+#[cfg(test)]
+mod gradient_check;
 pub mod index;
 pub mod linear;
 pub mod logprobs;

@@ -185,3 +185,66 @@ fn running(values: &[f32], around: Around, from_back: bool) -> Buffer<f32> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{backward_with, check, integers, numbers, tensor};
+    use super::*;
+
+    #[test]
+    fn sorting_is_stable_puts_nan_last_and_carries_gradients() {
+        let x = tensor(&[6], &[2., f32::NAN, -1., 2., f32::NEG_INFINITY, 0.]).leaf().unwrap();
+        let (values, places) = sort(&x, 0, false).unwrap();
+        assert_eq!(places.to_f32_vec(), [4., 2., 5., 0., 3., 1.]);
+        assert_eq!(values.to_f32_vec()[..5], [f32::NEG_INFINITY, -1., 0., 2., 2.]);
+        backward_with(&values, &[1., 2., 3., 4., 5., 6.]).unwrap();
+        assert_eq!(x.gradient().unwrap().to_f32_vec(), [4., 6., 2., 5., 1., 3.]);
+        let down = sort(&x, -1, true).unwrap().1;
+        assert_eq!(down.to_f32_vec(), [1., 0., 3., 5., 2., 4.]);
+    }
+
+    #[test]
+    fn topk_is_the_head_of_the_sort_along_any_axis() {
+        let x = numbers(&[3, 33, 2]);
+        for largest in [true, false] {
+            let whole = sort(&x, 1, largest).unwrap().1;
+            for k in [0, 1, 7, 33] {
+                let (values, places) = topk(&x, k, 1, largest).unwrap();
+                assert_eq!(values.shape(), [3, k, 2]);
+                let head = super::super::index::slice(&whole, 1, 0, Some(k as isize), 1).unwrap();
+                assert_eq!(places.to_f32_vec(), head.to_f32_vec());
+            }
+        }
+        assert!(topk(&x, 34, 1, true).unwrap_err().to_string().contains("at most 33"));
+        assert!(sort(&numbers(&[]), 0, false).is_err());
+    }
+
+    #[test]
+    fn the_best_is_the_first_of_equals_and_nan_wins() {
+        let x = tensor(&[2, 3], &[1., 5., 5., -1., f32::NAN, -1.]);
+        assert_eq!(argmax(&x, Some(1), false).unwrap().to_f32_vec(), [1., 1.]);
+        assert_eq!(argmin(&x, Some(-1), true).unwrap().to_f32_vec(), [0., 1.]);
+        assert_eq!(argmin(&x, Some(0), false).unwrap().to_f32_vec(), [1., 1., 1.]);
+        assert_eq!(argmax(&x, None, true).unwrap().shape(), [1, 1]);
+        assert_eq!(argmax(&numbers(&[]), None, false).unwrap().to_f32_vec(), [0.]);
+        let none = tensor(&[2, 0], &[]);
+        assert!(argmax(&none, Some(1), false).unwrap_err().to_string().contains("element to choose"));
+        assert_eq!(argmax(&none, Some(0), false).unwrap().shape(), [0]);
+        // 2^24 + 1 beats 2^24, though they are one number in f32.
+        assert_eq!(argmax(&integers(&[2], &[1 << 24, (1 << 24) + 1]), None, false).unwrap().to_f32_vec(), [1.]);
+    }
+
+    #[test]
+    fn running_sums_agree_with_loops() {
+        check(
+            "cumsum",
+            &[numbers(&[2, 3, 5])],
+            |x| cumsum(&x[0], 1),
+            |x| (0..30).map(|n| (0..=n / 5 % 3).map(|i| x[0][(n / 15 * 3 + i) * 5 + n % 5]).sum()).collect(),
+        );
+        assert_eq!(cumsum(&tensor(&[0, 2], &[]), 0).unwrap().shape(), [0, 2]);
+        let whole = integers(&[2, 2], &[1, 2, 3, i32::MAX]);
+        assert_eq!(cumsum(&integers(&[2, 2], &[1, 2, 3, 4]), 1).unwrap().to_f32_vec(), [1., 3., 3., 7.]);
+        assert!(cumsum(&whole, 0).unwrap_err().to_string().contains("fit i32"));
+    }
+}

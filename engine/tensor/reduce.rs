@@ -240,3 +240,91 @@ fn integers(op: &'static str, plan: &Plan, values: &[i32], start: i64, f: fn(i64
     }
     Ok(AnyTensor::from_parts(plan.shape.clone(), i32::wrap(Data::ready(out)), None))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers as i32s, numbers, tensor};
+    use super::*;
+
+    /// Applies `f` to each row along axis 1 of [2, 3, 5].
+    fn middle(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+        (0..10).map(|at| f(&[0, 1, 2].map(|i| x[(at / 5 * 3 + i) * 5 + at % 5]))).collect()
+    }
+
+    /// Applies `f` to each row along axes 0 and 2 of [2, 3, 5].
+    fn outer(x: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+        let row = |at: usize| (0..10).map(|i| x[(i / 5 * 3 + at) * 5 + i % 5]).collect::<Vec<_>>();
+        (0..3).map(|at| f(&row(at))).collect()
+    }
+
+    fn mean_of(x: &[f64]) -> f64 {
+        x.iter().sum::<f64>() / x.len() as f64
+    }
+
+    fn var_of(x: &[f64]) -> f64 {
+        x.iter().map(|v| (v - mean_of(x)).powi(2)).sum::<f64>() / (x.len() as f64 - 1.0)
+    }
+
+    type Reduction = fn(&AnyTensor, Option<&[isize]>, bool) -> Result<AnyTensor>;
+    type Case = (&'static str, Reduction, fn(&[f64]) -> f64);
+
+    #[test]
+    fn values_and_gradients_agree_with_f64_over_any_axes() {
+        let table: [Case; 7] = [
+            ("sum", sum, |x| x.iter().sum()),
+            ("mean", mean, mean_of),
+            ("var", |x, axes, keepdim| var(x, axes, 1, keepdim), var_of),
+            ("std", |x, axes, keepdim| std(x, axes, 1, keepdim), |x| var_of(x).sqrt()),
+            ("max", max, |x| x.iter().copied().fold(f64::NEG_INFINITY, f64::max)),
+            ("min", min, |x| x.iter().copied().fold(f64::INFINITY, f64::min)),
+            ("logsumexp", logsumexp, |x| x.iter().map(|v| v.exp()).sum::<f64>().ln()),
+        ];
+        for (what, op, f) in table {
+            let x = [numbers(&[2, 3, 5])];
+            check(what, &x, |x| op(&x[0], Some(&[1]), false), |x| middle(&x[0], f));
+            check(what, &x, |x| op(&x[0], Some(&[-1, 0]), true), |x| outer(&x[0], f));
+            check(what, &x, |x| op(&x[0], None, false), |x| vec![f(&x[0])]);
+            assert_eq!(op(&x[0], Some(&[2, 0]), true).unwrap().shape(), [1, 3, 1]);
+            assert_eq!(op(&x[0], None, true).unwrap().shape(), [1, 1, 1]);
+            // No rows: nothing to reduce and nothing that comes out.
+            let none = tensor(&[0, 3], &[]).leaf().unwrap();
+            let y = op(&none, Some(&[1]), false).unwrap();
+            assert_eq!(y.shape(), [0], "{what}");
+            sum(&y, None, false).unwrap().backward().unwrap();
+            assert!(none.gradient().unwrap().is_empty());
+        }
+    }
+
+    #[test]
+    fn long_sums_do_not_lose_their_tail() {
+        // One by one in f32, 2^24 ones and more stay at 2^24; the length is no multiple of the block.
+        let ones = tensor(&[(1 << 24) + 777], &vec![1.0; (1 << 24) + 777]);
+        assert_eq!(sum(&ones, None, false).unwrap().to_f32_vec(), [16_777_993f32]);
+        let x = [numbers(&[2, 1031, 1])];
+        check("long", &x, |x| sum(&x[0], Some(&[1]), false), |x| x[0].chunks(1031).map(|row| row.iter().sum()).collect());
+    }
+
+    #[test]
+    fn reductions_of_nothing_follow_torch() {
+        let none = tensor(&[2, 0], &[]);
+        assert_eq!(sum(&none, Some(&[1]), false).unwrap().to_f32_vec(), [0., 0.]);
+        assert!(mean(&none, Some(&[1]), false).unwrap().to_f32_vec().iter().all(|v| v.is_nan()));
+        assert!(var(&none, Some(&[1]), 0, false).unwrap().to_f32_vec().iter().all(|v| v.is_nan()));
+        assert_eq!(logsumexp(&none, Some(&[1]), false).unwrap().to_f32_vec(), [f32::NEG_INFINITY; 2]);
+        assert!(max(&none, Some(&[1]), false).unwrap_err().to_string().contains("element to choose"));
+        assert!(min(&none, None, false).is_err());
+        assert_eq!(max(&none, Some(&[0]), false).unwrap().shape(), [0]);
+    }
+
+    #[test]
+    fn integers_are_exact_or_refused() {
+        let x = i32s(&[2, 2], &[i32::MAX, 1, -5, i32::MIN]);
+        assert!(sum(&x, Some(&[1]), false).unwrap_err().to_string().contains("2147483648"));
+        assert_eq!(sum(&x, None, false).unwrap().to_f32_vec(), [-5.]);
+        assert_eq!(max(&x, Some(&[0]), false).unwrap().to_f32_vec(), [i32::MAX as f32, 1.]);
+        assert_eq!(min(&x, None, true).unwrap().to_f32_vec(), [i32::MIN as f32]);
+        for wrong in [mean(&x, None, false), sum(&numbers(&[2]), Some(&[1]), false), sum(&numbers(&[2, 2]), Some(&[0, -2]), false)] {
+            assert!(wrong.is_err());
+        }
+    }
+}

@@ -9,11 +9,19 @@ use crate::kernels::element::Element;
 /// Above this many bytes a result is tried for size before it is made.
 const LARGE_BYTES: usize = 1 << 30;
 
-/// Number of elements of `shape`, if the machine has the memory for them.
+/// Number of elements of `shape`. Its sizes may be multiplied in any grouping, also those beside a 0.
+///
+/// Errors: [`Error::Shape`] if a product does not fit a usize.
+pub(super) fn elements_of(op: &'static str, shape: &[usize]) -> Result<usize> {
+    count(op, &shape.iter().map(|size| (*size).max(1)).collect::<Vec<_>>())?;
+    count(op, shape)
+}
+
+/// As [`elements_of`], if the machine has the memory for them.
 ///
 /// Errors: [`Error::Shape`] if not.
 pub(super) fn room_for(op: &'static str, shape: &[usize]) -> Result<usize> {
-    let elements = count(op, shape)?;
+    let elements = elements_of(op, shape)?;
     let bytes = elements.saturating_mul(4);
     if bytes > LARGE_BYTES && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
         return Err(Error::Shape {

@@ -35,3 +35,31 @@ pub fn softmax(x: &AnyTensor, axis: isize) -> Result<AnyTensor> {
 pub fn log_softmax(x: &AnyTensor, axis: isize) -> Result<AnyTensor> {
     along("log_softmax", x, axis, |x| x.log_softmax::<Axis<1>>())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::gradient_check::{check, integers, numbers, tensor};
+    use super::*;
+
+    fn log_softmax_of(x: &[f64], axis_len: usize, inter: usize) -> Vec<f64> {
+        let row = |at: usize| (0..axis_len).map(move |i| at / (axis_len * inter) * axis_len * inter + i * inter + at % inter);
+        (0..x.len()).map(|at| x[at] - row(at).map(|i| x[i].exp()).sum::<f64>().ln()).collect()
+    }
+
+    #[test]
+    fn values_and_gradients_agree_with_f64_along_each_axis() {
+        for (axis, axis_len, inter) in [(0, 2, 15), (1, 3, 5), (-1, 5, 1)] {
+            let x = [numbers(&[2, 3, 5])];
+            check("log_softmax", &x, |x| log_softmax(&x[0], axis), |x| log_softmax_of(&x[0], axis_len, inter));
+            check("softmax", &x, |x| softmax(&x[0], axis), |x| log_softmax_of(&x[0], axis_len, inter).iter().map(|v| v.exp()).collect());
+        }
+    }
+
+    #[test]
+    fn scalars_and_empty_tensors_pass_and_wrong_ones_are_named() {
+        assert_eq!(softmax(&tensor(&[], &[3.]), -1).unwrap().to_f32_vec(), [1.]);
+        assert_eq!(log_softmax(&tensor(&[2, 0], &[]), 1).unwrap().shape(), [2, 0]);
+        assert!(softmax(&integers(&[1], &[1]), 0).unwrap_err().to_string().contains("softmax"));
+        assert!(softmax(&numbers(&[3]), 1).unwrap_err().to_string().contains("`axis`"));
+    }
+}

@@ -5,6 +5,8 @@
 pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
+pub mod attention_operands;
+pub mod attention_rows;
 pub mod attention_tile;
 pub mod combine;
 pub mod cross_entropy;

@@ -197,12 +197,16 @@ pub(super) fn columns_of_tokens<'a, E: TileElement, const WIDTH: usize>(
             let tile = &mut out[(left * units + from * columns) * E::UNIT..][..group * columns * E::UNIT];
             for (unit, tokens) in tile.chunks_exact_mut(columns * E::UNIT).zip(rows.chunks_exact(E::UNIT)) {
                 match *tokens {
-                    [only] if full => unit.copy_from_slice(&only[left..left + WIDTH]),
+                    [only] if full => {
+                        let only = only[left..].first_chunk::<WIDTH>().expect("a full tile");
+                        *unit.first_chunk_mut().expect("a full tile") = *only;
+                    }
                     [even, odd] if full && !odd.is_empty() => {
-                        let (even, odd) = (&even[left..left + WIDTH], &odd[left..left + WIDTH]);
-                        for (j, pair) in unit.chunks_exact_mut(2).enumerate().take(WIDTH) {
-                            pair[0] = even[j];
-                            pair[1] = odd[j];
+                        // Fixed lengths, so that this becomes a few loads, unpacks and stores.
+                        let [even, odd] = [even, odd].map(|row| row[left..].first_chunk::<WIDTH>().expect("a full tile"));
+                        let pairs = unit.as_chunks_mut::<2>().0.first_chunk_mut::<WIDTH>().expect("a full tile");
+                        for j in 0..WIDTH {
+                            pairs[j] = [even[j], odd[j]];
                         }
                     }
                     _ => {

@@ -14,12 +14,21 @@ const BLOCK_UNITS: usize = 384;
 /// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
 const BLOCK_TILES: usize = 16;
 
+/// The panels of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Panels<'a, E> {
+    /// One after the other in memory.
+    Stored(&'a [E]),
+    /// Written by a function, given the panel's number, just before it is used: once each, as rows are not split then.
+    Made(&'a (dyn Fn(usize, &mut [E]) + Sync)),
+}
+
 /// `rows` packed rows times panels, row by row of tiles and panel by panel.
 pub(super) struct Product<'a, E> {
     pub(super) isa: Isa,
     pub(super) rows: usize,
     pub(super) units: usize,
-    pub(super) panels: &'a [E],
+    pub(super) panels: Panels<'a, E>,
     /// Number of panels.
     pub(super) columns: usize,
 }
@@ -44,7 +53,8 @@ impl<E: TileElement> Product<'_, E> {
             return;
         }
         let threads = threads();
-        let row_parts = if tiles <= BLOCK_TILES { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
+        let whole = tiles <= BLOCK_TILES || matches!(self.panels, Panels::Made(_));
+        let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
         let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
         let rows_of = |part: usize| tiles * part / row_parts * TILE_ROWS..self.rows.min(tiles * (part + 1) / row_parts * TILE_ROWS);
         if panel_parts == 1 {
@@ -78,9 +88,16 @@ impl<E: TileElement> Product<'_, E> {
         let step = if carry.is_some() { 1 } else { panels_abreast(rows.len()) };
         let size = rows.len() * PANEL_COLUMNS;
         let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { step * size });
+        let mut made = Buffer::<E>::scratch(if matches!(self.panels, Panels::Made(_)) { step * panel_len } else { 0 });
         for p in taken.clone().step_by(step) {
             let some = p..taken.end.min(p + step);
-            let b = &self.panels[p * panel_len..some.end * panel_len];
+            let b = match self.panels {
+                Panels::Stored(panels) => &panels[p * panel_len..some.end * panel_len],
+                Panels::Made(make) => {
+                    some.clone().zip(made.chunks_exact_mut(panel_len.max(1))).for_each(|(p, panel)| make(p, panel));
+                    &made[..some.len() * panel_len]
+                }
+            };
             let sums = match carry {
                 Some(carry) => {
                     let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
