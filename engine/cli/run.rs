@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::host::progress::Screen;
 use crate::host::run::{self, Start};
 use crate::host::vm::Vm;
+use crate::host::work::EXPLANATION;
 use crate::host::workflow::Workflow;
 use crate::host::{args, interrupt};
 use std::path::{Path, PathBuf};
@@ -18,6 +19,9 @@ pub struct Run {
     /// No progress, only what the script prints.
     #[arg(long)]
     quiet: bool,
+    /// Say how the numbers of the progress are computed.
+    #[arg(long)]
+    explain: bool,
     /// Where runs are kept.
     #[arg(long, value_name = "FOLDER", default_value = "checkpoints/runs")]
     runs: PathBuf,
@@ -31,7 +35,9 @@ impl Run {
     pub fn run(mut self) -> Result<()> {
         let script = self.words.remove(0);
         if script.starts_with("--") {
-            return Err(Error::Script(format!("`perilune run` has no option {script}; it takes --seed, --quiet, --runs, then a script")));
+            return Err(Error::Script(format!(
+                "`perilune run` has no option {script}; it takes --seed, --quiet, --explain, --runs, then a script"
+            )));
         }
         let help = self.take_own_words()?;
         interrupt::listen()?;
@@ -54,6 +60,9 @@ impl Run {
         let sources = vm.sources();
         let start =
             Start { root: &self.runs, workflow: &workflow.name, seed: self.seed, args: &values, sources: &sources, screen: screen.clone() };
+        if self.explain {
+            screen.note(EXPLANATION);
+        }
         let run = Arc::new(run::Run::start(&start)?);
         screen.note(&format!("run {} in {}", run.id, run.folder.display()));
         workflow.call(vm.lua(), run, &values)
@@ -74,6 +83,7 @@ impl Run {
             };
             match name {
                 "--help" | "-h" => help = true,
+                "--explain" => self.explain = true,
                 "--quiet" => self.quiet = true,
                 "--runs" => self.runs = PathBuf::from(value("a folder")?),
                 "--seed" => {

@@ -264,7 +264,7 @@ impl Spec {
 }
 
 /// Names that the engine keeps for itself on every run's command line.
-pub const RESERVED: [&str; 4] = ["help", "seed", "quiet", "runs"];
+pub const RESERVED: [&str; 5] = ["explain", "help", "seed", "quiet", "runs"];
 
 /// All entries of a workflow's `args`, by name.
 pub fn read_specs(table: Option<Table>) -> Failed<Vec<Spec>> {
@@ -391,18 +391,21 @@ pub fn parse(specs: &[Spec], words: &[String]) -> Result<Vec<(String, Json)>> {
 
 /// The `args` table of a run. Reading or writing a name that was not declared is an error.
 pub fn to_lua(lua: &Lua, specs: &[Spec], values: &[(String, Json)]) -> mlua::Result<Table> {
-    let args = lua.create_table()?;
+    let given = lua.create_table()?;
     for (name, value) in values {
-        args.raw_set(name.as_str(), json_to_lua(lua, value)?)?;
+        given.raw_set(name.as_str(), json_to_lua(lua, value)?)?;
     }
     let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
     let metatable = lua.create_table()?;
+    let next = lua.globals().get::<mlua::Function>("next")?;
+    let all = given.clone();
+    metatable.set("__pairs", lua.create_function(move |_, _: Table| Ok((next.clone(), all.clone(), Value::Nil)))?)?;
     metatable.set(
         "__index",
         lua.create_function(move |lua, (_, key): (Table, Value)| {
             let name = key.to_string()?;
             if names.contains(&name) {
-                return Ok(Value::Nil); // An optional one that was not given.
+                return given.raw_get::<Value>(name); // Nil for an optional one that was not given.
             }
             let hint = suggestion(&name, names.iter().map(String::as_str));
             let what = format!("args.{name} is not declared in the workflow's args{hint}");
@@ -416,6 +419,8 @@ pub fn to_lua(lua: &Lua, specs: &[Spec], values: &[(String, Json)]) -> mlua::Res
             Err(super::raise::raise(lua, Failure::message(what)))
         })?,
     )?;
+    // An empty table in front, so that assignments to known names are seen too.
+    let args = lua.create_table()?;
     args.set_metatable(Some(metatable))?;
     Ok(args)
 }

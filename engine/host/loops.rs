@@ -74,7 +74,8 @@ pub fn start(call: &Call) -> Answer {
     let work = call.lua.app_data_ref::<Arc<Work>>().map(|work| work.clone());
     let mut records = run.loops.lock().expect("no panic happens under this lock");
     // A loop inside a step of another is told apart by that step.
-    let outer = records.iter().find(|(_, record)| !record.finished).map(|(name, record)| format!("{name}[{}]/", record.count));
+    let running = records.iter().filter(|(_, record)| !record.finished);
+    let outer = running.max_by_key(|(name, _)| name.len()).map(|(name, record)| format!("{name}[{}]/", record.count));
     let path = format!("{}{name}", outer.unwrap_or_default());
     if records.contains_key(&path) {
         let what = format!("{}: the loop \"{name}\" has run already; give each loop of a run its own name", call.op);
@@ -141,7 +142,8 @@ impl Loop {
         let tokens = work.0.saturating_sub(state.work_before.0);
         let operations = work.1.saturating_sub(state.work_before.1);
         let rate = (tokens > 0).then(|| tokens as f64 / seconds);
-        let operation_rate = (operations > 0).then(|| operations as f64 / seconds);
+        let measure = self.work.as_ref().filter(|_| operations > 0);
+        let share = measure.map(|work| work.share_of_peak(operations as f64 / seconds));
         if !logged.is_empty() {
             let mut line = Map::new();
             line.insert("loop".into(), Json::from(self.name.as_str()));
@@ -149,7 +151,7 @@ impl Loop {
             line.insert("time".into(), Json::from(self.run.seconds()));
             line.insert("step_seconds".into(), Json::from(seconds));
             line.extend(rate.map(|rate| ("tokens_per_second".to_string(), Json::from(rate))));
-            line.extend(operation_rate.map(|rate| ("flops_per_second".to_string(), Json::from(rate))));
+            line.extend(share.map(|share| ("share_of_peak".to_string(), Json::from(share))));
             line.insert("tensor_bytes".into(), Json::from(live_bytes()));
             line.extend(logged);
             self.run.write_metrics(&line)?;
@@ -160,7 +162,7 @@ impl Loop {
         let by_steps = self.steps.map(|steps| (index + 1) as f64 / steps as f64);
         let by_data = self.over.as_ref().and_then(|(data, epochs)| data.share_done(*epochs));
         let done = by_steps.into_iter().chain(by_data).reduce(f64::max);
-        let report = Report { count: index + 1, done, values: &shown, tokens_per_second: rate, flops_per_second: operation_rate };
+        let report = Report { count: index + 1, done, values: &shown, tokens_per_second: rate, share_of_peak: share };
         if let Some(progress) = &mut state.progress {
             progress.step(&report);
         }
@@ -185,7 +187,7 @@ fn shown(value: &Json) -> String {
 }
 
 /// Names that the engine writes into each line itself.
-const OWN_NAMES: [&str; 7] = ["loop", "step", "time", "step_seconds", "tokens_per_second", "flops_per_second", "tensor_bytes"];
+const OWN_NAMES: [&str; 7] = ["loop", "step", "time", "step_seconds", "tokens_per_second", "share_of_peak", "tensor_bytes"];
 
 /// The table of values at argument `index`, sorted by name: numbers, strings, booleans, tensors of one element.
 pub fn logged_values(call: &Call, index: usize) -> Result<Map<String, Json>, Failure> {

@@ -20,5 +20,5 @@ pub mod tensor_operations;
 mod tensor_text;
 pub mod tokenizer;
 pub mod vm;
-mod work;
+pub mod work;
 pub mod workflow;

@@ -84,7 +84,13 @@ impl ModelObject {
             };
             match (key.to_string_lossy(), value) {
                 (key, Value::String(name)) if key == "preset" => base = name.to_string_lossy(),
-                (key, value) => changes.push((key, lua.from_value(value)?)),
+                (key, value) => {
+                    let got = super::call::describe(&value);
+                    let json = lua.from_value(value);
+                    let json =
+                        json.map_err(|_| Error::argument("model.new", key.as_str(), "a number, string, boolean or a table of these", got))?;
+                    changes.push((key, json));
+                }
             }
         }
         changes.sort_by(|a, b| a.0.cmp(&b.0));

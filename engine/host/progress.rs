@@ -69,7 +69,7 @@ pub struct Report<'a> {
     /// The values last logged, in the order they are shown.
     pub values: &'a [(String, String)],
     pub tokens_per_second: Option<f64>,
-    pub flops_per_second: Option<f64>,
+    pub share_of_peak: Option<f64>,
 }
 
 /// Between plain lines at first, and at most: an hour's run gives a page or two.
@@ -121,7 +121,7 @@ impl Progress {
     fn facts(&self, report: &Report) -> Vec<String> {
         let mut facts: Vec<String> = report.values.iter().map(|(name, value)| format!("{name} {value}")).collect();
         facts.extend(report.tokens_per_second.map(|rate| format!("{} tokens/s", short(rate))));
-        facts.extend(report.flops_per_second.map(|rate| format!("{} flop/s", short(rate))));
+        facts.extend(report.share_of_peak.map(|share| format!("{:.0}% of peak", share * 100.0)));
         if let Some(done) = report.done.filter(|done| *done > 0.0 && *done < 1.0) {
             let left = self.started.elapsed().as_secs_f64() * (1.0 - done) / done;
             facts.push(format!("{} left", clock(left)));

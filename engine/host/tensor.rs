@@ -61,7 +61,7 @@ const METHODS: &[Function] = &[
                 let got = format!("{:?}", x.shape());
                 return Err(Error::Shape { op: call.op, arg: "self", expected: "one element".into(), got }.into());
             }
-            call.give(numbers(call.lua, &x)?.remove(0))
+            call.give(numbers(&x).remove(0))
         },
     },
     Function { op: "Tensor:requires_grad", params: &[], call: |call| tensor(call, call.this()?.leaf()?) },
@@ -70,7 +70,7 @@ const METHODS: &[Function] = &[
         params: &[],
         call: |call| {
             let x = call.this()?;
-            let values = numbers(call.lua, &x)?;
+            let values = numbers(&x);
             call.give(nest(call.lua, x.shape(), &values)?)
         },
     },
@@ -192,12 +192,12 @@ fn from_numbers(op: &'static str, shape: &[usize], values: &[f64], dtype: Dtype)
 }
 
 /// All elements as Lua numbers; integers stay integers.
-fn numbers(_lua: &Lua, x: &AnyTensor) -> Failed<Vec<Value>> {
-    Ok(match x.data() {
+fn numbers(x: &AnyTensor) -> Vec<Value> {
+    match x.data() {
         AnyData::I32(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
         AnyData::I8(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
         _ => x.to_f32_vec().into_iter().map(|value| Value::Number(f64::from(value))).collect(),
-    })
+    }
 }
 
 fn nest(lua: &Lua, shape: &[usize], values: &[Value]) -> mlua::Result<Value> {

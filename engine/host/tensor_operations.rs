@@ -324,7 +324,10 @@ fn extreme_index(call: &Call, f: fn(&AnyTensor, Option<isize>, bool) -> Result<A
     tensor(call, f(&call.this()?, axis, keepdim)?)
 }
 
-fn spread(call: &Call, f: fn(&AnyTensor, Option<&[isize]>, usize, bool) -> Result<AnyTensor>) -> Answer {
+/// A variance or deviation: of a tensor, over axes, with a correction, keeping the axes or not.
+type Spread = fn(&AnyTensor, Option<&[isize]>, usize, bool) -> Result<AnyTensor>;
+
+fn spread(call: &Call, f: Spread) -> Answer {
     let options = call.options(1, &["keepdim", "correction"])?;
     let (keepdim, correction) = (options.boolean("keepdim")?.unwrap_or(false), options.count("correction", 0)?.unwrap_or(1));
     tensor(call, f(&call.this()?, axes(call, 0)?.as_deref(), correction, keepdim)?)

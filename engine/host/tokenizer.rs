@@ -67,7 +67,8 @@ impl Class for TokenizerObject {
             call: |call| {
                 let this = call.subject::<TokenizerObject>()?;
                 let options = call.options(1, &["generation_prompt"])?;
-                let messages: Vec<serde_json::Value> = call.lua.from_value(Value::Table(call.table(0)?))?;
+                let messages = call.lua.from_value::<Vec<serde_json::Value>>(Value::Table(call.table(0)?));
+                let messages = messages.map_err(|_| call.wrong(0, "a list of messages, each with a role and a content"))?;
                 let add_generation_prompt = options.boolean("generation_prompt")?.unwrap_or(false);
                 let rendering = Rendering { add_generation_prompt, ..Rendering::default() };
                 call.give(this.template.render(&messages, &rendering)?)

@@ -58,6 +58,7 @@ impl Workflow {
         }
         text.push_str("\nEvery run\n  --seed INTEGER  start of all random numbers (default 0)\n");
         text.push_str("  --quiet         no progress, only what the script prints\n");
+        text.push_str("  --explain       say how the numbers of the progress are computed\n");
         text.push_str("  --runs FOLDER   where runs are kept (default checkpoints/runs)\n");
         text
     }
