@@ -1,0 +1,368 @@
+//! `engine.data`: data sets as scripts describe them, and the batches they give. A description is a value: each method
+//! returns another one. Reading begins with the first `take`.
+
+use super::args::json_to_lua;
+use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::globals::seed;
+use super::tensor::tensor_value;
+use super::tokenizer::{TokenizerObject, token_ids};
+use crate::data::cursor::Cursor;
+use crate::data::dataset::Dataset;
+use crate::data::document_index::Part;
+use crate::data::pack::{BEST_FIT_POOL, Document, Packing, TokenBatch};
+use crate::data::source::OnError;
+use crate::data::text::Delimiter;
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::tensor::AnyTensor;
+use mlua::{Lua, UserData, UserDataMethods, Value};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A data set in Lua. Cheap to clone: clones read from one position.
+#[derive(Clone)]
+pub struct DataObject(Arc<Mutex<Reading>>);
+
+/// A data set with at most one batch read ahead.
+struct Reading {
+    dataset: Dataset,
+    packed: bool,
+    /// What the last `take` asked for; the look-ahead asks for the same.
+    rows: Option<usize>,
+    ahead: Option<Ahead>,
+}
+
+/// Read but not used: the cursor is the one before it.
+struct Ahead {
+    rows: usize,
+    taken: Option<Taken>,
+    before: Cursor,
+}
+
+enum Taken {
+    Batch(TokenBatch),
+    Records(Vec<serde_json::Map<String, serde_json::Value>>),
+}
+
+impl Reading {
+    fn read(&mut self, rows: usize) -> Result<Option<Taken>> {
+        if self.packed {
+            return Ok(self.dataset.take_batch(rows)?.map(Taken::Batch));
+        }
+        let records = self.dataset.take_rows(rows)?;
+        Ok((!records.is_empty()).then_some(Taken::Records(records)))
+    }
+
+    fn take(&mut self, rows: usize) -> Result<Option<Taken>> {
+        self.rows = Some(rows);
+        match self.ahead.take() {
+            Some(ahead) if ahead.rows == rows => Ok(ahead.taken),
+            Some(ahead) => {
+                self.dataset.restore(&ahead.before)?;
+                self.read(rows)
+            }
+            None => self.read(rows),
+        }
+    }
+}
+
+impl DataObject {
+    pub fn new(dataset: Dataset, packed: bool) -> Self {
+        Self(Arc::new(Mutex::new(Reading { dataset, packed, rows: None, ahead: None })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Reading> {
+        self.0.lock().expect("reading data does not panic under this lock")
+    }
+
+    /// The description alone, from the beginning.
+    pub fn dataset(&self) -> Result<Dataset> {
+        Ok(self.lock().dataset.fresh())
+    }
+
+    /// Whether another `take` would give something. Before the first one it says yes.
+    ///
+    /// Errors: those of reading.
+    pub fn has_more(&self) -> Result<bool> {
+        let mut reading = self.lock();
+        let Some(rows) = reading.rows else { return Ok(true) };
+        if reading.ahead.is_none() {
+            let before = reading.dataset.cursor()?;
+            let taken = reading.read(rows)?;
+            reading.ahead = Some(Ahead { rows, taken, before });
+        }
+        Ok(reading.ahead.as_ref().is_some_and(|ahead| ahead.taken.is_some()))
+    }
+
+    /// Reads everything `count` times, from the beginning.
+    ///
+    /// Errors: [`Error::Argument`] if reading has begun.
+    pub fn set_epochs(&self, count: u64) -> Result<()> {
+        let mut reading = self.lock();
+        if reading.rows.is_some() {
+            return Err(Error::argument("Run:loop", "over", "a data set of which nothing was taken yet", "one in use"));
+        }
+        reading.dataset = reading.dataset.fresh().epochs(count);
+        Ok(())
+    }
+
+    /// The position behind what was taken, whatever was read ahead.
+    ///
+    /// Errors: those of [`Dataset::cursor`].
+    pub fn cursor(&self) -> Result<Cursor> {
+        let mut reading = self.lock();
+        match &reading.ahead {
+            Some(ahead) => Ok(ahead.before.clone()),
+            None => reading.dataset.cursor(),
+        }
+    }
+
+    /// Share of `epochs` that is read, 0 to 1.
+    pub fn share_done(&self, epochs: u64) -> Option<f64> {
+        let documents = self.lock().dataset.documents().ok()?;
+        let cursor = self.cursor().ok()?;
+        let read: u64 = cursor.stream.sources.iter().map(|source| source.record).sum();
+        let epoch = cursor.stream.sources.iter().map(|source| source.epoch).min()?;
+        let whole = (epochs * documents) as f64;
+        (whole > 0.0).then(|| ((epoch * documents + read) as f64 / whole).min(1.0))
+    }
+
+    fn changed(&self, packed: bool, change: impl FnOnce(Dataset) -> Dataset) -> Self {
+        let reading = self.lock();
+        Self::new(change(reading.dataset.fresh()), packed || reading.packed)
+    }
+}
+
+/// Functions of `engine.data`.
+pub const FUNCTIONS: &[Function] = &[
+    Function {
+        op: "data.batch",
+        params: &["documents"],
+        call: |call| {
+            let table = call.table(0)?;
+            let mut documents = Vec::new();
+            for value in table.sequence_values::<Value>() {
+                documents.push(Document::all(token_ids(call, 0, &value?)?));
+            }
+            call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents))))
+        },
+    },
+    Function {
+        op: "data.jsonl",
+        params: &["paths", "options?"],
+        call: |call| {
+            let options = call.options(1, &["field", "skip_bad"])?;
+            let mut dataset = Dataset::jsonl(paths(call)?);
+            if let Some(field) = options.string("field")? {
+                dataset = dataset.field(&field);
+            }
+            if options.boolean("skip_bad")?.unwrap_or(false) {
+                dataset = dataset.on_error(OnError::Skip);
+            }
+            call.give(DataObject::new(dataset, false))
+        },
+    },
+    Function {
+        op: "data.mix",
+        params: &["parts", "options?"],
+        call: |call| {
+            let mix_seed = seed_option(call, 1)?;
+            let expected = "a list of { data set, weight }";
+            let mut parts = Vec::new();
+            for entry in call.table(0)?.sequence_values::<Value>() {
+                let Value::Table(entry) = entry? else { return Err(call.wrong(0, expected)) };
+                let (Value::UserData(object), Some(weight)) = (entry.raw_get::<Value>(1)?, entry.raw_get::<Option<f64>>(2)?) else {
+                    return Err(call.wrong(0, expected));
+                };
+                let part = object.borrow::<DataObject>().map_err(|_| call.wrong(0, expected))?;
+                parts.push((part.dataset()?, weight));
+            }
+            call.give(DataObject::new(Dataset::mix(parts, mix_seed)?, false))
+        },
+    },
+    Function {
+        op: "data.text",
+        params: &["paths", "options?"],
+        call: |call| {
+            let options = call.options(1, &["document"])?;
+            let delimiter = match options.string("document")?.as_deref() {
+                None | Some("file") => Delimiter::Whole,
+                Some("line") => Delimiter::Line,
+                Some("paragraph") => Delimiter::BlankLine,
+                Some(other) => {
+                    let expected = "\"file\", \"line\" or \"paragraph\"";
+                    return Err(Error::argument(call.op, "document", expected, format!("\"{other}\"")).into());
+                }
+            };
+            call.give(DataObject::new(Dataset::text(paths(call)?).delimiter(delimiter), false))
+        },
+    },
+];
+
+/// One path or a list of them.
+fn paths(call: &Call) -> Failed<Vec<String>> {
+    match call.value(0) {
+        Value::String(path) => Ok(vec![path.to_string_lossy()]),
+        Value::Table(list) => {
+            let paths = list.sequence_values::<String>().collect::<mlua::Result<Vec<_>>>();
+            paths.map_err(|_| call.wrong(0, "a path or a list of paths"))
+        }
+        _ => Err(call.wrong(0, "a path or a list of paths")),
+    }
+}
+
+/// The seed of the options at `index`, else the run's.
+fn seed_option(call: &Call, index: usize) -> Failed<u64> {
+    let given = call.options(index, &["seed"])?.count("seed", 0)?;
+    Ok(given.map_or_else(|| seed(call.lua), |seed| seed as u64))
+}
+
+fn change(call: &Call, packed: bool, change: impl FnOnce(Dataset) -> Dataset) -> Answer {
+    let changed = call.subject::<DataObject>()?.changed(packed, change);
+    call.give(changed)
+}
+
+impl Class for DataObject {
+    const NAME: &'static str = "Data";
+    const METHODS: &'static [&'static [Function]] = &[&[
+        Function {
+            op: "Data:chat",
+            params: &["tokenizer"],
+            call: |call| {
+                let tokenizer = call.object::<TokenizerObject>(0)?.clone();
+                change(call, false, |data| data.chat(tokenizer.template).tokenizer(tokenizer.tokenizer))
+            },
+        },
+        Function {
+            op: "Data:documents",
+            params: &[],
+            call: |call| {
+                let count = call.subject::<DataObject>()?.lock().dataset.documents()?;
+                call.give(count)
+            },
+        },
+        Function {
+            op: "Data:epochs",
+            params: &["count"],
+            call: |call| {
+                let count = call.count(0)? as u64;
+                change(call, false, |data| data.epochs(count))
+            },
+        },
+        Function { op: "Data:forever", params: &[], call: |call| change(call, false, Dataset::forever) },
+        Function {
+            op: "Data:pack",
+            params: &["options"],
+            call: |call| {
+                let options = call.options(0, &["seq_len", "how", "pool"])?;
+                let Some(seq_len) = options.count("seq_len", 1)? else {
+                    return Err(Error::argument(call.op, "seq_len", "given: tokens of a row", "nil").into());
+                };
+                let pool = options.count("pool", 1)?.unwrap_or(BEST_FIT_POOL);
+                let packing = match options.string("how")?.as_deref() {
+                    None | Some("concat") => Packing::Concat { seq_len },
+                    Some("best_fit") => Packing::BestFit { seq_len, pool },
+                    Some("windows") => Packing::Windows { seq_len },
+                    Some(other) => {
+                        let expected = "\"concat\", \"best_fit\" or \"windows\"";
+                        return Err(Error::argument(call.op, "how", expected, format!("\"{other}\"")).into());
+                    }
+                };
+                packing.check()?;
+                change(call, true, |data| data.pack(packing))
+            },
+        },
+        Function {
+            op: "Data:shuffle",
+            params: &["options?"],
+            call: |call| {
+                let seed = seed_option(call, 0)?;
+                change(call, false, |data| data.shuffle(seed))
+            },
+        },
+        Function {
+            op: "Data:split",
+            params: &["part", "fraction"],
+            call: |call| {
+                let part = match call.string(0)?.as_str() {
+                    "train" => Part::Train,
+                    "validation" => Part::Validation,
+                    _ => return Err(call.wrong(0, "\"train\" or \"validation\"")),
+                };
+                let fraction = call.number(1)?;
+                change(call, false, |data| data.split(part, fraction))
+            },
+        },
+        Function {
+            op: "Data:take",
+            params: &["count"],
+            call: |call| {
+                let count = call.count(0)?;
+                if count == 0 {
+                    return Err(call.wrong(0, "at least 1"));
+                }
+                let taken = call.subject::<DataObject>()?.lock().take(count)?;
+                match taken {
+                    None => call.give(Value::Nil),
+                    Some(Taken::Batch(batch)) => call.give(BatchObject(Arc::new(batch))),
+                    Some(Taken::Records(records)) => {
+                        let rows = records.into_iter().map(|record| json_to_lua(call.lua, &serde_json::Value::Object(record)));
+                        call.give(call.lua.create_sequence_from(rows.collect::<mlua::Result<Vec<_>>>()?)?)
+                    }
+                }
+            },
+        },
+        Function {
+            op: "Data:tokenizer",
+            params: &["tokenizer"],
+            call: |call| {
+                let tokenizer = call.object::<TokenizerObject>(0)?.tokenizer.clone();
+                change(call, false, |data| data.tokenizer(tokenizer))
+            },
+        },
+    ]];
+    const FIELDS: &'static [Field<Self>] = &[];
+}
+
+impl UserData for DataObject {
+    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
+        register(methods);
+    }
+}
+
+/// Tokens of several documents laid end to end, with what each position should predict.
+#[derive(Clone)]
+pub struct BatchObject(pub Arc<TokenBatch>);
+
+impl Class for BatchObject {
+    const NAME: &'static str = "Batch";
+    const METHODS: &'static [&'static [Function]] = &[];
+    const FIELDS: &'static [Field<Self>] = &[
+        Field { name: "count", get: |_, batch| Ok(Value::Integer(batch.0.tokens.len() as i64)) },
+        Field {
+            name: "cu_seqlens",
+            get: |lua, batch| integers(lua, &batch.0.cu_seqlens.iter().map(|border| *border as i32).collect::<Vec<_>>()),
+        },
+        Field { name: "labels", get: |lua, batch| integers(lua, &batch.0.labels) },
+        Field {
+            name: "mask",
+            get: |lua, batch| {
+                let mask: Vec<f32> = batch.0.labels.iter().map(|label| if *label >= 0 { 1.0 } else { 0.0 }).collect();
+                tensor_value(lua, AnyTensor::new(&[mask.len()], Buffer::copy_of(&mask))?)
+            },
+        },
+        Field { name: "position_ids", get: |lua, batch| integers(lua, &batch.0.position_ids) },
+        Field { name: "rows", get: |_, batch| Ok(Value::Integer(batch.0.rows() as i64)) },
+        Field { name: "supervised", get: |_, batch| Ok(Value::Integer(batch.0.supervised() as i64)) },
+        Field { name: "tokens", get: |lua, batch| integers(lua, &batch.0.tokens) },
+    ];
+}
+
+impl UserData for BatchObject {
+    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
+        register(methods);
+    }
+}
+
+fn integers(lua: &Lua, values: &[i32]) -> Failed<Value> {
+    tensor_value(lua, AnyTensor::new(&[values.len()], Buffer::copy_of(values))?)
+}

@@ -1,0 +1,247 @@
+//! `engine.model`: Qwen2.5 models in scripts. A model keeps the tokenizer of the folder it came from.
+
+use super::args::json_to_lua;
+use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::data::BatchObject;
+use super::globals::seed;
+use super::options::Options;
+use super::progress::Screen;
+use super::tensor::tensor;
+use super::tokenizer::TokenizerObject;
+use super::work::Work;
+use crate::data::pack::TokenBatch;
+use crate::error::{Error, Result};
+use crate::kernels::element::Dtype;
+use crate::model::presets::{names, preset, with_fields};
+use crate::model::sizes::parameters;
+use crate::model::{Model, Packed};
+use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
+use serde_json::Value as Json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A model in Lua. Cheap to clone: clones are one model.
+#[derive(Clone)]
+pub struct ModelObject {
+    pub model: Arc<Model>,
+    pub tokenizer: Option<TokenizerObject>,
+    /// `generation_config.json` of the folder it came from, to be written again.
+    generation_config: Option<Vec<u8>>,
+    frozen: bool,
+}
+
+/// Options of `engine.model.load` and of `run:model`.
+pub const OPTIONS: &[&str] = &["dtype", "frozen", "recompute", "tokenizer"];
+
+impl ModelObject {
+    /// A model from `source`: the folder of a checkpoint, or the fields of a new model.
+    ///
+    /// Errors: those of [`Model::load`] and [`Model::random`]; unknown options.
+    pub fn make(lua: &Lua, op: &'static str, source: &Value, options: &Options) -> Failed<Self> {
+        let dtype = match options.string("dtype")? {
+            None => None,
+            Some(name) => match Dtype::parse(&name) {
+                Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => Some(dtype),
+                _ => return Err(Error::argument(op, "dtype", "\"f32\" or \"bf16\"", format!("\"{name}\"")).into()),
+            },
+        };
+        let frozen = options.boolean("frozen")?.unwrap_or(false);
+        let mut this = match source {
+            Value::String(folder) => Self::load(lua, &PathBuf::from(folder.to_string_lossy()), dtype, frozen)?,
+            Value::Table(fields) => Self::random(lua, fields, dtype, frozen)?,
+            other => {
+                let expected = "the folder of a checkpoint, or a table of fields for a new model";
+                return Err(Error::argument(op, "source", expected, super::call::describe(other)).into());
+            }
+        };
+        if let Value::UserData(object) = options.value("tokenizer")? {
+            let tokenizer = object.borrow::<TokenizerObject>();
+            this.tokenizer = Some(tokenizer.map_err(|_| Error::argument(op, "tokenizer", "a Tokenizer", "another object"))?.clone());
+        }
+        this.model.set_recompute(options.boolean("recompute")?.unwrap_or(false));
+        Ok(this)
+    }
+
+    fn load(lua: &Lua, folder: &Path, dtype: Option<Dtype>, frozen: bool) -> Result<Self> {
+        let mut remarks = Vec::new();
+        let model = Model::load(folder, dtype, !frozen, &mut |remark| remarks.push(remark))?;
+        if let Some(screen) = lua.app_data_ref::<Screen>() {
+            remarks.iter().for_each(|remark| screen.note(&format!("{}: {remark}", folder.display())));
+        }
+        let has_tokenizer = ["tokenizer.json", "vocab.json"].iter().any(|file| folder.join(file).is_file());
+        let tokenizer = if has_tokenizer { Some(TokenizerObject::load(folder)?) } else { None };
+        let generation_config = std::fs::read(folder.join("generation_config.json")).ok();
+        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen })
+    }
+
+    fn random(lua: &Lua, fields: &Table, dtype: Option<Dtype>, frozen: bool) -> Failed<Self> {
+        let mut changes: Vec<(String, Json)> = Vec::new();
+        let mut base = "tiny".to_string();
+        for pair in fields.pairs::<Value, Value>() {
+            let (key, value) = pair?;
+            let Value::String(key) = key else {
+                return Err(Error::argument("model.new", "fields", "names only", "an entry without a name").into());
+            };
+            match (key.to_string_lossy(), value) {
+                (key, Value::String(name)) if key == "preset" => base = name.to_string_lossy(),
+                (key, value) => {
+                    let got = super::call::describe(&value);
+                    let json = lua.from_value(value);
+                    let json =
+                        json.map_err(|_| Error::argument("model.new", key.as_str(), "a number, string, boolean or a table of these", got))?;
+                    changes.push((key, json));
+                }
+            }
+        }
+        changes.sort_by(|a, b| a.0.cmp(&b.0));
+        let config = with_fields(&preset(&base)?, &changes)?;
+        let dtype = dtype.unwrap_or(Dtype::F32);
+        let model = Model::random(config, dtype, seed(lua))?;
+        model.set_trains(!frozen);
+        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen })
+    }
+
+    /// Writes a Hugging Face checkpoint folder, with the tokenizer.
+    ///
+    /// Errors: those of [`Model::save`].
+    pub fn save(&self, folder: &Path, dtype: Option<Dtype>) -> Result<()> {
+        let files = self.generation_config.iter().map(|bytes| ("generation_config.json".to_string(), bytes.clone()));
+        self.model.save(folder, dtype, &files.collect::<Vec<_>>())?;
+        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
+    }
+}
+
+/// Functions of `engine.model`.
+pub const FUNCTIONS: &[Function] = &[
+    Function {
+        op: "model.load",
+        params: &["folder", "options?"],
+        call: |call| {
+            call.string(0)?;
+            call.give(ModelObject::make(call.lua, call.op, &call.value(0), &call.options(1, OPTIONS)?)?)
+        },
+    },
+    Function {
+        op: "model.new",
+        params: &["fields", "options?"],
+        call: |call| {
+            call.table(0)?;
+            call.give(ModelObject::make(call.lua, call.op, &call.value(0), &call.options(1, OPTIONS)?)?)
+        },
+    },
+    Function { op: "model.presets", params: &[], call: |call| call.give(names().map(str::to_string).collect::<Vec<_>>()) },
+];
+
+/// The batch at argument 0, counted as work, and `run` on it.
+fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<crate::tensor::AnyTensor>) -> Answer {
+    let this = call.subject::<ModelObject>()?.clone();
+    let batch = call.object::<BatchObject>(0)?.0.clone();
+    let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
+    let result = run(&this, &batch, &packed)?;
+    if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
+        work.forward(&this.model, &batch.cu_seqlens, trains && !this.frozen);
+    }
+    tensor(call, result)
+}
+
+fn temperature(options: &Options) -> Failed<f32> {
+    Ok(options.number("temperature")?.unwrap_or(1.0) as f32)
+}
+
+impl Class for ModelObject {
+    const NAME: &'static str = "Model";
+    const METHODS: &'static [&'static [Function]] = &[&[
+        Function {
+            op: "Model:cross_entropy",
+            params: &["batch", "options?"],
+            call: |call| {
+                let options = call.options(1, &["normalizer", "router_aux_loss_coef"])?;
+                let (normalizer, coefficient) = (options.number("normalizer")?, options.number("router_aux_loss_coef")?);
+                forward(call, true, |this, batch, packed| {
+                    let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
+                    let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);
+                    let coefficient = coefficient.unwrap_or(published);
+                    Ok(this.model.cross_entropy(packed, &batch.labels, normalizer as f32, coefficient as f32)?.total.into())
+                })
+            },
+        },
+        Function {
+            op: "Model:entropy",
+            params: &["batch", "options?"],
+            call: |call| {
+                let temperature = temperature(&call.options(1, &["temperature"])?)?;
+                forward(call, false, |this, batch, packed| {
+                    Ok(this.model.logprobs_and_entropy(packed, &batch.labels, temperature)?.1.into())
+                })
+            },
+        },
+        Function {
+            op: "Model:gradient",
+            params: &["name"],
+            call: |call| match call.subject::<ModelObject>()?.model.gradient(&call.string(0)?)? {
+                Some(gradient) => tensor(call, gradient),
+                None => call.give(Value::Nil),
+            },
+        },
+        Function {
+            op: "Model:logits",
+            params: &["batch"],
+            call: |call| forward(call, false, |this, _, packed| Ok(this.model.logits(packed)?.into())),
+        },
+        Function {
+            op: "Model:logprobs",
+            params: &["batch", "options?"],
+            call: |call| {
+                let temperature = temperature(&call.options(1, &["temperature"])?)?;
+                forward(call, true, |this, batch, packed| Ok(this.model.logprobs(packed, &batch.labels, temperature)?.into()))
+            },
+        },
+        Function {
+            op: "Model:parameter",
+            params: &["name"],
+            call: |call| {
+                let value = call.subject::<ModelObject>()?.model.value(&call.string(0)?)?;
+                tensor(call, value)
+            },
+        },
+        Function {
+            op: "Model:parameter_names",
+            params: &[],
+            call: |call| {
+                let names = call.subject::<ModelObject>()?.model.tensors().into_iter().map(|(name, _)| name);
+                call.give(names.collect::<Vec<_>>())
+            },
+        },
+        Function {
+            op: "Model:save",
+            params: &["folder", "options?"],
+            call: |call| {
+                let dtype = match call.options(1, &["dtype"])?.string("dtype")? {
+                    Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
+                    None => None,
+                };
+                call.subject::<ModelObject>()?.save(Path::new(&call.string(0)?), dtype)?;
+                call.done()
+            },
+        },
+    ]];
+    const FIELDS: &'static [Field<Self>] = &[
+        Field { name: "config", get: |lua, this| Ok(json_to_lua(lua, &this.model.config().to_json())?) },
+        Field { name: "count", get: |_, this| Ok(Value::Integer(parameters(this.model.config()).total as i64)) },
+        Field { name: "dtype", get: |lua, this| Ok(Value::String(lua.create_string(this.model.dtype().name())?)) },
+        Field { name: "frozen", get: |_, this| Ok(Value::Boolean(this.frozen)) },
+        Field {
+            name: "tokenizer",
+            get: |lua, this| match &this.tokenizer {
+                Some(tokenizer) => Ok(tokenizer.clone().into_lua(lua)?),
+                None => Ok(Value::Nil),
+            },
+        },
+    ];
+}
+
+impl UserData for ModelObject {
+    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
+        register(methods);
+    }
+}

@@ -1,0 +1,151 @@
+//! `require`: the engine, the Lua that is shipped inside the binary (`std.*`), then the user's own files. Every file of the
+//! user's that was loaded is remembered with its text, since the code of a run travels with the run.
+
+use super::call::Failed;
+use super::raise::{Failure, explain};
+use crate::error::Error;
+use mlua::{Lua, Table, Value};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+/// A Lua file that is part of the binary: its path in `stdlib/`, and its text.
+pub struct Embedded {
+    pub path: &'static str,
+    pub text: &'static str,
+}
+
+macro_rules! embedded {
+    ($($path:literal),* $(,)?) => {
+        &[$(Embedded { path: $path, text: include_str!(concat!("../../stdlib/", $path)) }),*]
+    };
+}
+
+/// The modules behind `std.*`. A test compares this list with the folder.
+pub const STDLIB: &[Embedded] = embedded!["losses.lua", "schedules.lua"];
+
+/// The stubs of everything the engine exports, for editors.
+pub const STUBS: &[Embedded] = embedded!["meta/data.lua", "meta/engine.lua", "meta/model.lua", "meta/run.lua", "meta/tensor.lua"];
+
+/// A file of the user's that took part in a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    /// As messages name it: relative to where the user started, as the user spelled it.
+    pub path: String,
+    pub text: String,
+}
+
+/// Where modules are looked for, and what was loaded.
+pub struct Modules {
+    /// Folder of the entry script.
+    folder: PathBuf,
+    sources: Mutex<Vec<Source>>,
+}
+
+impl Modules {
+    /// For the script at `path`.
+    pub fn beside(path: &Path) -> Self {
+        Self { folder: path.parent().unwrap_or(Path::new("")).to_path_buf(), sources: Mutex::new(Vec::new()) }
+    }
+
+    /// Files loaded so far, the entry script first.
+    pub fn sources(&self) -> Vec<Source> {
+        self.sources.lock().expect("no panic happens under this lock").clone()
+    }
+}
+
+/// Reads the Lua file at `path` and compiles it under its own name. A first line that begins with `#` is skipped.
+///
+/// Errors: [`Error::Io`]; [`Error::Script`] with file and line if it does not compile.
+pub fn load_file(lua: &Lua, path: &Path) -> Result<mlua::Function, Error> {
+    let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
+    let text = String::from_utf8(bytes).map_err(|_| Error::format(path, "script", "UTF-8 text", "other bytes"))?;
+    let name = path.display().to_string();
+    // The line itself goes, its end stays: line numbers must not move.
+    let code = if text.starts_with('#') { &text[text.find('\n').unwrap_or(text.len())..] } else { &text };
+    let chunk = lua.load(code).set_name(format!("@{name}")).set_mode(mlua::chunk::ChunkMode::Text);
+    let function = chunk.into_function().map_err(|error| explain(&error))?;
+    if let Some(modules) = lua.app_data_ref::<Modules>() {
+        modules.sources.lock().expect("no panic happens under this lock").push(Source { path: name, text });
+    }
+    Ok(function)
+}
+
+/// Replaces `require`. `engine` is the table behind `require "engine"`.
+pub fn install(lua: &Lua, engine: &Table) -> mlua::Result<()> {
+    let loaded: Table = lua.globals().get::<Table>("package")?.get("loaded")?;
+    loaded.set("engine", engine)?;
+    let require = lua.create_function(move |lua, name: Value| -> mlua::Result<Value> {
+        require(lua, &loaded, &name).map_err(|failure| super::raise::raise(lua, failure))
+    })?;
+    lua.globals().set("require", require)
+}
+
+fn require(lua: &Lua, loaded: &Table, name: &Value) -> Failed<Value> {
+    let Value::String(name) = name else {
+        return Err(
+            Error::argument("require", "module", "the name of a module, such as \"std.losses\"", super::call::describe(name)).into()
+        );
+    };
+    let name = name.to_string_lossy();
+    match loaded.raw_get::<Value>(name.as_str())? {
+        Value::Nil => {}
+        Value::LightUserData(_) => return Err(Failure::message(format!("module \"{name}\" requires itself, directly or through others"))),
+        value => return Ok(value),
+    }
+    let chunk = match name.strip_prefix("std.") {
+        Some(standard) => standard_module(lua, standard)?,
+        None => {
+            let candidates = candidates(lua, &name);
+            let Some(path) = candidates.iter().find(|path| path.is_file()) else {
+                let tried: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
+                return Err(Failure::message(format!("no module \"{name}\"; looked for {}", tried.join(", "))));
+            };
+            load_file(lua, path)?
+        }
+    };
+    // A mark while it loads, so that a circle of modules is found.
+    loaded.raw_set(name.as_str(), Value::NULL)?;
+    let value = match chunk.call::<Value>(name.as_str()) {
+        Ok(value) => value,
+        Err(error) => {
+            loaded.raw_set(name.as_str(), Value::Nil)?;
+            return Err(error.into());
+        }
+    };
+    if value.is_nil() {
+        loaded.raw_set(name.as_str(), Value::Nil)?;
+        return Err(Failure::message(format!("module \"{name}\" returns nothing; end it with `return` and its table")));
+    }
+    loaded.raw_set(name.as_str(), &value)?;
+    Ok(value)
+}
+
+fn standard_module(lua: &Lua, name: &str) -> Failed<mlua::Function> {
+    let file = format!("{name}.lua");
+    match STDLIB.iter().find(|module| module.path == file) {
+        // Round brackets in the name keep its frames out of what users see as their own.
+        Some(module) => Ok(lua.load(module.text).set_name(format!("=(std.{name})")).into_function()?),
+        None => {
+            let known: Vec<&str> = STDLIB.iter().map(|module| module.path.trim_end_matches(".lua")).collect();
+            let list: Vec<String> = known.iter().map(|name| format!("std.{name}")).collect();
+            let hint = super::nearest::suggestion(name, known);
+            Err(Failure::message(format!("no module \"std.{name}\"; there are {}{hint}", list.join(", "))))
+        }
+    }
+}
+
+/// Files that `name` may mean, in order: beside the script, then under the working folder.
+fn candidates(lua: &Lua, name: &str) -> Vec<PathBuf> {
+    let relative = name.replace('.', "/");
+    let folder = lua.app_data_ref::<Modules>().map_or_else(PathBuf::new, |modules| modules.folder.clone());
+    let mut paths = Vec::new();
+    for folder in [folder, PathBuf::new()] {
+        for file in [format!("{relative}.lua"), format!("{relative}/init.lua")] {
+            let path = folder.join(file);
+            if !paths.contains(&path) {
+                paths.push(path);
+            }
+        }
+    }
+    paths
+}

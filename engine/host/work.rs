@@ -1,0 +1,86 @@
+//! Counts what models compute for a run, for the numbers that progress shows: tokens, floating-point operations, and the
+//! share of what this machine can do, which is the rate of one large matrix product of the engine, measured once.
+
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::gemm::{self, Weight};
+use crate::kernels::cpu::panels;
+use crate::kernels::cpu::tile::TileElement;
+use crate::kernels::element::Dtype;
+use crate::model::Model;
+use crate::model::sizes::parameters;
+use crate::tensor::autograd::is_recording;
+use half::bf16;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+/// How the numbers come about, as `--explain` prints it.
+pub const EXPLANATION: &str = "tokens/s: tokens that went through a model's forward pass in the step, over the step's seconds.
+% of peak: operations of the step over its seconds, as a share of the rate of a [512, 1024] x [1024, 1024] matrix
+  product of this engine on this machine in the model's element type. Operations of a forward pass over T tokens:
+  2 (weights a token passes, head included) T + 4 layers heads head_dim sum over documents of n (n + 1) / 2;
+  three times that with the backward pass. Recomputed layers count once.
+memory: bytes of live tensors, of the process's resident memory.
+left: seconds so far, times the share to do over the share done.";
+
+/// The work of one Lua state since it began.
+#[derive(Default)]
+pub struct Work {
+    tokens: AtomicU64,
+    operations: AtomicU64,
+    /// Whether the model that worked last computes in bf16.
+    is_bf16: AtomicBool,
+    /// Operations a second of a large matrix product, in f32 and in bf16.
+    ceilings: [OnceLock<f64>; 2],
+}
+
+impl Work {
+    /// Tokens that went through models, and floating-point operations.
+    pub fn so_far(&self) -> (u64, u64) {
+        (self.tokens.load(Relaxed), self.operations.load(Relaxed))
+    }
+
+    /// A forward pass of `model` over packed documents, with the backward pass it will have if it is recorded.
+    ///
+    /// Operations: two a weight that a token passes, the head included, and for attention 4 heads head_dim a pair of a
+    /// token and one it sees; a backward pass costs two forward passes. Layers that are computed again are not counted
+    /// again: this is the work asked for, as the share of peak is usually quoted (PaLM, arXiv 2204.02311, appendix B).
+    pub fn forward(&self, model: &Model, cu_seqlens: &[u32], trains: bool) {
+        let config = model.config();
+        let tokens = u64::from(cu_seqlens.last().copied().unwrap_or(0));
+        let pairs: u64 = cu_seqlens.windows(2).map(|border| u64::from(border[1] - border[0])).map(|len| len * (len + 1) / 2).sum();
+        let weights = parameters(config).activated + (config.vocab * config.hidden) as u64;
+        let attention = (config.layers * 4 * config.heads * config.head_dim) as u64 * pairs;
+        let passes = if trains && is_recording() { 3 } else { 1 };
+        self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
+        self.tokens.fetch_add(tokens, Relaxed);
+        self.operations.fetch_add(passes * (2 * weights * tokens + attention), Relaxed);
+    }
+
+    /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The first
+    /// call measures the rate, which takes about a tenth of a second.
+    pub fn share_of_peak(&self, operations_per_second: f64) -> f64 {
+        let is_bf16 = self.is_bf16.load(Relaxed);
+        let ceiling =
+            self.ceilings[usize::from(is_bf16)].get_or_init(|| if is_bf16 { matrix_rate::<bf16>() } else { matrix_rate::<f32>() });
+        operations_per_second / ceiling
+    }
+}
+
+/// Operations a second of the best of a few products of `[512, 1024]` and `[1024, 1024]`, on all threads.
+fn matrix_rate<E: TileElement>() -> f64 {
+    const ROWS: usize = 512;
+    const SIDE: usize = 1024;
+    let half = E::from_f32(0.5);
+    let mut weight = Buffer::<E>::scratch(panels::len::<E>(SIDE, SIDE));
+    let (mut x, mut y) = (Buffer::<E>::scratch(ROWS * SIDE), Buffer::<E>::scratch(ROWS * SIDE));
+    weight.fill(half);
+    x.fill(half);
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        let started = Instant::now();
+        gemm::forward(&mut y, &x, None, Weight { panels: &weight, outputs: SIDE, inputs: SIDE }, None, None);
+        best = best.min(started.elapsed().as_secs_f64());
+    }
+    (2 * ROWS * SIDE * SIDE) as f64 / best
+}

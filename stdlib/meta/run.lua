@@ -1,0 +1,80 @@
+---@meta
+--- A run and its steps: what `run` and `step` are in a workflow's function.
+
+---@class engine.Run
+---@field folder string where the run keeps its files
+---@field id string sorts by time
+---@field seed integer start of all random numbers
+local Run = {}
+
+---@class engine.Step
+---@field count integer steps with this one, from 1
+---@field first boolean
+---@field index integer from 0
+---@field last boolean whether it is the last of `steps`
+---@field progress number? share of `steps` that is done, from 0 to below 1; nil without `steps`
+---@field steps integer? as given to run:loop
+local Step = {}
+
+--- The data set called `name`. Asked again for a name, it gives the same one, at the same position.
+---
+--- Example: local train = run:data("train", engine.data.text("notes.txt"):tokenizer(tokenizer):pack { seq_len = 256 })
+---@param name string
+---@param data engine.Data
+---@return engine.Data data
+function Run:data(name, data) end
+
+--- Writes values to the run's metrics, outside of a loop.
+---
+--- Example: run:log { validation_loss = 2.31 }
+---@param values table<string, number|string|boolean|engine.Tensor> tensors of one element
+function Run:log(values) end
+
+--- The long part of a run, for Lua's `for`. The engine counts; at the end of each step it writes metrics, shows progress
+--- and takes Ctrl-C. It ends after `steps`, or when `over` has been read `epochs` times (1), whatever comes first.
+---
+--- Example: for step in run:loop("train", { steps = 100 }) do step:log { loss = train_step() } end
+---@param name string
+---@param options { steps?: integer, epochs?: integer, over?: engine.Data }
+---@return fun(): engine.Step? steps
+function Run:loop(name, options) end
+
+--- The model called `name`: of a checkpoint's folder, or a new one from a table of fields (see engine.model.new). Asked
+--- again for a name, it gives the same model.
+---
+--- Example: local reference = run:model("reference", "checkpoints/sft", { frozen = true })
+---@param name string
+---@param source string|table
+---@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
+---@return engine.Model model
+function Run:model(name, source, options) end
+
+--- Seconds since 1970.
+---
+--- Example: print(run:now())
+---@return number seconds
+function Run:now() end
+
+--- The optimizer of `model`. Asked again for the same model, it gives the same optimizer with the options applied.
+---
+--- Example: local optim = run:optimizer("adamw", policy, { lr = 1e-5, clip_norm = 1.0 })
+---@param kind "adamw"
+---@param model engine.Model
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false }
+---@return engine.Optimizer optimizer
+function Run:optimizer(kind, model, options) end
+
+--- Writes a model, with its tokenizer, as a Hugging Face folder inside the run's folder.
+---
+--- Example: run:save("model", policy)
+---@param name string
+---@param model engine.Model
+---@param options? { dtype?: "f32"|"bf16" }
+---@return string folder
+function Run:save(name, model, options) end
+
+--- Adds values to the step's line in the run's metrics; the progress shows them.
+---
+--- Example: step:log { loss = loss, grad_norm = optim:step() }
+---@param values table<string, number|string|boolean|engine.Tensor> tensors of one element
+function Step:log(values) end

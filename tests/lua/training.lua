@@ -1,0 +1,78 @@
+--- Models, data and optimizers from a script's side, on a model of a few thousand parameters.
+local engine, losses, harness = require "engine", require "std.losses", require "harness"
+local describe, it, expect = harness.describe, harness.it, harness.expect
+local sizes = { preset = "tiny", vocab = 320, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 48 }
+local tokenizer = engine.tokenizer.bytes()
+
+describe("tokenizer", function()
+  it("goes there and back", function()
+    local ids = tokenizer:encode "Moon é"
+    expect(#ids).is(7)
+    expect(tokenizer:decode(ids)).is "Moon é"
+    expect(tokenizer:chat({ { role = "user", content = "Hi" } }, { generation_prompt = true }):find("Hi", 1, true) ~= nil).is(true)
+    expect(function() tokenizer:decode { -1 } end).fails "an entry that is -1"
+  end)
+end)
+
+describe("batch", function()
+  it("shifts labels inside each document", function()
+    local batch = engine.data.batch { { 5, 6, 7 }, { 8, 9 } }
+    expect(batch.tokens).is { 5, 6, 7, 8, 9 }
+    expect(batch.labels).is { 6, 7, -100, 9, -100 }
+    expect(batch.mask).is { 1, 1, 0, 1, 0 }
+    expect(batch.cu_seqlens).is { 0, 3, 5 }
+    expect(batch.position_ids).is { 0, 1, 2, 0, 1 }
+    expect({ batch.count, batch.supervised, batch.rows }).is { 5, 3, 2 }
+  end)
+end)
+
+describe("model", function()
+  local model = engine.model.new(sizes, { tokenizer = tokenizer })
+  local batch = engine.data.batch { tokenizer:encode "the moon", tokenizer:encode "goes round" }
+  it("gives one loss by two roads, and one gradient", function()
+    local fused = model:cross_entropy(batch)
+    fused:backward()
+    local name = "model.layers.0.mlp.down_proj.weight"
+    local first = model:gradient(name)
+    engine.optim.adamw(model):clear()
+    expect(model:gradient(name)).is(nil)
+    local composed = losses.nll(model:logprobs(batch), batch.mask)
+    expect(composed:item()).near(fused:item(), 1e-5)
+    composed:backward()
+    expect((model:gradient(name) - first):abs():max():item()).near(0, 1e-6)
+    engine.optim.adamw(model):clear()
+  end)
+  it("agrees with its own logits", function()
+    local logp = model:logits(batch):log_softmax(1)
+    local picked = logp:gather(1, batch.labels:maximum(0):unsqueeze(1)):squeeze(1) * batch.mask
+    expect((picked - model:logprobs(batch)):abs():max():item()).near(0, 1e-5)
+  end)
+  it("names its parameters as Hugging Face does", function()
+    expect(model:parameter_names()[1]).is "model.embed_tokens.weight"
+    expect(model:parameter("model.norm.weight").shape).is { 32 }
+    expect(model.config.hidden_size).is(32)
+    expect(model.dtype).is "f32"
+  end)
+  it("learns", function()
+    local optim = engine.optim.adamw(model, { lr = 1e-2 })
+    local first = model:cross_entropy(batch):item()
+    for _ = 1, 20 do
+      model:cross_entropy(batch):backward()
+      local norm, applied = optim:step()
+      assert(norm > 0 and applied)
+    end
+    assert(model:cross_entropy(batch):item() < first * 0.7)
+    expect({ optim.steps, optim.skipped, optim.lr }).is { 20, 0, 1e-2 }
+    optim:set { lr = 1e-3 }
+    expect(optim.lr).is(1e-3)
+  end)
+  it("does not train when frozen", function()
+    local frozen = engine.model.new(sizes, { frozen = true })
+    expect(function() frozen:cross_entropy(batch):backward() end).fails "wants a gradient"
+    expect(function() engine.optim.adamw(frozen) end).fails "frozen"
+  end)
+  it("refuses batches that it cannot read", function()
+    expect(function() model:logits(engine.data.batch { { 320 } }) end).fails "320"
+    expect(function() model:logits { 1, 2 } end).fails "should be a Batch, got a table of 2"
+  end)
+end)
