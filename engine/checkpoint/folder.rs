@@ -217,10 +217,8 @@ impl<'de> de::Deserialize<'de> for WeightMap {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap, A::Error> {
                 let mut weight_map = WeightMap { files: BTreeMap::new(), twice: None };
                 while let Some((name, file)) = map.next_entry::<String, String>()? {
-                    if weight_map.files.contains_key(&name) {
+                    if weight_map.files.insert(name.clone(), file).is_some() {
                         weight_map.twice = Some(name);
-                    } else {
-                        weight_map.files.insert(name, file);
                     }
                 }
                 Ok(weight_map)

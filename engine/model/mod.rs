@@ -6,7 +6,9 @@ pub mod generation_config;
 pub mod graph;
 mod model;
 pub mod names;
+pub mod presets;
 pub mod rope_scaling;
+pub mod sizes;
 pub mod weights;
 
 pub use graph::Packed;

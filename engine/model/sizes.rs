@@ -1,0 +1,189 @@
+//! What a configuration costs before anything is built: its tensors by name and shape, parameters, cache and memory.
+//! Estimates of memory count weights, gradients, moments and cache; activations depend on the batch and are not counted.
+//! Source: qwen2.5.md sections 1.1, 1.3, 2.1 and 2.3.
+
+use super::config::Config;
+use crate::kernels::element::Dtype;
+
+/// The tensors of a checkpoint of `config`: names of the hub's layout, shapes `[out, in]`, in the order of the forward
+/// pass. A tied model has no `lm_head.weight`.
+pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
+    let Config { vocab, hidden, heads, kv_heads, head_dim, .. } = *config;
+    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+    for layer in 0..config.layers {
+        let mut add = |name: &str, shape: &[usize]| tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        add("input_layernorm.weight", &[hidden]);
+        for (projection, rows) in [("q", heads * head_dim), ("k", kv_heads * head_dim), ("v", kv_heads * head_dim)] {
+            add(&format!("self_attn.{projection}_proj.weight"), &[rows, hidden]);
+            add(&format!("self_attn.{projection}_proj.bias"), &[rows]);
+        }
+        add("self_attn.o_proj.weight", &[hidden, heads * head_dim]);
+        add("post_attention_layernorm.weight", &[hidden]);
+        let mut swiglu = |prefix: &str, width: usize| {
+            add(&format!("{prefix}.gate_proj.weight"), &[width, hidden]);
+            add(&format!("{prefix}.up_proj.weight"), &[width, hidden]);
+            add(&format!("{prefix}.down_proj.weight"), &[hidden, width]);
+        };
+        match config.moe.as_ref().filter(|_| config.is_sparse(layer)) {
+            None => swiglu("mlp", config.intermediate),
+            Some(moe) => {
+                for expert in 0..moe.experts {
+                    swiglu(&format!("mlp.experts.{expert}"), moe.moe_intermediate);
+                }
+                swiglu("mlp.shared_expert", moe.shared_intermediate);
+                add("mlp.gate.weight", &[moe.experts, hidden]);
+                add("mlp.shared_expert_gate.weight", &[1, hidden]);
+            }
+        }
+    }
+    tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+    if !config.tied {
+        tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
+    }
+    tensors
+}
+
+/// Parameter counts of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    pub total: u64,
+    /// Without the embedding and, if it is a tensor of its own, the head.
+    pub non_embedding: u64,
+    /// That one token passes: all but the experts it is not sent to; without embedding and head.
+    pub activated: u64,
+}
+
+/// Counts the parameters of `config` without listing its tensors.
+pub fn parameters(config: &Config) -> Parameters {
+    let size = |value: usize| value as u64;
+    let (hidden, query, key) = (size(config.hidden), size(config.heads * config.head_dim), size(config.kv_heads * config.head_dim));
+    // Query, key and value have biases, the output has none; two norms.
+    let attention = (hidden + 1) * (query + 2 * key) + query * hidden + 2 * hidden;
+    let swiglu = |width: usize| 3 * hidden * size(width);
+    let (mut non_embedding, mut activated) = (hidden, hidden);
+    for layer in 0..config.layers {
+        let (all, used) = match config.moe.as_ref().filter(|_| config.is_sparse(layer)) {
+            None => (swiglu(config.intermediate), swiglu(config.intermediate)),
+            Some(moe) => {
+                let always = swiglu(moe.shared_intermediate) + (size(moe.experts) + 1) * hidden;
+                let expert = swiglu(moe.moe_intermediate);
+                (always + size(moe.experts) * expert, always + size(moe.experts_per_token) * expert)
+            }
+        };
+        non_embedding += attention + all;
+        activated += attention + used;
+    }
+    let embedding = size(config.vocab) * hidden * if config.tied { 1 } else { 2 };
+    Parameters { total: non_embedding + embedding, non_embedding, activated }
+}
+
+/// Bytes of keys and values that one token leaves in the cache, over all layers.
+pub fn kv_cache_bytes_per_token(config: &Config, dtype: Dtype) -> u64 {
+    (2 * config.layers * config.kv_heads * config.head_dim * dtype.size()) as u64
+}
+
+/// Bytes of the weights alone, in `dtype`.
+pub fn load_bytes(config: &Config, dtype: Dtype) -> u64 {
+    parameters(config).total * dtype.size() as u64
+}
+
+/// Bytes that training all parameters with AdamW keeps, without activations: 16 a parameter in either type.
+///
+/// f32: weights 4, gradients 4, moments 8. bf16: weights 2 and the lower half of their f32 masters 2, gradients 4,
+/// moments 8.
+pub fn train_bytes(config: &Config, dtype: Dtype) -> u64 {
+    let weights = match dtype {
+        // The master is the weight and its lower half together, so it takes no more than f32 weights do.
+        Dtype::Bf16 => 2 + 2,
+        other => other.size() as u64,
+    };
+    parameters(config).total * (weights + 4 + 8)
+}
+
+/// Bytes that serving keeps: weights, and the cache of `sequences` texts of `context_tokens` each. Layers with a sliding
+/// window keep no more than their window.
+pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequences: usize) -> u64 {
+    let per_layer = (2 * config.kv_heads * config.head_dim * dtype.size()) as u64;
+    let kept: u64 = config.sliding.iter().map(|window| window.unwrap_or(usize::MAX).min(context_tokens) as u64).sum();
+    load_bytes(config, dtype) + per_layer * kept * sequences as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::presets::{names, preset};
+    use super::*;
+
+    #[test]
+    fn counts_and_cache_equal_the_published_table() {
+        // qwen2.5.md sections 1.1 and 2.3: total, non-embedding, KV bytes a token in bf16.
+        for (name, total, non_embedding, cache) in [
+            ("0.5B", 494_032_768, 357_898_112, 12_288),
+            ("1.5B", 1_543_714_304, 1_310_340_608, 28_672),
+            ("3B", 3_085_938_688, 2_774_773_760, 36_864),
+            ("7B", 7_615_616_512, 6_525_621_760, 57_344),
+            ("14B", 14_770_033_664, 13_212_898_304, 196_608),
+            ("32B", 32_763_876_352, 31_206_740_992, 262_144),
+            ("72B", 72_706_203_648, 70_214_787_072, 327_680),
+        ] {
+            let config = preset(name).unwrap();
+            assert_eq!(parameters(&config), Parameters { total, non_embedding, activated: non_embedding }, "{name}");
+            assert_eq!(kv_cache_bytes_per_token(&config, Dtype::Bf16), cache, "{name}");
+        }
+        // The reference gives activated counts in billions, to two places.
+        let hundredths = |count: u64| (count as f64 / 1e7).round() as u64;
+        let small = parameters(&preset("Qwen1.5-MoE-A2.7B").unwrap());
+        assert_eq!((small.total, hundredths(small.activated)), (14_315_784_192, 207));
+        let large = parameters(&preset("Qwen2-57B-A14B").unwrap());
+        assert_eq!((large.total, hundredths(large.activated)), (57_408_658_944, 1316));
+        // 14.25B with embedding and head.
+        assert_eq!(hundredths(large.activated + large.total - large.non_embedding), 1425);
+    }
+
+    #[test]
+    fn the_list_of_tensors_and_the_count_agree() {
+        for name in names() {
+            let config = preset(name).unwrap();
+            let sum: u64 = tensors(&config).iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+            assert_eq!(sum, parameters(&config).total, "{name}");
+        }
+    }
+
+    #[test]
+    fn golden_checkpoints_hold_exactly_the_listed_tensors() {
+        let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        for name in [
+            "dense_tied",
+            "dense_untied",
+            "dense_sharded",
+            "dense_bf16",
+            "dense_yarn",
+            "dense_sliding",
+            "dense_theta_1e7",
+            "moe_norm_false",
+            "moe_norm_true",
+            "moe_mixed_layers",
+            "train_dense",
+            "train_moe",
+        ] {
+            let config = Config::load(&golden.join(name)).unwrap();
+            let folder = crate::checkpoint::folder::CheckpointFolder::open(&golden.join(name)).unwrap();
+            let mut want = tensors(&config);
+            want.sort();
+            let got: Vec<_> = folder.tensors().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
+            assert_eq!(got, want, "{name}");
+        }
+    }
+
+    #[test]
+    fn memory_adds_up() {
+        let config = preset("0.5B").unwrap();
+        let total = 494_032_768;
+        assert_eq!(load_bytes(&config, Dtype::Bf16), 2 * total);
+        assert_eq!((train_bytes(&config, Dtype::F32), train_bytes(&config, Dtype::Bf16)), (16 * total, 16 * total));
+        assert_eq!(serve_bytes(&config, Dtype::Bf16, 1000, 3), 2 * total + 3 * 1000 * 12_288);
+        let mut sliding = config.clone();
+        sliding.sliding[12..].fill(Some(100));
+        assert_eq!(serve_bytes(&sliding, Dtype::Bf16, 1000, 1), 2 * total + (12 * 1000 + 12 * 100) * 512);
+        assert_eq!(serve_bytes(&config, Dtype::F32, 0, 7), 4 * total);
+    }
+}
