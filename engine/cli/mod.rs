@@ -1,1 +1,50 @@
-//! The commands of the program.
+//! The commands of the program, one file each. A command parses its words, calls a floor below, and says how it ended.
+
+pub mod doctor;
+
+pub mod params;
+mod peak_memory;
+mod units;
+
+use crate::error::{Error, Result};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Lua workflows that pretrain, fine-tune and serve Qwen2.5 models.
+#[derive(Parser)]
+#[command(name = "perilune", version, disable_help_subcommand = true)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Doctor(doctor::DoctorArgs),
+    Params(params::ParamsArgs),
+}
+
+/// The whole program, from its words to its exit code: 0 for success, 1 for what the user can mend.
+pub fn main() -> ExitCode {
+    let program = match Program::try_parse() {
+        Ok(program) => program,
+        Err(error) => {
+            let is_help = !error.use_stderr();
+            let _ = error.print();
+            return if is_help { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
+    };
+    let result: Result<()> = match program.command {
+        Command::Doctor(args) => doctor::doctor(args),
+        Command::Params(args) => params::params(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // 128 + SIGINT, as shells expect.
+        Err(Error::Interrupted) => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

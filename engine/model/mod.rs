@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod fields;
+pub mod flops;
 pub mod generation_config;
 pub mod graph;
 mod model;

@@ -184,7 +184,7 @@ mod tests {
         // Ties: the lower index first; all experts when k is all.
         assert_eq!(run(&[1.0, 3.0, 3.0, 1.0, 3.0], 5, 3, false).1, [1, 2, 4]);
         assert_eq!(run(&[1.0, 3.0, 2.0], 3, 3, false).1, [1, 2, 0]);
-        assert_eq!(run(&[], 3, 2, false).1, []);
+        assert!(run(&[], 3, 2, false).1.is_empty());
     }
 
     #[test]
