@@ -1,6 +1,7 @@
 //! The commands of the program, one file each. A command parses its words, calls a floor below, and says how it ended.
 
 pub mod doctor;
+pub mod generate;
 
 pub mod params;
 mod peak_memory;
@@ -21,6 +22,7 @@ struct Program {
 #[derive(Subcommand)]
 enum Command {
     Doctor(doctor::DoctorArgs),
+    Generate(generate::GenerateArgs),
     Params(params::ParamsArgs),
 }
 
@@ -36,6 +38,7 @@ pub fn main() -> ExitCode {
     };
     let result: Result<()> = match program.command {
         Command::Doctor(args) => doctor::doctor(args),
+        Command::Generate(args) => generate::generate(args),
         Command::Params(args) => params::params(args),
     };
     match result {
