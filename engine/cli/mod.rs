@@ -1,8 +1,11 @@
 //! The commands of the program, one file each. A command parses its words, calls a floor below, and says how it ended.
 
+pub mod bench;
+mod bench_ceilings;
+mod bench_ops;
+mod bench_train;
 pub mod doctor;
 pub mod generate;
-
 pub mod params;
 mod peak_memory;
 mod units;
@@ -21,6 +24,7 @@ struct Program {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Generate(generate::GenerateArgs),
     Params(params::ParamsArgs),
@@ -37,6 +41,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result: Result<()> = match program.command {
+        Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),
         Command::Generate(args) => generate::generate(args),
         Command::Params(args) => params::params(args),
