@@ -34,7 +34,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
     let copy = bench_ceilings::copy(case.seconds)?.best;
     let mut table = Table {
         text: format!(
-            "{}, {}, {} tokens; ceilings {product:.0} GFLOP/s, {copy:.1} GB/s\n{:<28}{:>10}{:>10}{:>9}{:>20}{:>8}\n",
+            "{}, {}, {} tokens; ceilings {product:.0} GFLOP/s, {copy:.1} GB/s\n{:<36}{:>10}{:>10}{:>9}{:>20}{:>8}\n",
             case.name,
             case.dtype,
             SEQUENCES * SEQUENCE_TOKENS,
@@ -76,7 +76,7 @@ impl Table {
         let rate = work / times.median() / 1e9;
         let share = rate / ceiling;
         self.text += &format!(
-            "{name:<28}{:>10.2}{:>10.2}{:>8.0}%{:>20}{:>7.0}%\n",
+            "{name:<36}{:>10.2}{:>10.2}{:>8.0}%{:>20}{:>7.0}%\n",
             times.median() * 1e3,
             times.best() * 1e3,
             times.spread() * 100.0,
