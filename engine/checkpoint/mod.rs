@@ -5,5 +5,7 @@ pub mod free_space;
 mod header;
 #[cfg(test)]
 mod malformed;
+pub mod replacement;
 pub mod safetensors;
 pub mod stored_dtype;
+pub mod writer;

@@ -1,8 +1,8 @@
 //! Which source the next record comes from, by weight. A pure function of a counter, so a cursor stores one integer.
 //! Not the sources: `dataset.rs` owns their positions.
 
-use super::random::Stream;
 use crate::error::{Error, Result};
+use crate::kernels::random::Stream;
 
 /// Weights over sources, and the stream of draws.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ impl Mix {
             left -= weight;
         }
         // Rounding may leave a crumb above the last weight.
-        candidates().last().map(|(index, _)| index)
+        candidates().next_back().map(|(index, _)| index)
     }
 }
 

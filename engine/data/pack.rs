@@ -169,6 +169,10 @@ impl ConcatPacker {
         Self { seq_len, document: carry, used: 0 }
     }
 
+    pub fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
     /// The rest of the last document: it begins the next row.
     pub fn carry(&self) -> Document {
         let supervised = self.document.supervised.as_ref().map(|supervised| supervised[self.used..].to_vec());
@@ -213,6 +217,11 @@ impl BestFitPacker {
         Self { seq_len, pool, pools, ready: VecDeque::new() }
     }
 
+    /// The same settings, at the beginning of pool `pools`.
+    pub fn fresh(&self, pools: u64) -> Self {
+        Self::new(self.seq_len, self.pool, pools)
+    }
+
     /// Whether the next call to [`BestFitPacker::row`] begins a new pool.
     pub fn at_pool_start(&self) -> bool {
         self.ready.is_empty()
@@ -231,7 +240,10 @@ impl BestFitPacker {
             while documents.len() < self.pool {
                 let Some(document) = next()? else { break };
                 document.check();
-                documents.push(document);
+                // An empty document has no place in a row; a pool of such must not look like the end.
+                if !document.tokens.is_empty() {
+                    documents.push(document);
+                }
             }
             let mut rows = best_fit(&documents, self.seq_len);
             // Long documents open the first rows; a shuffled order keeps length and time apart.

@@ -2,7 +2,7 @@
 //! Not a buffer of records: sources are indices, so a full shuffle costs nothing. Source: Black and Rogaway, "Ciphers with
 //! arbitrary finite domains", CT-RSA 2002: a Feistel network over the next power of four, walked until it lands inside.
 
-use super::random::Stream;
+use crate::kernels::random::Stream;
 
 /// Fewer rounds leave visible order in small domains; more only cost time.
 const ROUNDS: usize = 8;

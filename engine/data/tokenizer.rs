@@ -2,11 +2,15 @@
 //! Not the files (`tokenizer_files.rs`), not conversations (`chat_template.rs`), not training (`bpe_trainer.rs`).
 //! Source: the published tokenizer.json of Qwen2.5; ids agree with the `tokenizers` library, whose BPE and regex are used.
 
+use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 use serde_json::Value;
 use tokenizers::{Model, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
+use super::byte_alphabet::byte_to_char;
+use super::qwen2_split::{is_known, known_pieces};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::threads;
 
@@ -52,8 +56,8 @@ pub struct Tokenizer {
     /// The bytes of id `i` are `bytes[starts[i]..starts[i + 1]]`; an id that does not exist has none.
     bytes: Vec<u8>,
     starts: Vec<u32>,
-    /// Whether a piece boundary lies after every newline that is followed by a visible character.
-    lines_are_independent: bool,
+    /// Whether text is divided by Qwen2's regex after NFC at most, as far as it is divided at all.
+    qwen2_split: bool,
     pub(super) files: Files,
 }
 
@@ -99,7 +103,7 @@ impl Tokenizer {
         Self::bytes(&[END_OF_TEXT, IM_START, IM_END]).expect("three distinct tokens")
     }
 
-    pub(super) fn assemble(kind: Kind, mut vocab: Vec<(u32, Vec<u8>)>, mut added: Vec<AddedToken>, lines_are_independent: bool) -> Self {
+    pub(super) fn assemble(kind: Kind, mut vocab: Vec<(u32, Vec<u8>)>, mut added: Vec<AddedToken>, qwen2_split: bool) -> Self {
         added.sort_by_key(|token| token.id);
         vocab.extend(added.iter().map(|token| (token.id, token.content.clone().into_bytes())));
         // An added token may reuse an id of the vocabulary; the added content, which sorts last here, is the one that counts.
@@ -121,7 +125,7 @@ impl Tokenizer {
         for candidates in &mut added_by_first_byte {
             candidates.sort_by_key(|index: &usize| std::cmp::Reverse(added[*index].content.len()));
         }
-        Self { kind, added, added_by_first_byte, bytes, starts, lines_are_independent, files: Files::default() }
+        Self { kind, added, added_by_first_byte, bytes, starts, qwen2_split, files: Files::default() }
     }
 
     /// The largest id plus one, added tokens included. A model's embedding may have more rows; their ids have no text.
@@ -274,30 +278,33 @@ impl Tokenizer {
             if rest.is_empty() {
                 return None;
             }
-            let cut = if rest.len() <= CHUNK_BYTES || !self.lines_are_independent { None } else { line_cut(rest, CHUNK_BYTES) };
+            let cut = if rest.len() <= CHUNK_BYTES || !self.qwen2_split { None } else { line_cut(rest, CHUNK_BYTES) };
             let (chunk, tail) = rest.split_at(cut.unwrap_or(rest.len()));
             rest = tail;
             Some(chunk)
         })
     }
 
+    /// Lines of common characters go the fast way, others through the regex; lines are independent, see `chunks`.
     fn encode_chunk(&self, text: &str) -> Vec<u32> {
         let Kind::Bpe(bpe) = &self.kind else {
             return text.bytes().map(u32::from).collect();
         };
-        // The steps of `tokenizers`' own encode without its added tokens, offsets and masks.
-        let mut pieces = PreTokenizedString::from(text);
-        if let Some(normalizer) = bpe.get_normalizer() {
-            pieces.normalize(|piece| normalizer.normalize(piece)).expect("NFC accepts every string");
+        let (mut ids, mut rest) = (Vec::with_capacity(text.len() / 3), text);
+        if !self.qwen2_split {
+            encode_any(bpe, text, &mut ids);
+            return ids;
         }
-        if let Some(splitter) = bpe.get_pre_tokenizer() {
-            splitter.pre_tokenize(&mut pieces).expect("loading has tried the regex; it accepts every string");
+        while !rest.is_empty() {
+            let known = rest.find(|c| !is_known(c)).unwrap_or(rest.len());
+            // The line of the first other character begins here; its text goes to the regex, up to the next line.
+            let line = if known == rest.len() { known } else { (1..=known).rev().find(|at| is_line_start(rest, *at)).unwrap_or(0) };
+            encode_known(bpe, &rest[..line], &mut ids);
+            let end = if line == rest.len() { line } else { line_cut(rest, known + 1).unwrap_or(rest.len()) };
+            encode_any(bpe, &rest[line..end], &mut ids);
+            rest = &rest[end..];
         }
-        pieces
-            .tokenize(|piece| bpe.get_model().tokenize(piece.get()))
-            .expect("loading has seen all 256 byte tokens, so BPE covers every text");
-        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
-        splits.iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id)).collect()
+        ids
     }
 
     /// The text of `ids`: their bytes joined, what is not UTF-8 shown as U+FFFD. `skip_special` leaves special tokens out.
@@ -366,9 +373,48 @@ fn incomplete_tail(bytes: &[u8]) -> usize {
 
 /// The place at or after `least` where `text` may be cut: after a newline that a non-blank character follows.
 pub(super) fn line_cut(text: &str, least: usize) -> Option<usize> {
-    let bytes = text.as_bytes();
-    (least.max(1)..bytes.len()).find(|at| bytes[at - 1] == b'\n' && text[*at..].chars().next().is_some_and(|next| !next.is_whitespace()))
+    (least.max(1)..text.len()).find(|at| is_line_start(text, *at))
 }
+
+fn is_line_start(text: &str, at: usize) -> bool {
+    text.as_bytes()[at - 1] == b'\n' && text[at..].chars().next().is_some_and(|next| !next.is_whitespace())
+}
+
+/// Appends the ids of `text`: the steps of the library's own encode, without its added tokens, offsets and masks.
+fn encode_any(bpe: &tokenizers::Tokenizer, text: &str, ids: &mut Vec<u32>) {
+    if text.is_empty() {
+        return;
+    }
+    let mut pieces = PreTokenizedString::from(text);
+    if let Some(normalizer) = bpe.get_normalizer() {
+        pieces.normalize(|piece| normalizer.normalize(piece)).expect("NFC accepts every string");
+    }
+    if let Some(splitter) = bpe.get_pre_tokenizer() {
+        splitter.pre_tokenize(&mut pieces).expect("loading has tried the regex; it accepts every string");
+    }
+    pieces.tokenize(|piece| bpe.get_model().tokenize(piece.get())).expect(COVERED);
+    let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
+    ids.extend(splits.iter().flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id)));
+}
+
+/// Appends the ids of `text` under Qwen2's regex; its characters are known, so NFC leaves them alone. A word seen before is copied.
+fn encode_known(bpe: &tokenizers::Tokenizer, text: &str, ids: &mut Vec<u32>) {
+    let mut seen: HashMap<&str, Range<usize>> = HashMap::new();
+    let mut word = String::new();
+    for piece in known_pieces(text) {
+        if let Some(range) = seen.get(piece) {
+            ids.extend_from_within(range.clone());
+            continue;
+        }
+        word.clear();
+        word.extend(piece.bytes().map(byte_to_char));
+        let start = ids.len();
+        ids.extend(bpe.get_model().tokenize(&word).expect(COVERED).iter().map(|token| token.id));
+        seen.insert(piece, start..ids.len());
+    }
+}
+
+const COVERED: &str = "loading has seen all 256 byte tokens, so BPE covers every text";
 
 /// `run(0)` to `run(count - 1)` on all threads, results in order.
 pub(super) fn in_parallel<T: Send>(count: usize, run: impl Fn(usize) -> T + Sync) -> Vec<T> {

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use tokenizers::{DecoderWrapper, ModelWrapper, PreTokenizer};
+use tokenizers::{DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizer};
 
 use super::byte_alphabet::{byte_to_char, char_to_byte};
 use super::tokenizer::{AddedToken, END_OF_TEXT, IM_END, IM_START, Kind, QWEN2_SPLIT, Tokenizer};
@@ -104,14 +104,13 @@ impl Tokenizer {
         if highest as usize > 8 * (vocab.len() + added.len()) {
             return Err(bad("vocab", format!("id {highest} among {} tokens", vocab.len() + added.len())));
         }
-        let text = serde_json::to_value(bpe.get_pre_tokenizer()).map_err(|error| bad("pre_tokenizer", error.to_string()))?;
         if let Some(splitter) = bpe.get_pre_tokenizer() {
             splitter.pre_tokenize(&mut "a b\n".into()).map_err(|error| bad("pre_tokenizer", error.to_string()))?;
         }
         let is_bytes = vocab.len() == 256 && vocab.iter().all(|(id, token)| token[..] == [*id as u8]) && bpe.get_normalizer().is_none();
-        let lines_are_independent = is_bytes || contains_text(&text, QWEN2_SPLIT);
+        let qwen2_split = is_bytes || is_qwen2_split(&bpe);
         let kind = if is_bytes { Kind::Bytes } else { Kind::Bpe(Box::new(bpe)) };
-        let mut tokenizer = Self::assemble(kind, vocab, added, lines_are_independent);
+        let mut tokenizer = Self::assemble(kind, vocab, added, qwen2_split);
         tokenizer.files.tokenizer_json = Some(bytes.to_vec());
         Ok(tokenizer)
     }
@@ -248,14 +247,18 @@ fn added_flags(token: &AddedToken) -> Value {
     })
 }
 
-/// Whether any string inside `value` is `text`.
-fn contains_text(value: &Value, text: &str) -> bool {
-    match value {
-        Value::String(found) => found == text,
-        Value::Array(items) => items.iter().any(|item| contains_text(item, text)),
-        Value::Object(entries) => entries.values().any(|item| contains_text(item, text)),
-        _ => false,
-    }
+/// Whether text goes through NFC at most, then Qwen2's regex, then the byte alphabet, and nothing else.
+fn is_qwen2_split(bpe: &tokenizers::Tokenizer) -> bool {
+    let steps = serde_json::to_value(bpe.get_pre_tokenizer()).unwrap_or_default();
+    let (split, bytes) = (&steps["pretokenizers"][0], &steps["pretokenizers"][1]);
+    steps["pretokenizers"].as_array().is_some_and(|steps| steps.len() == 2)
+        && split["pattern"]["Regex"] == QWEN2_SPLIT
+        && split["behavior"] == "Isolated"
+        && split["invert"] == false
+        && bytes["type"] == "ByteLevel"
+        && bytes["add_prefix_space"] == false
+        && bytes["use_regex"] == false
+        && matches!(bpe.get_normalizer(), None | Some(NormalizerWrapper::NFC(_)))
 }
 
 /// Reads a JSON file whole.

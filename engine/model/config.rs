@@ -116,7 +116,8 @@ impl Config {
             heads,
             kv_heads: fields.count("num_key_value_heads", kv_default, 1..=limit::HEADS)?,
             head_dim,
-            rms_norm_eps: fields.number("rms_norm_eps", 1e-6, f64::MIN_POSITIVE..=1.0)?,
+            // Far below the least bound it would be zero in f32, and a row of zeros would become NaN.
+            rms_norm_eps: fields.number("rms_norm_eps", 1e-6, 1e-12..=1.0)?,
             rope_theta,
             rope,
             max_positions,

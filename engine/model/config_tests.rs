@@ -187,6 +187,7 @@ fn configurations_that_cannot_be_meant_are_refused() {
         (json!({ "max_position_embeddings": 0 }), "max_position_embeddings"),
         (json!({ "rms_norm_eps": 0 }), "rms_norm_eps"),
         (json!({ "rms_norm_eps": -1e-6 }), "rms_norm_eps"),
+        (json!({ "rms_norm_eps": 1e-60 }), "rms_norm_eps"),
         (json!({ "rms_norm_eps": "1e-6" }), "rms_norm_eps"),
         (json!({ "initializer_range": -0.02 }), "initializer_range"),
         (json!({ "tie_word_embeddings": "true" }), "tie_word_embeddings: expected true or false, found \"true\""),
@@ -258,4 +259,51 @@ fn configurations_that_cannot_be_meant_are_refused() {
         let message = parse(text).expect_err(wanted).to_string();
         assert!(message.contains(wanted), "{message}\nlacks {wanted}");
     }
+}
+
+/// Damages sound files in thousands of ways: each is refused, or is a configuration that can be used and written.
+#[test]
+fn random_damage_never_panics() {
+    let texts = ["dense_yarn", "dense_sliding", "moe_mixed_layers"].map(|name| std::fs::read(golden(name).join(CONFIG)).unwrap());
+    let digits = b"0123456789-.[]{}\",:eEtrufalsn";
+    let seed = 20_240_919u64;
+    let mut state = seed;
+    // SplitMix64, Steele et al. 2014.
+    let mut random = |below: usize| {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % below as u64) as usize
+    };
+    let (mut read, mut refused) = (0, 0);
+    for round in 0..10_000 {
+        let mut bytes = texts[round % texts.len()].clone();
+        for _ in 0..1 + random(3) {
+            let at = random(bytes.len());
+            match random(4) {
+                0 => {
+                    bytes.remove(at);
+                }
+                1 => bytes[at] = digits[random(digits.len())],
+                // Only digits, so that many files still read.
+                2 => bytes.insert(at, digits[random(10)]),
+                _ => bytes.insert(at, digits[random(digits.len())]),
+            }
+        }
+        match parse(&String::from_utf8_lossy(&bytes)) {
+            Ok(config) => {
+                read += 1;
+                assert!(config.inv_freq().0.iter().all(|f| f.is_finite()), "seed {seed} round {round}");
+                let again = parse(&config.to_json().to_string()).unwrap_or_else(|e| panic!("seed {seed} round {round}: {e}"));
+                // Not all of it: serde_json may read a number of many digits one bit off what it wrote.
+                let parameters = crate::model::sizes::parameters;
+                assert_eq!(parameters(&again), parameters(&config), "seed {seed} round {round}");
+                assert_eq!((again.sliding, again.eos), (config.sliding, config.eos), "seed {seed} round {round}");
+            }
+            Err(Error::Format { .. } | Error::Unsupported { .. }) => refused += 1,
+            Err(other) => panic!("seed {seed} round {round}: {other}"),
+        }
+    }
+    assert!(read > 500 && refused > 500, "{read} read, {refused} refused");
 }

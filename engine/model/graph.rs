@@ -148,7 +148,7 @@ impl<E: ModelElement> Graph<E> {
             match &layer.mlp {
                 Mlp::Dense(_) if recompute_layers => {
                     let (graph, attend) = (self.clone(), attend.clone());
-                    x = recompute(&x, move |x| {
+                    x = recompute(&x, layer.trains(), move |x| {
                         let layer = &graph.layers[index];
                         let x = layer.attend(x, graph.eps(), &attend)?;
                         layer.dense(&x, graph.eps())
@@ -162,7 +162,7 @@ impl<E: ModelElement> Graph<E> {
                     // Routing gives several results, so only the attention half is computed again.
                     if recompute_layers {
                         let (graph, attend) = (self.clone(), attend.clone());
-                        x = recompute(&x, move |x| graph.layers[index].attend(x, graph.eps(), &attend))?;
+                        x = recompute(&x, layer.trains(), move |x| graph.layers[index].attend(x, graph.eps(), &attend))?;
                     } else {
                         x = layer.attend(&x, self.eps(), &attend)?;
                     }
@@ -183,6 +183,13 @@ impl<E: ModelElement> Graph<E> {
 }
 
 impl<E: ModelElement> Layer<E> {
+    /// Whether any weight of what may be computed again (all but the experts) trains.
+    fn trains(&self) -> bool {
+        let attention = [&self.input_norm, &self.qkv, &self.qkv_bias, &self.o];
+        attention.into_iter().any(|parameter| parameter.trains())
+            || matches!(&self.mlp, Mlp::Dense(mlp) if [&self.post_norm, &mlp.gate_up, &mlp.down].into_iter().any(|parameter| parameter.trains()))
+    }
+
     fn attend(
         &self,
         x: &Tensor<E, 2>,

@@ -104,8 +104,10 @@ pub fn train_bytes(config: &Config, dtype: Dtype) -> u64 {
 /// window keep no more than their window.
 pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequences: usize) -> u64 {
     let per_layer = (2 * config.kv_heads * config.head_dim * dtype.size()) as u64;
-    let kept: u64 = config.sliding.iter().map(|window| window.unwrap_or(usize::MAX).min(context_tokens) as u64).sum();
-    load_bytes(config, dtype) + per_layer * kept * sequences as u64
+    let kept = config.sliding.iter().map(|window| window.unwrap_or(usize::MAX).min(context_tokens) as u64);
+    let kept = kept.fold(0, u64::saturating_add);
+    // A script may ask for any length: an absurd one gives an absurd need, not a small one.
+    load_bytes(config, dtype).saturating_add(per_layer.saturating_mul(kept).saturating_mul(sequences as u64))
 }
 
 #[cfg(test)]
@@ -185,5 +187,6 @@ mod tests {
         sliding.sliding[12..].fill(Some(100));
         assert_eq!(serve_bytes(&sliding, Dtype::Bf16, 1000, 1), 2 * total + (12 * 1000 + 12 * 100) * 512);
         assert_eq!(serve_bytes(&config, Dtype::F32, 0, 7), 4 * total);
+        assert_eq!(serve_bytes(&config, Dtype::F32, 1 << 40, 1 << 40), u64::MAX);
     }
 }

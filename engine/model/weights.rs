@@ -7,8 +7,10 @@ use super::graph::{Graph, Layer, Mlp, Sparse};
 use super::names::Named;
 use crate::checkpoint::folder::CheckpointFolder;
 use crate::checkpoint::stored_dtype::StoredDtype;
+use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
 use crate::tensor::ModelElement;
 use crate::tensor::attention::Rope;
@@ -68,7 +70,7 @@ impl<E: ModelElement> Graph<E> {
 
     /// The model of a checkpoint folder. Remarks on what was odd but clear (a redundant head, a missing one) go to `remark`.
     ///
-    /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from f32 then keeps full master weights
+    /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from a finer type then keeps f32 master weights
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
     pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
@@ -79,7 +81,8 @@ impl<E: ModelElement> Graph<E> {
         refuse_unexpected(folder, &named)?;
         for tensor in &named {
             let info = folder.expect(&tensor.name, &tensor.shape)?;
-            let split = trains && info.dtype == StoredDtype::F32;
+            // bf16 holds a stored bf16 exactly; of every other type something is left over.
+            let split = trains && info.dtype != StoredDtype::Bf16;
             let columns = tensor.parameter.columns();
             for block in blocks(tensor.rows.len(), columns) {
                 let mut values = Buffer::<f32>::scratch(block.len() * columns);
@@ -132,6 +135,32 @@ impl<E: ModelElement> Graph<E> {
         };
         let (inv_freq, attention_scaling) = config.inv_freq();
         Self { embed, layers, norm: vector("model.norm".into(), hidden), head, rope: Rope { inv_freq, attention_scaling }, config }
+    }
+
+    /// Writes a checkpoint folder, whole or not at all: weights, `config.json`, and `files` (tokenizer, generation
+    /// configuration) by name.
+    ///
+    /// - `dtype`: of the stored weights; f32 keeps the master weights of a bf16 model that trains
+    ///
+    /// Errors: those of [`FolderWriter`].
+    pub fn save(&self, target: &Path, dtype: Dtype, files: &[(String, Vec<u8>)]) -> Result<()> {
+        let stored = if dtype == Dtype::Bf16 { StoredDtype::Bf16 } else { StoredDtype::F32 };
+        let named = self.named();
+        let specs = named.iter().map(|tensor| TensorSpec { name: tensor.name.clone(), dtype: stored, shape: tensor.shape.clone() });
+        let mut writer = FolderWriter::create(target, specs.collect(), SHARD_BYTES_MAX)?;
+        for tensor in &named {
+            let columns = tensor.parameter.columns();
+            for block in blocks(tensor.rows.len(), columns) {
+                let mut values = Buffer::<f32>::scratch(block.len() * columns);
+                Self::read_tensor_rows(tensor, block, &mut values);
+                writer.write(&tensor.name, &values)?;
+            }
+        }
+        writer.add_json("config.json", &Config { dtype, ..self.config.clone() }.to_json())?;
+        for (name, bytes) in files {
+            writer.add_file(name, bytes)?;
+        }
+        writer.finish()
     }
 
     /// Copies rows of a named tensor, counted from its own first row, as f32: master weights where they exist.

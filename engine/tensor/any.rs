@@ -74,6 +74,11 @@ impl AnyTensor {
         Ok(Self { shape: shape.to_vec(), data: E::wrap(Data::ready(values)), node: None })
     }
 
+    /// The parts, put together: for operations that work on any element type.
+    pub(super) fn from_parts(shape: Vec<usize>, data: AnyData, node: Option<Arc<Node>>) -> Self {
+        Self { shape, data, node }
+    }
+
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }

@@ -150,12 +150,13 @@ pub fn mixture<E: ModelElement>(
 
     let parents = [x.node(), normed.node(), routing.weights.node(), shared.node(), gate.node()];
     let trains = experts.iter().any(|expert| expert.gate_up.trains() || expert.down.trains());
-    let seen: Vec<u64> = experts.iter().map(|expert| expert.gate_up.version()).collect();
+    let seen: Vec<(u64, u64)> = experts.iter().map(|expert| (expert.gate_up.version(), expert.down.version())).collect();
     let (groups, experts) = (routing.groups.clone(), experts.clone());
     let (normed, weights, shared) = (normed.data().clone(), routing.weights.data().clone(), shared.data().clone());
     Ok(Tensor::from_operation([tokens, hidden], Data::ready(y), &parents, trains, move |dy, sink| {
-        for (expert, seen) in experts.iter().zip(&seen) {
-            expert.gate_up.check_version(*seen, "mixture")?;
+        for (expert, (gate_up, down)) in experts.iter().zip(&seen) {
+            expert.gate_up.check_version(*gate_up, "mixture")?;
+            expert.down.check_version(*down, "mixture")?;
         }
         let mut d_shared = Buffer::<E>::scratch(tokens * hidden);
         let mut d_open = Buffer::<f32>::scratch(tokens);

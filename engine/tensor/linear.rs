@@ -59,9 +59,11 @@ pub fn norm_linear<E: ModelElement>(
     rms_norm::rms_norm(x.values(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
     let y = product(&normed, tokens, weight, bias, None)?;
     let (saved, norm, weight, bias) = (x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
-    let (seen, trains) = (weight.version(), weight.trains() || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains()));
+    let trains = weight.trains() || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
+    let (seen, norm_seen) = (weight.version(), norm.version());
     Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &[x.node()], trains, move |dy, sink| {
         weight.check_version(seen, "norm_linear")?;
+        norm.check_version(norm_seen, "norm_linear")?;
         let mut normed = Buffer::<E>::scratch(tokens * hidden);
         if weight.trains() {
             rms_norm::rms_norm(saved.get(), &norm.read().weight, eps, &mut normed, &mut inv_rms);

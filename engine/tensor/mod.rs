@@ -1,16 +1,32 @@
 //! Typed tensors, autograd and the operations on them, one file an operation. The only folder that names dfdx.
 
 pub mod any;
+pub mod arithmetic;
 pub mod attention;
 pub mod autograd;
+pub mod compare;
+pub mod construct;
+pub mod convert;
+mod dfdx_tape;
+pub mod elementwise;
 pub mod embedding;
 pub mod experts;
+pub mod gather;
+#[cfg(test)]
+mod gradient_check;
+pub mod index;
 pub mod linear;
 pub mod logprobs;
+pub mod matmul;
 mod model_element;
+mod operation;
+pub mod order;
 pub mod parameter;
 pub mod recompute;
+pub mod reduce;
 pub mod rms_norm;
+mod shape;
+pub mod softmax;
 mod typed;
 
 pub use any::AnyTensor;

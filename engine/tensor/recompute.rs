@@ -8,16 +8,18 @@ use crate::error::Result;
 
 /// `body(x)`, whose inner results are dropped after the forward pass and computed again for the backward pass.
 ///
-/// `body` must compute the same from the same input each time. Parameters that it uses receive their gradients as usual.
+/// `body` must compute the same from the same input each time. Parameters that it uses receive their gradients as usual;
+/// `parameters` says whether any of them trains. If nothing wants a gradient, nothing is kept.
 ///
 /// Errors: those of `body`.
 pub fn recompute<E: Differentiable, const R: usize, const S: usize>(
     x: &Tensor<E, R>,
+    parameters: bool,
     body: impl Fn(&Tensor<E, R>) -> Result<Tensor<E, S>> + Send + 'static,
 ) -> Result<Tensor<E, S>> {
     let result = with_recording(false, || body(&x.detach()))?;
     let input = x.detach();
-    Ok(Tensor::from_operation(result.shape(), result.data().clone(), &[x.node()], true, move |gradient, sink| {
+    Ok(Tensor::from_operation(result.shape(), result.data().clone(), &[x.node()], parameters, move |gradient, sink| {
         let input = input.leaf();
         let output = with_recording(true, || body(&input))?;
         output.backward_with(gradient)?;
@@ -52,13 +54,14 @@ mod tests {
         let x = Tensor::from_slice([3], &[0.5f32, -2.0, 3.25]).unwrap();
         let (plain, again) = (x.leaf(), x.leaf());
         let y = square(&square(&plain).unwrap()).unwrap();
-        let z = recompute(&again, |x| square(&square(x)?)).unwrap();
+        let z = recompute(&again, false, |x| square(&square(x)?)).unwrap();
         assert_eq!(y.values(), z.values());
         y.backward_with(Buffer::copy_of(&[1.0, 1.0, 1.0])).unwrap();
         z.backward_with(Buffer::copy_of(&[1.0, 1.0, 1.0])).unwrap();
         assert_eq!(plain.gradient().unwrap().values(), [0.5, -32.0, 137.3125]); // 4 x^3
         assert_eq!(plain.gradient().unwrap().values(), again.gradient().unwrap().values());
         assert!(y.backward_with(Buffer::zeroed(3)).unwrap_err().to_string().contains("has not run backwards yet"));
+        assert!(recompute(&x, false, square).unwrap().node().is_none(), "nothing wants a gradient, so nothing is kept");
     }
 
     #[test]

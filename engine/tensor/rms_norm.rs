@@ -24,8 +24,9 @@ pub fn rms_norm<E: ModelElement>(x: &Tensor<E, 2>, weight: &Arc<Parameter<E>>, e
     let mut y = Buffer::<E>::scratch(tokens * hidden);
     rms_norm::rms_norm(x.values(), &weight.read().weight, eps, &mut y, &mut inv_rms);
     let (saved, weight) = (x.data().clone(), weight.clone());
-    let trains = weight.trains();
+    let (seen, trains) = (weight.version(), weight.trains());
     Ok(Tensor::from_operation(x.shape(), Data::ready(y), &[x.node()], trains, move |dy, sink| {
+        weight.check_version(seen, "rms_norm")?;
         backward(sink, &weight, saved.get(), &inv_rms, &dy);
         Ok(())
     }))

@@ -171,3 +171,87 @@ impl AdamW {
         self.slots.iter().for_each(|slot| slot.parameter.clear_gradient());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::parameter::{Layout, Parameter};
+
+    /// A vector with `values` and `gradient`.
+    fn parameter(values: &[f32], gradient: &[f32]) -> Arc<Parameter<f32>> {
+        let parameter = Parameter::zeros("p", values.len(), 1, Layout::Rows);
+        parameter.write_rows(0..values.len(), values, false);
+        give(&parameter, gradient);
+        Arc::new(parameter)
+    }
+
+    fn give(parameter: &Parameter<f32>, gradient: &[f32]) {
+        parameter.accumulate(|sum, add| {
+            assert!(!add);
+            sum.copy_from_slice(gradient);
+        });
+    }
+
+    fn value(parameter: &Parameter<f32>) -> Vec<f32> {
+        parameter.read().weight.to_vec()
+    }
+
+    #[test]
+    fn the_first_step_moves_by_the_rate_and_clipping_keeps_the_direction() {
+        // The first AdamW update is lr * g / (|g| + eps): the rate, whatever the gradient's size and so whatever clipping does.
+        let p = parameter(&[1.0, -2.0], &[30.0, -40.0]);
+        let mut optimizer = AdamW::new(vec![p.clone()], Settings { lr: 0.5, ..Settings::default() }).unwrap();
+        assert_eq!(optimizer.step(), Step { grad_norm: 50.0, applied: true });
+        assert!(value(&p).iter().zip([0.5, -1.5]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", value(&p));
+        assert!(p.gradient_rows(0..2).is_none(), "a step consumes the gradient");
+        assert_eq!(optimizer.step(), Step { grad_norm: 0.0, applied: false });
+        assert_eq!((optimizer.steps(), optimizer.skipped()), (1, 0));
+
+        // With beta1 0 and beta2 0 nothing is remembered, and eps 1 shows the clipped gradient: 0.6 / (0.6 + 1).
+        let p = parameter(&[0.0, 0.0], &[30.0, -40.0]);
+        let settings = Settings { lr: 1.0, betas: (0.0, 0.0), eps: 1.0, ..Settings::default() };
+        AdamW::new(vec![p.clone()], settings).unwrap().step();
+        assert!(value(&p).iter().zip([-0.375, 0.8 / 1.8]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", value(&p));
+    }
+
+    #[test]
+    fn vectors_decay_only_when_asked() {
+        for (decay_vectors, want) in [(false, 1.0), (true, 0.95)] {
+            let p = parameter(&[1.0], &[0.0]);
+            let settings = Settings { lr: 0.5, decay_vectors, ..Settings::default() };
+            AdamW::new(vec![p.clone()], settings).unwrap().step();
+            assert_eq!(value(&p), [want]);
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let (p, q) = (parameter(&[1.0], &[bad]), parameter(&[2.0], &[1.0]));
+            let mut optimizer = AdamW::new(vec![p.clone(), q.clone()], Settings::default()).unwrap();
+            assert!(!optimizer.step().applied);
+            assert_eq!((value(&p), value(&q), optimizer.steps(), optimizer.skipped()), (vec![1.0], vec![2.0], 0, 1));
+            assert!(q.gradient_rows(0..1).is_none());
+            give(&q, &[1.0]);
+            assert!(optimizer.step().applied, "the next gradient counts again");
+            assert_eq!(value(&p), [1.0], "without a gradient nothing moves");
+        }
+    }
+
+    #[test]
+    fn frozen_models_and_settings_that_cannot_be_meant_are_refused() {
+        let p = parameter(&[1.0], &[1.0]);
+        p.set_trains(false);
+        assert!(AdamW::new(vec![p], Settings::default()).is_err());
+        for settings in [
+            Settings { lr: -1.0, ..Settings::default() },
+            Settings { lr: f64::NAN, ..Settings::default() },
+            Settings { betas: (1.0, 0.9), ..Settings::default() },
+            Settings { eps: 0.0, ..Settings::default() },
+            Settings { clip_norm: Some(0.0), ..Settings::default() },
+            Settings { weight_decay: f64::INFINITY, ..Settings::default() },
+        ] {
+            assert!(settings.check().is_err(), "{settings:?}");
+        }
+    }
+}

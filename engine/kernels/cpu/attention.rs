@@ -10,7 +10,8 @@
 //! Semantics by element type: scores and sums in f32, softmax in f32. For bf16 the probabilities are rounded to bf16
 //! before they meet the values, as on GPUs, while their sum is taken before rounding.
 
-use super::attention_tile::{BLOCK, COLUMNS, Form, HeadRows, ROWS, Start, padded, with_form, words};
+use super::attention_operands::{HeadRows, padded, words};
+use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
 use super::exp::exp;
 use super::heads::Heads;
 use super::threads::{Shared, parallel};
@@ -226,10 +227,11 @@ fn attend<F: Form, E: Float>(
     let (tiles, tile_words) = (block.count().div_ceil(ROWS), ROWS * words::<F>(head_dim));
     let mut queries = Buffer::<f32>::scratch(group * tiles * tile_words);
     let mut states = Buffer::<f32>::scratch(group * tiles * State::words(padded));
+    let mut work = Work { scores: Tile([[0.0; BLOCK]; ROWS]), pairs: Tile([[0.0; BLOCK / 2]; ROWS]) };
     let first_row = block.document + block.first;
     for (member, tiles) in queries.chunks_exact_mut(tiles * tile_words).enumerate() {
         let column = heads.query(kv_head * group + member);
-        HeadRows::new(qkv, heads.width(), first_row, block.count(), column, head_dim).pack_tiles::<F>(tiles);
+        HeadRows::new(qkv, heads.width(), first_row, block.count(), column, head_dim).pack_rows::<F>(tiles);
     }
     states.chunks_exact_mut(State::words(padded)).for_each(|memory| State::of(memory, padded).begin());
 
@@ -239,7 +241,7 @@ fn attend<F: Form, E: Float>(
         for (index, (queries, memory)) in queries.chunks_exact(tile_words).zip(states.chunks_exact_mut(State::words(padded))).enumerate() {
             let position = block.first + index % tiles * ROWS;
             let visible = std::array::from_fn(|r| Visible::of(settings, position + r, key_block * BLOCK));
-            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, &mut State::of(memory, padded));
+            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, &mut State::of(memory, padded), &mut work);
         }
     }
 
@@ -281,13 +283,26 @@ impl Visible {
     pub fn walk(rows: &[Self; ROWS]) -> usize {
         rows.iter().map(|row| row.to).max().unwrap_or(0).next_multiple_of(ROWS)
     }
+
+    /// Sets the scores of all other keys to minus infinity.
+    #[inline(always)]
+    pub fn mask(&self, scores: &mut Row) {
+        if self.from == 0 && self.to == BLOCK {
+            return;
+        }
+        let (from, to) = (self.from as u32, self.to as u32);
+        for (j, score) in scores.iter_mut().enumerate() {
+            *score = if (j as u32) < from || (j as u32) >= to { f32::NEG_INFINITY } else { *score };
+        }
+    }
 }
 
 /// Scores, softmax and weighted values of 8 query rows for one block of keys.
 ///
-/// - `queries`: `[words(head_dim), 8]`; `keys`: `[2, words(head_dim), 32]`; `values`: `[panels, words(64), 32]`
+/// - `queries`: `[8, words(head_dim)]`; `keys`: `[2, words(head_dim), 32]`; `values`: `[panels, words(64), 32]`
 /// - `visible`: the keys that each row sees; rows in one call have positions between two multiples of 8
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "the operands of one step")]
 fn attend_block<F: Form, E: Float>(
     form: F,
     scale: f32,
@@ -296,77 +311,74 @@ fn attend_block<F: Form, E: Float>(
     values: &[f32],
     visible: &[Visible; ROWS],
     state: &mut State,
+    work: &mut Work,
 ) {
     let depth = queries.len() / ROWS;
     let walk = Visible::walk(visible);
-    let mut scores = Tile([0.0; ROWS * BLOCK]);
+    let left = Left { words: queries, row: depth };
+    let scores = &mut work.scores.0;
     for panel in 0..walk.div_ceil(COLUMNS) {
-        form.multiply::<1, ROWS>(queries, &keys[panel * depth * COLUMNS..], depth, &mut scores.0[panel * COLUMNS..], BLOCK, Start::Zero);
+        form.multiply::<1>(
+            left,
+            &keys[panel * depth * COLUMNS..],
+            depth,
+            &mut scores.as_flattened_mut()[panel * COLUMNS..],
+            BLOCK,
+            Start::Zero,
+        );
     }
     let mut factors = [0.0; ROWS];
-    for (r, row) in scores.0.chunks_exact_mut(BLOCK).enumerate() {
-        let row: &mut [f32; BLOCK] = row.try_into().expect("the chunk has this length");
-        if !(visible[r].from == 0 && visible[r].to == BLOCK) {
-            let (from, to) = (visible[r].from as u32, visible[r].to as u32);
-            for (j, score) in row.iter_mut().enumerate() {
-                *score = if (j as u32) < from || (j as u32) >= to { f32::NEG_INFINITY } else { *score };
-            }
-        }
+    for ((row, visible), maximum) in scores.iter_mut().zip(visible).zip(&mut factors) {
+        visible.mask(row);
+        *maximum = form.max(row);
+    }
+    let mut shifts = [0.0; ROWS];
+    for ((factor, shift), maximum) in factors.iter_mut().zip(&mut shifts).zip(&mut *state.maxima) {
         // The scale is positive, so the maximum of the scaled scores is the scaled maximum.
-        let maximum = state.maxima[r].max(max_of(row) * scale);
+        let new = larger(*factor * scale, *maximum);
         // While nothing has been visible, any finite number will do: each term below is exp(-inf) = 0.
-        let finite = if maximum == f32::NEG_INFINITY { 0.0 } else { maximum };
-        factors[r] = exp(state.maxima[r] - finite);
-        state.maxima[r] = maximum;
-        let sums: &mut [f32; LANES] = (&mut state.sums[r * LANES..][..LANES]).try_into().expect("the slice has this length");
-        sums.iter_mut().for_each(|sum| *sum *= factors[r]);
-        for chunk in row.chunks_exact_mut(LANES) {
-            for (score, sum) in chunk.iter_mut().zip(&mut *sums) {
-                let probability = exp(*score * scale - finite);
-                *sum += probability;
-                *score = E::from_f32(probability).to_f32();
-            }
+        *shift = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        *factor = exp(*maximum - *shift);
+        *maximum = new;
+    }
+    for (r, row) in scores.iter_mut().enumerate() {
+        let mut sums: [f32; LANES] = std::array::from_fn(|lane| state.sums[r * LANES + lane] * factors[r]);
+        form.exp(row, scale, shifts[r]);
+        for chunk in row.chunks_exact(LANES) {
+            sums.iter_mut().zip(chunk).for_each(|(sum, probability)| *sum += probability);
+        }
+        state.sums[r * LANES..][..LANES].copy_from_slice(&sums);
+        if F::PAIRS {
+            form.pair_columns(row, &mut work.pairs.0[r]);
+        } else {
+            row.iter_mut().for_each(|probability| *probability = E::from_f32(*probability).to_f32());
         }
     }
     let padded = state.outputs.len() / ROWS;
-    let panel_words = words::<F>(BLOCK) * COLUMNS;
-    let start = Start::Scaled(&factors);
-    if F::PAIRS {
-        let mut pairs = Tile([0.0; ROWS * BLOCK]);
-        pair_columns(&scores, &mut pairs);
-        for (panel, values) in values.chunks_exact(panel_words).enumerate() {
-            form.multiply::<{ BLOCK / 2 }, 1>(&pairs.0, values, walk / 2, &mut state.outputs[panel * COLUMNS..], padded, start);
-        }
+    let left = if F::PAIRS {
+        Left { words: work.pairs.0.as_flattened(), row: BLOCK / 2 }
     } else {
-        for (panel, values) in values.chunks_exact(panel_words).enumerate() {
-            form.multiply::<BLOCK, 1>(&scores.0, values, walk, &mut state.outputs[panel * COLUMNS..], padded, start);
-        }
+        Left { words: work.scores.0.as_flattened(), row: BLOCK }
+    };
+    for (panel, values) in values.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
+        let outputs = &mut state.outputs[panel * COLUMNS..];
+        form.multiply::<1>(left, values, words::<F>(walk), outputs, padded, Start::Scaled(&factors));
     }
 }
 
-/// 8 rows of 64 words, on cache lines of their own.
+/// 8 rows, on cache lines of their own.
 #[repr(align(64))]
-pub(super) struct Tile(pub [f32; ROWS * BLOCK]);
+pub(super) struct Tile<const WIDTH: usize>(pub [[f32; WIDTH]; ROWS]);
 
-/// Writes the bf16 values of `tile` as words of two neighbouring columns: `[8, 32]`.
-#[inline(always)]
-pub(super) fn pair_columns(tile: &Tile, pairs: &mut Tile) {
-    for (pair, out) in tile.0.chunks_exact(2).zip(&mut pairs.0) {
-        *out = f32::from_bits((pair[0].to_bits() >> 16) | (pair[1].to_bits() & 0xffff_0000));
-    }
+/// Room for one tile of scores and, in a form with pairs, of its rounded probabilities.
+struct Work {
+    scores: Tile<BLOCK>,
+    pairs: Tile<{ BLOCK / 2 }>,
 }
 
-/// The largest of 64 numbers.
 #[inline(always)]
-fn max_of(row: &[f32; BLOCK]) -> f32 {
-    let larger = |a: f32, b: f32| if a > b { a } else { b };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    for chunk in row.chunks_exact(LANES) {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = larger(*x, *lane));
-    }
-    let eight: [f32; 8] = std::array::from_fn(|i| larger(lanes[i], lanes[i + 8]));
-    let four: [f32; 4] = std::array::from_fn(|i| larger(eight[i], eight[i + 4]));
-    larger(larger(four[0], four[2]), larger(four[1], four[3]))
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 /// The sum of the lanes, always in the same order.
@@ -460,8 +472,11 @@ pub(super) mod tests {
         }
     }
 
-    /// Shapes that meet every border: (heads, kv_heads, head_dim, documents, window).
-    pub const CASES: &[(usize, usize, usize, &[usize], Option<usize>)] = &[
+    /// (heads, kv_heads, head_dim, documents, window).
+    type Case = (usize, usize, usize, &'static [usize], Option<usize>);
+
+    /// Shapes that meet every border.
+    pub const CASES: &[Case] = &[
         (1, 1, 2, &[1], None),
         (2, 1, 16, &[], None),
         (2, 1, 16, &[0, 0], None),

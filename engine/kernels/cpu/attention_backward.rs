@@ -6,9 +6,9 @@
 //! group, in a head the queries. For bf16 the probabilities and the score gradients are rounded to bf16 before they
 //! are multiplied on; sums stay in f32 and are rounded once.
 
-use super::attention::{Attention, Block, Blocks, Tile, Visible, pair_columns, panels_words, sum_lanes, transposed_words};
-use super::attention_tile::{BLOCK, COLUMNS, Form, HeadRows, ROWS, Start, padded, with_form, words};
-use super::exp::exp;
+use super::attention::{Attention, Block, Blocks, Visible, panels_words, sum_lanes, transposed_words};
+use super::attention_operands::{HeadRows, padded, words};
+use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
 use super::threads::{Shared, parallel, threads};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -129,7 +129,7 @@ fn documents(blocks: &Blocks) -> (Buffer<i32>, usize, usize) {
 
 /// The queries of one block in one head, packed in every way that the products need.
 struct Queries<'a> {
-    /// `[8 tiles, words(head_dim), 8]`: queries and output gradients, to meet keys and values.
+    /// `[64, words(head_dim)]`: queries and output gradients, to meet keys and values.
     queries: &'a mut [f32],
     d_outputs: &'a mut [f32],
     /// `[panels, words(64), 32]`: the same, to be summed over queries.
@@ -167,9 +167,9 @@ impl<'a> Queries<'a> {
         let queries = HeadRows::new(saved.qkv, heads.width(), first_row, count, heads.query(head), dim);
         let d_outputs = HeadRows::new(saved.d_o, o_width, first_row, count, head * dim, dim);
         let outputs = HeadRows::new(saved.o, o_width, first_row, count, head * dim, dim);
-        queries.pack_tiles::<F>(self.queries);
+        queries.pack_rows::<F>(self.queries);
         queries.pack_panels::<F>(self.queries_rows);
-        d_outputs.pack_tiles::<F>(self.d_outputs);
+        d_outputs.pack_rows::<F>(self.d_outputs);
         d_outputs.pack_panels::<F>(self.d_outputs_rows);
         self.lse.fill(f32::INFINITY);
         self.delta.fill(0.0);
@@ -185,27 +185,17 @@ impl<'a> Queries<'a> {
     }
 }
 
-/// Probabilities or score gradients of 64 queries and 64 keys, as left operand of a sum over queries:
-/// `[words(64 queries), 64 keys]`.
+/// Probabilities and score gradients of 64 queries and 64 keys, as left operands.
 #[repr(align(64))]
-struct Weights([f32; BLOCK * BLOCK]);
-
-impl Weights {
-    /// Sets the 8 rows of tile `index`.
-    #[inline(always)]
-    fn set<F: Form>(&mut self, index: usize, tile: &Tile) {
-        if !F::PAIRS {
-            self.0[index * ROWS * BLOCK..][..ROWS * BLOCK].copy_from_slice(&tile.0);
-            return;
-        }
-        let out = &mut self.0[index * ROWS / 2 * BLOCK..][..ROWS / 2 * BLOCK];
-        for (out, rows) in out.chunks_exact_mut(BLOCK).zip(tile.0.chunks_exact(2 * BLOCK)) {
-            let (first, second) = rows.split_at(BLOCK);
-            for ((out, x), y) in out.iter_mut().zip(first).zip(second) {
-                *out = f32::from_bits((x.to_bits() >> 16) | (y.to_bits() & 0xffff_0000));
-            }
-        }
-    }
+struct Weights {
+    /// Of one tile of 8 queries, f32: scores, then probabilities; products with the output gradient, then score gradients.
+    p: [Row; ROWS],
+    ds: [Row; ROWS],
+    /// The same tile's score gradients to be summed over keys, in a form with pairs: `[8, words(64)]`.
+    ds_pairs: [[f32; BLOCK / 2]; ROWS],
+    /// Of all queries, to be summed over queries: `[words(64 queries), 64 keys]`.
+    p_words: [Row; BLOCK],
+    ds_words: [Row; BLOCK],
 }
 
 /// Gradients of one part of a document in the heads of one group.
@@ -220,7 +210,13 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
     // For each block of keys: gradients of keys, then of values, `[64, padded]` each, before the scale.
     let key_sums_words = if part.of_keys { 2 * BLOCK * padded } else { 0 };
     let mut key_sums = Buffer::<f32>::zeroed(part.keys.len() * key_sums_words);
-    let (mut probabilities, mut d_scores) = (Weights([0.0; BLOCK * BLOCK]), Weights([0.0; BLOCK * BLOCK]));
+    let mut weights = Weights {
+        p: [[0.0; BLOCK]; ROWS],
+        ds: [[0.0; BLOCK]; ROWS],
+        ds_pairs: [[0.0; BLOCK / 2]; ROWS],
+        p_words: [[0.0; BLOCK]; BLOCK],
+        ds_words: [[0.0; BLOCK]; BLOCK],
+    };
 
     for query_block in part.queries.clone() {
         let first = query_block * BLOCK;
@@ -240,14 +236,13 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
                 for index in 0..tiles {
                     let position = first + index * ROWS;
                     let visible: [Visible; ROWS] = std::array::from_fn(|r| Visible::of(settings, position + r, key_block * BLOCK));
-                    let (p, ds) = weigh::<F, E>(form, settings.scale, &queries, index, keys, values, &visible);
+                    weights.weigh::<F, E>(form, settings.scale, &queries, index, keys, values, &visible);
                     if part.of_keys {
-                        probabilities.set::<F>(index, &p);
-                        d_scores.set::<F>(index, &ds);
+                        weights.keep(form, index);
                     }
                     if part.of_queries {
                         let out = &mut queries.sums[index * ROWS * padded..][..ROWS * padded];
-                        add_keys(form, &ds, keys_rows, Visible::walk(&visible), out, padded);
+                        weights.add_keys(form, keys_rows, Visible::walk(&visible), out, padded);
                     }
                 }
                 if part.of_keys {
@@ -258,8 +253,8 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
                         // In the diagonal block earlier queries do not see these keys.
                         let rows = if key_block == query_block { tile * ROWS } else { 0 }..tiles * ROWS;
                         let at = tile * ROWS * padded..(tile + 1) * ROWS * padded;
-                        add_queries(form, &d_scores, queries.queries_rows, tile, rows.clone(), &mut d_keys[at.clone()], padded);
-                        add_queries(form, &probabilities, queries.d_outputs_rows, tile, rows, &mut d_values[at], padded);
+                        add_queries(form, &weights.ds_words, queries.queries_rows, tile, rows.clone(), &mut d_keys[at.clone()], padded);
+                        add_queries(form, &weights.p_words, queries.d_outputs_rows, tile, rows, &mut d_values[at], padded);
                     }
                 }
             }
@@ -279,66 +274,88 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
     }
 }
 
-/// Probabilities `p` and score gradients `p * (d_o . v - delta)` of 8 queries and the keys they see; 0 elsewhere.
-#[inline(always)]
-fn weigh<F: Form, E: Float>(
-    form: F,
-    scale: f32,
-    queries: &Queries,
-    index: usize,
-    keys: &[f32],
-    values: &[f32],
-    visible: &[Visible; ROWS],
-) -> (Tile, Tile) {
-    let tile_words = queries.queries.len() / (BLOCK / ROWS);
-    let depth = tile_words / ROWS;
-    let (mut p, mut ds) = (Tile([0.0; ROWS * BLOCK]), Tile([0.0; ROWS * BLOCK]));
-    for panel in 0..Visible::walk(visible).div_ceil(COLUMNS) {
-        let (from, column) = (panel * depth * COLUMNS, panel * COLUMNS);
-        form.multiply::<1, ROWS>(&queries.queries[index * tile_words..], &keys[from..], depth, &mut p.0[column..], BLOCK, Start::Zero);
-        form.multiply::<1, ROWS>(&queries.d_outputs[index * tile_words..], &values[from..], depth, &mut ds.0[column..], BLOCK, Start::Zero);
-    }
-    for (r, (p, ds)) in p.0.chunks_exact_mut(BLOCK).zip(ds.0.chunks_exact_mut(BLOCK)).enumerate() {
-        let (lse, delta) = (queries.lse[index * ROWS + r], queries.delta[index * ROWS + r]);
-        if !(visible[r].from == 0 && visible[r].to == BLOCK) {
-            let (from, to) = (visible[r].from as u32, visible[r].to as u32);
-            for (j, score) in p.iter_mut().enumerate() {
-                *score = if (j as u32) < from || (j as u32) >= to { f32::NEG_INFINITY } else { *score };
+impl Weights {
+    /// Probabilities `p` and score gradients `p * (d_o . v - delta)` of tile `index` and the keys it sees; 0 elsewhere.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "the operands of one step")]
+    fn weigh<F: Form, E: Float>(
+        &mut self,
+        form: F,
+        scale: f32,
+        queries: &Queries,
+        index: usize,
+        keys: &[f32],
+        values: &[f32],
+        visible: &[Visible; ROWS],
+    ) {
+        let depth = queries.queries.len() / BLOCK;
+        let [queries_left, d_outputs_left] =
+            [&*queries.queries, &*queries.d_outputs].map(|rows| Left { words: &rows[index * ROWS * depth..], row: depth });
+        for panel in 0..Visible::walk(visible).div_ceil(COLUMNS) {
+            let (from, column) = (panel * depth * COLUMNS, panel * COLUMNS);
+            form.multiply::<1>(queries_left, &keys[from..], depth, &mut self.p.as_flattened_mut()[column..], BLOCK, Start::Zero);
+            form.multiply::<1>(d_outputs_left, &values[from..], depth, &mut self.ds.as_flattened_mut()[column..], BLOCK, Start::Zero);
+        }
+        for (r, (p, ds)) in self.p.iter_mut().zip(&mut self.ds).enumerate() {
+            let (lse, delta) = (queries.lse[index * ROWS + r], queries.delta[index * ROWS + r]);
+            visible[r].mask(p);
+            form.exp(p, scale, lse);
+            for (p, ds) in p.iter_mut().zip(&mut *ds) {
+                let probability = *p;
+                // In a form with pairs the rounding comes with the pairing.
+                let round = |x: f32| if F::PAIRS { x } else { E::from_f32(x).to_f32() };
+                *ds = round(probability * (*ds - delta));
+                *p = round(probability);
+            }
+            if F::PAIRS {
+                form.pair_columns(ds, &mut self.ds_pairs[r]);
             }
         }
-        for (p, ds) in p.iter_mut().zip(ds) {
-            let probability = exp(*p * scale - lse);
-            *ds = E::from_f32(probability * (*ds - delta)).to_f32();
-            *p = E::from_f32(probability).to_f32();
+    }
+
+    /// Keeps the weights of tile `index` for the sums over queries.
+    #[inline(always)]
+    fn keep<F: Form>(&mut self, form: F, index: usize) {
+        for (tile, kept) in [(&self.p, &mut self.p_words), (&self.ds, &mut self.ds_words)] {
+            if F::PAIRS {
+                for (rows, words) in tile.chunks_exact(2).zip(&mut kept[index * ROWS / 2..]) {
+                    form.pair_rows(&rows[0], &rows[1], words);
+                }
+            } else {
+                kept[index * ROWS..][..ROWS].copy_from_slice(tile);
+            }
         }
     }
-    (p, ds)
-}
 
-/// Adds to the gradients of 8 queries, `[8, padded]`: score gradients times the first `walk` keys of a block.
-#[inline(always)]
-fn add_keys<F: Form>(form: F, ds: &Tile, keys_rows: &[f32], walk: usize, out: &mut [f32], padded: usize) {
-    let panel_words = words::<F>(BLOCK) * COLUMNS;
-    if F::PAIRS {
-        let mut pairs = Tile([0.0; ROWS * BLOCK]);
-        pair_columns(ds, &mut pairs);
-        for (panel, keys) in keys_rows.chunks_exact(panel_words).enumerate() {
-            form.multiply::<{ BLOCK / 2 }, 1>(&pairs.0, keys, walk / 2, &mut out[panel * COLUMNS..], padded, Start::Keep);
-        }
-    } else {
-        for (panel, keys) in keys_rows.chunks_exact(panel_words).enumerate() {
-            form.multiply::<BLOCK, 1>(&ds.0, keys, walk, &mut out[panel * COLUMNS..], padded, Start::Keep);
+    /// Adds to the gradients of the tile's 8 queries, `[8, padded]`: score gradients times the first `walk` keys of a block.
+    #[inline(always)]
+    fn add_keys<F: Form>(&self, form: F, keys_rows: &[f32], walk: usize, out: &mut [f32], padded: usize) {
+        let left = if F::PAIRS {
+            Left { words: self.ds_pairs.as_flattened(), row: BLOCK / 2 }
+        } else {
+            Left { words: self.ds.as_flattened(), row: BLOCK }
+        };
+        for (panel, keys) in keys_rows.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
+            form.multiply::<1>(left, keys, words::<F>(walk), &mut out[panel * COLUMNS..], padded, Start::Keep);
         }
     }
 }
 
 /// Adds to the gradients of the 8 keys of `tile`, `[8, padded]`: their weights times the queries of `rows`.
 #[inline(always)]
-fn add_queries<F: Form>(form: F, weights: &Weights, queries_rows: &[f32], tile: usize, rows: Range<usize>, out: &mut [f32], padded: usize) {
+fn add_queries<F: Form>(
+    form: F,
+    weights: &[Row; BLOCK],
+    queries_rows: &[f32],
+    tile: usize,
+    rows: Range<usize>,
+    out: &mut [f32],
+    padded: usize,
+) {
     let (from, depth) = (words::<F>(rows.start), words::<F>(rows.len()));
     for (panel, queries) in queries_rows.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
-        let weights = &weights.0[from * BLOCK + tile * ROWS..];
-        form.multiply::<1, BLOCK>(weights, &queries[from * COLUMNS..], depth, &mut out[panel * COLUMNS..], padded, Start::Keep);
+        let weights = Left { words: &weights.as_flattened()[from * BLOCK + tile * ROWS..], row: 1 };
+        form.multiply::<BLOCK>(weights, &queries[from * COLUMNS..], depth, &mut out[panel * COLUMNS..], padded, Start::Keep);
     }
 }
 

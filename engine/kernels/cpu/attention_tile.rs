@@ -1,9 +1,11 @@
-//! The register tile under attention: 8 rows by 32 columns, summed along one chain an element, in each vector form, and
-//! the packing of rows into the operands it reads. Knows no masks and no softmax.
+//! The register tile under attention: 8 rows by 32 columns, summed along one chain an element, in each vector form.
+//! Knows no masks and no softmax; attention_operands.rs packs what it reads.
 //!
 //! Operands are made of 32-bit *words* kept in f32 memory. In most forms a word is one f32 (a bf16 is widened); in the
 //! form with `vdpbf16ps` it is the bits of two bf16 that neighbour each other along the reduction.
 
+use super::attention_rows;
+use super::exp::exp;
 use super::isa::{Isa, isa};
 use crate::kernels::element::{Dtype, Float};
 
@@ -13,6 +15,9 @@ pub const BLOCK: usize = 64;
 pub const ROWS: usize = 8;
 /// Columns of the register tile, and of a packed panel.
 pub const COLUMNS: usize = 32;
+
+/// One number for each position of a block.
+pub type Row = [f32; BLOCK];
 
 /// What the sums of a tile begin with.
 #[derive(Clone, Copy)]
@@ -24,16 +29,47 @@ pub enum Start<'a> {
     Scaled(&'a [f32; ROWS]),
 }
 
+/// The left operand of a product: the word of row r at place k of the reduction is `words[r * row + k * STEP]`.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub words: &'a [f32],
+    pub row: usize,
+}
+
 /// One way to compute a tile. A value is proof that the processor has the instructions: only [`Choice::of`] makes one.
 pub trait Form: Copy + Send + Sync {
     /// Whether a word holds two bf16.
     const PAIRS: bool;
 
-    /// `c[r, j] = start + sum over k of a[r * ROW + k * STEP] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8
-    /// rows r and 32 columns j; row r of the tile is `c[r * stride..][..32]`.
+    /// `c[r, j] = start + sum over k of a[r, k] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8 rows r and 32
+    /// columns j; row r of the tile is `c[r * stride..][..32]`.
     ///
     /// Each element is one chain, so the depth at which a caller cuts the walk in two does not change a bit.
-    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+    fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+
+    /// The largest of a row's numbers.
+    #[inline(always)]
+    fn max(self, row: &Row) -> f32 {
+        attention_rows::max(row)
+    }
+
+    /// Sets each number x of a row to `exp(x * scale - shift)`, the same bits in every form.
+    #[inline(always)]
+    fn exp(self, row: &mut Row, scale: f32, shift: f32) {
+        row.iter_mut().for_each(|x| *x = exp(*x * scale - shift));
+    }
+
+    /// Rounds two rows to bf16 and puts them side by side: word j is `(first[j], second[j])`. For forms with pairs.
+    #[inline(always)]
+    fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
+        attention_rows::pair_rows(first, second, words);
+    }
+
+    /// Rounds a row to bf16: word j is `(row[2 * j], row[2 * j + 1])`. For forms with pairs.
+    #[inline(always)]
+    fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
+        attention_rows::pair_columns(row, words);
+    }
 
     /// Runs `work` compiled for this form's instructions, where `work` is inlined.
     fn enter(self, work: impl FnOnce());
@@ -90,128 +126,19 @@ macro_rules! with_form {
 }
 pub(super) use with_form;
 
-/// Words of `count` elements along the reduction.
 #[inline(always)]
-pub fn words<F: Form>(count: usize) -> usize {
-    if F::PAIRS { count / 2 } else { count }
-}
-
-/// The word of one element, or of the two that neighbour along the reduction.
-#[inline(always)]
-fn word<F: Form, E: Float>(first: E, second: E) -> f32 {
-    if F::PAIRS {
-        // The upper half of a widened bf16 is its bits.
-        f32::from_bits((first.to_f32().to_bits() >> 16) | (second.to_f32().to_bits() & 0xffff_0000))
-    } else {
-        first.to_f32()
-    }
-}
-
-/// Rows of one head in a larger matrix: row i is `values[i * stride..][..head_dim]`.
-#[derive(Clone, Copy)]
-pub struct HeadRows<'a, E> {
-    pub values: &'a [E],
-    pub stride: usize,
-    pub count: usize,
-    pub head_dim: usize,
-}
-
-impl<'a, E: Float> HeadRows<'a, E> {
-    /// Rows `first..first + count` of `matrix` with rows of `stride` elements, from `column` on.
-    #[inline(always)]
-    pub fn new(matrix: &'a [E], stride: usize, first: usize, count: usize, column: usize, head_dim: usize) -> Self {
-        assert!(count > 0);
-        let start = first * stride + column;
-        Self { values: &matrix[start..start + (count - 1) * stride + head_dim], stride, count, head_dim }
-    }
-
-    #[inline(always)]
-    pub fn row(&self, index: usize) -> &'a [E] {
-        &self.values[index * self.stride..][..self.head_dim]
-    }
-
-    /// Left operands reduced along head_dim, one tile for 8 rows: `[tiles, words(head_dim), 8]`; missing rows are zero.
-    #[inline(always)]
-    pub fn pack_tiles<F: Form>(&self, out: &mut [f32]) {
-        self.pack_across::<F, ROWS>(out);
-    }
-
-    /// Right operands reduced along head_dim: `[2 panels, words(head_dim), 32 rows]` for the 64 rows of a block.
-    #[inline(always)]
-    pub fn pack_transposed<F: Form>(&self, out: &mut [f32]) {
-        self.pack_across::<F, COLUMNS>(out);
-    }
-
-    /// `[_, words(head_dim), LANES]`: groups of LANES rows side by side.
-    #[inline(always)]
-    fn pack_across<F: Form, const LANES: usize>(&self, out: &mut [f32]) {
-        let depth = words::<F>(self.head_dim);
-        for (group, out) in out.chunks_exact_mut(depth * LANES).enumerate() {
-            for lane in 0..LANES {
-                let index = group * LANES + lane;
-                if index >= self.count {
-                    out[lane..].iter_mut().step_by(LANES).for_each(|word| *word = 0.0);
-                } else if F::PAIRS {
-                    let pairs = self.row(index).chunks_exact(2);
-                    out[lane..].iter_mut().step_by(LANES).zip(pairs).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
-                } else {
-                    out[lane..].iter_mut().step_by(LANES).zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
-                }
-            }
-        }
-    }
-
-    /// Right operands reduced along the rows: `[panels of 32 columns, words(64), 32]`; missing rows and columns are zero.
-    #[inline(always)]
-    pub fn pack_panels<F: Form>(&self, out: &mut [f32]) {
-        let step = if F::PAIRS { 2 } else { 1 };
-        for (panel, out) in out.chunks_exact_mut(words::<F>(BLOCK) * COLUMNS).enumerate() {
-            let column = panel * COLUMNS;
-            let width = self.head_dim.saturating_sub(column).min(COLUMNS);
-            for (k, out) in out.chunks_exact_mut(COLUMNS).enumerate() {
-                let index = k * step;
-                if index >= self.count {
-                    out.fill(0.0);
-                    continue;
-                }
-                let first = &self.row(index)[column..][..width];
-                out[width..].fill(0.0);
-                if F::PAIRS && index + 1 < self.count {
-                    let second = &self.row(index + 1)[column..][..width];
-                    out.iter_mut().zip(first).zip(second).for_each(|((out, x), y)| *out = word::<F, E>(*x, *y));
-                } else {
-                    out.iter_mut().zip(first).for_each(|(out, x)| *out = word::<F, E>(*x, E::default()));
-                }
-            }
-        }
-    }
-}
-
-/// head_dim rounded up to whole panels.
-pub fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(COLUMNS)
-}
-
-#[inline(always)]
-fn check<const ROW: usize, const STEP: usize>(a: &[f32], b: &[f32], depth: usize, c: &[f32], stride: usize) {
-    assert!(depth == 0 || a.len() > (ROWS - 1) * ROW + (depth - 1) * STEP);
+fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f32], stride: usize) {
+    assert!(depth == 0 || a.words.len() > (ROWS - 1) * a.row + (depth - 1) * STEP);
     assert!(b.len() >= depth * COLUMNS);
     assert!(c.len() >= (ROWS - 1) * stride + COLUMNS);
 }
 
 /// The tile as plain loops over parts small enough for 16 registers of 8 floats.
 #[inline(always)]
-fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
-    a: &[f32],
-    b: &[f32],
-    depth: usize,
-    c: &mut [f32],
-    stride: usize,
-    start: Start,
-) {
+fn multiply_plain<const STEP: usize, const FUSED: bool>(a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
     const PART_ROWS: usize = 4;
     const PART_COLUMNS: usize = 16;
-    check::<ROW, STEP>(a, b, depth, c, stride);
+    check::<STEP>(a, b, depth, c, stride);
     for row in (0..ROWS).step_by(PART_ROWS) {
         for column in (0..COLUMNS).step_by(PART_COLUMNS) {
             let mut sums = [[0.0f32; PART_COLUMNS]; PART_ROWS];
@@ -226,7 +153,7 @@ fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
             for k in 0..depth {
                 let y: &[f32; PART_COLUMNS] = b[k * COLUMNS + column..][..PART_COLUMNS].try_into().expect("the slice has this length");
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = a[(row + r) * ROW + k * STEP];
+                    let x = a.words[(row + r) * a.row + k * STEP];
                     for (sum, y) in sums.iter_mut().zip(y) {
                         *sum = if FUSED { x.mul_add(*y, *sum) } else { x * y + *sum };
                     }
@@ -242,8 +169,8 @@ fn multiply_plain<const ROW: usize, const STEP: usize, const FUSED: bool>(
 impl Form for Plain {
     const PAIRS: bool = false;
 
-    fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
-        multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+    fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+        multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
     }
 
     fn enter(self, work: impl FnOnce()) {
@@ -253,21 +180,22 @@ impl Form for Plain {
 
 /// Implements [`Form`] for a token by functions that name its instructions.
 macro_rules! form {
-    ($form:ty, $pairs:literal, $features:literal, |$a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident| $body:block) => {
+    ($form:ty, $pairs:literal, $features:literal, |$a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident| $body:block, { $($more:tt)* }) => {
         impl Form for $form {
             const PAIRS: bool = $pairs;
+            $($more)*
 
             #[inline(always)]
-            fn multiply<const ROW: usize, const STEP: usize>(self, a: &[f32], b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+            fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
                 #[cfg(target_arch = "x86_64")]
                 {
                     #[target_feature(enable = $features)]
-                    fn tile<const ROW: usize, const STEP: usize>($a: &[f32], $b: &[f32], $depth: usize, $c: &mut [f32], $stride: usize, $start: Start) $body
+                    fn tile<const STEP: usize>($a: Left, $b: &[f32], $depth: usize, $c: &mut [f32], $stride: usize, $start: Start) $body
                     // SAFETY: the token exists, so `Choice::at` saw a processor with these features.
-                    unsafe { tile::<ROW, STEP>(a, b, depth, c, stride, start) }
+                    unsafe { tile::<STEP>(a, b, depth, c, stride, start) }
                 }
                 #[cfg(not(target_arch = "x86_64"))]
-                multiply_plain::<ROW, STEP, false>(a, b, depth, c, stride, start);
+                multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
             }
 
             #[inline(always)]
@@ -288,12 +216,31 @@ macro_rules! form {
     };
 }
 
+/// The row operations of the forms on 512-bit registers.
+macro_rules! rows_512 {
+    () => {
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn max(self, row: &Row) -> f32 {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 F.
+            unsafe { attention_rows::max_512(row) }
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn exp(self, row: &mut Row, scale: f32, shift: f32) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 F.
+            unsafe { attention_rows::exp_512(row, scale, shift) }
+        }
+    };
+}
+
 /// The body of a 512-bit tile; `$step(x, y, sum)` adds the products of one word.
 macro_rules! tile_512 {
     ($a:ident, $b:ident, $depth:ident, $c:ident, $stride:ident, $start:ident, $step:expr) => {{
         use std::arch::x86_64::*;
-        check::<ROW, STEP>($a, $b, $depth, $c, $stride);
-        let (a, b, c) = ($a.as_ptr(), $b.as_ptr(), $c.as_mut_ptr());
+        check::<STEP>($a, $b, $depth, $c, $stride);
+        let (a, row, b, c) = ($a.words.as_ptr(), $a.row, $b.as_ptr(), $c.as_mut_ptr());
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
         // SAFETY: `check` holds that rows 0..8 of `c`, each 32 wide and `stride` apart, words 0..depth of 8 rows of `a`
         // and `depth` rows of 32 of `b` lie within their slices; `c` is borrowed mutably and nothing else aliases it.
@@ -318,7 +265,7 @@ macro_rules! tile_512 {
             for k in 0..$depth {
                 let y = [_mm512_loadu_ps(b.add(k * COLUMNS)), _mm512_loadu_ps(b.add(k * COLUMNS + 16))];
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(r * ROW + k * STEP));
+                    let x = _mm512_set1_ps(*a.add(r * row + k * STEP));
                     *sums = [$step(x, y[0], sums[0]), $step(x, y[1], sums[1])];
                 }
             }
@@ -330,21 +277,50 @@ macro_rules! tile_512 {
     }};
 }
 
-form!(Fused512, false, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", |a, b, depth, c, stride, start| {
-    tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum))
-});
+form!(
+    Fused512,
+    false,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+    |a, b, depth, c, stride, start| { tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum)) },
+    {
+        rows_512!();
+    }
+);
 
-form!(Pairs512, true, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma", |a, b, depth, c, stride, start| {
-    // A word's 32 bits are two bf16; the casts between the vector types move no bit.
-    tile_512!(a, b, depth, c, stride, start, |x: __m512, y: __m512, sum| {
-        _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
-    })
-});
+form!(
+    Pairs512,
+    true,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma",
+    |a, b, depth, c, stride, start| {
+        // A word's 32 bits are two bf16; the casts between the vector types move no bit.
+        tile_512!(a, b, depth, c, stride, start, |x: __m512, y: __m512, sum| {
+            _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
+        })
+    },
+    {
+        rows_512!();
 
-form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<ROW, STEP, true>(a, b, depth, c, stride, start) });
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn pair_rows(self, first: &Row, second: &Row, words: &mut Row) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BW and BF16.
+            unsafe { attention_rows::pair_rows_512(first, second, words) }
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn pair_columns(self, row: &Row, words: &mut [f32; BLOCK / 2]) {
+            // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 BF16.
+            unsafe { attention_rows::pair_columns_512(row, words) }
+        }
+    }
+);
+
+form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<STEP, true>(a, b, depth, c, stride, start) }, {});
 
 #[cfg(test)]
 mod tests {
+    use super::super::attention_operands::{HeadRows, padded, word, words};
     use super::*;
     use half::bf16;
 
@@ -363,11 +339,12 @@ mod tests {
                 let depth = words::<F>(head_dim);
                 let mut tiles = vec![f32::NAN; BLOCK * depth];
                 let mut keys = vec![f32::NAN; BLOCK * depth];
-                a.pack_tiles::<F>(&mut tiles);
+                a.pack_rows::<F>(&mut tiles);
                 b.pack_transposed::<F>(&mut keys);
                 let (tile, panel) = (count.div_ceil(ROWS) - 1, count.div_ceil(COLUMNS) - 1);
                 let mut c = vec![f32::NAN; ROWS * 40];
-                form.multiply::<1, ROWS>(&tiles[tile * depth * ROWS..], &keys[panel * depth * COLUMNS..], depth, &mut c, 40, Start::Zero);
+                let queries = Left { words: &tiles[tile * depth * ROWS..], row: depth };
+                form.multiply::<1>(queries, &keys[panel * depth * COLUMNS..], depth, &mut c, 40, Start::Zero);
                 for r in 0..ROWS {
                     for j in 0..COLUMNS {
                         let (row, column) = (tile * ROWS + r, panel * COLUMNS + j);
@@ -382,12 +359,13 @@ mod tests {
                 let mut panels = vec![f32::NAN; words::<F>(BLOCK) * padded(head_dim)];
                 b.pack_panels::<F>(&mut panels);
                 let ones = vec![word::<F, E>(E::from_f32(1.0), E::from_f32(1.0)); ROWS * BLOCK];
+                let ones = Left { words: &ones, row: BLOCK };
                 let mut c = vec![3.0; ROWS * COLUMNS];
-                form.multiply::<BLOCK, 1>(&ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
-                form.multiply::<BLOCK, 1>(&ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
-                for j in 0..COLUMNS {
+                form.multiply::<1>(ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
+                form.multiply::<1>(ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
+                for (j, got) in c[..COLUMNS].iter().enumerate() {
                     let column: f64 = if j < head_dim { (0..count).map(|i| f64::from(b.row(i)[j].to_f32())).sum() } else { 0.0 };
-                    assert!((f64::from(c[j]) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
+                    assert!((f64::from(*got) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
                 }
             }
         }

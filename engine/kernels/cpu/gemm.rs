@@ -7,25 +7,25 @@
 //! [`weight_gradient`] and [`bias_gradient`] add tokens in their order; threads change nothing.
 
 use super::isa::{Isa, isa};
+use super::product::{Carry, Finish, Panels, Product};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileArgs, TileElement, panels_abreast};
+use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
 use super::{pack, panels};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
 use crate::vectorised;
 use std::ops::Range;
 
-/// Units of the reduction between two visits to a tile's sums: the panel's part (48 KiB) stays close while tiles pass by.
-const BLOCK_UNITS: usize = 384;
+/// Units of tokens that [`weight_gradient`] packs at a time. Twice as many measured 12 % slower at 4864 outputs: the packed
+/// gradient of the output no longer stays in the cache between two parts of the inputs.
+const TOKEN_UNITS: usize = 1024;
 
-/// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
-const BLOCK_TILES: usize = 16;
+/// Most bytes of the weight that [`input_gradient`] holds transposed at a time, and of the output's gradient that
+/// [`weight_gradient`] holds packed.
+const SLAB_BYTES: usize = 32 << 20;
 
-/// Tokens that [`weight_gradient`] packs at a time, a multiple of a unit.
-const TOKENS: usize = 2048;
-
-/// Most bytes of the weight that [`input_gradient`] holds transposed at a time.
-const TRANSPOSED_BYTES: usize = 8 << 20;
+/// Most rows for which [`input_gradient`] turns the weight a panel at a time.
+const FEW_ROWS: usize = 320;
 
 /// The weight of a linear layer, `[outputs, inputs]`, in panels of `E`.
 #[derive(Clone, Copy)]
@@ -102,7 +102,8 @@ fn forward_as<E: TileElement, O: Float>(
     let count = y.len() / outputs;
     let x = Rows::new(x, inputs, rows, count);
     let y = Shared::new(y);
-    let product = Product { isa, rows: count, units: E::units(inputs), panels, columns: outputs.div_ceil(PANEL_COLUMNS) };
+    let product =
+        Product { isa, rows: count, units: E::units(inputs), panels: Panels::Stored(panels), columns: outputs.div_ceil(PANEL_COLUMNS) };
     product.run(
         &|rows, out| pack_rows(isa, &x, 0..inputs, rows, out),
         None,
@@ -121,10 +122,18 @@ fn forward_as<E: TileElement, O: Float>(
 /// - `dy`: `[m, outputs]`
 /// - `add`: add to `dx` (in f32, rounded once) instead of overwriting it
 pub fn input_gradient<E: TileElement, O: Float>(dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool) {
-    input_gradient_as(isa(), dx, dy, weight, add, TRANSPOSED_BYTES);
+    input_gradient_as(isa(), dx, dy, weight, add, SLAB_BYTES, FEW_ROWS);
 }
 
-fn input_gradient_as<E: TileElement, O: Float>(isa: Isa, dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool, transposed_bytes: usize) {
+fn input_gradient_as<E: TileElement, O: Float>(
+    isa: Isa,
+    dx: &mut [O],
+    dy: &[E],
+    weight: Weight<E>,
+    add: bool,
+    transposed_bytes: usize,
+    few_rows: usize,
+) {
     weight.check();
     let Weight { outputs, inputs, .. } = weight;
     assert_eq!(dy.len() % outputs, 0, "dy has {} values, rows of {outputs}", dy.len());
@@ -134,52 +143,57 @@ fn input_gradient_as<E: TileElement, O: Float>(isa: Isa, dx: &mut [O], dy: &[E],
         return;
     }
     let dy = Rows::new(dy, outputs, None, count);
-    let input_panels = inputs.div_ceil(PANEL_COLUMNS);
+    let columns = inputs.div_ceil(PANEL_COLUMNS);
+    // With few rows a task turns each panel of inputs just before it uses it, in its own cache; with many, they are split
+    // over tasks, and all panels are turned beforehand.
+    let few = count <= few_rows && columns >= threads();
     // Outputs, the reduction index, are taken a slab at a time: as many as fit, in whole panels.
-    let slab_panels = (transposed_bytes / (input_panels * PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
+    let panel_bytes = transposed_bytes / if few { 32 } else { columns };
+    let slab_panels = (panel_bytes / (PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
     let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));
-    let mut transposed = Buffer::<E>::scratch(input_panels * slab * PANEL_COLUMNS);
-    let mut carry = Buffer::<f32>::scratch(if slab < outputs { input_panels * count * PANEL_COLUMNS } else { 0 });
+    let mut transposed = Buffer::<E>::scratch(if few { 0 } else { columns * slab * PANEL_COLUMNS });
+    let mut carry = Buffer::<f32>::scratch(if slab < outputs { columns * count * PANEL_COLUMNS } else { 0 });
     let dx = Shared::new(dx);
     for start in (0..outputs).step_by(slab) {
         let taken = start..outputs.min(start + slab);
         let units = E::units(taken.len());
-        transpose_slab(isa, weight, taken.clone(), &mut transposed);
-        let panels = &transposed[..input_panels * units * PANEL_COLUMNS * E::UNIT];
-        let product = Product { isa, rows: count, units, panels, columns: input_panels };
+        let turn = |q: usize, panel: &mut [E]| transpose_panel(isa, weight, taken.clone(), q, panel);
+        let panels = if few {
+            Panels::Made(&turn)
+        } else {
+            let size = units * PANEL_COLUMNS * E::UNIT;
+            let shared = Shared::new(&mut transposed);
+            // SAFETY: each task writes its own panel.
+            parallel(columns, |q| turn(q, unsafe { shared.part(q * size..(q + 1) * size) }));
+            Panels::Stored(&transposed[..columns * size])
+        };
         let carry = (slab < outputs).then_some(Carry { sums: Shared::new(&mut carry), add: start > 0 });
         let finish = |top: usize, panel: usize, sums: &[f32]| {
             let left = panel * PANEL_COLUMNS;
             finish_gradient(&dx, top * inputs + left, inputs, PANEL_COLUMNS.min(inputs - left), sums, add);
         };
         let pack = |rows: Range<usize>, out: &mut [E]| pack_rows(isa, &dy, taken.clone(), rows, out);
-        product.run(&pack, carry.as_ref(), if taken.end == outputs { Some(&finish) } else { None });
+        let finish: Option<Finish> = if taken.end == outputs { Some(&finish) } else { None };
+        Product { isa, rows: count, units, panels, columns }.run(&pack, carry.as_ref(), finish);
     }
 }
 
-/// Writes outputs `taken` (from the start of a panel) of the weight as panels of 32 inputs, outputs running down.
-fn transpose_slab<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usize>, out: &mut [E]) {
-    let inputs = weight.inputs;
-    let size = panels::panel_len::<E>(inputs);
-    let out_size = E::units(taken.len()) * PANEL_COLUMNS * E::UNIT;
-    let out = Shared::new(out);
-    parallel(inputs.div_ceil(PANEL_COLUMNS), |q| {
-        let height = PANEL_COLUMNS.min(inputs - q * PANEL_COLUMNS);
-        let block_len = E::units(height) * PANEL_COLUMNS * E::UNIT;
-        // SAFETY: each task writes its own panel.
-        let panel = unsafe { out.part(q * out_size..(q + 1) * out_size) };
-        let mut spill = [E::default(); PANEL_COLUMNS * PANEL_COLUMNS];
-        for (i, rows) in panel.chunks_mut(PANEL_COLUMNS * PANEL_COLUMNS).enumerate() {
-            let p = taken.start / PANEL_COLUMNS + i;
-            let block = &weight.panels[p * size + q * PANEL_COLUMNS * PANEL_COLUMNS..][..block_len];
-            if rows.len() == spill.len() {
-                pack::transposed_block(isa, block, height, rows);
-            } else {
-                pack::transposed_block(isa, block, height, &mut spill);
-                rows.copy_from_slice(&spill[..rows.len()]);
-            }
+/// Writes inputs `q * 32..` of outputs `taken` (from the start of a panel) as a panel, outputs running down.
+fn transpose_panel<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usize>, q: usize, panel: &mut [E]) {
+    let size = panels::panel_len::<E>(weight.inputs);
+    let height = PANEL_COLUMNS.min(weight.inputs - q * PANEL_COLUMNS);
+    let block_len = E::units(height) * PANEL_COLUMNS * E::UNIT;
+    for (i, rows) in panel.chunks_mut(PANEL_COLUMNS * PANEL_COLUMNS).enumerate() {
+        let p = taken.start / PANEL_COLUMNS + i;
+        let block = &weight.panels[p * size + q * PANEL_COLUMNS * PANEL_COLUMNS..][..block_len];
+        if rows.len() == PANEL_COLUMNS * PANEL_COLUMNS {
+            pack::transposed_block(isa, block, height, rows);
+        } else {
+            let mut whole = [E::default(); PANEL_COLUMNS * PANEL_COLUMNS];
+            pack::transposed_block(isa, block, height, &mut whole);
+            rows.copy_from_slice(&whole[..rows.len()]);
         }
-    });
+    }
 }
 
 /// `dW = dyᵀ x`, or `dW += dyᵀ x`, over all tokens in their order.
@@ -189,7 +203,7 @@ fn transpose_slab<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usiz
 /// - `x`: `[m, inputs]`; with `rows`, token `i` uses row `rows[i]` of `x`
 /// - `add`: continue the sums in `dw`
 pub fn weight_gradient<E: TileElement>(dw: &mut [f32], dy: &[E], x: &[E], rows: Option<&[u32]>, outputs: usize, inputs: usize, add: bool) {
-    weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add);
+    weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add, SLAB_BYTES);
 }
 
 fn weight_gradient_as<E: TileElement>(
@@ -199,6 +213,7 @@ fn weight_gradient_as<E: TileElement>(
     x: &[E],
     rows: Option<&[u32]>,
     add: bool,
+    packed_bytes: usize,
 ) {
     assert!(outputs > 0, "a weight without outputs");
     assert_eq!(dw.len(), panels::len_f32(outputs, inputs), "f32 panels of [{outputs}, {inputs}]");
@@ -211,30 +226,40 @@ fn weight_gradient_as<E: TileElement>(
     if inputs == 0 {
         return;
     }
-    let (tiles, columns) = (inputs.div_ceil(TILE_ROWS), outputs.div_ceil(PANEL_COLUMNS));
-    // Few panels are cut into parts of their inputs too, so that all threads have work.
-    let parts = (8 * threads()).div_ceil(columns).clamp(1, tiles.div_ceil(8));
-    let mut packed = Buffer::<E>::scratch(E::units(count.min(TOKENS)) * E::UNIT * inputs);
-    let dw = Shared::new(dw);
-    for start in (0..count).step_by(TOKENS) {
-        let tokens = start..count.min(start + TOKENS);
-        let units = E::units(tokens.len());
-        pack_tokens(&x, tokens.clone(), &mut packed);
-        parallel(columns * parts, |task| {
-            let (p, part) = (task / parts, task % parts);
-            let inside = tiles * part / parts * TILE_ROWS..inputs.min(tiles * (part + 1) / parts * TILE_ROWS);
-            let taken = p * PANEL_COLUMNS..outputs.min((p + 1) * PANEL_COLUMNS);
-            let mut panel = Buffer::<E>::scratch(units * PANEL_COLUMNS * E::UNIT);
-            for (u, out) in panel.chunks_exact_mut(PANEL_COLUMNS * E::UNIT).enumerate() {
-                unit_of(&dy, &tokens, u, taken.clone(), out);
-            }
-            let first = p * inputs * PANEL_COLUMNS;
-            // SAFETY: each task writes its own inputs of its own panel.
-            let sums = unsafe { dw.part(first + inside.start * PANEL_COLUMNS..first + inside.end * PANEL_COLUMNS) };
-            let a = &packed[inside.start * units * E::UNIT..inside.end * units * E::UNIT];
-            multiply(isa, a, inside.len(), &panel, units, sums, add || start > 0);
-        });
+    // Outputs are taken a slab at a time, so that a vocabulary of them needs no second copy of its gradients.
+    let slab = (packed_bytes / (TOKEN_UNITS * PANEL_COLUMNS * E::UNIT * size_of::<E>())).max(1) * PANEL_COLUMNS;
+    let slab = slab.min(outputs.next_multiple_of(PANEL_COLUMNS));
+    let mut packed = Buffer::<E>::scratch(panels::len::<E>(slab, count.min(TOKEN_UNITS * E::UNIT)));
+    for (left, dw) in (0..outputs).step_by(slab).zip(dw.chunks_mut(slab * inputs)) {
+        let taken = left..outputs.min(left + slab);
+        let columns = taken.len().div_ceil(PANEL_COLUMNS);
+        for start in (0..count).step_by(TOKEN_UNITS * E::UNIT) {
+            let tokens = start..count.min(start + TOKEN_UNITS * E::UNIT);
+            let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
+            pack_panels(&dy, tokens.clone(), taken.clone(), panels);
+            // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
+            let carry = Carry { sums: Shared::new(dw), add: add || start > 0 };
+            let pack = |inputs: Range<usize>, out: &mut [E]| {
+                let token = |i: usize| &x.row(tokens.start + i)[inputs.clone()];
+                pack::columns_of_tokens::<E, TILE_ROWS>(token, tokens.len(), inputs.len(), false, out);
+            };
+            let product = Product { isa, rows: inputs, units: E::units(tokens.len()), panels: Panels::Stored(panels), columns };
+            product.run(&pack, Some(&carry), None);
+        }
     }
+}
+
+/// Packs outputs `taken` of `tokens` of `dy` into panels, tokens running down.
+fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, taken: Range<usize>, out: &mut [E]) {
+    let size = panels::panel_len::<E>(tokens.len());
+    let out = Shared::new(out);
+    parallel_ranges(taken.len().div_ceil(PANEL_COLUMNS), 4, |range| {
+        // SAFETY: parallel_ranges hands out disjoint ranges of panels.
+        let out = unsafe { out.part(range.start * size..range.end * size) };
+        let columns = taken.start + range.start * PANEL_COLUMNS..taken.end.min(taken.start + range.end * PANEL_COLUMNS);
+        let token = |i: usize| &dy.row(tokens.start + i)[columns.clone()];
+        pack::columns_of_tokens::<E, PANEL_COLUMNS>(token, tokens.len(), columns.len(), true, out);
+    });
 }
 
 /// `db = column sums of dy`, or `db += ...`, in f32, tokens in their order.
@@ -266,39 +291,6 @@ vectorised! {
     }
 }
 
-/// Unit `u` of `tokens`, columns `taken`, side by side; zero past them.
-fn unit_of<E: TileElement>(values: &Rows<E>, tokens: &Range<usize>, u: usize, taken: Range<usize>, out: &mut [E]) {
-    let first = tokens.start + u * E::UNIT;
-    let row = |token: usize| &values.row(token)[taken.clone()];
-    if E::UNIT == 2 && first + 1 < tokens.end {
-        pack::unit_of_tokens(&[row(first), row(first + 1)], out);
-    } else {
-        pack::unit_of_tokens(&[row(first)], out);
-    }
-}
-
-/// Packs `tokens` of `x` into tiles of 12 inputs, tokens running down.
-fn pack_tokens<E: TileElement>(x: &Rows<E>, tokens: Range<usize>, out: &mut [E]) {
-    let units = E::units(tokens.len());
-    let out = Shared::new(out);
-    parallel_ranges(units, 16, |range| {
-        // A few tokens at a time, all inputs of each: whole lines of `x` are read once, and written in runs.
-        for from in range.clone().step_by(16) {
-            let group = from..range.end.min(from + 16);
-            for left in (0..x.width).step_by(TILE_ROWS) {
-                let taken = left..x.width.min(left + TILE_ROWS);
-                let unit = taken.len() * E::UNIT;
-                let first = left * units * E::UNIT;
-                // SAFETY: each range of units writes its own units of each tile.
-                let tile = unsafe { out.part(first + group.start * unit..first + group.end * unit) };
-                for (u, out) in group.clone().zip(tile.chunks_exact_mut(unit)) {
-                    unit_of(x, &tokens, u, taken.clone(), out);
-                }
-            }
-        }
-    });
-}
-
 /// Packs columns `taken` of `rows` into tiles of 12 rows.
 fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
     let row_len = E::units(taken.len()) * E::UNIT;
@@ -309,129 +301,7 @@ fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, ro
         for (r, source) in sources.iter_mut().enumerate().take(count) {
             *source = &values.row(first + r)[taken.clone()];
         }
-        pack::tile_of_rows(isa, &sources[..count], tile);
-    }
-}
-
-/// `rows` packed rows times panels, row by row of tiles and panel by panel.
-struct Product<'a, E> {
-    isa: Isa,
-    rows: usize,
-    units: usize,
-    panels: &'a [E],
-    /// Number of panels.
-    columns: usize,
-}
-
-/// Sums that go on from one product to the next: `[panels][rows][32]`.
-struct Carry<'a> {
-    sums: Shared<'a, f32>,
-    /// Whether there are sums to go on from.
-    add: bool,
-}
-
-/// Receives the first row, the panel and the sums `[rows][32]` of a finished piece.
-type Finish<'a> = &'a (dyn Fn(usize, usize, &[f32]) + Sync);
-
-impl<E: TileElement> Product<'_, E> {
-    /// Splits rows and panels over the threads, never the reduction.
-    fn run(&self, pack: &(impl Fn(Range<usize>, &mut [E]) + Sync), carry: Option<&Carry>, finish: Option<Finish>) {
-        let row_len = self.units * E::UNIT;
-        let panels = self.columns;
-        let tiles = self.rows.div_ceil(TILE_ROWS);
-        if tiles == 0 || panels == 0 {
-            return;
-        }
-        let threads = threads();
-        let row_parts = if tiles <= BLOCK_TILES { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
-        let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
-        let rows_of = |part: usize| tiles * part / row_parts * TILE_ROWS..self.rows.min(tiles * (part + 1) / row_parts * TILE_ROWS);
-        if panel_parts == 1 {
-            parallel(row_parts, |part| {
-                let rows = rows_of(part);
-                let mut packed = Buffer::<E>::scratch(tiles.div_ceil(row_parts) * TILE_ROWS * row_len);
-                let packed = &mut packed[..rows.len() * row_len];
-                pack(rows.clone(), packed);
-                self.sweep(packed, rows, 0..panels, carry, finish);
-            });
-            return;
-        }
-        // Several tasks use the same rows: pack them once, together.
-        let mut packed = Buffer::<E>::scratch(self.rows * row_len);
-        let shared = Shared::new(&mut packed);
-        parallel_ranges(tiles, 2, |range| {
-            let rows = range.start * TILE_ROWS..self.rows.min(range.end * TILE_ROWS);
-            // SAFETY: parallel_ranges hands out disjoint ranges of tiles.
-            pack(rows.clone(), unsafe { shared.part(rows.start * row_len..rows.end * row_len) });
-        });
-        parallel(row_parts * panel_parts, |task| {
-            let (rows, part) = (rows_of(task / panel_parts), task % panel_parts);
-            let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
-            self.sweep(&packed[rows.start * row_len..rows.end * row_len], rows, taken, carry, finish);
-        });
-    }
-
-    /// Multiplies packed `rows` by the panels of `taken`.
-    fn sweep(&self, packed: &[E], rows: Range<usize>, taken: Range<usize>, carry: Option<&Carry>, finish: Option<Finish>) {
-        let panel_len = self.units * PANEL_COLUMNS * E::UNIT;
-        let step = if carry.is_some() { 1 } else { panels_abreast(rows.len()) };
-        let size = rows.len() * PANEL_COLUMNS;
-        let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { step * size });
-        for p in taken.clone().step_by(step) {
-            let some = p..taken.end.min(p + step);
-            let b = &self.panels[p * panel_len..some.end * panel_len];
-            let sums = match carry {
-                Some(carry) => {
-                    let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
-                    // SAFETY: tasks have disjoint pairs of rows and panels, and this one holds one part at a time.
-                    unsafe { carry.sums.part(first..first + size) }
-                }
-                None => &mut own[..some.len() * size],
-            };
-            multiply(self.isa, packed, rows.len(), b, self.units, sums, carry.is_some_and(|carry| carry.add));
-            if let Some(finish) = finish {
-                for (p, sums) in some.zip(sums.chunks_exact(size)) {
-                    finish(rows.start, p, sums);
-                }
-            }
-        }
-    }
-}
-
-/// Packed tiles of `rows` rows times neighbouring panels, each of `units`; sums are `[panels][rows][32]`.
-fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usize, sums: &mut [f32], add: bool) {
-    let panels = sums.len() / (rows * PANEL_COLUMNS);
-    assert!(isa <= Isa::best(), "{isa:?} is beyond this processor");
-    assert_eq!(sums.len(), panels * rows * PANEL_COLUMNS, "sums of {panels} panels and {rows} rows");
-    assert_eq!(a.len(), rows * units * E::UNIT, "{rows} packed rows of {units} units");
-    assert_eq!(b.len(), panels * units * PANEL_COLUMNS * E::UNIT, "{panels} panels of {units} units");
-    let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
-    let abreast = panels_abreast(rows);
-    // One tile meets each panel once, so nothing is gained by cutting its reduction.
-    let block = if rows <= TILE_ROWS { units.max(1) } else { BLOCK_UNITS };
-    for p in (0..panels).step_by(abreast) {
-        for from in (0..units.max(1)).step_by(block) {
-            for top in (0..rows).step_by(TILE_ROWS) {
-                let height = TILE_ROWS.min(rows - top);
-                let args = TileArgs {
-                    a: a.as_ptr().wrapping_add((top * units + from * height) * E::UNIT),
-                    a_row: E::UNIT,
-                    a_unit: height * E::UNIT,
-                    b: b.as_ptr().wrapping_add(p * b_panel + from * b_unit),
-                    b_unit,
-                    b_panel,
-                    c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS),
-                    c_row: PANEL_COLUMNS,
-                    c_panel,
-                    units: block.min(units - from),
-                    add: add || from > 0,
-                };
-                // SAFETY: the processor has `isa`. The tile's `units` from `from` lie inside its `height` packed rows
-                // and inside panels `p..`, of which there are at most `abreast`, the height's own limit when there is
-                // one tile and 1 otherwise; its sums lie inside `sums`. The lengths are asserted above.
-                unsafe { E::tile(isa, height, abreast.min(panels - p), &args) }
-            }
-        }
+        pack::tile_of_rows_as(isa, &sources[..count], tile);
     }
 }
 
@@ -519,8 +389,19 @@ mod tests {
         assert!((got - sum).abs() <= bound, "{what}: {got} against {sum}, bound {bound}");
     }
 
-    const SHAPES: [(usize, usize, usize); 9] =
-        [(1, 1, 1), (1, 33, 70), (2, 7, 33), (7, 64, 1), (13, 801, 100), (33, 100, 31), (37, 1, 65), (250, 67, 97), (3, 0, 5)];
+    const SHAPES: [(usize, usize, usize); 11] = [
+        (1, 1, 1),
+        (1, 33, 70),
+        (2, 7, 33),
+        (7, 64, 1),
+        (13, 801, 100),
+        (33, 100, 31),
+        (37, 1, 65),
+        (250, 67, 97),
+        (3, 0, 5),
+        (1, 9, 900),
+        (4, 5, 401),
+    ];
 
     fn products<E: TileElement, O: Float>() {
         for (m, k, n) in SHAPES {
@@ -539,20 +420,20 @@ mod tests {
                     let terms = (0..k).map(|kk| (f(x[r * k + kk]), f(w[j * k + kk])));
                     check(*y, terms.chain([(f(bias[j]), 1.0), (f64::from(residual[i].to_f32()), 1.0)]), &format!("{what} y[{i}]"));
                 }
-                for (add, transposed_bytes) in [(false, 1 << 20), (true, 1)] {
+                for (add, transposed_bytes, few_rows) in [(false, 1 << 20, 0), (true, 1, 0), (true, 1 << 20, m), (false, 1, m)] {
                     let before = values::<O>(m * k, 7);
                     let mut dx = before.clone();
-                    input_gradient_as(isa, &mut dx, &dy, weight, add, transposed_bytes);
+                    input_gradient_as(isa, &mut dx, &dy, weight, add, transposed_bytes, few_rows);
                     for (i, dx) in dx.iter().enumerate() {
                         let terms = (0..n).map(|j| (f(dy[i / k * n + j]), f(w[j * k + i % k])));
                         let start = if add { f64::from(before[i].to_f32()) } else { 0.0 };
                         check(*dx, terms.chain([(start, 1.0)]), &format!("{what} dx[{i}]"));
                     }
                 }
-                for add in [false, true] {
+                for (add, bytes) in [(false, 1 << 20), (true, 1)] {
                     let before = packed(&values::<f32>(n * k, 8), n, k);
                     let mut dw = before.clone();
-                    weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, Some(&rows), add);
+                    weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, Some(&rows), add, bytes);
                     let (mut got, mut start) = (vec![0.0; n * k], vec![0.0; n * k]);
                     panels::unpack(&dw, n, k, 0..n, &mut got);
                     panels::unpack(&before, n, k, 0..n, &mut start);
@@ -579,6 +460,20 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_gradient_in_two_calls_is_the_one_in_one_call() {
+        let (m, k, n) = (2 * TOKEN_UNITS + 77, 13, 40);
+        let (x, dy) = (values::<bf16>(m * k, 1), values::<bf16>(m * n, 2));
+        let (mut whole, mut parts) = (vec![0.0; panels::len_f32(n, k)], vec![0.0; panels::len_f32(n, k)]);
+        weight_gradient(&mut whole, &dy, &x, None, n, k, false);
+        let cut = 1000;
+        weight_gradient(&mut parts, &dy[..cut * n], &x[..cut * k], None, n, k, false);
+        weight_gradient(&mut parts, &dy[cut * n..], &x[cut * k..], None, n, k, true);
+        assert!(whole == parts);
+        let f = |v: bf16| f64::from(v.to_f32());
+        check(whole[0], (0..m).map(|t| (f(dy[t * n]), f(x[t * k]))), "dw[0]");
+    }
+
+    #[test]
     fn no_rows_give_no_output_and_an_empty_weight_gradient() {
         let panels = packed(&values::<f32>(15, 1), 5, 3);
         let weight = Weight { panels: &panels, outputs: 5, inputs: 3 };
@@ -602,8 +497,8 @@ mod tests {
         let weight = Weight { panels: &panels, outputs: n, inputs: k };
         let (mut y, mut dx, mut dw) = (vec![O::default(); m * n], vec![O::default(); m * k], vec![0.0; panels::len_f32(n, k)]);
         forward_as(isa, &mut y, &x, None, weight, Some(&values::<E>(n, 4)), None);
-        input_gradient_as(isa, &mut dx, &dy, weight, false, 100_000);
-        weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, None, false);
+        input_gradient_as(isa, &mut dx, &dy, weight, false, 1_000_000, 13);
+        weight_gradient_as(isa, (&mut dw, n, k), &dy, &x, None, false, 1 << 20);
         [bits(&y), bits(&dx), bits(&dw)]
     }
 
@@ -612,7 +507,7 @@ mod tests {
         for isa in forms() {
             let what = format!("{isa:?} {}", E::DTYPE);
             let all = batch::<E, O>(isa, 257, k, n);
-            for m in [1, 2, 13, 37] {
+            for m in [1, 2, 3, 13, 37] {
                 let some = batch::<E, O>(isa, m, k, n);
                 assert!(some[0] == all[0][..m * n], "{what}: y of {m} rows");
                 assert!(some[1] == all[1][..m * k], "{what}: dx of {m} rows");

@@ -5,6 +5,8 @@
 pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
+pub mod attention_operands;
+pub mod attention_rows;
 pub mod attention_tile;
 pub mod combine;
 pub mod cross_entropy;
@@ -18,6 +20,7 @@ pub mod load_balance;
 pub mod norm;
 pub mod pack;
 pub mod panels;
+mod product;
 pub mod rms_norm;
 pub mod rope;
 pub mod route;

@@ -1,16 +1,21 @@
 //! Rearranges operands for the tile product: rows into packed tiles, columns of tokens into tiles and panels, and weight
 //! panels into those of the transposed weight. Copies only; nothing is computed.
 
-use super::isa::Isa;
+use super::isa::{Isa, isa};
 use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-/// Packs `rows` (1 to 12, of equal length) as one tile: unit by unit, the rows' units side by side. The last unit of a
-/// bf16 row of odd length is filled with a zero.
+/// Packs `rows` (1 to 12, of equal length) as one tile, for [`TileProduct`](super::tile::TileProduct): unit by unit, the
+/// rows' units side by side. The last unit of a bf16 row of odd length is filled with a zero.
 ///
 /// - `out`: `units * rows * UNIT` elements
-pub fn tile_of_rows<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut [E]) {
+pub fn tile_of_rows<E: TileElement>(rows: &[&[E]], out: &mut [E]) {
+    tile_of_rows_as(isa(), rows, out);
+}
+
+/// As [`tile_of_rows`], in form `isa`, which the processor must have.
+pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut [E]) {
     let (count, k) = (rows.len(), rows[0].len());
     assert!((1..=TILE_ROWS).contains(&count), "a tile of {count} rows");
     assert!(rows.iter().all(|row| row.len() == k), "rows of different lengths");
@@ -106,7 +111,7 @@ fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
 ///
 /// - `block`: `height` (1 to 32) inputs of a panel, `[units(height)][32][UNIT]`; inputs past `height` count as zero
 /// - `out`: `[32 / UNIT][32][UNIT]`, with outputs running down and inputs across
-pub fn transposed_block<E: TileElement>(isa: Isa, block: &[E], height: usize, out: &mut [E]) {
+pub(super) fn transposed_block<E: TileElement>(isa: Isa, block: &[E], height: usize, out: &mut [E]) {
     assert!((1..=PANEL_COLUMNS).contains(&height), "a block of {height} inputs");
     assert_eq!(block.len(), E::units(height) * PANEL_COLUMNS * E::UNIT, "a block of {height} inputs");
     assert_eq!(out.len(), PANEL_COLUMNS * PANEL_COLUMNS, "a transposed block");
@@ -164,29 +169,53 @@ unsafe fn transposed_block_avx512<E: TileElement>(block: &[E], out: &mut [E]) {
     }
 }
 
-/// Packs part of one unit of tokens, so that tokens are the reduction index: `out` unit `j` holds value `j` of each token.
+/// Packs columns of a row-major matrix so that its rows, tokens, are the reduction index: into tiles of `WIDTH` columns,
+/// one after the other, each `[units(count)][columns][UNIT]`. With `padded`, the last tile has `WIDTH` columns too, zero
+/// past the given ones, as panels do; else it is as narrow as what is left.
 ///
-/// - `tokens`: `UNIT` slices of one length, or fewer at the end of the tokens (the rest counts as zero)
-/// - `out`: at least that many units; units past the slices become zero
-pub fn unit_of_tokens<E: TileElement>(tokens: &[&[E]], out: &mut [E]) {
-    match *tokens {
-        [only] if E::UNIT == 1 => {
-            out[..only.len()].copy_from_slice(only);
-            out[only.len()..].fill(E::default());
+/// - `token(i)`: the `width` wanted values of token `i`, for `i` below `count`
+pub(super) fn columns_of_tokens<'a, E: TileElement, const WIDTH: usize>(
+    token: impl Fn(usize) -> &'a [E],
+    count: usize,
+    width: usize,
+    padded: bool,
+    out: &mut [E],
+) {
+    const GROUP: usize = 16;
+    let units = E::units(count);
+    // A few tokens at a time, all columns of each: whole lines of the matrix are read once, and written in runs.
+    for from in (0..units).step_by(GROUP) {
+        let group = GROUP.min(units - from);
+        let mut rows: [&[E]; 2 * GROUP] = [&[]; 2 * GROUP];
+        for (i, row) in rows.iter_mut().enumerate().take((group * E::UNIT).min(count - from * E::UNIT)) {
+            *row = token(from * E::UNIT + i);
+            assert_eq!(row.len(), width, "values of a token");
         }
-        [even, odd] if E::UNIT == 2 => {
-            let (units, rest) = out.split_at_mut(even.len() * 2);
-            for ((unit, even), odd) in units.chunks_exact_mut(2).zip(even).zip(odd) {
-                unit[0] = *even;
-                unit[1] = *odd;
-            }
-            rest.fill(E::default());
-        }
-        _ => {
-            out.fill(E::default());
-            for (i, token) in tokens.iter().enumerate() {
-                for (unit, value) in out.chunks_exact_mut(E::UNIT).zip(*token) {
-                    unit[i] = *value;
+        for left in (0..width).step_by(WIDTH) {
+            let full = left + WIDTH <= width;
+            let columns = if full || padded { WIDTH } else { width - left };
+            let tile = &mut out[(left * units + from * columns) * E::UNIT..][..group * columns * E::UNIT];
+            for (unit, tokens) in tile.chunks_exact_mut(columns * E::UNIT).zip(rows.chunks_exact(E::UNIT)) {
+                match *tokens {
+                    [only] if full => {
+                        let only = only[left..].first_chunk::<WIDTH>().expect("a full tile");
+                        *unit.first_chunk_mut().expect("a full tile") = *only;
+                    }
+                    [even, odd] if full && !odd.is_empty() => {
+                        // Fixed lengths, so that this becomes a few loads, unpacks and stores.
+                        let [even, odd] = [even, odd].map(|row| row[left..].first_chunk::<WIDTH>().expect("a full tile"));
+                        let pairs = unit.as_chunks_mut::<2>().0.first_chunk_mut::<WIDTH>().expect("a full tile");
+                        for j in 0..WIDTH {
+                            pairs[j] = [even[j], odd[j]];
+                        }
+                    }
+                    _ => {
+                        for (j, values) in unit.chunks_exact_mut(E::UNIT).enumerate() {
+                            for (value, token) in values.iter_mut().zip(tokens) {
+                                *value = token.get(left + j).copied().unwrap_or_default();
+                            }
+                        }
+                    }
                 }
             }
         }
@@ -213,7 +242,7 @@ mod tests {
                     let rows: Vec<Vec<E>> = (0..count).map(|r| (0..k).map(|i| value(r * 31 + i)).collect()).collect();
                     let rows: Vec<&[E]> = rows.iter().map(Vec::as_slice).collect();
                     let mut out = vec![value::<E>(7); E::units(k) * count * E::UNIT];
-                    tile_of_rows(isa, &rows, &mut out);
+                    tile_of_rows_as(isa, &rows, &mut out);
                     for (at, got) in out.iter().enumerate() {
                         let (u, r, i) = (at / E::UNIT / count, at / E::UNIT % count, at % E::UNIT);
                         assert_eq!(*got, rows[r].get(u * E::UNIT + i).copied().unwrap_or_default(), "{isa:?} {count} x {k} at {at}");
@@ -255,13 +284,27 @@ mod tests {
         blocks::<bf16>();
     }
 
+    fn columns<E: TileElement, const WIDTH: usize>(padded: bool) {
+        for (count, width) in [(1, 1), (2, 12), (33, 40), (7, 64), (50, 25)] {
+            let matrix: Vec<E> = (0..count * width).map(value).collect();
+            let (units, last) = (E::units(count), if padded { width.next_multiple_of(WIDTH) } else { width });
+            let mut out = vec![value::<E>(7); units * last * E::UNIT];
+            columns_of_tokens::<E, WIDTH>(|t| &matrix[t * width..(t + 1) * width], count, width, padded, &mut out);
+            for (t, j) in (0..units * E::UNIT).flat_map(|t| (0..last).map(move |j| (t, j))) {
+                let left = j / WIDTH * WIDTH;
+                let tile_width = WIDTH.min(last - left);
+                let got = out[(left * units + t / E::UNIT * tile_width + j % WIDTH) * E::UNIT + t % E::UNIT];
+                let want = if t < count && j < width { matrix[t * width + j] } else { E::default() };
+                assert_eq!(got, want, "{} {count} x {width}: token {t} column {j}", E::DTYPE);
+            }
+        }
+    }
+
     #[test]
-    fn tokens_alternate_in_bf16() {
-        let [a, b] = [[1.0, 2.0].map(bf16::from_f32), [3.0, 4.0].map(bf16::from_f32)];
-        let mut out = [bf16::ONE; 6];
-        unit_of_tokens(&[&a, &b], &mut out);
-        assert_eq!(out.map(f32::from), [1.0, 3.0, 2.0, 4.0, 0.0, 0.0]);
-        unit_of_tokens(&[&b], &mut out);
-        assert_eq!(out.map(f32::from), [3.0, 0.0, 4.0, 0.0, 0.0, 0.0]);
+    fn tokens_become_the_reduction_index() {
+        columns::<f32, 12>(false);
+        columns::<bf16, 12>(false);
+        columns::<f32, 32>(true);
+        columns::<bf16, 32>(true);
     }
 }

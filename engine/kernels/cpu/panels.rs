@@ -8,7 +8,8 @@
 
 use super::threads::{Shared, parallel_ranges};
 use super::tile::{PANEL_COLUMNS, TileElement};
-use crate::kernels::element::Float;
+use crate::kernels::element::{Element, Float};
+use crate::vectorised;
 use half::bf16;
 use std::ops::Range;
 
@@ -113,46 +114,61 @@ pub fn add_to_row<E: Float>(panels: &mut [f32], k: usize, row: usize, values: &[
 /// Rounds a weight `[n, k]` in f32 panels to bf16 panels.
 pub fn round_to_bf16(master: &[f32], n: usize, k: usize, panels: &mut [bf16]) {
     assert_eq!(master.len(), len_f32(n, k), "f32 panels of [{n}, {k}]");
-    convert(master, n, k, panels);
+    assert_eq!(panels.len(), len_bf16(n, k), "bf16 panels of [{n}, {k}]");
+    let (from, to) = (panel_len::<f32>(k), panel_len::<bf16>(k));
+    let panels = Shared::new(panels);
+    parallel_ranges(n.div_ceil(PANEL_COLUMNS), 1, |range| {
+        for p in range {
+            // SAFETY: each panel belongs to one range, and ranges are disjoint.
+            round_panel(&master[p * from..(p + 1) * from], unsafe { panels.part(p * to..(p + 1) * to) });
+        }
+    });
 }
 
 /// Widens a weight `[n, k]` in bf16 panels to f32 panels, exactly.
 pub fn widen_to_f32(panels: &[bf16], n: usize, k: usize, master: &mut [f32]) {
     assert_eq!(panels.len(), len_bf16(n, k), "bf16 panels of [{n}, {k}]");
-    convert(panels, n, k, master);
-}
-
-fn convert<A: TileElement, B: TileElement>(from: &[A], n: usize, k: usize, to: &mut [B]) {
-    assert_eq!(to.len(), len::<B>(n, k), "panels of [{n}, {k}]");
-    if k == 0 {
-        return;
-    }
-    let to = Shared::new(to);
+    assert_eq!(master.len(), len_f32(n, k), "f32 panels of [{n}, {k}]");
+    let (from, to) = (panel_len::<bf16>(k), panel_len::<f32>(k));
+    let master = Shared::new(master);
     parallel_ranges(n.div_ceil(PANEL_COLUMNS), 1, |range| {
         for p in range {
-            let source = &from[p * panel_len::<A>(k)..][..panel_len::<A>(k)];
             // SAFETY: each panel belongs to one range, and ranges are disjoint.
-            let target = unsafe { to.part(p * panel_len::<B>(k)..(p + 1) * panel_len::<B>(k)) };
-            for row in 0..LONGEST_UNIT * k.div_ceil(LONGEST_UNIT) {
-                for j in 0..PANEL_COLUMNS {
-                    let at = |unit: usize| (row / unit * PANEL_COLUMNS + j) * unit + row % unit;
-                    let value = source.get(at(A::UNIT)).map_or(0.0, |value| value.to_f32());
-                    if let Some(slot) = target.get_mut(at(B::UNIT)) {
-                        *slot = B::from_f32(value);
-                    }
-                }
-            }
+            widen_panel(&panels[p * from..(p + 1) * from], unsafe { master.part(p * to..(p + 1) * to) });
         }
     });
 }
 
-/// The longest unit: rows are visited up to a multiple of it, so that padding is written too.
-const LONGEST_UNIT: usize = 2;
+vectorised! {
+    /// One panel: two rows of 32 become 32 pairs, the second row zero after an odd last input.
+    fn round_panel(master: &[f32], panel: &mut [bf16]) {
+        for (rows, pairs) in master.chunks(2 * PANEL_COLUMNS).zip(panel.chunks_exact_mut(2 * PANEL_COLUMNS)) {
+            let (even, odd) = rows.split_at(PANEL_COLUMNS);
+            let odd = odd.first_chunk().unwrap_or(&[0.0; PANEL_COLUMNS]);
+            for ((pair, even), odd) in pairs.chunks_exact_mut(2).zip(even).zip(odd) {
+                pair[0] = <bf16 as Element>::from_f32(*even);
+                pair[1] = <bf16 as Element>::from_f32(*odd);
+            }
+        }
+    }
+}
+
+vectorised! {
+    /// One panel: 32 pairs become two rows of 32, or one after an odd last input.
+    fn widen_panel(panel: &[bf16], master: &mut [f32]) {
+        for (pairs, rows) in panel.chunks_exact(2 * PANEL_COLUMNS).zip(master.chunks_mut(2 * PANEL_COLUMNS)) {
+            for (half, row) in rows.chunks_exact_mut(PANEL_COLUMNS).enumerate() {
+                for (value, pair) in row.iter_mut().zip(pairs.chunks_exact(2)) {
+                    *value = Element::to_f32(pair[half]);
+                }
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::element::Element;
 
     const SIZES: [(usize, usize); 6] = [(1, 1), (7, 33), (32, 8), (33, 7), (70, 5), (96, 64)];
 

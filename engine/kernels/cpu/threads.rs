@@ -20,8 +20,9 @@ struct Pool {
     epoch: AtomicUsize,
     work: Mutex<Option<Work>>,
     next_task: AtomicUsize,
-    /// Workers that have not yet left the current operation.
-    busy: AtomicUsize,
+    /// Workers that are inside the current operation, and [`CLOSED`] when none may enter any more. A worker that the
+    /// system let wait until all tasks were taken stays outside, and nobody waits for it.
+    gate: AtomicUsize,
     panicked: AtomicBool,
     workers: Vec<std::thread::Thread>,
     asleep: Vec<AtomicBool>,
@@ -31,6 +32,9 @@ struct Pool {
 unsafe impl Sync for Pool {}
 // SAFETY: as above.
 unsafe impl Send for Pool {}
+
+/// The gate's flag.
+const CLOSED: usize = 1 << (usize::BITS - 1);
 
 static POOL: OnceLock<&'static Pool> = OnceLock::new();
 static ACTIVE: AtomicUsize = AtomicUsize::new(0);
@@ -93,7 +97,7 @@ fn pool() -> &'static Pool {
             epoch: AtomicUsize::new(0),
             work: Mutex::new(None),
             next_task: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            gate: AtomicUsize::new(CLOSED),
             panicked: AtomicBool::new(false),
             workers,
             asleep,
@@ -124,17 +128,20 @@ fn work_forever(pool: &'static Pool, index: usize) {
             pool.asleep[index].store(false, SeqCst);
         }
         seen = pool.epoch.load(Acquire);
+        let entered =
+            index + 1 < threads() && pool.gate.fetch_update(AcqRel, Acquire, |gate| (gate & CLOSED == 0).then_some(gate + 1)).is_ok();
+        if !entered {
+            continue;
+        }
         let job = pool.work.lock().ok().and_then(|work| work.as_ref().map(|w| (w.run, w.tasks)));
-        if let Some((run, tasks)) = job
-            && index + 1 < threads()
-        {
-            // SAFETY: `parallel` waits for `busy` to reach zero before it returns, so the closure still lives.
+        if let Some((run, tasks)) = job {
+            // SAFETY: this worker has passed the gate, and `parallel` returns only when all who did have left.
             let run = unsafe { &*run };
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| claim_tasks(pool, run, tasks))).is_err() {
                 pool.panicked.store(true, Release);
             }
         }
-        pool.busy.fetch_sub(1, Release);
+        pool.gate.fetch_sub(1, Release);
     }
 }
 
@@ -161,13 +168,13 @@ pub fn parallel(tasks: usize, run: impl Fn(usize) + Sync) {
     };
     let pool = pool();
     let run: &(dyn Fn(usize) + Sync) = &run;
-    // SAFETY: only the lifetime changes. Workers follow the pointer only between the epoch's rise and their decrement
-    // of `busy`, and this function leaves, by return or by panic, only after `busy` is zero.
+    // SAFETY: only the lifetime changes. Workers follow the pointer only between entering and leaving by the gate, and
+    // this function leaves, by return or by panic, only after closing the gate and seeing it empty.
     let erased: *const (dyn Fn(usize) + Sync) =
         unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(run) };
     *pool.work.lock().expect("no panic happens under this lock") = Some(Work { run: erased, tasks });
     pool.next_task.store(0, Relaxed);
-    pool.busy.store(pool.workers.len(), Relaxed);
+    pool.gate.store(0, Release);
     pool.epoch.fetch_add(1, SeqCst);
     for (worker, asleep) in pool.workers.iter().zip(&pool.asleep) {
         if asleep.load(SeqCst) {
@@ -178,7 +185,8 @@ pub fn parallel(tasks: usize, run: impl Fn(usize) + Sync) {
     let own = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| claim_tasks(pool, run, tasks)));
     INSIDE.set(false);
     let mut spins = 0u32;
-    while pool.busy.load(Acquire) > 0 {
+    pool.gate.fetch_or(CLOSED, AcqRel);
+    while pool.gate.load(Acquire) != CLOSED {
         spins += 1;
         if spins > SPINS {
             std::thread::yield_now();

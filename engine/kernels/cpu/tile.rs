@@ -67,7 +67,8 @@ pub struct TileArgs<E> {
 /// `a` `[rows, k]` times a panel `[k, 32]`, for kernels that build products of their own, such as attention.
 ///
 /// - `a`: unit `u` of row `r` is the [`TileElement::UNIT`] values from `a[r * a_row + u * a_unit]`: row-major rows have
-///   `a_row` their length and `a_unit` the `UNIT`; packed ones (`pack::tile_of_rows`; faster) `UNIT` and `rows * UNIT`.
+///   `a_row` their length and `a_unit` the `UNIT`; packed ones (`pack::tile_of_rows`) `UNIT` and `rows * UNIT`. Both are as
+///   fast while they lie in the first cache; packing pays for long rows that many panels meet.
 /// - `panel`: unit `u` of column `j` is the values from `panel[u * panel_unit + j * UNIT]`. In f32 that is any row-major
 ///   matrix at least 32 columns wide, `panel_unit` its row length; in bf16 two values along the reduction lie together.
 /// - `units`: length of the reduction; a bf16 reduction of odd length ends in a pair with a zero.
@@ -107,15 +108,17 @@ impl<E: TileElement> TileProduct<'_, E> {
     }
 }
 
-/// Calls `$tile::<ROWS, $vectors, $packed>($args)` for the constant that equals `$rows`.
+/// Calls `$tile::<ROWS, $vectors>($args)` for the constant that equals `$rows`.
+#[cfg(target_arch = "x86_64")]
 macro_rules! for_rows {
-    ($rows:expr, $tile:ident, $vectors:literal, $packed:literal, $args:expr, [$($count:literal),*]) => {
+    ($rows:expr, $tile:ident, $vectors:literal, $args:expr, [$($count:literal),*]) => {
         match $rows {
-            $($count => $tile::<$count, $vectors, $packed>($args),)*
+            $($count => $tile::<$count, $vectors>($args),)*
             rows => unreachable!("a tile of {rows} rows"),
         }
     };
 }
+#[cfg(target_arch = "x86_64")]
 pub(super) use for_rows;
 
 /// Defines `$tile`, the AVX-512 tile of `ROWS` rows and `VECTORS` vectors of 16 columns, and `$run`, which picks its
@@ -124,12 +127,11 @@ pub(super) use for_rows;
 macro_rules! tile_avx512 {
     ($run:ident, $tile:ident, $element:ty, $features:literal, |$sum:ident, $a:ident, $b:ident| $step:expr) => {
         /// # Safety
-        /// As [`TileElement::tile`]; `PACKED` only if units of `a` are `ROWS` neighbours.
+        /// As [`TileElement::tile`].
         #[target_feature(enable = $features)]
-        unsafe fn $tile<const ROWS: usize, const VECTORS: usize, const PACKED: bool>(args: &TileArgs<$element>) {
+        unsafe fn $tile<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<$element>) {
             const UNIT: usize = <$element as TileElement>::UNIT;
             let TileArgs { a: mut at, a_row, a_unit, b: mut bt, b_unit, b_panel, c, c_row, c_panel, units, add } = *args;
-            let (a_row, a_unit) = if PACKED { (UNIT, ROWS * UNIT) } else { (a_row, a_unit) };
             // Where vector `v` of 16 columns lies: two to a panel.
             let b_vector = |v: usize| (v / 2) * b_panel + (v % 2) * 16 * UNIT;
             let c_vector = |r: usize, v: usize| r * c_row + (v / 2) * c_panel + (v % 2) * 16;
@@ -171,16 +173,13 @@ macro_rules! tile_avx512 {
         /// As [`TileElement::tile`].
         #[target_feature(enable = $features)]
         unsafe fn $run(rows: usize, panels: usize, args: &TileArgs<$element>) {
-            const UNIT: usize = <$element as TileElement>::UNIT;
-            let packed = args.a_row == UNIT && args.a_unit == rows * UNIT;
-            // SAFETY: the caller's promise, passed on; `packed` is what PACKED asks.
+            // SAFETY: the caller's promise, passed on.
             unsafe {
-                match (panels, packed) {
-                    (1, true) => for_rows!(rows, $tile, 2, true, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
-                    (1, false) => for_rows!(rows, $tile, 2, false, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
-                    (2, _) => for_rows!(rows, $tile, 4, false, args, [1, 2, 3, 4]),
-                    (3, _) => for_rows!(rows, $tile, 6, false, args, [1, 2]),
-                    (4, _) => for_rows!(rows, $tile, 8, false, args, [1, 2]),
+                match panels {
+                    1 => for_rows!(rows, $tile, 2, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+                    2 => for_rows!(rows, $tile, 4, args, [1, 2, 3, 4]),
+                    3 => for_rows!(rows, $tile, 6, args, [1, 2]),
+                    4 => for_rows!(rows, $tile, 8, args, [1, 2]),
                     _ => unreachable!("{panels} panels abreast"),
                 }
             }

@@ -1,5 +1,6 @@
 //! The tile product of bf16 operands with sums in f32, for each instruction set. `vdpbf16ps` takes a pair of products at
-//! a time; the other forms widen both values of a pair to f32, which is a shift or a mask, and add the even one first.
+//! a time, and denormal numbers for zero; the other forms widen both values of a pair to f32, which is a shift or a mask,
+//! and add the even one first.
 
 use super::isa::Isa;
 use super::tile::{PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};

@@ -79,6 +79,18 @@ impl Model {
         Ok(Self { graph, recompute: AtomicBool::new(false) })
     }
 
+    /// Writes a Hugging Face checkpoint folder, whole or not at all, with `files` beside the weights.
+    ///
+    /// - `dtype`: of the stored weights; the model's own if none
+    ///
+    /// Errors: as [`Graph::save`]; [`Error::Argument`] for a type that checkpoints do not hold.
+    pub fn save(&self, folder: &Path, dtype: Option<Dtype>, files: &[(String, Vec<u8>)]) -> Result<()> {
+        match dtype.unwrap_or(self.dtype()) {
+            dtype @ (Dtype::F32 | Dtype::Bf16) => on_graph!(self, graph => graph.save(folder, dtype, files)),
+            other => Err(Error::argument("save", "dtype", "f32 or bf16", other)),
+        }
+    }
+
     pub fn config(&self) -> &Config {
         on_graph!(self, graph => &graph.config)
     }

@@ -1,0 +1,219 @@
+//! Laws that hold bit for bit: a sequence's numbers do not depend on what else is in the batch, on the order of packing, on
+//! the number of threads, or on recomputation. Sizes are odd on purpose, and large enough that products cut their
+//! reduction into blocks, attention its keys, and the loss its rows.
+
+mod fixtures;
+
+use fixtures::{Batch, clear_gradients, targets};
+use perilune::kernels::cpu::threads::set_threads;
+use perilune::kernels::element::Dtype;
+use perilune::model::Model;
+use perilune::model::config::Config;
+use perilune::train::optimizer::{AdamW, Settings};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
+
+const VOCAB: usize = 301;
+
+/// The number of threads is the process's, and so are the workers: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The kinds of model under test, in both element types.
+fn models() -> Vec<(String, Model)> {
+    let dense = json!({
+        "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": 69, "intermediate_size": 805, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22, "rope_theta": 1e4, "max_position_embeddings": 512,
+        "tie_word_embeddings": true, "initializer_range": 0.08,
+    });
+    let with = |changes: Value| {
+        let mut config = dense.clone();
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        config
+    };
+    let sliding = with(json!({"use_sliding_window": true, "sliding_window": 37, "max_window_layers": 1, "tie_word_embeddings": false}));
+    let experts = with(json!({
+        "model_type": "qwen2_moe", "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 417,
+        "shared_expert_intermediate_size": 131, "norm_topk_prob": true, "mlp_only_layers": [],
+    }));
+    let mixed = with(json!({
+        "model_type": "qwen2_moe", "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 33, "decoder_sparse_step": 2,
+        "shared_expert_intermediate_size": 65, "norm_topk_prob": false, "tie_word_embeddings": false,
+    }));
+    let mut models = Vec::new();
+    for (name, config) in [("dense, tied", dense.clone()), ("sliding", sliding), ("experts", experts), ("mixed layers", mixed)] {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let config = Config::parse(Path::new("config.json"), &config.to_string()).unwrap();
+            models.push((format!("{name}, {dtype}"), Model::random(config, dtype, 11).unwrap()));
+        }
+    }
+    models
+}
+
+/// A document of `len` tokens that no other number starts like.
+fn document(number: usize, len: usize) -> Vec<i32> {
+    (0..len).map(|index| ((index * (2 * number + 77) + number * number * 13 + index * index * 5) % VOCAB) as i32).collect()
+}
+
+/// Lengths around the sizes of tiles, vectors and blocks of keys, together more rows than one chunk of the loss.
+fn documents() -> Vec<Vec<i32>> {
+    let lengths = [1, 200, 2, 65, 7, 64, 1, 63, 13, 12, 129, 33, 3, 128, 31, 97, 191, 5, 192, 193, 150, 160, 170, 180, 199, 11, 17];
+    lengths.iter().enumerate().map(|(number, len)| document(number, *len)).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// The bits of each document's log-probabilities in a batch of them all.
+fn logprobs(model: &Model, documents: &[Vec<i32>]) -> Vec<Vec<u32>> {
+    let batch = Batch::new(documents);
+    let logprobs = model.logprobs(&batch.packed(), &batch.next_tokens(), 1.0).unwrap();
+    batch.documents().map(|range| bits(&logprobs.values()[range])).collect()
+}
+
+#[test]
+fn a_sequence_has_its_numbers_in_any_company() {
+    let _alone = alone();
+    let documents = documents();
+    assert!(documents.iter().map(Vec::len).sum::<usize>() > 2100, "more rows than one chunk of the loss");
+    for (name, model) in models() {
+        set_threads(2);
+        let together = logprobs(&model, &documents);
+        for threads in [1, 2] {
+            set_threads(threads);
+            for (number, document) in documents.iter().enumerate() {
+                let alone = logprobs(&model, std::slice::from_ref(document));
+                assert_eq!(alone[0], together[number], "{name}: document {number} alone, {threads} threads");
+            }
+            let mut reversed = logprobs(&model, &documents.iter().rev().cloned().collect::<Vec<_>>());
+            reversed.reverse();
+            assert_eq!(reversed, together, "{name}: reversed, {threads} threads");
+            for pair in [1, 4, 16] {
+                let some = logprobs(&model, &documents[pair..pair + 3]);
+                assert_eq!(some, together[pair..pair + 3], "{name}: documents from {pair}, {threads} threads");
+            }
+        }
+    }
+}
+
+/// What comes later changes nothing: a text's logits are those it had when it was shorter, whatever rows are asked for.
+#[test]
+fn logits_of_a_prefix_are_those_of_the_whole() {
+    let _alone = alone();
+    let text = document(3, 150);
+    for (name, model) in models() {
+        let whole = model.logits(&Batch::new(&[&text]).packed()).unwrap();
+        for len in [1, 2, 11, 12, 13, 63, 64, 65, 128, 149] {
+            let batch = Batch::new(&[&text[..len]]);
+            let all = model.logits(&batch.packed()).unwrap();
+            assert_eq!(bits(all.values()), bits(&whole.values()[..len * VOCAB]), "{name}: {len} tokens");
+            let last = model.logits_at(&batch.packed(), &[len - 1]).unwrap();
+            assert_eq!(bits(last.values()), bits(&whole.values()[(len - 1) * VOCAB..len * VOCAB]), "{name}: last of {len} tokens");
+        }
+    }
+}
+
+/// Bits of the loss and of every gradient of a batch in which some tokens have no label.
+fn training_bits(model: &Model, documents: &[Vec<i32>]) -> Vec<(String, Vec<u32>)> {
+    let batch = Batch::new(documents);
+    let mut labels = batch.next_tokens();
+    labels.iter_mut().step_by(7).for_each(|label| *label = fixtures::IGNORE);
+    clear_gradients(model);
+    let loss = model.cross_entropy(&batch.packed(), &labels, targets(&labels).max(1) as f32, 0.01).unwrap();
+    loss.total.backward().unwrap();
+    let gradients = model.tensors().into_iter().map(|(name, _)| (name.clone(), bits(&fixtures::gradient(model, &name))));
+    [("loss".to_owned(), bits(loss.total.values()))].into_iter().chain(gradients).collect()
+}
+
+#[test]
+fn gradients_do_not_depend_on_threads_or_recomputation() {
+    let _alone = alone();
+    let documents = documents();
+    for (name, model) in models() {
+        // All are too much for one block of tokens, one token is less than a tile and has no label.
+        for documents in [&documents[..], &documents[..1], &documents[3..6]] {
+            set_threads(2);
+            model.set_recompute(false);
+            let want = training_bits(&model, documents);
+            assert!(want.iter().flat_map(|(_, bits)| bits).all(|bits| f32::from_bits(*bits).is_finite()), "{name}");
+            for (threads, recompute) in [(1, false), (1, true), (2, true)] {
+                set_threads(threads);
+                model.set_recompute(recompute);
+                for (got, want) in training_bits(&model, documents).iter().zip(&want) {
+                    assert!(got == want, "{name}: {} with {threads} threads, recompute {recompute}", got.0);
+                }
+            }
+        }
+    }
+}
+
+/// The loss is deferred: read before the backward pass or after it, or never run backwards, it has the same bits; and so
+/// has the sum of log-probabilities that it stands for.
+#[test]
+fn the_loss_has_the_same_bits_whenever_it_is_read() {
+    let _alone = alone();
+    for (name, model) in models() {
+        let batch = Batch::new(&documents()[..6]);
+        let labels = batch.next_tokens();
+        let loss = || model.cross_entropy(&batch.packed(), &labels, 300.0, 0.01).unwrap().total;
+        let (early, late) = (loss(), loss());
+        let first = bits(early.values());
+        early.backward().unwrap();
+        late.backward().unwrap();
+        assert_eq!(bits(early.values()), first, "{name}");
+        assert_eq!(bits(late.values()), first, "{name}");
+        let plain = model.cross_entropy(&batch.packed(), &labels, 300.0, 0.0).unwrap().total;
+        let logprobs = model.logprobs(&batch.packed(), &labels, 1.0).unwrap();
+        let sum: f64 = logprobs.values().iter().map(|logprob| f64::from(*logprob)).sum();
+        assert_eq!(plain.values()[0], (-sum / 300.0) as f32, "{name}");
+    }
+}
+
+#[test]
+fn empty_documents_and_empty_batches_are_fine() {
+    let _alone = alone();
+    for (name, model) in models() {
+        let full = logprobs(&model, &[document(1, 20), document(2, 9)]);
+        let holes = logprobs(&model, &[vec![], document(1, 20), vec![], vec![], document(2, 9), vec![]]);
+        assert_eq!([&holes[1], &holes[4]], [&full[0], &full[1]], "{name}");
+        for recompute in [false, true] {
+            model.set_recompute(recompute);
+            assert_eq!(model.logits(&Batch::new::<Vec<i32>>(&[]).packed()).unwrap().shape(), [0, VOCAB], "{name}");
+            let training = training_bits(&model, &[]);
+            assert!(training.iter().flat_map(|(_, bits)| bits).all(|bits| f32::from_bits(*bits) == 0.0), "{name}: nothing, so zeros");
+        }
+    }
+}
+
+#[test]
+fn three_updates_give_the_same_weights_on_any_number_of_threads() {
+    let _alone = alone();
+    type Bits = Vec<(String, Vec<u32>)>;
+    let run = |threads: usize| -> Vec<(String, Bits)> {
+        set_threads(threads);
+        let updated = models().into_iter().map(|(name, model)| {
+            let mut optimizer = AdamW::new(model.parameters(), Settings { lr: 0.01, ..Settings::default() }).unwrap();
+            for step in 0..3 {
+                let batch = Batch::new(&documents()[step * 3..step * 3 + 5]);
+                let labels = batch.next_tokens();
+                model.cross_entropy(&batch.packed(), &labels, targets(&labels) as f32, 0.01).unwrap().total.backward().unwrap();
+                // Padding of the packed layouts has no part in the norm.
+                let norm = fixtures::gradient_norm(&model);
+                let step = optimizer.step();
+                assert!(step.applied && (step.grad_norm / norm - 1.0).abs() < 1e-6, "{name}: {step:?}, by name {norm}");
+            }
+            let values = model.tensors().into_iter().map(|(name, _)| (name.clone(), bits(&model.value(&name).unwrap().to_f32_vec())));
+            (name, values.collect())
+        });
+        updated.collect()
+    };
+    for ((name, one), (_, two)) in run(1).iter().zip(&run(2)) {
+        for ((parameter, one), (_, two)) in one.iter().zip(two) {
+            assert!(one == two, "{name}: {parameter}");
+        }
+    }
+}
