@@ -162,12 +162,11 @@ impl Tokenizer {
         Self::from_json(tokenizer_json(model, &added, true).as_bytes(), vocab_path)
     }
 
-    /// Writes tokenizer.json and tokenizer_config.json into `folder`, and with `chat_template` (its source) also
-    /// chat_template.jinja and the config's `chat_template`. A loaded tokenizer.json is written back byte for byte; a loaded
-    /// config keeps its other keys. transformers' AutoTokenizer opens the folder.
-    ///
-    /// Errors: [`Error::Io`].
-    pub fn save(&self, folder: &Path, chat_template: Option<&str>) -> Result<()> {
+    /// tokenizer.json and tokenizer_config.json by name, and with `chat_template` (its source) also chat_template.jinja and
+    /// the config's `chat_template`. A loaded tokenizer.json comes back byte for byte; a loaded config keeps its other keys.
+    /// transformers' AutoTokenizer opens a folder with these files.
+    pub fn files(&self, chat_template: Option<&str>) -> Vec<(String, Vec<u8>)> {
+        let mut files = Vec::new();
         let tokenizer_json = match &self.files.tokenizer_json {
             Some(bytes) => bytes.clone(),
             None => self.bytes_json().into_bytes(),
@@ -175,11 +174,19 @@ impl Tokenizer {
         let mut config = self.files.tokenizer_config.clone().unwrap_or_else(|| self.new_config());
         if let (Some(template), Some(config)) = (chat_template, config.as_object_mut()) {
             config.insert("chat_template".into(), template.into());
-            write(&folder.join("chat_template.jinja"), template.as_bytes())?;
+            files.push(("chat_template.jinja".into(), template.as_bytes().to_vec()));
         }
-        write(&folder.join("tokenizer.json"), &tokenizer_json)?;
+        files.push(("tokenizer.json".into(), tokenizer_json));
         let text = serde_json::to_string_pretty(&config).expect("a JSON value can be written");
-        write(&folder.join("tokenizer_config.json"), (text + "\n").as_bytes())
+        files.push(("tokenizer_config.json".into(), (text + "\n").into_bytes()));
+        files
+    }
+
+    /// Writes [`Tokenizer::files`] into `folder`.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn save(&self, folder: &Path, chat_template: Option<&str>) -> Result<()> {
+        self.files(chat_template).iter().try_for_each(|(name, bytes)| write(&folder.join(name), bytes))
     }
 
     /// A byte-level BPE without merges whose ids are our bytes: no normaliser and no regex, since neither may change a byte.

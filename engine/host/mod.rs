@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod call;
+mod completion;
 pub mod data;
 mod globals;
 pub mod interrupt;

@@ -2,6 +2,7 @@
 
 use super::args::json_to_lua;
 use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::completion;
 use super::data::BatchObject;
 use super::globals::seed;
 use super::options::Options;
@@ -12,6 +13,7 @@ use super::work::Work;
 use crate::data::pack::TokenBatch;
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
+use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
 use crate::model::sizes::parameters;
 use crate::model::{Model, Packed};
@@ -105,9 +107,22 @@ impl ModelObject {
     ///
     /// Errors: those of [`Model::save`].
     pub fn save(&self, folder: &Path, dtype: Option<Dtype>) -> Result<()> {
-        let files = self.generation_config.iter().map(|bytes| ("generation_config.json".to_string(), bytes.clone()));
-        self.model.save(folder, dtype, &files.collect::<Vec<_>>())?;
-        self.tokenizer.as_ref().map_or(Ok(()), |tokenizer| tokenizer.save(folder))
+        let mut files = self.tokenizer.as_ref().map_or_else(Vec::new, TokenizerObject::files);
+        let generation_config = self.generation_config.clone().unwrap_or_else(|| {
+            let ids = GenerationConfig { eos: self.stop_ids(), pad: self.model.config().pad, ..GenerationConfig::default() };
+            format!("{:#}\n", ids.to_json()).into_bytes()
+        });
+        files.push(("generation_config.json".into(), generation_config));
+        self.model.save(folder, dtype, &files)
+    }
+
+    /// Ids that end a text: generation_config.json has the first word, then config.json, then the tokenizer.
+    pub fn stop_ids(&self) -> Vec<u32> {
+        let path = Path::new("generation_config.json");
+        let text = self.generation_config.as_ref().and_then(|bytes| std::str::from_utf8(bytes).ok());
+        let given = text.and_then(|text| GenerationConfig::parse(path, text).ok()).map_or_else(Vec::new, |config| config.eos);
+        let known = if given.is_empty() { self.model.config().eos.clone() } else { given };
+        if known.is_empty() { self.tokenizer.iter().filter_map(|tokenizer| tokenizer.tokenizer.eos()).collect() } else { known }
     }
 }
 
@@ -151,6 +166,7 @@ fn temperature(options: &Options) -> Failed<f32> {
 impl Class for ModelObject {
     const NAME: &'static str = "Model";
     const METHODS: &'static [&'static [Function]] = &[&[
+        Function { op: "Model:complete", params: &["prompt", "options?"], call: completion::complete },
         Function {
             op: "Model:cross_entropy",
             params: &["batch", "options?"],

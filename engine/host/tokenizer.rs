@@ -31,6 +31,11 @@ impl TokenizerObject {
         Self { tokenizer: Arc::new(tokenizer), template: Arc::default() }
     }
 
+    /// The files of the tokenizer and its chat template, by name.
+    pub fn files(&self) -> Vec<(String, Vec<u8>)> {
+        self.tokenizer.files(Some(self.template.source()))
+    }
+
     /// Writes the files of the tokenizer into `folder`. Errors: [`Error::Io`].
     pub fn save(&self, folder: &Path) -> Result<(), Error> {
         self.tokenizer.save(folder, Some(self.template.source()))

@@ -140,7 +140,8 @@ impl<E: ModelElement> Graph<E> {
     /// Writes a checkpoint folder, whole or not at all: weights, `config.json`, and `files` (tokenizer, generation
     /// configuration) by name.
     ///
-    /// - `dtype`: of the stored weights; f32 keeps the master weights of a bf16 model that trains
+    /// - `dtype`: of the stored weights; the model's own type stores them as they stand, f32 the master weights of a bf16
+    ///   model that trains
     ///
     /// Errors: those of [`FolderWriter`].
     pub fn save(&self, target: &Path, dtype: Dtype, files: &[(String, Vec<u8>)]) -> Result<()> {
@@ -151,9 +152,15 @@ impl<E: ModelElement> Graph<E> {
         for tensor in &named {
             let columns = tensor.parameter.columns();
             for block in blocks(tensor.rows.len(), columns) {
-                let mut values = Buffer::<f32>::scratch(block.len() * columns);
-                Self::read_tensor_rows(tensor, block, &mut values);
-                writer.write(&tensor.name, &values)?;
+                if dtype == E::DTYPE {
+                    let mut values = Buffer::<E>::scratch(block.len() * columns);
+                    tensor.parameter.read_weight_rows(shift(&block, tensor.rows.start), &mut values);
+                    writer.write(&tensor.name, &values)?;
+                } else {
+                    let mut values = Buffer::<f32>::scratch(block.len() * columns);
+                    Self::read_tensor_rows(tensor, block, &mut values);
+                    writer.write(&tensor.name, &values)?;
+                }
             }
         }
         writer.add_json("config.json", &Config { dtype, ..self.config.clone() }.to_json())?;

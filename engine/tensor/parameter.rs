@@ -150,6 +150,11 @@ impl<E: ModelElement> Parameter<E> {
         }
     }
 
+    /// Copies `rows` of the weight itself, row-major: what products read, not the f32 master beside it.
+    pub fn read_weight_rows(&self, rows: Range<usize>, values: &mut [E]) {
+        self.unpack(&self.read().weight, rows, values);
+    }
+
     fn unpack(&self, from: &[E], rows: Range<usize>, to: &mut [E]) {
         match self.layout {
             Layout::Rows => to.copy_from_slice(&from[rows.start * self.columns..rows.end * self.columns]),

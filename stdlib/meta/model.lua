@@ -37,6 +37,15 @@ function engine.model.new(fields, options) end
 ---@return string[] names
 function engine.model.presets() end
 
+--- Continues a text: sampled, or with temperature 0 the most likely token each time. Each token runs the whole text through
+--- the model again, so this is for samples of a few hundred tokens.
+---
+--- Example: print(model:complete("Once", { max_tokens = 100, temperature = 0.8 }))
+---@param prompt string
+---@param options? { max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, seed?: integer, stop?: string[] }
+---@return string text without the prompt
+function Model:complete(prompt, options) end
+
 --- The training loss: minus the sum of the labels' log-probabilities, over `normalizer` (the batch's supervised tokens),
 --- plus the load-balancing loss of a mixture of experts. Its value is computed with the backward pass.
 ---
