@@ -14,6 +14,7 @@ pub mod data;
 
 pub mod model;
 
+pub mod infer;
 pub mod train;
 
 pub mod host;

@@ -1,6 +1,7 @@
 //! safetensors folders in and out. Turns bytes into (name, tensor); knows no Qwen.
 
 pub mod folder;
+pub mod free_space;
 mod header;
 #[cfg(test)]
 mod malformed;

@@ -1,7 +1,16 @@
 //! The commands of the program, one file each. A command parses its words, calls a floor below, and says how it ended.
 
+pub mod bench;
+mod bench_ceilings;
+mod bench_ops;
+mod bench_train;
+pub mod doctor;
+pub mod generate;
+pub mod params;
+mod peak_memory;
 mod run;
 mod types;
+mod units;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
@@ -19,6 +28,10 @@ struct Program {
 enum Command {
     Run(run::Run),
     Types(types::Types),
+    Bench(bench::BenchArgs),
+    Doctor(doctor::DoctorArgs),
+    Generate(generate::GenerateArgs),
+    Params(params::ParamsArgs),
 }
 
 /// The whole program, from its words to its exit code: 0 for success, 1 for what the user can mend, 130 after Ctrl-C.
@@ -34,6 +47,10 @@ pub fn main() -> ExitCode {
     let result: Result<()> = match program.command {
         Command::Run(command) => command.run(),
         Command::Types(command) => command.run(),
+        Command::Bench(args) => bench::bench(args),
+        Command::Doctor(args) => doctor::doctor(args),
+        Command::Generate(args) => generate::generate(args),
+        Command::Params(args) => params::params(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@ pub mod data;
 mod globals;
 pub mod interrupt;
 pub mod loops;
+pub mod lua_version;
 mod memory;
 pub mod model;
 pub mod modules;

@@ -2,5 +2,6 @@
 
 pub mod buffer;
 pub mod cpu;
+pub mod cuda_probe;
 pub mod element;
 pub mod random;

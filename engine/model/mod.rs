@@ -3,6 +3,7 @@
 mod any;
 pub mod config;
 pub mod fields;
+pub mod flops;
 pub mod generation_config;
 pub mod graph;
 pub mod names;

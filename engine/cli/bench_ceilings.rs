@@ -1,0 +1,97 @@
+//! The ceilings of a machine: how fast it multiplies and how fast it copies.
+
+use super::bench::{Case, Times, clocked, timed};
+use crate::error::Result;
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::gemm::{self, Weight};
+use crate::kernels::cpu::panels;
+use crate::kernels::cpu::threads::threads;
+use crate::kernels::cpu::tile::TileElement;
+use crate::kernels::element::{Dtype, Element};
+use half::bf16;
+use serde_json::{Value, json};
+
+/// Rows, columns and depth of the matrix product.
+const SIZE: usize = 4096;
+const COPY_BYTES: usize = 256 << 20;
+
+/// Seconds to times and the rate of the best of them.
+pub struct Ceiling {
+    pub times: Times,
+    /// GFLOP/s or GB/s of the best run.
+    pub best: f64,
+}
+
+impl Ceiling {
+    fn new(times: Times, work: f64) -> Self {
+        Self { best: work / times.best() / 1e9, times }
+    }
+}
+
+/// GFLOP/s of a product of 4096^3 by the engine's own kernels.
+pub fn matrix_product(dtype: Dtype, seconds: f64) -> Result<Ceiling> {
+    match dtype {
+        Dtype::Bf16 => product_of::<bf16>(seconds),
+        _ => product_of::<f32>(seconds),
+    }
+}
+
+fn product_of<E: TileElement>(seconds: f64) -> Result<Ceiling> {
+    let x = filled::<E>(SIZE * SIZE);
+    // Any numbers will do, so the panels are filled as they lie.
+    let weight = filled::<E>(panels::len::<E>(SIZE, SIZE));
+    let mut y = Buffer::<E>::zeroed(SIZE * SIZE);
+    let times = timed(seconds, || {
+        let weight = Weight { panels: &weight, outputs: SIZE, inputs: SIZE };
+        Ok(clocked(|| gemm::forward(&mut y, &x, None, weight, None, None)).0)
+    })?;
+    Ok(Ceiling::new(times, 2.0 * (SIZE as f64).powi(3)))
+}
+
+/// Numbers between -1 and 1: zeros or denormals would take other times.
+pub fn filled<E: Element>(len: usize) -> Buffer<E> {
+    let mut values = Buffer::<E>::scratch(len);
+    for (index, value) in values.iter_mut().enumerate() {
+        *value = E::from_f32((index * 37 % 1021) as f32 / 511.0 - 1.0);
+    }
+    values
+}
+
+/// GB/s of a copy of 256 MiB by all threads: bytes read and bytes written together.
+pub fn copy(seconds: f64) -> Result<Ceiling> {
+    let from = filled::<f32>(COPY_BYTES / 4);
+    let mut to = Buffer::<f32>::zeroed(COPY_BYTES / 4);
+    let part = from.len().div_ceil(threads());
+    let times = timed(seconds, || {
+        let (took, ()) = clocked(|| {
+            std::thread::scope(|scope| {
+                for (to, from) in to.chunks_mut(part).zip(from.chunks(part)) {
+                    scope.spawn(|| to.copy_from_slice(from));
+                }
+            })
+        });
+        Ok(took)
+    })?;
+    Ok(Ceiling::new(times, 2.0 * COPY_BYTES as f64))
+}
+
+/// Report and text of all three. Errors: none in practice.
+pub fn run(case: &Case) -> Result<(Value, String)> {
+    let figures = [
+        ("matmul_f32", "GFLOP/s", matrix_product(Dtype::F32, case.seconds)?),
+        ("matmul_bf16", "GFLOP/s", matrix_product(Dtype::Bf16, case.seconds)?),
+        ("copy", "GB/s", copy(case.seconds)?),
+    ];
+    let (mut report, mut text) = (json!({}), String::new());
+    for (name, unit, ceiling) in figures {
+        let median = ceiling.best * ceiling.times.best() / ceiling.times.median();
+        text += &format!(
+            "{name:<13}{:>8.1} {unit} best, {median:.1} median, spread {:.0}% of {} runs\n",
+            ceiling.best,
+            ceiling.times.spread() * 100.0,
+            ceiling.times.count()
+        );
+        report[name] = json!({ "best": ceiling.best, "median": median, "unit": unit, "times": ceiling.times.to_json() });
+    }
+    Ok((report, text))
+}

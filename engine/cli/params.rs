@@ -1,0 +1,150 @@
+//! `perilune params MODEL|PRESET`: what a model has and what it takes to load, train and serve it, before any weight is
+//! read. The arithmetic is in model/sizes.rs.
+
+use super::units;
+use crate::error::{Error, Result};
+use crate::kernels::element::Dtype;
+use crate::model::config::Config;
+use crate::model::flops::train_flops;
+use crate::model::{presets, sizes};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// Show a model's parameters, and the memory it takes to load, train and serve it.
+#[derive(clap::Args)]
+pub struct ParamsArgs {
+    /// A folder with a config.json, or the name of a published size: 0.5B, 7B, Qwen2-57B-A14B.
+    #[arg(value_name = "MODEL|PRESET")]
+    model: String,
+    /// Tokens of context to serve, and of a training sequence.
+    #[arg(long, default_value_t = 4096)]
+    context: usize,
+    /// Texts served together.
+    #[arg(long, default_value_t = 8)]
+    sequences: usize,
+    /// List every tensor and its shape.
+    #[arg(long)]
+    tensors: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the sizes. Errors: [`Error::Argument`] for a name that is neither a folder nor a preset; those of
+/// [`Config::load`].
+pub fn params(args: ParamsArgs) -> Result<()> {
+    let config = find(&args.model)?;
+    let report = report(&args, &config);
+    print!("{}", if args.json { format!("{report:#}\n") } else { text(&args, &config) });
+    Ok(())
+}
+
+fn find(model: &str) -> Result<Config> {
+    let folder = Path::new(model);
+    if folder.is_dir() {
+        return Config::load(folder);
+    }
+    presets::preset(model).map_err(|_| {
+        let known = presets::names().collect::<Vec<_>>().join(", ");
+        Error::argument("params", "MODEL|PRESET", format!("a folder with a config.json, or one of {known}"), format!("{model:?}"))
+    })
+}
+
+fn report(args: &ParamsArgs, config: &Config) -> Value {
+    let count = sizes::parameters(config);
+    let memory = |dtype: Dtype| {
+        json!({
+            "load_bytes": sizes::load_bytes(config, dtype),
+            "train_bytes": sizes::train_bytes(config, dtype),
+            "serve_bytes": sizes::serve_bytes(config, dtype, args.context, args.sequences),
+            "kv_cache_bytes_per_token": sizes::kv_cache_bytes_per_token(config, dtype),
+        })
+    };
+    let mut report = json!({
+        "parameters": { "total": count.total, "non_embedding": count.non_embedding, "activated": count.activated },
+        "train_flops_per_token": train_flops(config, args.context) / args.context.max(1) as f64,
+        "context_tokens": args.context,
+        "sequences": args.sequences,
+        "bf16": memory(Dtype::Bf16),
+        "f32": memory(Dtype::F32),
+    });
+    if args.tensors {
+        report["tensors"] = sizes::tensors(config).into_iter().map(|(name, shape)| json!({ "name": name, "shape": shape })).collect();
+    }
+    report
+}
+
+fn text(args: &ParamsArgs, config: &Config) -> String {
+    let count = sizes::parameters(config);
+    let mut text = format!(
+        "{}: {} layers, hidden {}, {} heads over {} kv heads of {}, vocab {}{}\n",
+        args.model,
+        config.layers,
+        config.hidden,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.vocab,
+        if config.tied { ", tied" } else { "" },
+    );
+    if let Some(moe) = &config.moe {
+        text += &format!("experts          {} a sparse layer, {} a token\n", moe.experts, moe.experts_per_token);
+    }
+    text += &format!("parameters       {} ({})\n", count.total, units::count(count.total as f64));
+    text += &format!("  non-embedding  {} ({})\n", count.non_embedding, units::count(count.non_embedding as f64));
+    if config.moe.is_some() {
+        text += &format!(
+            "  activated      {} ({}) a token, without embedding and head\n",
+            count.activated,
+            units::count(count.activated as f64)
+        );
+    }
+    let flops = train_flops(config, args.context) / args.context.max(1) as f64;
+    text += &format!("training         {}FLOP a token at length {}\n\n", units::count(flops), args.context);
+    text += &format!("{:<54}{:>12}{:>12}\n", "memory", "bf16", "f32");
+    let mut row = |name: String, bytes: fn(&ParamsArgs, &Config, Dtype) -> u64| {
+        let [bf16, f32] = [Dtype::Bf16, Dtype::F32].map(|dtype| units::bytes(bytes(args, config, dtype)));
+        text += &format!("{name:<54}{bf16:>12}{f32:>12}\n");
+    };
+    row("load the weights".into(), |_, config, dtype| sizes::load_bytes(config, dtype));
+    row("train all weights with AdamW, activations not counted".into(), |_, config, dtype| sizes::train_bytes(config, dtype));
+    row(format!("serve {} texts of {} tokens", args.sequences, args.context), |args, config, dtype| {
+        sizes::serve_bytes(config, dtype, args.context, args.sequences)
+    });
+    row("cache of one token".into(), |_, config, dtype| sizes::kv_cache_bytes_per_token(config, dtype));
+    if args.tensors {
+        text.push('\n');
+        for (name, shape) in sizes::tensors(config) {
+            text += &format!("{name:<60}{shape:?}\n");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(model: &str) -> ParamsArgs {
+        ParamsArgs { model: model.into(), context: 1000, sequences: 3, tensors: true, json: false }
+    }
+
+    #[test]
+    fn a_preset_and_a_folder_are_described() {
+        let config = find("0.5B").unwrap();
+        let text = text(&args("0.5B"), &config);
+        assert!(text.contains("494032768 (494M)") && text.contains("model.norm.weight"), "{text}");
+        let report = report(&args("0.5B"), &config);
+        assert_eq!(report["parameters"]["total"], 494_032_768u64);
+        assert_eq!(report["bf16"]["serve_bytes"], 2 * 494_032_768u64 + 3 * 1000 * 12_288);
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/moe_norm_true");
+        let config = find(golden.to_str().unwrap()).unwrap();
+        assert!(super::text(&args("x"), &config).contains("experts "));
+    }
+
+    #[test]
+    fn what_is_neither_is_an_error_that_names_the_presets() {
+        let message = find("8B").unwrap_err().to_string();
+        assert!(message.contains("0.5B") && message.contains("\"8B\""), "{message}");
+    }
+}
