@@ -79,12 +79,12 @@ impl DataObject {
         Ok(self.lock().dataset.fresh())
     }
 
-    /// Whether another `take` would give something. Before the first one it says yes.
+    /// Whether another `take` would give something. Before the first one: whether there are documents.
     ///
     /// Errors: those of reading.
     pub fn has_more(&self) -> Result<bool> {
         let mut reading = self.lock();
-        let Some(rows) = reading.rows else { return Ok(true) };
+        let Some(rows) = reading.rows else { return Ok(reading.dataset.documents()? > 0) };
         if reading.ahead.is_none() {
             let before = reading.dataset.cursor()?;
             let taken = reading.read(rows)?;

@@ -159,14 +159,19 @@ impl Loop {
         if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.name) {
             record.count = index + 1;
         }
-        let by_steps = self.steps.map(|steps| (index + 1) as f64 / steps as f64);
-        let by_data = self.over.as_ref().and_then(|(data, epochs)| data.share_done(*epochs));
-        let done = by_steps.into_iter().chain(by_data).reduce(f64::max);
+        let done = self.share_done(index + 1);
         let report = Report { count: index + 1, done, values: &shown, tokens_per_second: rate, share_of_peak: share };
         if let Some(progress) = &mut state.progress {
             progress.step(&report);
         }
         Ok(())
+    }
+
+    /// Share of the loop that is done after `count` steps: of its steps or of its data, whichever ends it sooner.
+    fn share_done(&self, count: u64) -> Option<f64> {
+        let by_steps = self.steps.map(|steps| count as f64 / steps as f64);
+        let by_data = self.over.as_ref().and_then(|(data, epochs)| data.share_done(*epochs));
+        by_steps.into_iter().chain(by_data).reduce(f64::max)
     }
 
     fn close(&self, state: &mut State) {
@@ -270,10 +275,7 @@ impl Class for Step {
         Field { name: "first", get: |_, step| Ok(Value::Boolean(step.index == 0)) },
         Field { name: "index", get: |_, step| Ok(Value::Integer(step.index as i64)) },
         Field { name: "last", get: |_, step| Ok(Value::Boolean(step.of.steps == Some(step.index + 1))) },
-        Field {
-            name: "progress",
-            get: |_, step| Ok(step.of.steps.map_or(Value::Nil, |steps| Value::Number(step.index as f64 / steps as f64))),
-        },
+        Field { name: "progress", get: |_, step| Ok(step.of.share_done(step.index).map_or(Value::Nil, Value::Number)) },
         Field { name: "steps", get: |_, step| Ok(step.of.steps.map_or(Value::Nil, |steps| Value::Integer(steps as i64))) },
     ];
 }

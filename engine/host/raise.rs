@@ -137,10 +137,11 @@ fn split_traceback(text: &str) -> (&str, &str) {
     }
 }
 
-/// Lines of a traceback that are places in the user's files. Lua marks its own with `[C]`, the engine's Lua has names
-/// in round brackets.
+/// Lines of a traceback that are places in the user's files. Lua marks its own with `[C]`, mlua's begin with
+/// `__mlua`, the engine's Lua has names in round brackets.
 fn script_frames(traceback: &str) -> Vec<String> {
-    let is_script = |line: &&str| !line.is_empty() && !line.starts_with(['[', '(', '.']) && line.contains(": in ");
+    let is_script =
+        |line: &&str| !line.is_empty() && !line.starts_with(['[', '(', '.']) && !line.starts_with("__mlua") && line.contains(": in ");
     traceback.lines().map(str::trim).filter(is_script).map(str::to_string).collect()
 }
 

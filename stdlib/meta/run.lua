@@ -12,7 +12,7 @@ local Run = {}
 ---@field first boolean
 ---@field index integer from 0
 ---@field last boolean whether it is the last of `steps`
----@field progress number? share of `steps` that is done, from 0 to below 1; nil without `steps`
+---@field progress number share of the loop that is done, from 0: of its steps, or of its data if that ends sooner
 ---@field steps integer? as given to run:loop
 local Step = {}
 
