@@ -1,0 +1,96 @@
+//! The program's commands as a user starts them: what they print, and how they fail. The work behind them is tested where
+//! it lives.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn perilune(words: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_perilune")).args(words).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// What a command prints, if it ends well.
+fn printed(words: &[&str]) -> String {
+    let output = perilune(words);
+    assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The one line that a command fails with.
+fn refusal(words: &[&str]) -> String {
+    let output = perilune(words);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{words:?}: {message}");
+    assert!(output.stdout.is_empty() && !message.contains("panicked"), "{message}");
+    message
+}
+
+/// A golden checkpoint with the bytes tokenizer: a folder that generates text.
+fn model_folder() -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let golden: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dense_tied");
+    for name in ["config.json", "generation_config.json", "model.safetensors"] {
+        std::fs::copy(golden.join(name), folder.path().join(name)).unwrap();
+    }
+    perilune::data::tokenizer::Tokenizer::bytes_with_chat().save(folder.path(), None).unwrap();
+    let path = folder.path().to_str().unwrap().to_owned();
+    (folder, path)
+}
+
+#[test]
+fn doctor_reports_in_text_and_json() {
+    let report: serde_json::Value = serde_json::from_str(&printed(&["doctor", "--json"])).unwrap();
+    for name in ["perilune", "rustc", "cpu", "instructions", "threads", "memory", "disk", "gpu"] {
+        assert!(report[name].is_object(), "{name} in {report}");
+    }
+    assert!(report["cpu"]["cores"].as_u64().unwrap() >= 1);
+    let lines = printed(&["doctor"]);
+    assert!(lines.lines().any(|line| line.starts_with("gpu ")), "{lines}");
+}
+
+#[test]
+fn params_knows_presets_and_folders() {
+    let report: serde_json::Value = serde_json::from_str(&printed(&["params", "7B", "--json"])).unwrap();
+    assert_eq!(report["parameters"]["total"], 7_615_616_512u64);
+    let (_folder, path) = model_folder();
+    assert!(printed(&["params", &path, "--tensors"]).contains("model.embed_tokens.weight"));
+    assert!(refusal(&["params", "8B"]).contains("0.5B"));
+}
+
+#[test]
+fn generate_prints_text_and_repeats_it_by_seed() {
+    let (_folder, path) = model_folder();
+    let words = ["generate", &path, "--prompt", "Once", "--max-tokens", "12", "--seed", "3"];
+    let first = printed(&words);
+    assert_eq!(first, printed(&words));
+    let report: serde_json::Value = serde_json::from_str(&printed(&[&words[..], &["--json"]].concat())).unwrap();
+    assert_eq!(format!("{}\n", report["text"].as_str().unwrap()), first);
+    assert!(report["generated_tokens"].as_u64().unwrap() <= 12 && report["prompt_tokens"] == 4, "{report}");
+    let chat: serde_json::Value =
+        serde_json::from_str(&printed(&["generate", &path, "--prompt", "Hi", "--chat", "--max-tokens", "3", "--json"])).unwrap();
+    assert!(chat["prompt_tokens"].as_u64().unwrap() > 10, "{chat}");
+}
+
+#[test]
+fn what_cannot_be_done_is_one_line_that_says_why() {
+    let (_folder, path) = model_folder();
+    assert!(refusal(&["generate", "missing-folder", "--prompt", "x"]).contains("missing-folder"));
+    assert!(refusal(&["generate", &path, "--prompt", ""]).contains("--prompt"));
+    assert!(refusal(&["generate", &path, "--prompt", "x", "--top-p", "2"]).contains("top_p"));
+    assert!(refusal(&["generate", &path, "--prompt", "x", "--dtype", "i8"]).contains("f32 or bf16"));
+    assert!(refusal(&["generate", &path, "--prompt", "x", "--stop", ""]).contains("stop"));
+    assert!(refusal(&["bench", "train", "--config", "huge"]).contains("tiny"));
+    assert!(refusal(&["bench", "ops", "--seconds", "0"]).contains("--seconds"));
+    assert!(refusal(&["bench", "train", "--dtype", "f16"]).contains("bf16"));
+}
+
+#[test]
+fn a_bench_measures_and_explains() {
+    let report = printed(&["bench", "train", "--config", "tiny", "--seconds", "0.1", "--explain", "--profile"]);
+    for word in ["FLOPs of a training step", "tokens/s", "of the ceiling", "forward", "head", "backward", "optimizer"] {
+        assert!(report.contains(word), "{word} in {report}");
+    }
+}
