@@ -29,9 +29,8 @@ const FLOORS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crates that one place alone may name: a folder, or a file.
-const DOORS: [(&str, &[&str]); 16] = [
+const DOORS: [(&str, &[&str]); 15] = [
     ("cudarc", &["engine/kernels/"]),
-    ("libc", &["engine/kernels/"]),
     ("dfdx", &["engine/tensor/"]),
     ("tokenizers", &["engine/data/"]),
     ("minijinja", &["engine/data/"]),

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::host::progress::Screen;
 use crate::host::run::{self, Start};
 use crate::host::vm::Vm;
-use crate::host::work::EXPLANATION;
+use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
 use crate::host::{args, interrupt};
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ impl Run {
         let start =
             Start { root: &self.runs, workflow: &workflow.name, seed: self.seed, args: &values, sources: &sources, screen: screen.clone() };
         if self.explain {
-            screen.note(EXPLANATION);
+            screen.note(&explanation());
         }
         let run = Arc::new(run::Run::start(&start)?);
         screen.note(&format!("run {} in {}", run.id, run.folder.display()));

@@ -7,7 +7,7 @@ use crate::kernels::cpu::panels;
 use crate::kernels::cpu::tile::TileElement;
 use crate::kernels::element::Dtype;
 use crate::model::Model;
-use crate::model::sizes::parameters;
+use crate::model::flops::{FORMULA, forward_flops};
 use crate::tensor::autograd::is_recording;
 use half::bf16;
 use std::sync::OnceLock;
@@ -15,13 +15,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 /// How the numbers come about, as `--explain` prints it.
-pub const EXPLANATION: &str = "tokens/s: tokens that went through a model's forward pass in the step, over the step's seconds.
-% of peak: operations of the step over its seconds, as a share of the rate of a [512, 1024] x [1024, 1024] matrix
-  product of this engine on this machine in the model's element type. Operations of a forward pass over T tokens:
-  2 (weights a token passes, head included) T + 4 layers heads head_dim sum over documents of n (n + 1) / 2;
-  three times that with the backward pass. Recomputed layers count once.
+pub fn explanation() -> String {
+    format!(
+        "tokens/s: tokens that went through a model's forward pass in the step, over the step's seconds.
+% of peak: FLOPs of the step over its seconds, as a share of the rate of a [512, 1024] x [1024, 1024] matrix product of this
+  engine on this machine in the model's element type. Recomputed layers count once; a forward pass alone is a third.
+{FORMULA}
 memory: bytes of live tensors, of the process's resident memory.
-left: seconds so far, times the share to do over the share done.";
+left: seconds so far, times the share to do over the share done."
+    )
+}
 
 /// The work of one Lua state since it began.
 #[derive(Default)]
@@ -42,19 +45,16 @@ impl Work {
 
     /// A forward pass of `model` over packed documents, with the backward pass it will have if it is recorded.
     ///
-    /// Operations: two a weight that a token passes, the head included, and for attention 4 heads head_dim a pair of a
-    /// token and one it sees; a backward pass costs two forward passes. Layers that are computed again are not counted
-    /// again: this is the work asked for, as the share of peak is usually quoted (PaLM, arXiv 2204.02311, appendix B).
+    /// Layers that are computed again are not counted again: this is the work asked for, as the share of peak is usually
+    /// quoted (PaLM, arXiv 2204.02311, appendix B).
     pub fn forward(&self, model: &Model, cu_seqlens: &[u32], trains: bool) {
-        let config = model.config();
         let tokens = u64::from(cu_seqlens.last().copied().unwrap_or(0));
-        let pairs: u64 = cu_seqlens.windows(2).map(|border| u64::from(border[1] - border[0])).map(|len| len * (len + 1) / 2).sum();
-        let weights = parameters(config).activated + (config.vocab * config.hidden) as u64;
-        let attention = (config.layers * 4 * config.heads * config.head_dim) as u64 * pairs;
+        let documents = cu_seqlens.windows(2).map(|border| (border[1] - border[0]) as usize);
+        let once: f64 = documents.map(|len| forward_flops(model.config(), len)).sum();
         let passes = if trains && is_recording() { 3 } else { 1 };
         self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
         self.tokens.fetch_add(tokens, Relaxed);
-        self.operations.fetch_add(passes * (2 * weights * tokens + attention), Relaxed);
+        self.operations.fetch_add(passes * once as u64, Relaxed);
     }
 
     /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The first

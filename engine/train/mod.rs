@@ -1,4 +1,4 @@
-//! Optimizers and learning-rate schedules. Knows parameters and their gradients, no model and no loss.
+//! Optimizers. Knows parameters and their gradients, no model and no loss; learning-rate schedules are pure functions of the
+//! step and live in Lua, stdlib/schedules.lua.
 
 pub mod optimizer;
-pub mod schedule;
