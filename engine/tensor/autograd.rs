@@ -4,6 +4,7 @@
 use super::any::TensorElement;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::norm;
 use crate::kernels::element::Float;
 use half::bf16;
 use std::cell::Cell;
@@ -155,7 +156,7 @@ impl Sink<'_> {
             }
             Some(sum) => {
                 let mut sum = E::unwrap_gradient(sum);
-                add_assign(&mut sum, &gradient);
+                norm::add(&mut sum, &gradient);
                 self.slots.insert(parent.id, E::wrap_gradient(sum));
             }
         }
@@ -176,17 +177,10 @@ impl Sink<'_> {
     }
 }
 
-fn add_assign<E: Float>(sum: &mut [E], values: &[E]) {
-    assert_eq!(sum.len(), values.len());
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum = E::from_f32(sum.to_f32() + value.to_f32());
-    }
-}
-
 fn add_gradient(sum: &mut Gradient, gradient: Gradient) {
     match (sum, gradient) {
-        (Gradient::F32(sum), Gradient::F32(gradient)) => add_assign(sum, &gradient),
-        (Gradient::Bf16(sum), Gradient::Bf16(gradient)) => add_assign(sum, &gradient),
+        (Gradient::F32(sum), Gradient::F32(gradient)) => norm::add(sum, &gradient),
+        (Gradient::Bf16(sum), Gradient::Bf16(gradient)) => norm::add(sum, &gradient),
         _ => panic!("two gradients of one tensor have different types"),
     }
 }
