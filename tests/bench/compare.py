@@ -134,6 +134,8 @@ def main():
                         command = [sys.executable, __file__, "--peer", config, name, "--seconds", str(args.seconds)]
                         figure = last_json(command, env, args.timeout)
                     figures[name].append(figure)
+                    said = figure.get("error") or f"{figure['tokens_per_s']:.0f} tokens/s"
+                    print(f"  round {turn + 1}: {config} {dtype} {name}: {said}", file=sys.stderr, flush=True)
             ours = figures["perilune"]
             for name, all_rounds in figures.items():
                 speed, memory = median_of(all_rounds, "tokens_per_s"), median_of(all_rounds, "peak_memory_bytes")
@@ -147,10 +149,10 @@ def main():
                     line += f"{ratio:>12.2f} x{median_of(ours, 'peak_memory_bytes') / memory:>7.2f} x"
                 print(line, flush=True)
             report["figures"].append({"config": config, "dtype": dtype, "rounds": figures})
-    report["load_after"] = os.getloadavg()[0]
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1)
+            report["load_after"] = os.getloadavg()[0]
+            if args.json:  # After each part: the whole may take an hour.
+                with open(args.json, "w") as file:
+                    json.dump(report, file, indent=1)
 
 
 if __name__ == "__main__":
