@@ -17,7 +17,7 @@ end
 
 return engine.workflow {
   name = "experts",
-  args = { experts = { 8, min = 2 }, steps = { 150, min = 1 }, balance = { 0.05, min = 0 } },
+  args = { experts = { 8, min = 2 }, steps = { 150, min = 1 }, balance = { 0.1, min = 0 } },
   run = function(run, args)
     local path = run.folder .. "/tales.txt"
     local file <close> = assert(io.open(path, "w"))
@@ -26,11 +26,12 @@ return engine.workflow {
     local tokenizer = engine.tokenizer.bytes()
     local windows = engine.data.text(path):tokenizer(tokenizer):pack { seq_len = 64, how = "windows" }
 
-    -- In each layer a router sends each token to the experts it scores best, here one of eight; a shared expert sees all
+    -- A router sends each token to the experts it scores best, here one of eight; a shared expert sees all
     -- tokens. The model has the parameters of all experts, and the cost of those that a token visits.
     local shape = {
       vocab = tokenizer.vocab_size, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 64,
       experts = args.experts, experts_per_token = 1, moe_intermediate = 32, shared_intermediate = 32,
+      sparse_step = 2, -- Every second layer has experts, so here one.
     }
     -- Two models from one seed. Nothing keeps the first from sending most tokens to a few experts, which then learn
     -- most and are chosen even more. The second pays for that: `router_aux_loss_coef` times the load-balancing loss.
@@ -38,21 +39,20 @@ return engine.workflow {
       local model = run:model(kind.name, shape)
       local optim = run:optimizer("adamw", model, { lr = 1e-2 })
       local train = run:data(kind.name .. " data", windows:shuffle():forever())
-      local loss
       for step in run:loop(kind.name, { steps = args.steps }) do
-        local total = model:cross_entropy(train:take(4), { router_aux_loss_coef = kind.coefficient })
-        total:backward()
-        loss = total:item()
+        local loss = model:cross_entropy(train:take(4), { router_aux_loss_coef = kind.coefficient })
+        loss:backward()
         step:log { loss = loss, grad_norm = optim:step() }
       end
 
-      -- `routing` says where the tokens of a batch go. The load-balancing loss is 1, the experts per token, at best.
-      local layers, imbalance = model:routing(windows:epochs(1):take(16))
-      print(("%s: load-balancing loss %.3f, training loss %.3f"):format(kind.name, imbalance:item(), loss))
-      for index, layer in ipairs(layers) do
-        local text, largest = shares(layer, args.experts)
-        print(("  layer %d: %s, busiest expert %.1f times its share"):format(index - 1, text, largest * args.experts))
-      end
+      -- `routing` says where the tokens of a batch go. The load-balancing loss is about 1, the experts per token, when the
+      -- experts get equal shares. It counts all layers together, so of several one could make up for another.
+      local batch = windows:epochs(1):take(32)
+      local layers, imbalance = model:routing(batch)
+      local text, largest = shares(layers[1], args.experts)
+      print(("%s: load-balancing loss %.3f"):format(kind.name, imbalance:item()))
+      print(("  %s, the busiest expert has %.1f times its share"):format(text, largest * args.experts))
+      print(("  loss of the text alone %.3f"):format(model:cross_entropy(batch, { router_aux_loss_coef = 0 }):item()))
     end
   end,
 }

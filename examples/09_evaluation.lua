@@ -17,7 +17,7 @@ end
 
 return engine.workflow {
   name = "evaluation",
-  args = { steps = { 300, min = 1 }, lr = { 8e-3, min = 0 }, prompt = "One morning" },
+  args = { steps = { 400, min = 1 }, lr = { 8e-3, min = 0 }, prompt = "One morning" },
   run = function(run, args)
     local path = run.folder .. "/tales.txt"
     local file <close> = assert(io.open(path, "w"))
