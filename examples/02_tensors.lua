@@ -36,7 +36,8 @@ return engine.workflow {
       offset = (offset - offset.grad * args.lr):detach():requires_grad()
       step:log { loss = loss }
       if step.last then
-        print(("y = slope x + offset: slope %.2f, offset %.2f, mean squared error %.4f"):format(slope:item(), offset:item(), loss:item()))
+        print(("y = slope x + offset: slope %.2f, offset %.2f"):format(slope:item(), offset:item()))
+        print(("mean squared error %.4f"):format(loss:item()))
       end
     end
   end,

@@ -10,7 +10,8 @@ return engine.workflow {
     -- A Qwen2.5 model with random weights. The tokenizer decides how many tokens there are; here a token is a byte.
     local tokenizer = engine.tokenizer.bytes()
     local model = run:model("model", {
-      vocab = tokenizer.vocab_size, hidden = args.hidden, layers = args.layers, heads = 4, kv_heads = 2, intermediate = 2 * args.hidden,
+      vocab = tokenizer.vocab_size, hidden = args.hidden, layers = args.layers,
+      heads = 4, kv_heads = 2, intermediate = 2 * args.hidden,
     }, { tokenizer = tokenizer })
     print(("%d parameters of type %s"):format(model.count, model.dtype))
     for _, name in ipairs(model:parameter_names()) do
@@ -35,7 +36,8 @@ return engine.workflow {
     -- Log-probabilities of the labels alone: cheaper than all logits, and with a derivative.
     local logprobs = model:logprobs(batch)
     local loss = losses.nll(logprobs, batch.mask):item()
-    print(("loss %.3f; guessing evenly would give log %d = %.3f"):format(loss, tokenizer.vocab_size, math.log(tokenizer.vocab_size)))
+    local count = tokenizer.vocab_size
+    print(("loss %.3f; guessing evenly would give log %d = %.3f"):format(loss, count, math.log(count)))
     -- The training loss is the same number, computed with less memory.
     print(("the same by cross_entropy: %.3f"):format(model:cross_entropy(batch):item()))
   end,

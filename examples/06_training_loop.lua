@@ -18,7 +18,9 @@ return engine.workflow {
   args = { text = "examples/data/rhymes.txt", steps = { 120, min = 1 }, lr = { 8e-3, min = 0 }, accumulate = { 2, min = 1 } },
   run = function(run, args)
     local tokenizer = engine.tokenizer.bytes()
-    local model = run:model("model", { vocab = tokenizer.vocab_size, hidden = 48, layers = 2, heads = 4, kv_heads = 2, intermediate = 128 })
+    local model = run:model("model", {
+      vocab = tokenizer.vocab_size, hidden = 48, layers = 2, heads = 4, kv_heads = 2, intermediate = 128, initializer_range = 0.1,
+    })
     local windows = engine.data.text(args.text):tokenizer(tokenizer):pack { seq_len = 64, how = "windows" }
     local train = run:data("train", windows:shuffle():forever())
     -- clip_norm: a gradient longer than this is shortened to it, so one odd batch cannot throw the model far.

@@ -20,14 +20,12 @@ return engine.workflow {
   args = { experts = { 8, min = 2 }, steps = { 150, min = 1 }, balance = { 0.1, min = 0 } },
   run = function(run, args)
     local path = run.folder .. "/tales.txt"
-    local file <close> = assert(io.open(path, "w"))
-    file:write(tales.write { count = 300, seed = run.seed })
-    file:flush()
+    assert(io.open(path, "w")):write(tales.write { count = 300, seed = run.seed }):close()
     local tokenizer = engine.tokenizer.bytes()
     local windows = engine.data.text(path):tokenizer(tokenizer):pack { seq_len = 64, how = "windows" }
 
-    -- A router sends each token to the experts it scores best, here one of eight; a shared expert sees all
-    -- tokens. The model has the parameters of all experts, and the cost of those that a token visits.
+    -- A router sends each token to the experts it scores best, here to one; a shared expert sees all tokens. The model has
+    -- the parameters of all experts, and the cost of those that a token visits.
     local shape = {
       vocab = tokenizer.vocab_size, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 64,
       experts = args.experts, experts_per_token = 1, moe_intermediate = 32, shared_intermediate = 32,
@@ -46,7 +44,8 @@ return engine.workflow {
       end
 
       -- `routing` says where the tokens of a batch go. The load-balancing loss is about 1, the experts per token, when the
-      -- experts get equal shares. It counts all layers together, so of several one could make up for another.
+      -- experts get equal shares, and also when the router hardly prefers one: look at both. It counts all layers
+      -- together, so of several one could make up for another.
       local batch = windows:epochs(1):take(32)
       local layers, imbalance = model:routing(batch)
       local text, largest = shares(layers[1], args.experts)

@@ -20,7 +20,8 @@ return engine.workflow {
   args = { text = "examples/data/rhymes.txt", steps = { 60, min = 1, help = "steps before saving, and after" } },
   run = function(run, args)
     local tokenizer = engine.tokenizer.train(engine.data.text(args.text), { vocab_size = 400 })
-    local data = run:data("train", engine.data.text(args.text):tokenizer(tokenizer):pack { seq_len = 32, how = "windows" }:shuffle():forever())
+    local windows = engine.data.text(args.text):tokenizer(tokenizer):pack { seq_len = 32, how = "windows" }
+    local data = run:data("train", windows:shuffle():forever())
     local sizes = { vocab = tokenizer.vocab_size, hidden = 48, layers = 2, heads = 4, kv_heads = 2, intermediate = 96 }
     local model = run:model("model", sizes, { tokenizer = tokenizer })
     local first = train(run, "first part", model, data, args.steps)

@@ -20,9 +20,7 @@ return engine.workflow {
   args = { steps = { 400, min = 1 }, lr = { 8e-3, min = 0 }, prompt = "One morning" },
   run = function(run, args)
     local path = run.folder .. "/tales.txt"
-    local file <close> = assert(io.open(path, "w"))
-    file:write(tales.write { count = 1000, seed = run.seed })
-    file:flush()
+    assert(io.open(path, "w")):write(tales.write { count = 1000, seed = run.seed }):close()
 
     -- A model may learn its training text by heart. So the last tenth is kept away from training and used to measure.
     local tokenizer = engine.tokenizer.bytes()
@@ -31,8 +29,9 @@ return engine.workflow {
     local train = run:data("train", text:split("train", 0.1):pack(windows):shuffle():forever())
     local held_out = text:split("validation", 0.1):pack(windows)
 
-    local sizes = { vocab = tokenizer.vocab_size, hidden = 64, layers = 2, heads = 4, kv_heads = 2, intermediate = 160, initializer_range = 0.05 }
-    local model = run:model("model", sizes, { tokenizer = tokenizer })
+    local model = run:model("model", {
+      vocab = tokenizer.vocab_size, hidden = 64, layers = 2, heads = 4, kv_heads = 2, intermediate = 160, initializer_range = 0.05,
+    }, { tokenizer = tokenizer })
     local optim = run:optimizer("adamw", model, { betas = { 0.9, 0.99 } })
     for step in run:loop("train", { steps = args.steps }) do
       optim:set { lr = args.lr * schedules.cosine(step.index, step.steps, { warmup = 20, final = 0.05 }) }
