@@ -32,7 +32,7 @@ return engine.workflow {
     accumulate = { 1, min = 1, help = "micro-batches of an update" },
     steps = { 5000, min = 1 },
     lr = { 4e-3, min = 0 }, warmup = { 50, min = 0 }, final = { 0.05, min = 0, help = "share of lr at the end" },
-    beta2 = 0.99, weight_decay = 0.1, clip_norm = 1.0,
+    beta2 = 0.99, weight_decay = 0.1, clip_norm = { 1.0, min = 0, help = "longest gradient; 0 for no limit" },
     validation = { 0.1, min = 0, max = 0.5, help = "share of each file, its end, that is held out" },
     evaluate_every = { 1000, min = 1, help = "steps between looks at the held-out text" },
     prompt = { "\n", help = "what the sample at the end begins with" },
@@ -54,6 +54,8 @@ return engine.workflow {
     local windows = { seq_len = args.seq_len, how = "windows" }
     local train = run:data("train", text:split("train", args.validation):tokenizer(tokenizer):pack(windows):shuffle():forever())
     local held_out = text:split("validation", args.validation):tokenizer(tokenizer):pack(windows)
+    -- A text too short to hold some of it out should fail here, not when it is first evaluated.
+    if args.validation > 0 then held_out:take(1) end
 
     local shape = { preset = args.preset, vocab = tokenizer.vocab_size }
     if not args.preset then
@@ -66,7 +68,8 @@ return engine.workflow {
     end
     local model = run:model("model", shape, { dtype = args.dtype, recompute = args.recompute, tokenizer = tokenizer })
     local optim = run:optimizer("adamw", model, {
-      lr = args.lr, betas = { 0.9, args.beta2 }, weight_decay = args.weight_decay, clip_norm = args.clip_norm,
+      lr = args.lr, betas = { 0.9, args.beta2 }, weight_decay = args.weight_decay,
+      clip_norm = args.clip_norm > 0 and args.clip_norm,
     })
     print(("%s: %.2fM parameters, %s"):format(args.experts > 0 and "mixture of experts" or "dense", model.count / 1e6, model.dtype))
 

@@ -7,16 +7,19 @@ use super::data::BatchObject;
 use super::globals::seed;
 use super::options::Options;
 use super::progress::Screen;
-use super::tensor::tensor;
+use super::tensor::{tensor, tensor_value};
 use super::tokenizer::TokenizerObject;
 use super::work::Work;
 use crate::data::pack::TokenBatch;
 use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
 use crate::model::sizes::parameters;
 use crate::model::{Model, Packed};
+use crate::tensor::AnyTensor;
+use crate::tensor::autograd::with_recording;
 use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
@@ -148,7 +151,7 @@ pub const FUNCTIONS: &[Function] = &[
 ];
 
 /// The batch at argument 0, counted as work, and `run` on it.
-fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<crate::tensor::AnyTensor>) -> Answer {
+fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
     let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
@@ -157,6 +160,31 @@ fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch
         work.forward(&this.model, &batch.cu_seqlens, trains && !this.frozen);
     }
     tensor(call, result)
+}
+
+/// A table for each sparse layer, with tensors `experts`, `weights` and `logits`; then the load-balancing loss, or nil.
+fn routing(call: &Call) -> Answer {
+    let this = call.subject::<ModelObject>()?.clone();
+    let batch = call.object::<BatchObject>(0)?.0.clone();
+    let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
+    let (layers, balance) = with_recording(false, || this.model.routing(&packed))?;
+    let answer = call.lua.create_table()?;
+    for (logits, chosen, weights) in layers {
+        let chosen: Vec<i32> = chosen.iter().map(|expert| i32::try_from(*expert).expect("a model has fewer experts")).collect();
+        let layer = call.lua.create_table()?;
+        layer.raw_set("experts", tensor_value(call.lua, AnyTensor::new(weights.shape(), Buffer::copy_of(&chosen))?)?)?;
+        layer.raw_set("logits", tensor_value(call.lua, logits)?)?;
+        layer.raw_set("weights", tensor_value(call.lua, weights)?)?;
+        answer.raw_push(layer)?;
+    }
+    let balance = match balance {
+        Some(balance) => tensor_value(call.lua, balance.into())?,
+        None => Value::Nil,
+    };
+    if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
+        work.forward(&this.model, &batch.cu_seqlens, false);
+    }
+    call.give((answer, balance))
 }
 
 fn temperature(options: &Options) -> Failed<f32> {
@@ -228,6 +256,7 @@ impl Class for ModelObject {
                 call.give(names.collect::<Vec<_>>())
             },
         },
+        Function { op: "Model:routing", params: &["batch"], call: routing },
         Function {
             op: "Model:save",
             params: &["folder", "options?"],

@@ -24,9 +24,12 @@ local Optimizer = {}
 function engine.model.load(folder, options) end
 
 --- A new model with random weights, from the run's seed. `preset` names a shape (default "tiny"); other fields change it.
+--- Fields: vocab, hidden, layers, heads, kv_heads, intermediate, head_dim, tied, initializer_range, rms_norm_eps, rope_theta,
+--- max_positions, sliding_window, sliding_from_layer, bos, eos, pad; for a mixture of experts also experts,
+--- experts_per_token, moe_intermediate, shared_intermediate, norm_topk_prob, sparse_step, router_aux_loss_coef.
 ---
 --- Example: local model = engine.model.new { preset = "tiny", vocab = 512, layers = 2 }
----@param fields { preset?: string, vocab?: integer, hidden?: integer, layers?: integer, heads?: integer, kv_heads?: integer, intermediate?: integer }
+---@param fields { preset?: string, vocab?: integer, hidden?: integer, layers?: integer, heads?: integer, kv_heads?: integer, intermediate?: integer, experts?: integer, [string]: any }
 ---@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
 ---@return engine.Model model
 function engine.model.new(fields, options) end
@@ -97,6 +100,16 @@ function Model:parameter(name) end
 --- Example: for _, name in ipairs(model:parameter_names()) do print(name) end
 ---@return string[] names
 function Model:parameter_names() end
+
+--- How a mixture of experts divides the tokens: a table for each layer that has experts, k of them for each token. The
+--- load-balancing loss is over all these layers; k if the experts get equal shares, more if they do not; nil for a dense
+--- model. Not differentiable: `cross_entropy` contains the loss.
+---
+--- Example: local share = model:routing(batch)[1].experts:eq(0):mean():item()
+---@param batch engine.Batch
+---@return { experts: engine.Tensor, weights: engine.Tensor, logits: engine.Tensor }[] layers experts: [tokens, k], i32, the best first; weights: [tokens, k]; logits: [tokens, experts]
+---@return engine.Tensor? load_balance [], f32
+function Model:routing(batch) end
 
 --- Writes a Hugging Face checkpoint folder, with the tokenizer.
 ---

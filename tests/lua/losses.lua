@@ -27,6 +27,15 @@ describe("losses", function()
     local smooth = losses.cross_entropy(tensor.zeros { 1, 4 }, tensor.zeros({ 1 }, { dtype = "i32" }), { label_smoothing = 0.1 })
     expect(smooth:item()).near(math.log(4), 1e-6)
   end)
+  it("nll counts what the mask counts, over a normalizer if there is one", function()
+    local logprobs, mask = tensor.new({ -1, -2, -4 }):requires_grad(), tensor.new { 1, 0, 1 }
+    expect(losses.nll(logprobs, mask):item()).is(2.5)
+    expect(losses.nll(logprobs, mask, { normalizer = 10 }):item()).near(0.5, 1e-6)
+    expect(losses.nll(logprobs, tensor.zeros { 3 }):item()).near(0, 0)
+    losses.nll(logprobs, mask, { normalizer = 4 }):backward()
+    expect(logprobs.grad).near({ -0.25, 0, -0.25 }, 1e-6)
+    expect(function() losses.nll(logprobs, mask, { mask = mask }) end).fails "`mask`"
+  end)
   it("kl", function()
     local p, q = tensor.new { { 0.5, 0.5 } }, tensor.new { { 0.25, 0.75 } }
     expect(losses.kl(p:log(), q:log()):item()).near(0.5 * math.log(2) + 0.5 * math.log(2 / 3), 1e-6)
@@ -54,6 +63,23 @@ describe("schedules", function()
     expect(schedules.warmup_stable_decay(50, 100, { decay = 20 })).is(1)
     expect(schedules.warmup_stable_decay(90, 100, { decay = 20 })).is(0.5)
     expect(schedules.warmup_stable_decay(95, 100, { decay = 0.1, final = 0.5 })).is(0.75)
+  end)
+  it("rise to the peak and never above it, and fall from there", function()
+    for _, name in ipairs { "linear", "cosine", "warmup_stable_decay" } do
+      local before = 0
+      for step = 0, 99 do
+        local now = schedules[name](step, 100, { warmup = 10, final = 0.2 })
+        assert(now <= 1 and now > 0, name)
+        if step < 10 then assert(now > before, name) elseif step > 10 then assert(now <= before, name) end
+        before = now
+      end
+      expect(schedules[name](9, 100, { warmup = 10 })).is(1.0)
+      expect(schedules[name](100, 100, { warmup = 10, final = 0.2 })).near(0.2, 1e-12)
+    end
+  end)
+  it("warm up all along if there are no more steps", function()
+    expect(schedules.cosine(3, 4, { warmup = 8 })).is(0.5)
+    expect(schedules.linear(8, 8, { warmup = 8, final = 0.5 })).is(0.5)
   end)
   it("refuse what cannot be meant", function()
     expect(function() schedules.cosine(0, 0) end).fails "`steps` should be"

@@ -76,3 +76,37 @@ describe("model", function()
     expect(function() model:logits { 1, 2 } end).fails "should be a Batch, got a table of 2"
   end)
 end)
+
+describe("mixture of experts", function()
+  local fields = { experts = 4, experts_per_token = 2, moe_intermediate = 24, shared_intermediate = 32, initializer_range = 0.3 }
+  for key, value in pairs(sizes) do fields[key] = value end
+  local model = engine.model.new(fields, { tokenizer = tokenizer })
+  local batch = engine.data.batch { tokenizer:encode "the moon goes", tokenizer:encode "round" }
+  local layers, balance = model:routing(batch)
+  it("sends each token to the experts of its best scores", function()
+    expect(#layers).is(2)
+    for _, layer in ipairs(layers) do
+      expect(layer.logits.shape).is { batch.count, 4 }
+      local probs, experts = layer.logits:softmax(1):topk(2)
+      expect(layer.experts).is(experts:to_table())
+      expect(layer.weights).near(probs:to_table(), 1e-6)
+    end
+  end)
+  it("has the published load-balancing loss", function()
+    -- experts * sum over slot and expert of (share of tokens with that choice) * (mean probability), all layers together.
+    local logits, chosen = {}, {}
+    for index, layer in ipairs(layers) do logits[index], chosen[index] = layer.logits, layer.experts end
+    local mean = engine.tensor.concat(logits):softmax(1):mean(0)
+    local choices, sum = engine.tensor.concat(chosen), 0
+    for expert = 0, 3 do sum = sum + choices:eq(expert):mean(0):sum():item() * mean:select(0, expert):item() end
+    expect(balance:item()).near(4 * sum, 1e-5)
+    local with, without = model:cross_entropy(batch, { router_aux_loss_coef = 0.5 }), model:cross_entropy(batch, { router_aux_loss_coef = 0 })
+    expect(with:item() - without:item()).near(0.5 * balance:item(), 1e-5)
+  end)
+  it("is empty for a dense model", function()
+    local none, no_balance = engine.model.new(sizes):routing(batch)
+    expect(#none).is(0)
+    expect(no_balance).is(nil)
+    expect(function() model:routing { 1 } end).fails "should be a Batch"
+  end)
+end)

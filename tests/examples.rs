@@ -1,0 +1,116 @@
+//! Every lesson in examples/, run as a reader would run it, keeps what its header promises. What the engine computes is
+//! tested elsewhere; here a lesson that fails, or shows something else than its prose says, is found.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+/// A lesson, arguments that keep it short, and what it must print.
+type Lesson = (&'static str, &'static [&'static str], fn(&str));
+
+const LESSONS: [Lesson; 10] = [
+    ("01_hello", &["--name", "Ada", "--count", "2", "--mood", "loud", "--farewell", "Bye"], |text| {
+        for part in ["2 of 2: HELLO, ADA!", "\"letters\":22", "Bye", "seed 0"] {
+            assert!(text.contains(part), "{part}");
+        }
+    }),
+    ("02_tensors", &[], |text| {
+        assert!(text.contains("at 3 is 8"));
+        // The points were made with slope 2, offset -1, and noise of variance 0.01.
+        assert!((number_after(text, ": slope ") - 2.0).abs() < 0.1);
+        assert!((number_after(text, ", offset ") + 1.0).abs() < 0.1);
+        assert!(number_after(text, "squared error ") < 0.02);
+    }),
+    ("03_classifier", &[], |text| {
+        assert!(number_after(text, "always the same answer: ") < 70.0);
+        assert!(number_after(text, "the network: ") > 90.0);
+    }),
+    ("04_model", &[], |text| {
+        assert!(text.contains("11 tokens in 2 documents, 9 with a label"));
+        assert!((number_after(text, "sum to ") - 1.0).abs() < 1e-3);
+        assert_eq!(number_after(text, "loss "), number_after(text, "by cross_entropy: "));
+    }),
+    ("05_tokens", &[], |text| {
+        assert!(text.contains("66 108 195 169") && text.contains("36 facts, 12 rhymes"));
+        assert!(number_after(text, "34 bytes, ") < 20.0);
+        for how in ["concat ", "best_fit ", "windows "] {
+            assert!(number_after(text, how) > 0.0);
+        }
+    }),
+    ("06_training_loop", &["--steps", "80"], |text| {
+        // Rounding alone parts the two gradients.
+        assert!((number_after(text, "four rows at once: ") - number_after(text, "two and two rows: ")).abs() < 1e-4);
+        assert!(number_after(text, "step  80  loss ") < number_after(text, "step   1  loss ") - 2.0);
+    }),
+    ("07_experts", &["--steps", "100"], |text| {
+        let (free, balanced) = (number_after(text, "free: load-balancing loss "), number_after(text, "balanced: load-balancing loss "));
+        assert!(balanced < free && balanced < 1.2, "{balanced} and {free}");
+    }),
+    ("08_checkpoints", &["--steps", "40"], |text| {
+        assert_eq!(number_after(text, "difference of logits: "), 0.0);
+        assert!(number_after(text, "when saved, ") < number_after(text, "\nloss "));
+        assert!(number_after(text, "differ by at most ") < 0.2);
+    }),
+    ("09_evaluation", &["--steps", "100"], |text| {
+        // Bytes of English with equal chances would have a perplexity of about 60.
+        assert!(number_after(text, "perplexity ") < 10.0);
+        assert_eq!(text.matches("One morning").count(), 3);
+    }),
+    ("10_modules", &[], |text| {
+        assert!(text.contains("the same table: true"));
+        assert!(text.contains("10_modules.lua:") && text.contains("got 1.5"));
+    }),
+];
+
+/// The number behind the first `label` in `text`, spaces between them left out.
+fn number_after(text: &str, label: &str) -> f64 {
+    let at = text.find(label).unwrap_or_else(|| panic!("no {label:?} in:\n{text}")) + label.len();
+    let digits = text[at..].trim_start().split(|c: char| !(c.is_ascii_digit() || "+-.e".contains(c))).next().unwrap_or_default();
+    digits.trim_end_matches('.').parse().unwrap_or_else(|_| panic!("no number behind {label:?} in:\n{text}"))
+}
+
+#[test]
+fn every_lesson_does_what_it_says() {
+    let runs = tempfile::tempdir().unwrap();
+    for (name, args, check) in LESSONS {
+        let script = format!("examples/{name}.lua");
+        let output = Command::new(env!("CARGO_BIN_EXE_perilune"))
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .args(["run", "--quiet", "--runs", runs.path().to_str().unwrap(), &script])
+            .args(args)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        if let Err(panic) = std::panic::catch_unwind(|| check(&text)) {
+            eprintln!("{script} printed:\n{text}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+#[test]
+fn every_file_is_a_lesson_or_a_module_of_one() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut files: BTreeSet<String> = BTreeSet::new();
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        files.extend(name.strip_suffix(".lua").map(str::to_owned));
+    }
+    let read = |name: &str| std::fs::read_to_string(folder.join(format!("{name}.lua"))).unwrap();
+    let lessons: BTreeSet<String> = LESSONS.iter().map(|(name, ..)| (*name).to_owned()).collect();
+    for name in files.difference(&lessons) {
+        let wanted = format!("require \"{name}\"");
+        let required = lessons.iter().any(|lesson| read(lesson).contains(&wanted));
+        assert!(required, "examples/{name}.lua is neither in the list of lessons nor required by one");
+    }
+    for name in &lessons {
+        assert!(files.contains(name), "examples/{name}.lua is listed but missing");
+        let text = read(name);
+        let head = format!("--- Lesson {}: ", name[..2].trim_start_matches('0'));
+        assert!(text.starts_with(&head), "examples/{name}.lua should begin with {head:?}");
+        assert!(text.contains(&format!("perilune run examples/{name}.lua")), "examples/{name}.lua should say how to run it");
+        let lines = text.lines().count();
+        assert!((15..=80).contains(&lines), "examples/{name}.lua has {lines} lines; a lesson is read in one go");
+    }
+}
