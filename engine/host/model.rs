@@ -125,7 +125,14 @@ impl ModelObject {
         let text = self.generation_config.as_ref().and_then(|bytes| std::str::from_utf8(bytes).ok());
         let given = text.and_then(|text| GenerationConfig::parse(path, text).ok()).map_or_else(Vec::new, |config| config.eos);
         let known = if given.is_empty() { self.model.config().eos.clone() } else { given };
-        if known.is_empty() { self.tokenizer.iter().filter_map(|tokenizer| tokenizer.tokenizer.eos()).collect() } else { known }
+        if !known.is_empty() {
+            return known;
+        }
+        // A new model: its texts end with the end of a document, or of a turn.
+        let mut ids: Vec<u32> =
+            self.tokenizer.iter().flat_map(|object| [object.tokenizer.eos(), object.tokenizer.end_of_text()]).flatten().collect();
+        ids.dedup();
+        ids
     }
 }
 

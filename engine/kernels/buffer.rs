@@ -37,12 +37,13 @@ static LIVE_BYTES_MAX: AtomicUsize = AtomicUsize::new(0);
 const SMALL: usize = 4096;
 
 /// Most bytes of free blocks kept beyond the most that were ever live.
-const SLACK: usize = 128 << 20;
+const SLACK: usize = 32 << 20;
 
-/// The size of the block that holds `bytes`: at most one eighth larger, so that near sizes share blocks.
+/// The size of the block that holds `bytes`: at most one eighth larger, so that near sizes share blocks, and at most 1 MiB:
+/// the largest blocks are weights and their moments, whose sizes never change, and an eighth of them is gigabytes.
 fn block_size(bytes: usize) -> usize {
     let bytes = bytes.max(ALIGN);
-    let step = (bytes.next_power_of_two() / 16).max(ALIGN);
+    let step = (bytes.next_power_of_two() / 16).clamp(ALIGN, 1 << 20);
     bytes.div_ceil(step) * step
 }
 
