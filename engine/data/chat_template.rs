@@ -133,6 +133,9 @@ impl ChatTemplate {
             if !message.get("role").is_some_and(Value::is_string) {
                 return Err(Error::argument(OP, format!("messages[{index}]"), "a table with a role", &message));
             }
+            if ["content", "tool_calls"].iter().all(|key| message.get(key).is_none_or(Value::is_null)) {
+                return Err(Error::argument(OP, format!("messages[{index}]"), "a table with a content, or with tool_calls", &message));
+            }
             let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
             for call in calls.into_iter().flatten().filter(|_| !rendering.keep_string_arguments) {
                 let call = if call.get("function").is_some() { &mut call["function"] } else { call };

@@ -29,7 +29,7 @@ pub fn parse_line(line: &[u8]) -> Result<Record, BadLine> {
             let message = error.to_string();
             // serde_json puts "at line 1 column N" behind, which `column` says already.
             let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(front, _)| front);
-            Err(BadLine { column: error.column(), expected, found: message.to_string() })
+            Err(BadLine { column: error.column(), expected, found: format!("text that is no JSON ({message})") })
         }
     }
 }
