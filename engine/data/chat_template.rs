@@ -133,9 +133,6 @@ impl ChatTemplate {
             if !message.get("role").is_some_and(Value::is_string) {
                 return Err(Error::argument(OP, format!("messages[{index}]"), "a table with a role", &message));
             }
-            if ["content", "tool_calls"].iter().all(|key| message.get(key).is_none_or(Value::is_null)) {
-                return Err(Error::argument(OP, format!("messages[{index}]"), "a table with a content, or with tool_calls", &message));
-            }
             let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
             for call in calls.into_iter().flatten().filter(|_| !rendering.keep_string_arguments) {
                 let call = if call.get("function").is_some() { &mut call["function"] } else { call };
@@ -161,6 +158,12 @@ impl ChatTemplate {
         context.insert("now_unix_s".into(), rendering.now_unix_s.into());
         let template = self.environment.get_template("chat").expect("`new` added it");
         template.render(minijinja::Value::from_serialize(&context)).map_err(|error| {
+            // What a template stumbles over in its own words is mostly this.
+            let is_bare = |message: &Value| ["content", "tool_calls"].iter().all(|key| message.get(key).is_none_or(Value::is_null));
+            if let Some(index) = messages.iter().position(is_bare) {
+                let expected = "a table with a content, or with tool_calls";
+                return Error::argument(OP, format!("messages[{index}]"), expected, &messages[index]);
+            }
             let line = error.line().map_or_else(String::new, |line| format!(" (template line {line})"));
             let message = error.detail().map_or_else(|| error.to_string(), str::to_string);
             Error::argument(OP, "messages", "a conversation that the template accepts", message + &line)

@@ -271,8 +271,9 @@ fn is_qwen2_split(bpe: &tokenizers::Tokenizer) -> bool {
 /// Reads a JSON file whole.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
     let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| Error::format(path, format!("line {}, column {}", error.line(), error.column()), "JSON", error.to_string()))
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::format(path, format!("line {}, column {}", error.line(), error.column()), "JSON", error.to_string()))?;
+    if value.is_object() { Ok(value) } else { Err(Error::format(path, "file", "a JSON object", "another value")) }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -178,8 +178,11 @@ pub const FUNCTIONS: &[Function] = &[
             let mut parts = Vec::new();
             for entry in call.list(0, expected, &call.table(0)?)? {
                 let Value::Table(entry) = entry else { return Err(call.wrong(0, expected)) };
-                let (Value::UserData(object), Some(weight)) = (entry.raw_get::<Value>(1)?, entry.raw_get::<Value>(2)?.as_number()) else {
-                    return Err(call.wrong(0, expected));
+                let Value::UserData(object) = entry.raw_get::<Value>(1)? else { return Err(call.wrong(0, expected)) };
+                let weight = match entry.raw_get::<Value>(2)? {
+                    Value::Integer(weight) => weight as f64,
+                    Value::Number(weight) => weight,
+                    _ => return Err(call.wrong(0, expected)),
                 };
                 let part = object.borrow::<DataObject>().map_err(|_| call.wrong(0, expected))?;
                 parts.push((part.dataset()?, weight));

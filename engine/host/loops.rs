@@ -226,6 +226,7 @@ fn logged_value(op: &'static str, name: &str, value: &Value) -> Result<Json, Fai
     let number = |value: f64| if value.is_finite() { Json::from(value) } else { Json::from(value.to_string()) };
     if let Some(tensor) = as_tensor(value) {
         if tensor.len() == 1 {
+            tensor.force()?;
             return Ok(number(f64::from(tensor.to_f32_vec()[0])));
         }
         let expected = "a number, or a tensor of one element (take its :mean())";

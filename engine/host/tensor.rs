@@ -61,6 +61,7 @@ const METHODS: &[Function] = &[
                 let got = format!("{:?}", x.shape());
                 return Err(Error::Shape { op: call.op, arg: "self", expected: "one element".into(), got }.into());
             }
+            x.force()?;
             call.give(numbers(&x).remove(0))
         },
     },
@@ -70,6 +71,7 @@ const METHODS: &[Function] = &[
         params: &[],
         call: |call| {
             let x = call.this()?;
+            x.force()?;
             let values = numbers(&x);
             call.give(nest(call.lua, x.shape(), &values)?)
         },
@@ -102,7 +104,10 @@ impl UserData for TensorObject {
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
         operations::operators(methods);
-        methods.add_meta_method(MetaMethod::ToString, |_, this, ()| Ok(tensor_text(&this.0)));
+        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.force() {
+            Ok(()) => Ok(tensor_text(&this.0)),
+            Err(error) => Err(raise(lua, error.into())),
+        });
         methods.add_meta_function(MetaMethod::Len, |lua, x: Value| -> mlua::Result<()> {
             let what = format!("a tensor has no single length ({}); use x.shape[1], x.count or x.rank", describe(&x));
             Err(raise(lua, Failure::message(what)))
