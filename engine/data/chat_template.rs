@@ -238,7 +238,7 @@ mod tests {
         check(json!([{ "content": "x" }]), "messages[0]");
         check(json!(["hello"]), "a table with a role");
         check(json!([{ "role": "wizard", "content": "x" }]), "got wizard");
-        check(json!([{ "role": "user", "content": null }]), "template line");
+        check(json!([{ "role": "user", "content": null }]), "messages[0]` should be a table with a content");
         check(json!([{ "role": "assistant", "tool_calls": [{ "name": "f", "arguments": "{" }] }]), "messages[0].tool_calls");
         let error = render("{% if %}", json!([{ "role": "user" }])).unwrap_err().to_string();
         assert!(error.contains("t.jinja: line 1"), "{error}");
