@@ -7,7 +7,7 @@ local schedules, tales = require "std.schedules", require "std.tales"
 --- Mean loss over the rest of `data`, in nats a token, every token counted once.
 local function evaluate(model, data)
   return engine.tensor.no_grad(function()
-    local sum, count = 0, 0
+    local sum, count = 0.0, 0
     for batch in function() return data:take(16) end do
       sum = sum - model:logprobs(batch):sum():item()
       count = count + batch.supervised
@@ -48,7 +48,7 @@ return engine.workflow {
     local text = engine.data.text(files)
 
     local size = args.tokenizer:match "^bpe:(%d+)$"
-    local tokenizer = size and engine.tokenizer.train(text:split("train", args.validation), { vocab_size = math.tointeger(size) })
+    local tokenizer = size and engine.tokenizer.train(text:split("train", args.validation), { vocab_size = assert(math.tointeger(size)) })
       or args.tokenizer == "bytes" and engine.tokenizer.bytes()
       or engine.tokenizer.load(args.tokenizer)
     local windows = { seq_len = args.seq_len, how = "windows" }
@@ -74,13 +74,13 @@ return engine.workflow {
     print(("%s: %.2fM parameters, %s"):format(args.experts > 0 and "mixture of experts" or "dense", model.count / 1e6, model.dtype))
 
     for step in run:loop("pretrain", { steps = args.steps }) do
-      optim:set { lr = args.lr * schedules.cosine(step.index, step.steps, { warmup = args.warmup, final = args.final }) }
+      optim:set { lr = args.lr * schedules.cosine(step.index, args.steps, { warmup = args.warmup, final = args.final }) }
       local batches, supervised = {}, 0
       for index = 1, args.accumulate do
         batches[index] = train:take(args.rows)
         supervised = supervised + batches[index].supervised
       end
-      local loss = 0
+      local loss = 0.0
       for _, batch in ipairs(batches) do
         local part = model:cross_entropy(batch, { normalizer = supervised })
         part:backward()

@@ -61,12 +61,16 @@ pub struct GenerateArgs {
 /// Generates and prints. Errors: those of loading the model and its tokenizer, and of [`generate_text`].
 pub fn generate(args: GenerateArgs) -> Result<()> {
     let dtype = args.dtype.as_deref().map(parse_dtype).transpose()?;
+    if args.max_tokens == Some(0) {
+        return Err(Error::argument("generate", "--max-tokens", "at least 1", 0));
+    }
     let defaults = GenerationConfig::load(&args.model)?.unwrap_or_default();
     let rules = rules(&args, &defaults);
     rules.check()?;
     let tokenizer = Tokenizer::from_folder(&args.model)?;
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let model = Model::load(&args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
+    tokenizer.check_fits(model.config().vocab)?;
     let stop_ids = stop_ids(&args, &defaults, &model.config().eos, &tokenizer);
     let request = Request {
         prompt: &prompt,

@@ -33,6 +33,11 @@ pub struct ParamsArgs {
 /// Prints the sizes. Errors: [`Error::Argument`] for a name that is neither a folder nor a preset; those of
 /// [`Config::load`].
 pub fn params(args: ParamsArgs) -> Result<()> {
+    for (name, value, most) in [("--context", args.context, 1 << 30), ("--sequences", args.sequences, 1 << 20)] {
+        if !(1..=most).contains(&value) {
+            return Err(Error::argument("params", name, format!("a number from 1 to {most}"), value));
+        }
+    }
     let config = find(&args.model)?;
     let report = report(&args, &config);
     print!("{}", if args.json { format!("{report:#}\n") } else { text(&args, &config) });

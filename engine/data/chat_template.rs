@@ -158,6 +158,12 @@ impl ChatTemplate {
         context.insert("now_unix_s".into(), rendering.now_unix_s.into());
         let template = self.environment.get_template("chat").expect("`new` added it");
         template.render(minijinja::Value::from_serialize(&context)).map_err(|error| {
+            // What a template stumbles over in its own words is mostly this.
+            let is_bare = |message: &Value| ["content", "tool_calls"].iter().all(|key| message.get(key).is_none_or(Value::is_null));
+            if let Some(index) = messages.iter().position(is_bare) {
+                let expected = "a table with a content, or with tool_calls";
+                return Error::argument(OP, format!("messages[{index}]"), expected, &messages[index]);
+            }
             let line = error.line().map_or_else(String::new, |line| format!(" (template line {line})"));
             let message = error.detail().map_or_else(|| error.to_string(), str::to_string);
             Error::argument(OP, "messages", "a conversation that the template accepts", message + &line)
@@ -232,7 +238,7 @@ mod tests {
         check(json!([{ "content": "x" }]), "messages[0]");
         check(json!(["hello"]), "a table with a role");
         check(json!([{ "role": "wizard", "content": "x" }]), "got wizard");
-        check(json!([{ "role": "user", "content": null }]), "template line");
+        check(json!([{ "role": "user", "content": null }]), "messages[0]` should be a table with a content");
         check(json!([{ "role": "assistant", "tool_calls": [{ "name": "f", "arguments": "{" }] }]), "messages[0].tool_calls");
         let error = render("{% if %}", json!([{ "role": "user" }])).unwrap_err().to_string();
         assert!(error.contains("t.jinja: line 1"), "{error}");

@@ -210,6 +210,11 @@ impl Dataset {
         if plan.packing.is_none() {
             return Err(Error::argument("data.take", "packing", "set by pack, which batches need", "none"));
         }
+        let seq_len = plan.packing.map_or(1, |packing| packing.seq_len());
+        if rows.saturating_mul(seq_len) > i32::MAX as usize {
+            let got = format!("{rows} of {seq_len} tokens");
+            return Err(Error::argument("data.take", "rows", "few enough for 2^31 tokens in a batch", got));
+        }
         let mut taken: Vec<Row> = Vec::new();
         while taken.len() < rows {
             let Some(row) = running.row(plan)? else { break };

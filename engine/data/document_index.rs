@@ -198,9 +198,9 @@ impl DocumentReader {
                 Ok(text) => Ok(Record::from_iter([(TEXT_FIELD.to_string(), text.into())])),
                 Err(error) => {
                     let (at, bytes) = (error.utf8_error().valid_up_to(), error.as_bytes());
-                    let line = bytes[..at].iter().rev().take_while(|byte| **byte != b'\n').count();
+                    let column = bytes[..at].iter().rev().take_while(|byte| **byte != b'\n').count();
                     let found = format!("the byte {:#04x} at byte {} of the file", bytes[at], start + at as u64);
-                    Err(BadLine { column: line + 1, expected: "UTF-8", found })
+                    Err(BadLine { offset: (at - column) as u64, column: column + 1, expected: "UTF-8", found })
                 }
             },
         };
@@ -216,7 +216,7 @@ impl DocumentReader {
     pub fn bad(&self, number: u64, bad: BadLine) -> Result<Error> {
         let which = self.index.files.partition_point(|file| file.first <= number) - 1;
         let file = &self.index.files[which];
-        let line = line_number(&file.path, file.starts[(number - file.first) as usize])?;
+        let line = line_number(&file.path, file.starts[(number - file.first) as usize] + bad.offset)?;
         let place = if bad.column == 0 { format!("line {line}") } else { format!("line {line}, column {}", bad.column) };
         Ok(Error::format(&file.path, place, bad.expected, bad.found))
     }

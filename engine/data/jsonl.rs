@@ -9,6 +9,8 @@ pub type Record = Map<String, Value>;
 /// What is wrong with a line, and where in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadLine {
+    /// Bytes from the document's start to the start of the line; 0 in JSON lines.
+    pub offset: u64,
     /// Counted in bytes from 1; 0 when the whole line is meant.
     pub column: usize,
     pub expected: &'static str,
@@ -20,16 +22,16 @@ pub fn parse_line(line: &[u8]) -> Result<Record, BadLine> {
     let expected = "a JSON object";
     if let Err(error) = std::str::from_utf8(line) {
         let at = error.valid_up_to();
-        return Err(BadLine { column: at + 1, expected: "UTF-8", found: format!("the byte {:#04x}", line[at]) });
+        return Err(BadLine { offset: 0, column: at + 1, expected: "UTF-8", found: format!("the byte {:#04x}", line[at]) });
     }
     match serde_json::from_slice(line) {
         Ok(Value::Object(record)) => Ok(record),
-        Ok(other) => Err(BadLine { column: 0, expected, found: kind(&other).to_string() }),
+        Ok(other) => Err(BadLine { offset: 0, column: 0, expected, found: kind(&other).to_string() }),
         Err(error) => {
             let message = error.to_string();
             // serde_json puts "at line 1 column N" behind, which `column` says already.
             let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(front, _)| front);
-            Err(BadLine { column: error.column(), expected, found: message.to_string() })
+            Err(BadLine { offset: 0, column: error.column(), expected, found: format!("text that is no JSON ({message})") })
         }
     }
 }

@@ -120,7 +120,7 @@ impl Source {
     ///
     /// Errors: [`Error::Io`].
     pub fn located(&self, number: u64, error: Error) -> Result<Error> {
-        self.reader.bad(number, BadLine { column: 0, expected: "a document that can be tokenised", found: error.to_string() })
+        self.reader.bad(number, BadLine { offset: 0, column: 0, expected: "a document that can be tokenised", found: error.to_string() })
     }
 
     /// The next document and its number; `None` at the end of the last epoch.
@@ -168,7 +168,7 @@ impl Source {
                 format!("no field {field:?}, only {}", fields.join(", "))
             }
         };
-        self.reader.bad(number, BadLine { column: 0, expected, found }).map(Err)
+        self.reader.bad(number, BadLine { offset: 0, column: 0, expected, found }).map(Err)
     }
 }
 

@@ -133,6 +133,15 @@ impl Tokenizer {
         self.starts.len() - 1
     }
 
+    /// Errors: [`Error::Argument`] if this tokenizer has ids that a model of `vocab` tokens does not know.
+    pub fn check_fits(&self, vocab: usize) -> Result<()> {
+        if self.vocab_size() <= vocab {
+            return Ok(());
+        }
+        let expected = format!("one of at most {vocab} tokens, the model's vocab");
+        Err(Error::argument("model", "tokenizer", expected, format!("one of {} tokens", self.vocab_size())))
+    }
+
     /// Whether ids are plain bytes.
     pub fn is_bytes(&self) -> bool {
         matches!(self.kind, Kind::Bytes)

@@ -63,7 +63,7 @@ impl Tokenizer {
     /// Loads the content of a tokenizer.json; `path` is only named in errors, which are as for [`Tokenizer::from_folder`].
     pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
         let bad = |place: &str, found: String| Error::format(path, place, "a tokenizer.json of a byte-level BPE", found);
-        let mut bpe = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| bad("tokenizer", error.to_string()))?;
+        let mut bpe = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| bad("tokenizer", format!("something else ({error})")))?;
         bpe.with_truncation(None).map_err(|error| bad("truncation", error.to_string()))?;
         bpe.with_padding(None);
         let unsupported = |what: &str| Error::Unsupported {
@@ -271,8 +271,9 @@ fn is_qwen2_split(bpe: &tokenizers::Tokenizer) -> bool {
 /// Reads a JSON file whole.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
     let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|error| Error::format(path, format!("line {}, column {}", error.line(), error.column()), "JSON", error.to_string()))
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::format(path, format!("line {}, column {}", error.line(), error.column()), "JSON", error.to_string()))?;
+    if value.is_object() { Ok(value) } else { Err(Error::format(path, "file", "a JSON object", "another value")) }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -8,6 +8,7 @@ use super::tensor::TensorObject;
 use crate::error::Error;
 use crate::tensor::AnyTensor;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MultiValue, Table, UserDataMethods, UserDataRef, Value};
+use std::path::PathBuf;
 
 /// A result whose error still has to get the script's line.
 pub type Failed<T> = Result<T, Failure>;
@@ -187,8 +188,19 @@ impl Call<'_> {
 
     pub fn string(&self, index: usize) -> Failed<String> {
         match self.value(index) {
-            Value::String(text) => Ok(text.to_string_lossy()),
+            Value::String(text) => match text.to_str() {
+                Ok(text) => Ok(text.to_string()),
+                Err(_) => Err(Error::argument(self.op, self.param(index), NOT_UTF8.0, NOT_UTF8.1).into()),
+            },
             _ => Err(self.wrong(index, "a string")),
+        }
+    }
+
+    /// The path of a file or folder.
+    pub fn path(&self, index: usize) -> Failed<PathBuf> {
+        match self.string(index)? {
+            empty if empty.is_empty() => Err(self.wrong(index, "a path")),
+            path => Ok(path.into()),
         }
     }
 
@@ -235,7 +247,7 @@ impl Call<'_> {
     pub fn integers(&self, index: usize) -> Failed<Vec<i64>> {
         let expected = "a list of integers, such as { 2, 3 }";
         let Value::Table(table) = self.value(index) else { return Err(self.wrong(index, expected)) };
-        let values = (1..=table.raw_len()).map(|i| table.raw_get::<Value>(i)).collect::<mlua::Result<Vec<_>>>()?;
+        let values = self.list(index, expected, &table)?;
         values.iter().map(|value| as_integer(value).ok_or_else(|| self.wrong_entry(index, expected, value))).collect()
     }
 
@@ -249,8 +261,13 @@ impl Call<'_> {
     /// A list of tensors.
     pub fn tensors(&self, index: usize) -> Failed<Vec<AnyTensor>> {
         let Value::Table(table) = self.value(index) else { return Err(self.wrong(index, "a list of tensors")) };
-        let values = (1..=table.raw_len()).map(|i| table.raw_get::<Value>(i)).collect::<mlua::Result<Vec<_>>>()?;
+        let values = self.list(index, "a list of tensors", &table)?;
         values.iter().map(|value| as_tensor(value).ok_or_else(|| self.wrong_entry(index, "a list of tensors", value))).collect()
+    }
+
+    /// The entries of `table`, which is argument `index` or a part of it and must be a list: no names, no gaps.
+    pub fn list(&self, index: usize, expected: &str, table: &Table) -> Failed<Vec<Value>> {
+        list_of(table)?.map_err(|got| Error::argument(self.op, self.param(index), expected, got).into())
     }
 
     fn wrong_entry(&self, index: usize, expected: &str, entry: &Value) -> Failure {
@@ -265,6 +282,26 @@ impl Call<'_> {
             _ => Err(self.wrong(index, format!("a table of options ({})", known.join(", ")))),
         }
     }
+}
+
+/// What a string must be, and what came, where it is text for the engine.
+pub const NOT_UTF8: (&str, &str) = ("UTF-8 text", "bytes that are not");
+
+/// The entries of a list; what is wrong with it if it has names or gaps, which would else be passed over in silence.
+pub fn list_of(table: &Table) -> mlua::Result<Result<Vec<Value>, String>> {
+    let values = (1..=table.raw_len()).map(|i| table.raw_get::<Value>(i)).collect::<mlua::Result<Vec<_>>>()?;
+    if let Some(gap) = values.iter().position(Value::is_nil) {
+        return Ok(Err(format!("a list with nil at {}", gap + 1)));
+    }
+    let mut entries = 0;
+    for pair in table.pairs::<Value, Value>() {
+        let (key, _) = pair?;
+        entries += 1;
+        if entries > values.len() {
+            return Ok(Err(format!("a table with the key {} beside its list", describe(&key))));
+        }
+    }
+    Ok(Ok(values))
 }
 
 /// A tensor, if `value` is one.

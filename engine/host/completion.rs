@@ -29,13 +29,7 @@ pub fn complete(call: &Call) -> Answer {
         min_p: options.number("min_p")?.unwrap_or(0.0),
         repetition_penalty: options.number("repetition_penalty")?.unwrap_or(1.0),
     };
-    let stops: Vec<String> = match options.table("stop")? {
-        None => Vec::new(),
-        Some(list) => list
-            .sequence_values()
-            .collect::<mlua::Result<_>>()
-            .map_err(|_| Error::argument(call.op, "stop", "a list of strings", "something else in it"))?,
-    };
+    let stops = options.strings("stop")?.unwrap_or_default();
     let seed = match options.integer("seed")? {
         Some(seed) => seed as u64,
         // Each completion of a run draws its own numbers, and the same ones when the run is run again.

@@ -2,7 +2,7 @@
 //! returns another one. Reading begins with the first `take`.
 
 use super::args::json_to_lua;
-use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, describe, register};
 use super::globals::seed;
 use super::tensor::tensor_value;
 use super::tokenizer::{TokenizerObject, token_ids};
@@ -93,6 +93,11 @@ impl DataObject {
         Ok(reading.ahead.as_ref().is_some_and(|ahead| ahead.taken.is_some()))
     }
 
+    /// Whether anything was taken yet.
+    pub fn has_begun(&self) -> bool {
+        self.lock().rows.is_some()
+    }
+
     /// Reads everything `count` times, from the beginning.
     ///
     /// Errors: [`Error::Argument`] if reading has begun.
@@ -132,6 +137,9 @@ impl DataObject {
     }
 }
 
+/// The most rows of one `take`: a data set that is read for ever would else fill the memory.
+const TAKE_MAX: usize = 1 << 20;
+
 /// Functions of `engine.data`.
 pub const FUNCTIONS: &[Function] = &[
     Function {
@@ -140,8 +148,8 @@ pub const FUNCTIONS: &[Function] = &[
         call: |call| {
             let table = call.table(0)?;
             let mut documents = Vec::new();
-            for value in table.sequence_values::<Value>() {
-                documents.push(Document::all(token_ids(call, 0, &value?)?));
+            for value in call.list(0, "a list of documents, each a list of token ids", &table)? {
+                documents.push(Document::all(token_ids(call, 0, &value)?));
             }
             call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents))))
         },
@@ -168,10 +176,13 @@ pub const FUNCTIONS: &[Function] = &[
             let mix_seed = seed_option(call, 1)?;
             let expected = "a list of { data set, weight }";
             let mut parts = Vec::new();
-            for entry in call.table(0)?.sequence_values::<Value>() {
-                let Value::Table(entry) = entry? else { return Err(call.wrong(0, expected)) };
-                let (Value::UserData(object), Some(weight)) = (entry.raw_get::<Value>(1)?, entry.raw_get::<Option<f64>>(2)?) else {
-                    return Err(call.wrong(0, expected));
+            for entry in call.list(0, expected, &call.table(0)?)? {
+                let Value::Table(entry) = entry else { return Err(call.wrong(0, expected)) };
+                let Value::UserData(object) = entry.raw_get::<Value>(1)? else { return Err(call.wrong(0, expected)) };
+                let weight = match entry.raw_get::<Value>(2)? {
+                    Value::Integer(weight) => weight as f64,
+                    Value::Number(weight) => weight,
+                    _ => return Err(call.wrong(0, expected)),
                 };
                 let part = object.borrow::<DataObject>().map_err(|_| call.wrong(0, expected))?;
                 parts.push((part.dataset()?, weight));
@@ -201,10 +212,16 @@ pub const FUNCTIONS: &[Function] = &[
 /// One path or a list of them.
 fn paths(call: &Call) -> Failed<Vec<String>> {
     match call.value(0) {
-        Value::String(path) => Ok(vec![path.to_string_lossy()]),
+        Value::String(_) => Ok(vec![call.string(0)?]),
         Value::Table(list) => {
-            let paths = list.sequence_values::<String>().collect::<mlua::Result<Vec<_>>>();
-            paths.map_err(|_| call.wrong(0, "a path or a list of paths"))
+            let expected = "a path or a list of paths";
+            let path = |value: &Value| match value {
+                Value::String(path) => {
+                    Ok(path.to_str().map_err(|_| Error::argument(call.op, "paths", NOT_UTF8.0, NOT_UTF8.1))?.to_string())
+                }
+                other => Err(Error::argument(call.op, "paths", expected, format!("an entry that is {}", describe(other))).into()),
+            };
+            call.list(0, expected, &list)?.iter().map(path).collect()
         }
         _ => Err(call.wrong(0, "a path or a list of paths")),
     }
@@ -289,6 +306,9 @@ impl Class for DataObject {
                     _ => return Err(call.wrong(0, "\"train\" or \"validation\"")),
                 };
                 let fraction = call.number(1)?;
+                if !(0.0..=1.0).contains(&fraction) {
+                    return Err(call.wrong(1, "a number from 0 to 1: the validation part's share"));
+                }
                 change(call, false, |data| data.split(part, fraction))
             },
         },
@@ -299,6 +319,9 @@ impl Class for DataObject {
                 let count = call.count(0)?;
                 if count == 0 {
                     return Err(call.wrong(0, "at least 1"));
+                }
+                if count > TAKE_MAX {
+                    return Err(call.wrong(0, format!("at most {TAKE_MAX}; take the rest in further calls")));
                 }
                 let taken = call.subject::<DataObject>()?.lock().take(count)?;
                 match taken {

@@ -94,8 +94,11 @@ pub fn start(call: &Call) -> Answer {
         work_before: (0, 0),
     };
     let looping = LoopObject(Arc::new(Loop { run, name: path, steps, over, work, state: Mutex::new(state) }));
-    let next = call.lua.create_function(|lua, (looping, _): (AnyUserData, Value)| {
-        let looping = looping.borrow::<LoopObject>()?.0.clone();
+    let next = call.lua.create_function(|lua, (looping, _): (Value, Value)| {
+        let held = looping.as_userdata().and_then(|object| Some(object.borrow::<LoopObject>().ok()?.0.clone()));
+        let Some(looping) = held else {
+            return Err(raise(lua, Failure::message("Run:loop: what it gives belongs into a `for`: for step in run:loop(...) do")));
+        };
         match Loop::next(&looping) {
             Ok(Some(step)) => Ok(Value::UserData(lua.create_userdata(step)?)),
             Ok(None) => Ok(Value::Nil),
@@ -117,6 +120,11 @@ impl Loop {
             return Err(Error::Interrupted);
         }
         let data_ended = match &this.over {
+            Some((data, _)) if state.next > 0 && !data.has_begun() => {
+                this.close(&mut state);
+                let expected = "a data set that the loop takes from; without a `take` it would never end";
+                return Err(Error::argument("Run:loop", "over", expected, "one of which the first step took nothing"));
+            }
             Some((data, _)) => !data.has_more()?,
             None => false,
         };
@@ -218,6 +226,7 @@ fn logged_value(op: &'static str, name: &str, value: &Value) -> Result<Json, Fai
     let number = |value: f64| if value.is_finite() { Json::from(value) } else { Json::from(value.to_string()) };
     if let Some(tensor) = as_tensor(value) {
         if tensor.len() == 1 {
+            tensor.force()?;
             return Ok(number(f64::from(tensor.to_f32_vec()[0])));
         }
         let expected = "a number, or a tensor of one element (take its :mean())";

@@ -1,7 +1,7 @@
 //! `engine.model`: Qwen2.5 models in scripts. A model keeps the tokenizer of the folder it came from.
 
 use super::args::json_to_lua;
-use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, describe, register};
 use super::completion;
 use super::data::BatchObject;
 use super::globals::seed;
@@ -56,12 +56,19 @@ impl ModelObject {
             Value::Table(fields) => Self::random(lua, fields, dtype, frozen)?,
             other => {
                 let expected = "the folder of a checkpoint, or a table of fields for a new model";
-                return Err(Error::argument(op, "source", expected, super::call::describe(other)).into());
+                return Err(Error::argument(op, "source", expected, describe(other)).into());
             }
         };
-        if let Value::UserData(object) = options.value("tokenizer")? {
-            let tokenizer = object.borrow::<TokenizerObject>();
-            this.tokenizer = Some(tokenizer.map_err(|_| Error::argument(op, "tokenizer", "a Tokenizer", "another object"))?.clone());
+        match options.value("tokenizer")? {
+            Value::Nil => {}
+            value => {
+                let tokenizer = value.as_userdata().and_then(|object| Some(object.borrow::<TokenizerObject>().ok()?.clone()));
+                let wrong = || Error::argument(op, "tokenizer", "a Tokenizer (engine.tokenizer makes them)", describe(&value));
+                this.tokenizer = Some(tokenizer.ok_or_else(wrong)?);
+            }
+        }
+        if let Some(tokenizer) = &this.tokenizer {
+            tokenizer.tokenizer.check_fits(this.model.config().vocab)?;
         }
         this.model.set_recompute(options.boolean("recompute")?.unwrap_or(false));
         Ok(this)
@@ -75,7 +82,7 @@ impl ModelObject {
         }
         let has_tokenizer = ["tokenizer.json", "vocab.json"].iter().any(|file| folder.join(file).is_file());
         let tokenizer = if has_tokenizer { Some(TokenizerObject::load(folder)?) } else { None };
-        let generation_config = std::fs::read(folder.join("generation_config.json")).ok();
+        let generation_config = GenerationConfig::load(folder)?.map(|config| format!("{:#}\n", config.to_json()).into_bytes());
         Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen })
     }
 
@@ -90,7 +97,7 @@ impl ModelObject {
             match (key.to_string_lossy(), value) {
                 (key, Value::String(name)) if key == "preset" => base = name.to_string_lossy(),
                 (key, value) => {
-                    let got = super::call::describe(&value);
+                    let got = describe(&value);
                     let json = lua.from_value(value);
                     let json =
                         json.map_err(|_| Error::argument("model.new", key.as_str(), "a number, string, boolean or a table of these", got))?;
@@ -142,7 +149,7 @@ pub const FUNCTIONS: &[Function] = &[
         op: "model.load",
         params: &["folder", "options?"],
         call: |call| {
-            call.string(0)?;
+            call.path(0)?;
             call.give(ModelObject::make(call.lua, call.op, &call.value(0), &call.options(1, OPTIONS)?)?)
         },
     },
@@ -272,7 +279,7 @@ impl Class for ModelObject {
                     Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
                     None => None,
                 };
-                call.subject::<ModelObject>()?.save(Path::new(&call.string(0)?), dtype)?;
+                call.subject::<ModelObject>()?.save(&call.path(0)?, dtype)?;
                 call.done()
             },
         },

@@ -59,6 +59,12 @@ impl Modules {
 pub fn load_file(lua: &Lua, path: &Path) -> Result<mlua::Function, Error> {
     let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
     let text = String::from_utf8(bytes).map_err(|_| Error::format(path, "script", "UTF-8 text", "other bytes"))?;
+    if text.starts_with('\u{1b}') {
+        return Err(Error::format(path, "script", "the text of a Lua script", "compiled Lua"));
+    }
+    if text.trim().is_empty() {
+        return Err(Error::format(path, "script", "Lua that does something", "an empty file"));
+    }
     let name = path.display().to_string();
     // The line itself goes, its end stays: line numbers must not move.
     let code = if text.starts_with('#') { &text[text.find('\n').unwrap_or(text.len())..] } else { &text };

@@ -29,11 +29,11 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
     set(&mut settings.eps, "eps")?;
     set(&mut settings.weight_decay, "weight_decay")?;
     settings.decay_vectors = options.boolean("decay_vectors")?.unwrap_or(settings.decay_vectors);
-    if let Some(betas) = options.table("betas")? {
-        match (betas.raw_len(), betas.raw_get::<Option<f64>>(1)?, betas.raw_get::<Option<f64>>(2)?) {
-            (2, Some(first), Some(second)) => settings.betas = (first, second),
-            _ => return Err(Error::argument(op, "betas", "two numbers, such as { 0.9, 0.95 }", "another list").into()),
-        }
+    if let Some(betas) = options.numbers("betas")? {
+        let [first, second] = betas[..] else {
+            return Err(Error::argument(op, "betas", "two numbers, such as { 0.9, 0.95 }", format!("{} numbers", betas.len())).into());
+        };
+        settings.betas = (first, second);
     }
     match options.value("clip_norm")? {
         Value::Nil => {}

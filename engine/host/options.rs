@@ -1,6 +1,6 @@
 //! The one trailing table of options. Every key must be known: a mistyped option that is ignored costs a run.
 
-use super::call::{Failed, describe};
+use super::call::{Failed, NOT_UTF8, describe, list_of};
 use super::nearest::suggestion;
 use crate::error::Error;
 use mlua::{Function, Table, Value};
@@ -49,7 +49,10 @@ impl Options {
     pub fn string(&self, key: &str) -> Failed<Option<String>> {
         match self.value(key)? {
             Value::Nil => Ok(None),
-            Value::String(text) => Ok(Some(text.to_string_lossy())),
+            Value::String(text) => match text.to_str() {
+                Ok(text) => Ok(Some(text.to_string())),
+                Err(_) => Err(Error::argument(self.op, key, NOT_UTF8.0, NOT_UTF8.1).into()),
+            },
             other => Err(self.wrong(key, "a string", &other)),
         }
     }
@@ -97,6 +100,33 @@ impl Options {
             Value::Function(function) => Ok(Some(function)),
             other => Err(self.wrong(key, "a function", &other)),
         }
+    }
+
+    /// A list of strings.
+    pub fn strings(&self, key: &str) -> Failed<Option<Vec<String>>> {
+        let expected = "a list of strings";
+        let Value::Table(table) = self.value(key)? else {
+            return if self.value(key)?.is_nil() { Ok(None) } else { Err(self.wrong(key, expected, &self.value(key)?)) };
+        };
+        let entries = list_of(&table)?.map_err(|got| Error::argument(self.op, key, expected, got))?;
+        let text = |value: &Value| value.as_string().and_then(|text| Some(text.to_str().ok()?.to_string()));
+        let strings = entries.iter().map(|value| {
+            text(value).ok_or_else(|| Error::argument(self.op, key, expected, format!("an entry that is {}", describe(value))).into())
+        });
+        strings.collect::<Failed<_>>().map(Some)
+    }
+
+    /// A list of numbers.
+    pub fn numbers(&self, key: &str) -> Failed<Option<Vec<f64>>> {
+        let Some(table) = self.table(key)? else { return Ok(None) };
+        let expected = "a list of numbers";
+        let entries = list_of(&table)?.map_err(|got| Error::argument(self.op, key, expected, got))?;
+        let number = |value: &Value| match value {
+            Value::Integer(value) => Ok(*value as f64),
+            Value::Number(value) => Ok(*value),
+            other => Err(Error::argument(self.op, key, expected, format!("an entry that is {}", describe(other))).into()),
+        };
+        entries.iter().map(number).collect::<Failed<_>>().map(Some)
     }
 
     pub fn table(&self, key: &str) -> Failed<Option<Table>> {

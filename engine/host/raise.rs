@@ -52,6 +52,10 @@ const FRAMES_MAX: usize = 6;
 /// The Lua error for `failure`, which happens in the innermost frame of `lua` now.
 pub fn raise(lua: &Lua, failure: Failure) -> mlua::Error {
     match failure {
+        // A value that mlua could not convert: no function of ours was reached that could have said where.
+        Failure::Lua(error @ (mlua::Error::FromLuaConversionError { .. } | mlua::Error::BadArgument { .. })) => {
+            mlua::Error::ExternalError(Arc::new(Raised { message: format!("{}{}", place(lua), message(&error)), interrupted: false }))
+        }
         Failure::Lua(error) => error,
         Failure::Engine(error) => {
             let interrupted = matches!(error, Error::Interrupted);

@@ -1,7 +1,7 @@
 //! A run: a script, its arguments and a seed, with its folder. It owns everything that must outlive a Lua state, under the
 //! names that the script gives; the script holds handles. Asking twice for a name gives the same object.
 
-use super::call::{Class, Failed, Field, Function, register};
+use super::call::{Call, Class, Failed, Field, Function, describe, register};
 use super::data::DataObject;
 use super::loops::{self, LoopRecord};
 use super::model::ModelObject;
@@ -38,7 +38,8 @@ pub struct Run {
 /// Something of a run that outlives a Lua state; the script holds handles of it.
 #[derive(Clone)]
 enum Resource {
-    Model(ModelObject),
+    /// With what it was made from, as [`asked_for`] writes it.
+    Model(ModelObject, String),
     Optimizer(OptimizerObject),
     Data(DataObject),
 }
@@ -46,7 +47,7 @@ enum Resource {
 impl Resource {
     fn kind(&self) -> &'static str {
         match self {
-            Self::Model(_) => "model",
+            Self::Model(..) => "model",
             Self::Optimizer(_) => "optimizer",
             Self::Data(_) => "data set",
         }
@@ -147,7 +148,7 @@ impl Run {
     /// The name under which the run knows `model`.
     fn name_of(&self, model: &ModelObject) -> Option<String> {
         let resources = self.resources.lock().expect("no panic happens under this lock");
-        let is_it = |resource: &Resource| matches!(resource, Resource::Model(other) if Arc::ptr_eq(&other.model, &model.model));
+        let is_it = |resource: &Resource| matches!(resource, Resource::Model(other, _) if Arc::ptr_eq(&other.model, &model.model));
         resources.iter().find(|(_, resource)| is_it(resource)).map(|(name, _)| name.clone())
     }
 
@@ -162,6 +163,29 @@ impl Run {
         }
         Ok(self.folder.join(name))
     }
+}
+
+/// What a call of `run:model` asks for, in words that are equal when it is: source, element type, frozen or not.
+fn asked_for(call: &Call) -> Failed<String> {
+    let options = call.options(2, super::model::OPTIONS)?;
+    let mut words = Vec::new();
+    match call.value(1) {
+        Value::Table(fields) => {
+            for pair in fields.pairs::<Value, Value>() {
+                let (key, value) = pair?;
+                words.push(format!("{} = {}", key.to_string().unwrap_or_default(), describe(&value)));
+            }
+            words.sort();
+        }
+        other => words.push(describe(&other)),
+    }
+    for option in ["dtype", "frozen"] {
+        match options.value(option)? {
+            Value::Nil | Value::Boolean(false) => {}
+            value => words.push(format!("{option} = {}", describe(&value))),
+        }
+    }
+    Ok(if words.is_empty() { "no fields".into() } else { words.join(", ") })
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -224,9 +248,19 @@ impl Class for RunObject {
             call: |call| {
                 let run = call.subject::<RunObject>()?.0.clone();
                 let options = call.options(2, super::model::OPTIONS)?;
-                let wanted = |resource: &Resource| if let Resource::Model(model) = resource { Some(model.clone()) } else { None };
-                let make = || Ok(Resource::Model(ModelObject::make(call.lua, call.op, &call.value(1), &options)?));
-                call.give(run.resource(call.op, "model", &call.string(0)?, wanted, make)?)
+                let asked = asked_for(call)?;
+                let wanted = |resource: &Resource| match resource {
+                    Resource::Model(model, made_from) => Some((model.clone(), made_from.clone())),
+                    _ => None,
+                };
+                let make = || Ok(Resource::Model(ModelObject::make(call.lua, call.op, &call.value(1), &options)?, asked.clone()));
+                let name = call.string(0)?;
+                let (model, made_from) = run.resource(call.op, "model", &name, wanted, make)?;
+                if made_from != asked {
+                    let expected = format!("a free name, or the model `{name}` as it was made ({made_from})");
+                    return Err(Error::argument(call.op, "name", expected, format!("`{name}` with {asked}")).into());
+                }
+                call.give(model)
             },
         },
         Function {

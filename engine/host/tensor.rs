@@ -1,7 +1,7 @@
 //! `engine.tensor`: tensors as scripts hold them. This file makes them, takes them apart and differentiates; the
 //! operations on them are listed in `tensor_operations.rs`. Axes and indices count from 0, as token ids do.
 
-use super::call::{Answer, Call, Class, Failed, Field, Function, as_integer, as_tensor, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, as_integer, as_tensor, describe, list_of, register};
 use super::memory::tensor_made;
 use super::raise::{Failure, raise};
 use super::tensor_operations as operations;
@@ -61,6 +61,7 @@ const METHODS: &[Function] = &[
                 let got = format!("{:?}", x.shape());
                 return Err(Error::Shape { op: call.op, arg: "self", expected: "one element".into(), got }.into());
             }
+            x.force()?;
             call.give(numbers(&x).remove(0))
         },
     },
@@ -70,6 +71,7 @@ const METHODS: &[Function] = &[
         params: &[],
         call: |call| {
             let x = call.this()?;
+            x.force()?;
             let values = numbers(&x);
             call.give(nest(call.lua, x.shape(), &values)?)
         },
@@ -102,7 +104,10 @@ impl UserData for TensorObject {
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
         operations::operators(methods);
-        methods.add_meta_method(MetaMethod::ToString, |_, this, ()| Ok(tensor_text(&this.0)));
+        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.force() {
+            Ok(()) => Ok(tensor_text(&this.0)),
+            Err(error) => Err(raise(lua, error.into())),
+        });
         methods.add_meta_function(MetaMethod::Len, |lua, x: Value| -> mlua::Result<()> {
             let what = format!("a tensor has no single length ({}); use x.shape[1], x.count or x.rank", describe(&x));
             Err(raise(lua, Failure::message(what)))
@@ -134,6 +139,9 @@ pub fn dtype_of(call: &Call, name: Option<String>) -> Failed<Dtype> {
     Dtype::parse(&name).ok_or_else(|| Error::argument(call.op, "dtype", known, format!("\"{name}\"")).into())
 }
 
+/// The most axes of a tensor that is written out.
+const DEPTH_MAX: usize = 32;
+
 /// Reads nested tables of numbers; the first entries give the shape, and every other entry must agree.
 fn read_nested(call: &Call, value: &Value, depth: usize, shape: &mut Vec<usize>, values: &mut Vec<f64>) -> Failed<()> {
     let fail = |got: String| -> Failure {
@@ -141,8 +149,11 @@ fn read_nested(call: &Call, value: &Value, depth: usize, shape: &mut Vec<usize>,
         Error::argument(call.op, "values", expected, got).into()
     };
     match value {
+        // A list that contains itself has no end.
+        Value::Table(_) if depth > DEPTH_MAX => Err(fail(format!("lists in each other, {depth} deep"))),
         Value::Table(table) => {
-            let count = table.raw_len();
+            let entries = list_of(table)?.map_err(fail)?;
+            let count = entries.len();
             let known = depth < shape.len();
             if !known && !values.is_empty() {
                 return Err(fail(format!("a list among numbers, at depth {depth}")));
@@ -152,8 +163,8 @@ fn read_nested(call: &Call, value: &Value, depth: usize, shape: &mut Vec<usize>,
             } else if shape[depth] != count {
                 return Err(fail(format!("a list of {count} beside one of {}, at depth {depth}", shape[depth])));
             }
-            for index in 1..=count {
-                read_nested(call, &table.raw_get(index)?, depth + 1, shape, values)?;
+            for entry in &entries {
+                read_nested(call, entry, depth + 1, shape, values)?;
             }
             Ok(())
         }

@@ -264,6 +264,7 @@ pub fn operators<M: UserDataMethods<TensorObject>>(methods: &mut M) {
     /// With a number as exponent the derivative by it is not computed, and its own sign may be negative.
     fn power(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
         if b.rank() == 0 && b.node().is_none() {
+            b.force()?;
             return elementwise::powf(a, b.to_f32_vec()[0]);
         }
         arithmetic::pow(a, b)

@@ -45,7 +45,7 @@ impl TokenizerObject {
 /// Functions of `engine.tokenizer`.
 pub const FUNCTIONS: &[Function] = &[
     Function { op: "tokenizer.bytes", params: &[], call: |call| call.give(TokenizerObject::of(Tokenizer::bytes_with_chat())) },
-    Function { op: "tokenizer.load", params: &["path"], call: |call| call.give(TokenizerObject::load(Path::new(&call.string(0)?))?) },
+    Function { op: "tokenizer.load", params: &["path"], call: |call| call.give(TokenizerObject::load(&call.path(0)?)?) },
     Function {
         op: "tokenizer.train",
         params: &["data", "options"],
@@ -102,9 +102,9 @@ impl Class for TokenizerObject {
             op: "Tokenizer:save",
             params: &["folder"],
             call: |call| {
-                let folder = call.string(0)?;
-                std::fs::create_dir_all(&folder).map_err(|source| Error::io(Path::new(&folder), "make the folder", source))?;
-                call.subject::<TokenizerObject>()?.save(Path::new(&folder))?;
+                let folder = call.path(0)?;
+                std::fs::create_dir_all(&folder).map_err(|source| Error::io(&folder, "make the folder", source))?;
+                call.subject::<TokenizerObject>()?.save(&folder)?;
                 call.done()
             },
         },
@@ -134,11 +134,14 @@ pub fn token_ids(call: &Call, index: usize, value: &Value) -> Failed<Vec<u32>> {
             let ids = tensor.typed::<i32, 1>(call.op, "ids")?;
             ids.values().iter().map(|id| Value::Integer(i64::from(*id))).collect()
         }
-        (None, Value::Table(list)) => list.sequence_values::<Value>().collect::<mlua::Result<_>>()?,
+        (None, Value::Table(list)) => call.list(index, "a list of token ids", list)?,
         (None, other) => return Err(wrong(describe(other))),
     };
     let id = |id: &Value| {
-        as_integer(id).and_then(|id| u32::try_from(id).ok()).ok_or_else(|| wrong(format!("an entry that is {}", describe(id))))
+        as_integer(id)
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(|id| u32::try_from(id).ok())
+            .ok_or_else(|| wrong(format!("an entry that is {}", describe(id))))
     };
     ids.iter().map(id).collect()
 }

@@ -8,7 +8,7 @@ use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
 use super::work::Work;
-use super::workflow::Workflow;
+use super::workflow::{Declared, Workflow};
 use super::{args, data, globals, loops, model, optim, run, tensor, tensor_operations, tokenizer, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
@@ -79,6 +79,10 @@ impl Vm {
         let main = modules::load_file(&self.lua, &self.script)?;
         let value = main.call::<Value>(()).map_err(|error| explain(&error))?;
         match value {
+            Value::Nil if self.lua.app_data_ref::<Declared>().is_some() => {
+                let text = "engine.workflow was called, and what it gave is not returned; write `return engine.workflow { ... }`";
+                Err(Error::Script(format!("{}: {text}", self.script.display())))
+            }
             Value::Nil => Ok(None),
             Value::UserData(object) if object.is::<Workflow>() => Ok(Some(object)),
             other => {

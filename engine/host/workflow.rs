@@ -17,6 +17,9 @@ pub struct Workflow {
     body: mlua::Function,
 }
 
+/// In the Lua state once a workflow was declared: a script that forgets to return it must not end in silence.
+pub struct Declared;
+
 /// `engine.workflow`.
 pub const FUNCTIONS: &[Function] = &[Function {
     op: "engine.workflow",
@@ -24,6 +27,7 @@ pub const FUNCTIONS: &[Function] = &[Function {
     call: |call| {
         let table = call.table(0)?;
         let workflow = declare(&Options::read(call.op, Some(table), &["name", "args", "run"])?)?;
+        call.lua.set_app_data(Declared);
         call.give(workflow)
     },
 }];

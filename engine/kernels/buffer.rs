@@ -88,6 +88,11 @@ pub fn live_bytes() -> usize {
     LIVE_BYTES.load(Relaxed)
 }
 
+/// Bytes of free blocks that are kept for reuse.
+pub fn free_bytes() -> usize {
+    POOL.lock().expect("the pool's lock is never held across a panic").free_bytes
+}
+
 /// The most bytes that live buffers ever held together.
 pub fn live_bytes_max() -> usize {
     LIVE_BYTES_MAX.load(Relaxed)

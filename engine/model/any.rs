@@ -4,9 +4,11 @@
 use super::config::Config;
 use super::graph::{Forward, Graph, Packed};
 use super::names::Named;
+use super::sizes::load_bytes;
 use super::weights::blocks;
 use crate::checkpoint::folder::CheckpointFolder;
 use crate::error::{Error, Result};
+use crate::kernels::available_memory::{available_bytes, fits};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::tensor::experts::load_balance;
@@ -49,11 +51,27 @@ pub struct Loss {
     pub load_balance: Option<Tensor<f32, 0>>,
 }
 
+/// Errors: [`Error::Argument`] if the weights alone do not fit the memory that is free.
+fn check_memory(config: &Config, dtype: Dtype) -> Result<()> {
+    let bytes = load_bytes(config, dtype);
+    if fits(bytes) {
+        return Ok(());
+    }
+    let free = available_bytes().map_or_else(String::new, |free| format!(", of which {:.1} GiB are free", free as f64 / GIB));
+    let got = format!("{:.1} GiB in {dtype}; `perilune params` shows what a model takes", bytes as f64 / GIB);
+    Err(Error::argument("model", "weights", format!("what fits the memory{free}"), got))
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
 impl Model {
     /// A new model with random weights.
     ///
-    /// Errors: those of [`Config::check`]; [`Error::Argument`] for an element type in which models do not compute.
+    /// Errors: those of [`Config::check`]; [`Error::Argument`] for an element type in which models do not compute, and for
+    /// weights that do not fit the memory.
     pub fn random(config: Config, dtype: Dtype, seed: u64) -> Result<Self> {
+        config.check(Path::new("model"))?;
+        check_memory(&config, dtype)?;
         let graph = match dtype {
             Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(config, seed)?)),
             Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::random(config, seed)?)),
@@ -71,6 +89,7 @@ impl Model {
     pub fn load(folder: &Path, dtype: Option<Dtype>, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
         let config = Config::load(folder)?;
         let files = CheckpointFolder::open(folder)?;
+        check_memory(&config, dtype.unwrap_or(config.dtype))?;
         let graph = match dtype.unwrap_or(config.dtype) {
             Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, trains, remark)?)),
             Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, trains, remark)?)),

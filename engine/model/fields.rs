@@ -104,7 +104,7 @@ pub fn parse_object(path: &Path, text: &str) -> Result<Map<String, Value>> {
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(Error::format(path, "file", "a JSON object", describe(&other))),
-        Err(e) => Err(Error::format(path, "file", "a JSON object", e.to_string())),
+        Err(e) => Err(Error::format(path, "file", "a JSON object", format!("text that is no JSON ({e})"))),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::typed::count;
 use crate::error::{Error, Result};
+use crate::kernels::available_memory::fits;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Element;
 
@@ -23,7 +24,7 @@ pub(super) fn elements_of(op: &'static str, shape: &[usize]) -> Result<usize> {
 pub(super) fn room_for(op: &'static str, shape: &[usize]) -> Result<usize> {
     let elements = elements_of(op, shape)?;
     let bytes = elements.saturating_mul(4);
-    if bytes > LARGE_BYTES && Vec::<u8>::new().try_reserve_exact(bytes).is_err() {
+    if bytes > LARGE_BYTES && !fits(bytes as u64) {
         return Err(Error::Shape {
             op,
             arg: "shape",

@@ -1,6 +1,12 @@
 ---@meta
 --- Data sets, the batches they give, and tokenizers.
 
+---@class engine.data
+local data = {}
+
+---@class engine.tokenizer
+local tokenizer = {}
+
 ---@class engine.Data
 local Data = {}
 
@@ -26,7 +32,7 @@ local Tokenizer = {}
 --- Example: local batch = engine.data.batch { { 5, 6, 7 }, { 8, 9 } }
 ---@param documents (integer[]|engine.Tensor)[]
 ---@return engine.Batch batch
-function engine.data.batch(documents) end
+function data.batch(documents) end
 
 --- JSON-lines files, one record a line. Its texts are in the field `text` unless `field` names another.
 ---
@@ -34,7 +40,7 @@ function engine.data.batch(documents) end
 ---@param paths string|string[]
 ---@param options? { field?: string, skip_bad?: boolean } skip_bad: leave bad lines out instead of failing
 ---@return engine.Data data
-function engine.data.jsonl(paths, options) end
+function data.jsonl(paths, options) end
 
 --- Draws each record from one of several data sets, with a probability in proportion to its weight.
 ---
@@ -42,7 +48,7 @@ function engine.data.jsonl(paths, options) end
 ---@param parts { [1]: engine.Data, [2]: number }[]
 ---@param options? { seed?: integer } default: the run's seed
 ---@return engine.Data data
-function engine.data.mix(parts, options) end
+function data.mix(parts, options) end
 
 --- Text files. A document is a whole file, a line, or a paragraph (blank lines lie between).
 ---
@@ -50,7 +56,7 @@ function engine.data.mix(parts, options) end
 ---@param paths string|string[]
 ---@param options? { document?: "file"|"line"|"paragraph" }
 ---@return engine.Data data
-function engine.data.text(paths, options) end
+function data.text(paths, options) end
 
 --- Records are conversations (field `messages`), rendered by the tokenizer's chat template; only what the assistant says
 --- is learned.
@@ -120,14 +126,14 @@ function Data:tokenizer(tokenizer) end
 ---
 --- Example: local tokenizer = engine.tokenizer.bytes()
 ---@return engine.Tokenizer tokenizer
-function engine.tokenizer.bytes() end
+function tokenizer.bytes() end
 
 --- The tokenizer of a model's folder, or of a tokenizer.json.
 ---
 --- Example: local tokenizer = engine.tokenizer.load("checkpoints/Qwen2.5-0.5B")
 ---@param path string
 ---@return engine.Tokenizer tokenizer
-function engine.tokenizer.load(path) end
+function tokenizer.load(path) end
 
 --- Trains a byte-level BPE on the texts of a data set.
 ---
@@ -135,7 +141,7 @@ function engine.tokenizer.load(path) end
 ---@param data engine.Data
 ---@param options { vocab_size: integer }
 ---@return engine.Tokenizer tokenizer
-function engine.tokenizer.train(data, options) end
+function tokenizer.train(data, options) end
 
 --- A conversation as the chat template writes it.
 ---

@@ -10,17 +10,6 @@
 ---@field tokenizer engine.tokenizer
 local engine = {}
 
----@class engine.data
-engine.data = {}
----@class engine.model
-engine.model = {}
----@class engine.optim
-engine.optim = {}
----@class engine.tensor
-engine.tensor = {}
----@class engine.tokenizer
-engine.tokenizer = {}
-
 --- Declares what a script does. The script returns it; `perilune run` gives its arguments and runs it.
 ---
 --- An entry of `args` is a default, which gives the type; a list of values; or a table that describes: its first entry is

@@ -1,6 +1,12 @@
 ---@meta
 --- Models and optimizers.
 
+---@class engine.model
+local model = {}
+
+---@class engine.optim
+local optim = {}
+
 ---@class engine.Model
 ---@field config table as config.json writes it, with Hugging Face's names
 ---@field count integer parameters
@@ -21,7 +27,7 @@ local Optimizer = {}
 ---@param folder string
 ---@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
 ---@return engine.Model model
-function engine.model.load(folder, options) end
+function model.load(folder, options) end
 
 --- A new model with random weights, from the run's seed. `preset` names a shape (default "tiny"); other fields change it.
 --- Fields: vocab, hidden, layers, heads, kv_heads, intermediate, head_dim, tied, initializer_range, rms_norm_eps, rope_theta,
@@ -32,13 +38,13 @@ function engine.model.load(folder, options) end
 ---@param fields { preset?: string, vocab?: integer, hidden?: integer, layers?: integer, heads?: integer, kv_heads?: integer, intermediate?: integer, experts?: integer, [string]: any }
 ---@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
 ---@return engine.Model model
-function engine.model.new(fields, options) end
+function model.new(fields, options) end
 
 --- The names that `preset` may have.
 ---
 --- Example: print(table.concat(engine.model.presets(), " "))
 ---@return string[] names
-function engine.model.presets() end
+function model.presets() end
 
 --- Continues a text: sampled, or with temperature 0 the most likely token each time. Each token runs the whole text through
 --- the model again, so this is for samples of a few hundred tokens.
@@ -125,7 +131,7 @@ function Model:save(folder, options) end
 ---@param model engine.Model
 ---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false }
 ---@return engine.Optimizer optimizer
-function engine.optim.adamw(model, options) end
+function optim.adamw(model, options) end
 
 --- Forgets all gradients.
 ---

@@ -2,6 +2,9 @@
 --- Tensors. Elements are f32 unless `dtype` says else. Axes count from 0, negative ones from the end; so do indices.
 --- Operators: + - * / ^ % // and unary - between tensors, or a tensor and a number; shapes broadcast as numpy's do.
 
+---@class engine.tensor
+local tensor = {}
+
 ---@class engine.Tensor
 ---@field count integer elements
 ---@field dtype "f32"|"bf16"|"i32"|"i8"
@@ -28,7 +31,7 @@ local Tensor = {}
 ---@param stop number
 ---@param options? { step?: number, dtype?: string } step: default 1
 ---@return engine.Tensor values [count]
-function engine.tensor.arange(start, stop, options) end
+function tensor.arange(start, stop, options) end
 
 --- Joins tensors along an axis that they have.
 ---
@@ -36,7 +39,7 @@ function engine.tensor.arange(start, stop, options) end
 ---@param parts engine.Tensor[]
 ---@param axis? integer default 0
 ---@return engine.Tensor joined
-function engine.tensor.concat(parts, axis) end
+function tensor.concat(parts, axis) end
 
 --- The identity matrix.
 ---
@@ -44,7 +47,7 @@ function engine.tensor.concat(parts, axis) end
 ---@param size integer
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor matrix [size, size]
-function engine.tensor.eye(size, options) end
+function tensor.eye(size, options) end
 
 --- One value everywhere.
 ---
@@ -53,7 +56,7 @@ function engine.tensor.eye(size, options) end
 ---@param value number
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor filled
-function engine.tensor.full(shape, value, options) end
+function tensor.full(shape, value, options) end
 
 --- `count` numbers from `start` to `stop`, both included.
 ---
@@ -63,7 +66,7 @@ function engine.tensor.full(shape, value, options) end
 ---@param count integer
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor values [count]
-function engine.tensor.linspace(start, stop, count, options) end
+function tensor.linspace(start, stop, count, options) end
 
 --- A tensor of the numbers in nested tables, or of one number.
 ---
@@ -71,14 +74,14 @@ function engine.tensor.linspace(start, stop, count, options) end
 ---@param values number|table
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor tensor
-function engine.tensor.new(values, options) end
+function tensor.new(values, options) end
 
 --- Calls `body` without recording it for a backward pass; gives what it returns.
 ---
 --- Example: local guess = engine.tensor.no_grad(function() return model:logprobs(batch) end)
 ---@param body fun(): ...
 ---@return any ...
-function engine.tensor.no_grad(body) end
+function tensor.no_grad(body) end
 
 --- Ones.
 ---
@@ -86,7 +89,7 @@ function engine.tensor.no_grad(body) end
 ---@param shape integer[]
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor ones
-function engine.tensor.ones(shape, options) end
+function tensor.ones(shape, options) end
 
 --- Uniform in [0, 1), from the run's seed.
 ---
@@ -94,7 +97,7 @@ function engine.tensor.ones(shape, options) end
 ---@param shape integer[]
 ---@param options? { dtype?: "f32"|"bf16" }
 ---@return engine.Tensor values
-function engine.tensor.rand(shape, options) end
+function tensor.rand(shape, options) end
 
 --- Whole numbers from `low` to below `high`, from the run's seed.
 ---
@@ -103,7 +106,7 @@ function engine.tensor.rand(shape, options) end
 ---@param high integer
 ---@param shape integer[]
 ---@return engine.Tensor values i32
-function engine.tensor.randint(low, high, shape) end
+function tensor.randint(low, high, shape) end
 
 --- Normal with mean 0 and variance 1, from the run's seed.
 ---
@@ -111,7 +114,7 @@ function engine.tensor.randint(low, high, shape) end
 ---@param shape integer[]
 ---@param options? { dtype?: "f32"|"bf16" }
 ---@return engine.Tensor values
-function engine.tensor.randn(shape, options) end
+function tensor.randn(shape, options) end
 
 --- Joins tensors of one shape along a new axis.
 ---
@@ -119,7 +122,7 @@ function engine.tensor.randn(shape, options) end
 ---@param parts engine.Tensor[]
 ---@param axis? integer default 0
 ---@return engine.Tensor stacked
-function engine.tensor.stack(parts, axis) end
+function tensor.stack(parts, axis) end
 
 --- `a` where the mask is not 0, else `b`. One of them may be a number.
 ---
@@ -128,7 +131,7 @@ function engine.tensor.stack(parts, axis) end
 ---@param a engine.Tensor|number
 ---@param b engine.Tensor|number
 ---@return engine.Tensor chosen
-function engine.tensor.where(mask, a, b) end
+function tensor.where(mask, a, b) end
 
 --- Zeros.
 ---
@@ -136,7 +139,7 @@ function engine.tensor.where(mask, a, b) end
 ---@param shape integer[]
 ---@param options? engine.DtypeOption
 ---@return engine.Tensor zeros
-function engine.tensor.zeros(shape, options) end
+function tensor.zeros(shape, options) end
 
 --- Absolute values.
 ---
