@@ -30,7 +30,7 @@ return engine.workflow {
     seq_len = { 256, min = 2, help = "tokens of a training window" },
     rows = { 4, min = 1, help = "windows of a micro-batch" },
     accumulate = { 1, min = 1, help = "micro-batches of an update" },
-    steps = { 5200, min = 1 },
+    steps = { 4800, min = 1 },
     lr = { 2.5e-3, min = 0 }, warmup = { 50, min = 0 }, final = { 0.05, min = 0, help = "share of lr at the end" },
     beta2 = 0.99, weight_decay = 0.5, clip_norm = { 1.0, min = 0, help = "longest gradient; 0 for no limit" },
     validation = { 0.1, min = 0, max = 0.5, help = "share of each file, its end, that is held out" },

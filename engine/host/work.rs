@@ -67,7 +67,7 @@ impl Work {
     }
 }
 
-/// Operations a second of the best of a few products of `[512, 1024]` and `[1024, 1024]`, on all threads.
+/// Operations a second of the best of some products, after the first few have woken the threads, of `[512, 1024]` and `[1024, 1024]`, on all threads.
 fn matrix_rate<E: TileElement>() -> f64 {
     const ROWS: usize = 512;
     const SIDE: usize = 1024;
@@ -77,7 +77,7 @@ fn matrix_rate<E: TileElement>() -> f64 {
     weight.fill(half);
     x.fill(half);
     let mut best = f64::INFINITY;
-    for _ in 0..4 {
+    for _ in 0..24 {
         let started = Instant::now();
         gemm::forward(&mut y, &x, None, Weight { panels: &weight, outputs: SIDE, inputs: SIDE }, None, None);
         best = best.min(started.elapsed().as_secs_f64());
