@@ -1,6 +1,6 @@
 //! Memory of tensors: blocks aligned to a cache line, recycled by size so that a warm training step allocates nothing.
 //! Blocks come from the system's allocator, not from the program's: it gives large ones back to the system at once, where
-//! mimalloc keeps them for a while, which is half a gigabyte of a step that takes four.
+//! mimalloc keeps them for a while: 3.98 GiB at the peak of a step of `q05x4` in f32 against 3.80.
 //! Knows bytes and element types, no shapes.
 
 use super::element::Element;

@@ -18,7 +18,8 @@ use std::sync::Arc;
 pub const IGNORE: i32 = -100;
 
 /// Bytes that the f32 logits of one chunk may take: 288 rows of Qwen's vocabulary. Each chunk turns the head once and passes
-/// once over its gradient, so that with 96 rows the products of the backward pass lose a quarter of their speed.
+/// once over its gradient, so that a step
+/// of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384.
 const CHUNK_BYTES: usize = 192 << 20;
 
 /// Rows of a chunk: whole tiles of the product, so that no tile is wasted at its end.
