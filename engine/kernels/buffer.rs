@@ -18,6 +18,8 @@ pub const ALIGN: usize = 64;
 pub struct Buffer<E: Element> {
     start: NonNull<E>,
     len: usize,
+    /// Bytes of the block, which may be more than `len` elements take.
+    block: usize,
 }
 
 // SAFETY: a buffer owns its block alone, as Vec does, and its elements are Send and Sync plain data.
@@ -29,6 +31,16 @@ unsafe impl<E: Element> Sync for Buffer<E> {}
 struct Pool {
     free: BTreeMap<usize, Vec<usize>>,
     free_bytes: usize,
+}
+
+impl Pool {
+    /// Takes out the smallest free block of `wanted` to a quarter more bytes: its address and size.
+    fn pop(&mut self, wanted: usize) -> Option<(usize, usize)> {
+        let (size, block) =
+            self.free.range_mut(wanted..=wanted + wanted / 4).find_map(|(size, blocks)| Some((*size, blocks.pop()?)))?;
+        self.free_bytes -= size;
+        Some((block, size))
+    }
 }
 
 static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), free_bytes: 0 });
@@ -53,19 +65,18 @@ fn layout(size: usize) -> Layout {
     Layout::from_size_align(size, ALIGN).expect("block sizes are multiples of the alignment and below isize::MAX")
 }
 
-fn take(size: usize) -> NonNull<u8> {
+/// A block of at least `wanted` bytes, and its size: a free one that is at most a quarter larger, else a new one.
+fn take(wanted: usize) -> (NonNull<u8>, usize) {
+    let recycled = (wanted > SMALL).then(|| POOL.lock().expect("the pool's lock is never held across a panic").pop(wanted)).flatten();
+    let size = recycled.map_or(wanted, |(_, size)| size);
     let live = LIVE_BYTES.fetch_add(size, Relaxed) + size;
     LIVE_BYTES_MAX.fetch_max(live, Relaxed);
-    if size > SMALL {
-        let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
-        if let Some(block) = pool.free.get_mut(&size).and_then(Vec::pop) {
-            pool.free_bytes -= size;
-            return NonNull::new(block as *mut u8).expect("a block that was once allocated is not null");
-        }
+    if let Some((block, size)) = recycled {
+        return (NonNull::new(block as *mut u8).expect("a block that was once allocated is not null"), size);
     }
     // SAFETY: the layout's size is at least ALIGN, so not zero.
     let block = unsafe { System.alloc_zeroed(layout(size)) };
-    NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout(size)))
+    (NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout(size))), size)
 }
 
 fn give_back(block: NonNull<u8>, size: usize) {
@@ -120,10 +131,11 @@ impl<E: Element> Buffer<E> {
             .filter(|bytes| *bytes < isize::MAX as usize / 2)
             .expect("a buffer's size fits the address space");
         if len == 0 {
-            return Self { start: NonNull::dangling(), len };
+            return Self { start: NonNull::dangling(), len, block: 0 };
         }
         const { assert!(align_of::<E>() <= ALIGN) };
-        Self { start: take(block_size(bytes)).cast(), len }
+        let (start, block) = take(block_size(bytes));
+        Self { start: start.cast(), len, block }
     }
 
     /// `len` zeros.
@@ -144,7 +156,7 @@ impl<E: Element> Buffer<E> {
 impl<E: Element> Drop for Buffer<E> {
     fn drop(&mut self) {
         if self.len > 0 {
-            give_back(self.start.cast(), block_size(self.len * size_of::<E>()));
+            give_back(self.start.cast(), self.block);
         }
     }
 }
