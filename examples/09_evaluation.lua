@@ -1,19 +1,7 @@
 --- Lesson 9: how good is it? Loss on held-out text, perplexity, bits per byte; and what sampling settings do.
 --- Run: perilune run examples/09_evaluation.lua --steps 1500
 local engine = require "engine"
-local schedules, tales = require "std.schedules", require "std.tales"
-
---- Mean loss in nats a token over the rest of `data`, and the number of tokens.
-local function evaluate(model, data)
-  return engine.tensor.no_grad(function()
-    local sum, count = 0, 0
-    for batch in function() return data:take(16) end do
-      sum = sum - model:logprobs(batch):sum():item()
-      count = count + batch.supervised
-    end
-    return sum / count, count
-  end)
-end
+local eval, schedules, tales = require "std.eval", require "std.schedules", require "std.tales"
 
 return engine.workflow {
   name = "evaluation",
@@ -40,13 +28,13 @@ return engine.workflow {
       step:log { loss = loss, grad_norm = optim:step() }
       if step.last or step.count % 100 == 0 then
         -- `epochs(1)` describes the data again from its beginning, so each look sees the same text.
-        local mean = evaluate(model, held_out:epochs(1))
+        local mean = eval.loss(model, held_out:epochs(1))
         print(("step %d: held-out loss %.3f"):format(step.count, mean))
         step:log { validation_loss = mean }
       end
     end
 
-    local mean, count = evaluate(model, held_out:epochs(1))
+    local mean, count = eval.loss(model, held_out:epochs(1))
     -- Perplexity: as unsure as among that many equally likely tokens. It depends on the tokenizer; bits per byte does not,
     -- and here a token is a byte.
     print(("%d tokens: perplexity %.2f, %.2f bits per byte"):format(count, math.exp(mean), mean / math.log(2)))

@@ -2,19 +2,7 @@
 --- Run: perilune run scripts/pretrain.lua --text book.txt --tokenizer bpe:4096
 --- Source: Qwen2.5 technical report, arXiv 2412.15115, section 3; AdamW, arXiv 1711.05101.
 local engine = require "engine"
-local schedules, tales = require "std.schedules", require "std.tales"
-
---- Mean loss over the rest of `data`, in nats a token, every token counted once.
-local function evaluate(model, data)
-  return engine.tensor.no_grad(function()
-    local sum, count = 0.0, 0
-    for batch in function() return data:take(16) end do
-      sum = sum - model:logprobs(batch):sum():item()
-      count = count + batch.supervised
-    end
-    return count > 0 and sum / count or nil
-  end)
-end
+local eval, schedules, tales = require "std.eval", require "std.schedules", require "std.tales"
 
 return engine.workflow {
   name = "pretrain",
@@ -88,7 +76,7 @@ return engine.workflow {
       end
       step:log { loss = loss, lr = optim.lr, grad_norm = optim:step() }
       if args.validation > 0 and (step.last or step.count % args.evaluate_every == 0) then
-        step:log { validation_loss = evaluate(model, held_out:epochs(1)) }
+        step:log { validation_loss = (eval.loss(model, held_out:epochs(1))) }
       end
     end
 

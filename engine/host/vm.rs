@@ -175,7 +175,7 @@ mod tests {
     fn pcall_hands_out_strings_and_lets_panics_pass() {
         assert_eq!(
             run("local ok, err = pcall(require, 'std.loses') return err").unwrap(),
-            "test.lua:1: no module \"std.loses\"; there are std.losses, std.schedules, std.tales; did you mean `losses`?"
+            "test.lua:1: no module \"std.loses\"; there are std.eval, std.losses, std.schedules, std.tales; did you mean `losses`?"
         );
         assert_eq!(run("local ok, err = pcall(error, { 7 }) return err[1]").unwrap(), "7");
         assert_eq!(run("return select(2, pcall(function() error('x') end))").unwrap(), "test.lua:1: x");

@@ -110,3 +110,24 @@ describe("mixture of experts", function()
     expect(function() model:routing { 1 } end).fails "should be a Batch"
   end)
 end)
+
+describe("eval", function()
+  it("counts every supervised token once, whatever the batches", function()
+    local eval = require "std.eval"
+    local model = engine.model.new(sizes, { tokenizer = tokenizer })
+    local held_out = engine.data.text("examples/data/rhymes.txt"):tokenizer(tokenizer):pack { seq_len = 24, how = "windows" }
+    local loss, count = eval.loss(model, held_out:epochs(1), { rows = 3 })
+    local again, count_again = eval.loss(model, held_out:epochs(1), { rows = 16 })
+    expect(count).is(count_again)
+    expect(math.abs(loss - again) < 1e-5).is(true)
+    local sum, tokens, data = 0, 0, held_out:epochs(1)
+    for batch in function() return data:take(1) end do
+      sum = sum + model:cross_entropy(batch):item() * batch.supervised
+      tokens = tokens + batch.supervised
+    end
+    expect(tokens).is(count)
+    expect(math.abs(loss - sum / tokens) < 1e-4).is(true)
+    expect(function() eval.loss(model, held_out, { row = 3 }) end).fails "option should be rows, got `row`"
+    expect(function() eval.loss(model, held_out, { rows = 0 }) end).fails "at least 1, got 0"
+  end)
+end)
