@@ -36,8 +36,7 @@ struct Pool {
 impl Pool {
     /// Takes out the smallest free block of `wanted` to a quarter more bytes: its address and size.
     fn pop(&mut self, wanted: usize) -> Option<(usize, usize)> {
-        let (size, block) =
-            self.free.range_mut(wanted..=wanted + wanted / 4).find_map(|(size, blocks)| Some((*size, blocks.pop()?)))?;
+        let (size, block) = self.free.range_mut(wanted..=wanted + wanted / 4).find_map(|(size, blocks)| Some((*size, blocks.pop()?)))?;
         self.free_bytes -= size;
         Some((block, size))
     }
