@@ -35,6 +35,12 @@ pub enum Error {
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// A step of a run took longer than it may.
+    #[error("{what} was given {seconds} s, and they are over")]
+    TimedOut { what: String, seconds: f64 },
+    /// What a run recorded and what its script does now are two things.
+    #[error("{what} differs from what the run recorded: {how}; {remedy}")]
+    Diverged { what: String, how: String, remedy: String },
 }
 
 /// `std::result::Result` with the crate's [`Error`].

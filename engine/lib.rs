@@ -4,6 +4,8 @@
 
 pub mod error;
 
+pub mod failpoint;
+
 #[allow(unsafe_code)]
 pub mod kernels;
 
@@ -11,6 +13,7 @@ pub mod tensor;
 
 pub mod checkpoint;
 pub mod data;
+pub mod store;
 
 pub mod model;
 

@@ -3,7 +3,7 @@
 
 use perilune::error::Error;
 use perilune::host::progress::Screen;
-use perilune::host::run::{Run, Start};
+use perilune::host::run::{Facts, Run, Start};
 use perilune::host::vm::Vm;
 use perilune::host::{args, workflow::Workflow};
 use std::process::Command;
@@ -27,8 +27,9 @@ fn error_of(script: &str) -> String {
         let sources = vm.sources();
         let screen = Screen::new(true);
         let root = folder.path().join("runs");
-        let start = Start { root: &root, workflow: &workflow.name, seed: 0, args: &values, sources: &sources, screen };
-        workflow.call(vm.lua(), Arc::new(Run::start(&start)?), &values)
+        let facts = Facts::new(&workflow.name, "script.lua", &[], &values, 0);
+        let run = Arc::new(Run::start(Start { root: &root, facts, sources: &sources, screen })?);
+        workflow.call(vm.lua(), &run, &values, None)
     };
     let text = run().expect_err(script).to_string();
     text.replace(&format!("{}/", folder.path().display()), "")
@@ -193,8 +194,10 @@ fn the_program_says_how_it_ended() {
     assert!(err.contains("greet 2/2"), "{err}");
     let runs: Vec<_> = std::fs::read_dir(folder.path().join("checkpoints/runs")).unwrap().map(|entry| entry.unwrap().path()).collect();
     let read = |name: &str| std::fs::read_to_string(runs[0].join(name)).unwrap();
-    assert_eq!(read("code/hello.lua"), script);
-    let args: serde_json::Value = serde_json::from_str(&read("args.json")).unwrap();
+    let code: serde_json::Value = serde_json::from_str(&read("code/g0.json")).unwrap();
+    assert_eq!(code["sources"][0]["path"], "hello.lua");
+    assert_eq!(read(&format!("code/objects/{}", code["sources"][0]["hash"].as_str().unwrap())), script);
+    let args: serde_json::Value = serde_json::from_str(&read("run.json")).unwrap();
     assert_eq!((&args["args"]["times"], &args["seed"]), (&2.into(), &7.into()));
     let metrics: Vec<serde_json::Value> = read("metrics.jsonl").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(metrics.len(), 2);
@@ -235,5 +238,5 @@ fn the_first_interrupt_ends_the_loop_at_its_step() {
     let output = child.wait_with_output().unwrap();
     let err = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{err}");
-    assert!(err.contains("stopping at the end of this step") && err.contains("stopped by the user after step"), "{err}");
+    assert!(err.contains("stopping at the end of this step") && err.contains("stopped after step"), "{err}");
 }

@@ -58,10 +58,16 @@ impl Trained {
         assert_eq!(lines.len(), steps, "{args:?}");
         for (index, line) in lines.iter().enumerate() {
             assert_eq!(line["step"], index, "{line}");
-            for name in ["loss", "lr", "grad_norm", "time"] {
+            for name in ["loss", "lr", "grad_norm"] {
                 // JSON has no infinity and no NaN: what is not finite is not a number there.
                 assert!(line[name].as_f64().is_some_and(f64::is_finite), "{name} in {line}");
             }
+        }
+        let timing = std::fs::read_to_string(folder.join("timing.jsonl")).unwrap();
+        for (line, timing) in lines.iter().zip(timing.lines()) {
+            let timing: Value = serde_json::from_str(timing).unwrap();
+            assert_eq!((&timing["loop"], &timing["step"]), (&line["loop"], &line["step"]));
+            assert!(timing["time"].is_f64() && timing["step_seconds"].is_f64() && timing["tokens_per_second"].is_f64(), "{timing}");
         }
         Self { _runs: runs, folder, steps: lines }
     }

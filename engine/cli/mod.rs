@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod generate;
 pub mod params;
 mod peak_memory;
+mod resume;
 mod run;
 mod types;
 mod units;
@@ -27,6 +28,7 @@ struct Program {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Run),
+    Resume(resume::Resume),
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
@@ -46,6 +48,7 @@ pub fn main() -> ExitCode {
     };
     let result: Result<()> = match program.command {
         Command::Run(command) => command.run(),
+        Command::Resume(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),

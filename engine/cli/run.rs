@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::host::progress::Screen;
-use crate::host::run::{self, Start};
+use crate::host::run::{self, Facts, Start};
+use crate::host::run_object::shown;
 use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
@@ -25,6 +26,9 @@ pub struct Run {
     /// Where runs are kept.
     #[arg(long, value_name = "FOLDER", default_value = "checkpoints/runs")]
     runs: PathBuf,
+    /// Write TensorBoard event files beside the metrics.
+    #[arg(long)]
+    tensorboard: bool,
     // One list, so that words behind the script are never taken for the program's own.
     /// The script, then its arguments: --name value.
     #[arg(value_name = "SCRIPT [--name value]", required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
@@ -36,7 +40,7 @@ impl Run {
         let script = self.words.remove(0);
         if script.starts_with("--") {
             return Err(Error::Script(format!(
-                "`perilune run` has no option {script}; it takes --seed, --quiet, --explain, --runs, then a script"
+                "`perilune run` has no option {script}; it takes --seed, --quiet, --explain, --runs, --tensorboard, then a script"
             )));
         }
         let help = self.take_own_words()?;
@@ -58,14 +62,16 @@ impl Run {
         }
         let values = args::parse(&workflow.specs, &self.words).map_err(|error| Error::Script(format!("{script}: {error}")))?;
         let sources = vm.sources();
-        let start =
-            Start { root: &self.runs, workflow: &workflow.name, seed: self.seed, args: &values, sources: &sources, screen: screen.clone() };
+        let facts = Facts::new(&workflow.name, &script, &self.words, &values, self.seed);
         if self.explain {
             screen.note(&explanation());
         }
-        let run = Arc::new(run::Run::start(&start)?);
-        screen.note(&format!("run {} in {}", run.id, run.folder.display()));
-        workflow.call(vm.lua(), run, &values)
+        let run = Arc::new(run::Run::start(Start { root: &self.runs, facts, sources: &sources, screen: screen.clone() })?);
+        if self.tensorboard {
+            run.write_tensorboard()?;
+        }
+        screen.note(&format!("run {} in {}", run.facts.id, shown(&run.folder)));
+        workflow.call(vm.lua(), &run, &values, None)
     }
 
     /// Takes the words that belong to every run out of the script's; whether help is asked for.
@@ -85,6 +91,7 @@ impl Run {
                 "--help" | "-h" => help = true,
                 "--explain" => self.explain = true,
                 "--quiet" => self.quiet = true,
+                "--tensorboard" => self.tensorboard = true,
                 "--runs" => self.runs = PathBuf::from(value("a folder")?),
                 "--seed" => {
                     let text = value("an integer")?;
@@ -97,5 +104,31 @@ impl Run {
         }
         self.words = rest;
         Ok(help)
+    }
+}
+
+/// The folder of the run that a user means: an id, the beginning of one, `latest`, or a folder.
+///
+/// Errors: [`Error::Script`] if there is none, or more than one.
+pub fn runs_folder(root: &Path, name: &str) -> Result<PathBuf> {
+    let as_path = Path::new(name);
+    if as_path.join("run.json").is_file() {
+        return Ok(as_path.to_path_buf());
+    }
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let mut ids: Vec<String> = entries
+        .filter(|entry| entry.path().join("run.json").is_file())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    ids.sort();
+    let wanted = name.to_uppercase();
+    let found: Vec<&String> = match name {
+        "latest" => ids.last().into_iter().collect(),
+        _ => ids.iter().filter(|id| id.starts_with(&wanted)).collect(),
+    };
+    match found[..] {
+        [id] => Ok(root.join(id)),
+        [] => Err(Error::Script(format!("no run `{name}` in {} ({} runs)", root.display(), ids.len()))),
+        _ => Err(Error::Script(format!("`{name}` begins the ids of {} runs in {}; give more of it", found.len(), root.display()))),
     }
 }

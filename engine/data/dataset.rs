@@ -74,6 +74,33 @@ impl Dataset {
         Ok(Self { plan, running: None })
     }
 
+    /// What it reads and how, in words that are equal when it is. Knows nothing of the files' content, and leaves epochs out.
+    pub fn definition(&self) -> String {
+        let plan = &self.plan;
+        let sources: Vec<String> = plan
+            .sources
+            .iter()
+            .zip(&plan.weights)
+            .map(|(source, weight)| {
+                let paths: Vec<String> = source.paths.iter().map(|path| path.display().to_string()).collect();
+                let shuffle = source.shuffle.map_or_else(|| "in order".to_string(), |seed| format!("shuffled with {seed}"));
+                format!(
+                    "{} of {} ({:?}, field {}, {:?}, {shuffle}, {:?})",
+                    weight,
+                    paths.join(" "),
+                    source.format,
+                    source.field,
+                    source.split,
+                    source.on_error
+                )
+            })
+            .collect();
+        let tokenizer = plan.tokenizer.as_ref().map_or_else(|| "none".into(), |tokenizer| format!("{:016x}", tokenizer.fingerprint()));
+        let chat =
+            plan.chat.as_ref().map_or_else(String::new, |template| format!(", chat {}", ContentHash::of(template.source().as_bytes())));
+        format!("{}; mixed with {}; tokenizer {tokenizer}{chat}; packing {:?}", sources.join(" + "), plan.mix_seed, plan.packing)
+    }
+
     /// The same settings, from the beginning.
     pub fn fresh(&self) -> Self {
         Self { plan: self.plan.clone(), running: None }

@@ -3,8 +3,8 @@
 
 use super::call::{Answer, Call};
 use super::globals::take_counters;
-use super::interrupt;
 use super::model::ModelObject;
+use super::replay::must_end;
 use crate::data::tokenizer::Specials;
 use crate::error::Error;
 use crate::infer::generate::{Request, generate_text};
@@ -48,6 +48,10 @@ pub fn complete(call: &Call) -> Answer {
         stop_ids: &stop_ids,
         vocab: None,
     };
-    let text = generate_text(&this.model, tokenizer, &request, &stops, &interrupt::is_pending, &mut |_| Ok(()))?;
-    call.give(text.text)
+    // In a loop the wish to stop waits for the boundary: half a completion must not reach what is recorded.
+    let text = generate_text(&this.model, tokenizer, &request, &stops, &|| must_end(call.lua).is_some(), &mut |_| Ok(()));
+    match must_end(call.lua) {
+        Some(error) => Err(error.into()),
+        None => call.give(text?.text),
+    }
 }

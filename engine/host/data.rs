@@ -28,6 +28,8 @@ struct Reading {
     packed: bool,
     /// What the last `take` asked for; the look-ahead asks for the same.
     rows: Option<usize>,
+    /// How often something was taken.
+    taken: u64,
     ahead: Option<Ahead>,
 }
 
@@ -54,6 +56,7 @@ impl Reading {
 
     fn take(&mut self, rows: usize) -> Result<Option<Taken>> {
         self.rows = Some(rows);
+        self.taken += 1;
         match self.ahead.take() {
             Some(ahead) if ahead.rows == rows => Ok(ahead.taken),
             Some(ahead) => {
@@ -67,7 +70,7 @@ impl Reading {
 
 impl DataObject {
     pub fn new(dataset: Dataset, packed: bool) -> Self {
-        Self(Arc::new(Mutex::new(Reading { dataset, packed, rows: None, ahead: None })))
+        Self(Arc::new(Mutex::new(Reading { dataset, packed, rows: None, taken: 0, ahead: None })))
     }
 
     fn lock(&self) -> MutexGuard<'_, Reading> {
@@ -77,6 +80,40 @@ impl DataObject {
     /// The description alone, from the beginning.
     pub fn dataset(&self) -> Result<Dataset> {
         Ok(self.lock().dataset.fresh())
+    }
+
+    /// The same description with a reading of its own, from the beginning.
+    pub fn begin_again(&self) -> Self {
+        let reading = self.lock();
+        Self::new(reading.dataset.fresh(), reading.packed)
+    }
+
+    /// What it reads and how, in words that are equal when it is. Epochs are not part of it: a loop sets them.
+    pub fn definition(&self) -> String {
+        self.lock().dataset.definition()
+    }
+
+    /// A number that changes with every `take`.
+    pub fn version(&self) -> u64 {
+        self.lock().taken
+    }
+
+    /// The position behind what was taken, and how many rows the last `take` asked for.
+    ///
+    /// Errors: those of [`Dataset::cursor`].
+    pub fn position(&self) -> Result<(Cursor, Option<usize>)> {
+        let cursor = self.cursor()?;
+        Ok((cursor, self.lock().rows))
+    }
+
+    /// Goes on from a position that [`Self::position`] gave.
+    ///
+    /// Errors: those of [`Dataset::restore`].
+    pub fn restore(&self, cursor: &Cursor, rows: Option<usize>) -> Result<()> {
+        let mut reading = self.lock();
+        reading.ahead = None;
+        reading.rows = rows;
+        reading.dataset.restore(cursor)
     }
 
     /// Whether another `take` would give something. Before the first one: whether there are documents.

@@ -5,11 +5,12 @@
 use super::call::describe;
 use super::nearest::suggestion;
 use super::progress::Screen;
-use super::raise::{Failure, is_interrupt, message, raise};
+use super::raise::{Failure, is_stop, message, raise};
+use super::replay;
 use crate::error::Error;
 use crate::kernels::random::Stream;
 use mlua::{Lua, MultiValue, Table, Value, Variadic};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::Mutex;
 
 /// `pcall` and its kin over Lua's own. `text` turns an error object of the engine into its message, and raises it again
 /// if it is the user's wish to stop.
@@ -34,39 +35,148 @@ end
 function coroutine.resume(...) return tidy(resume_raw(...)) end
 "#;
 
+/// `pairs` in an order that is the same in every process: keys that are numbers, then strings, each sorted, then booleans,
+/// then whatever else in Lua's own order. Lua's is another in each process, and a run must repeat itself. Fields may be changed
+/// and removed on the way, as the manual allows; `next` is Lua's own.
+const SORTED_PAIRS: &str = r#"
+local next, type, sort, getmetatable, error = next, type, table.sort, getmetatable, error
+local rank = { number = 1, string = 2, boolean = 3 }
+local function before(a, b)
+  local kind_a, kind_b = type(a), type(b)
+  if kind_a ~= kind_b then return rank[kind_a] < rank[kind_b] end
+  if kind_a == "boolean" then return not a and b end
+  return a < b
+end
+local function iterate(state)
+  local keys, of = state.keys, state.of
+  for index = state.index + 1, state.count do
+    local key = index
+    if keys then key = keys[index] end
+    local value = of[key]
+    if value ~= nil then
+      state.index = index
+      return key, value
+    end
+  end
+end
+function pairs(t)
+  local meta = getmetatable(t)
+  if type(meta) == "table" and meta.__pairs then
+    local step, state, first = meta.__pairs(t)
+    return step, state, first
+  end
+  if type(t) ~= "table" then error("bad argument #1 to 'pairs' (table expected, got " .. type(t) .. ")", 2) end
+  local length = #t
+  local keys, others, count, is_list = {}, {}, 0, true
+  for key in next, t do
+    local kind = type(key)
+    if not rank[kind] then
+      others[#others + 1] = key
+    else
+      count = count + 1
+      keys[count] = key
+      is_list = is_list and kind == "number" and key >= 1 and key <= length and key % 1 == 0
+    end
+  end
+  if is_list and count == length and #others == 0 then return iterate, { of = t, index = 0, count = count } end
+  sort(keys, before)
+  for index = 1, #others do keys[count + index] = others[index] end
+  return iterate, { keys = keys, of = t, index = 0, count = count + #others }
+end
+"#;
+
 /// Instructions between two looks at whether the user wants to stop; a few milliseconds.
 const INSTRUCTIONS: u32 = 100_000;
 
-/// Where the random numbers of a script stand: a stream for `math.random`, one for random tensors. Replaced when the run's
-/// seed is known.
+/// Where the random numbers of a script stand. A recorded step has streams of its own, so that what comes after it is the
+/// same whether its function ran or its result was recorded.
 pub struct RandomState {
     seed: u64,
+    scopes: Mutex<Vec<Scope>>,
+}
+
+/// A stream for `math.random`, one for random tensors, and how many numbers of each are taken.
+struct Scope {
     numbers: Stream,
-    numbers_taken: AtomicU64,
+    numbers_taken: u64,
     tensors: Stream,
-    tensors_taken: AtomicU64,
+    tensors_taken: u64,
+}
+
+/// Numbers taken in each scope, outermost first: of `math.random`, of random tensors.
+pub type RandomPosition = Vec<(u64, u64)>;
+
+impl Scope {
+    fn new(seed: u64, label: &str) -> Self {
+        let stream = |kind: &str| Stream::new(seed, &format!("lua {kind}{label}"));
+        Self { numbers: stream("math.random"), numbers_taken: 0, tensors: stream("tensor"), tensors_taken: 0 }
+    }
 }
 
 impl RandomState {
     pub fn new(seed: u64) -> Self {
-        let (numbers, tensors) = (Stream::new(seed, "lua math.random"), Stream::new(seed, "lua tensor"));
-        Self { seed, numbers, numbers_taken: AtomicU64::new(0), tensors, tensors_taken: AtomicU64::new(0) }
+        Self { seed, scopes: Mutex::new(vec![Scope::new(seed, "")]) }
+    }
+
+    fn innermost<T>(&self, use_it: impl FnOnce(&mut Scope) -> T) -> T {
+        let mut scopes = self.scopes.lock().expect("no panic happens under this lock");
+        use_it(scopes.last_mut().expect("the outermost scope stays"))
     }
 
     fn bits(&self) -> u64 {
-        self.numbers.bits(self.numbers_taken.fetch_add(1, Relaxed))
+        self.innermost(|scope| {
+            scope.numbers_taken += 1;
+            scope.numbers.bits(scope.numbers_taken - 1)
+        })
     }
+}
+
+fn random_state(lua: &Lua) -> mlua::AppDataRef<'_, RandomState> {
+    lua.app_data_ref::<RandomState>().expect("installed with the globals")
 }
 
 /// The seed of the run.
 pub fn seed(lua: &Lua) -> u64 {
-    lua.app_data_ref::<RandomState>().expect("installed with the globals").seed
+    random_state(lua).seed
 }
 
 /// The script's stream of random tensors, and the first of `count` counters of it that nobody else gets.
 pub fn take_counters(lua: &Lua, count: u64) -> (Stream, u64) {
-    let state = lua.app_data_ref::<RandomState>().expect("installed with the globals");
-    (state.tensors, state.tensors_taken.fetch_add(count, Relaxed))
+    random_state(lua).innermost(|scope| {
+        scope.tensors_taken += count;
+        (scope.tensors, scope.tensors_taken - count)
+    })
+}
+
+/// Random numbers come from streams of the recorded step `key` until [`leave_scope`].
+pub fn enter_scope(lua: &Lua, key: &str) {
+    let state = random_state(lua);
+    let scope = Scope::new(state.seed, &format!(" in {key}"));
+    state.scopes.lock().expect("no panic happens under this lock").push(scope);
+}
+
+/// Ends what [`enter_scope`] began.
+pub fn leave_scope(lua: &Lua) {
+    let state = random_state(lua);
+    let mut scopes = state.scopes.lock().expect("no panic happens under this lock");
+    assert!(scopes.len() > 1, "a scope is left once for each time that one is entered");
+    scopes.pop();
+}
+
+/// How far each scope's random numbers are taken.
+pub fn random_position(lua: &Lua) -> RandomPosition {
+    let state = random_state(lua);
+    let scopes = state.scopes.lock().expect("no panic happens under this lock");
+    scopes.iter().map(|scope| (scope.numbers_taken, scope.tensors_taken)).collect()
+}
+
+/// Goes to a position that [`random_position`] gave in the same scopes.
+pub fn set_random_position(lua: &Lua, position: &RandomPosition) {
+    let state = random_state(lua);
+    let mut scopes = state.scopes.lock().expect("no panic happens under this lock");
+    for (scope, (numbers, tensors)) in scopes.iter_mut().zip(position) {
+        (scope.numbers_taken, scope.tensors_taken) = (*numbers, *tensors);
+    }
 }
 
 /// Replaces what must be replaced in the globals of `lua`.
@@ -76,11 +186,13 @@ pub fn install(lua: &Lua) -> mlua::Result<()> {
 
     // Objects that a script raised itself, a tensor say, stay what they are.
     let text = lua.create_function(|lua, value: Value| match value {
-        Value::Error(error) if is_interrupt(&error) => Err(*error),
+        Value::Error(error) if is_stop(&error) => Err(*error),
         Value::Error(error) => lua.create_string(message(&error)).map(Value::String),
         other => Ok(other),
     })?;
     lua.load(PROTECTED_CALLS).set_name("=(perilune)").call::<()>(text)?;
+
+    lua.load(SORTED_PAIRS).set_name("=(perilune)").exec()?;
 
     let math: Table = globals.get("math")?;
     math.set("random", lua.create_function(|lua, bounds: Variadic<Value>| random(lua, &bounds).map_err(|e| raise(lua, e.into())))?)?;
@@ -107,11 +219,30 @@ pub fn install(lua: &Lua) -> mlua::Result<()> {
         })?,
     )?;
 
-    lua.set_global_hook(mlua::HookTriggers::new().every_nth_instruction(INSTRUCTIONS), |lua, _| {
-        if super::interrupt::is_pending() && !super::interrupt::in_loop() {
-            return Err(raise(lua, Error::Interrupted.into()));
-        }
-        Ok(mlua::VmState::Continue)
+    let time: Table = globals.get("os")?;
+    let date: mlua::Function = time.get("date")?;
+    let stored: mlua::Function = time.get("time")?;
+    time.set(
+        "time",
+        lua.create_function(move |lua, of: Value| match of {
+            Value::Nil => Ok(Value::Integer(replay::now(lua).map_err(|failure| raise(lua, failure))?.floor() as i64)),
+            of => stored.call(of),
+        })?,
+    )?;
+    time.set(
+        "date",
+        lua.create_function(move |lua, (format, of): (Value, Value)| -> mlua::Result<Value> {
+            let of = match of {
+                Value::Nil => Value::Integer(replay::now(lua).map_err(|failure| raise(lua, failure))?.floor() as i64),
+                of => of,
+            };
+            date.call((if format.is_nil() { Value::String(lua.create_string("%c")?) } else { format }, of))
+        })?,
+    )?;
+
+    lua.set_global_hook(mlua::HookTriggers::new().every_nth_instruction(INSTRUCTIONS), |lua, _| match replay::must_end(lua) {
+        Some(error) => Err(raise(lua, error.into())),
+        None => Ok(mlua::VmState::Continue),
     })?;
     strict(lua, &globals)
 }

@@ -1,35 +1,89 @@
 //! `run:loop`: the long part of a run. The engine owns the counter; the end of an iteration is the only boundary, where
-//! metrics are written, progress is shown and the user's wish to stop is taken.
+//! metrics are written, progress is shown, checkpoints are taken and the user's wish to stop.
 
-use super::call::{Answer, Call, Class, Field, Function, as_tensor, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, as_tensor, describe, register};
+use super::checkpoints;
 use super::data::DataObject;
 use super::interrupt::{self, InLoop};
+use super::options::Options;
 use super::progress::{Progress, Report, short};
 use super::raise::{Failure, raise};
-use super::run::{Run, RunObject, check_name};
+use super::replay::{Replay, Target};
+use super::run::Run;
+use super::run_object::{check_name, standing};
 use super::work::Work;
+use crate::checkpoint::retention::{Best, Keep, Order};
 use crate::error::{Error, Result};
+use crate::failpoint::failpoint;
 use crate::kernels::buffer::live_bytes;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MetaMethod, UserData, UserDataMethods, Value};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How far a loop has come; belongs to the run, so that it outlives the Lua state.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LoopRecord {
     /// Iterations done.
     pub count: u64,
     pub finished: bool,
+    /// Left by `break`: it does not go on, whatever its options say.
+    pub broken: bool,
+}
+
+/// When a loop takes checkpoints, and which of them stay.
+struct Plan {
+    /// Iterations between two; none for by time alone.
+    every: Option<u64>,
+    /// Time between two.
+    interval: Option<Duration>,
+    keep: Keep,
+}
+
+/// A checkpoint is taken this often where the script does not say.
+const INTERVAL: Duration = Duration::from_secs(600);
+
+impl Plan {
+    fn read(options: &Options) -> Failed<Self> {
+        let best = match options.string("keep_best")? {
+            None => None,
+            Some(text) => {
+                let (order, metric) = match text.strip_prefix('-') {
+                    Some(metric) => (Order::Highest, metric.to_string()),
+                    None => (Order::Lowest, text),
+                };
+                Some(Best { metric, order, count: 1 })
+            }
+        };
+        let keep =
+            Keep { last: options.count("keep", 1)?.unwrap_or(2), every: options.count("keep_every", 1)?.map(|every| every as u64), best };
+        let (every, interval) = match options.value("checkpoint_every")? {
+            Value::Nil => (None, Some(INTERVAL)),
+            Value::Boolean(false) => (None, None),
+            _ => (options.count("checkpoint_every", 1)?.map(|every| every as u64), None),
+        };
+        Ok(Self { every, interval, keep })
+    }
+
+    /// Whether the script wants checkpoints.
+    fn is_on(&self) -> bool {
+        self.every.is_some() || self.interval.is_some()
+    }
 }
 
 /// A loop that runs.
 struct Loop {
     run: Arc<Run>,
-    name: String,
+    replay: Arc<Replay>,
+    path: String,
     steps: Option<u64>,
     /// The data set that ends the loop, and how often it is read.
     over: Option<(DataObject, u64)>,
+    plan: Plan,
+    /// Frames of the path where the loop began.
+    depth: usize,
+    is_outermost: bool,
     work: Option<Arc<Work>>,
     state: Mutex<State>,
 }
@@ -39,19 +93,25 @@ struct State {
     current: Option<u64>,
     next: u64,
     logged: Map<String, Json>,
+    /// What was logged last, for the choice of the best checkpoint.
+    metrics: Map<String, Json>,
     progress: Option<Progress>,
     in_loop: Option<InLoop>,
     step_started: Instant,
+    /// Iterations when the last checkpoint was taken, and when that was.
+    saved: (u64, Instant),
     /// Tokens and operations counted when the step began.
     work_before: (u64, u64),
 }
 
+const OPTIONS: [&str; 7] = ["steps", "epochs", "over", "checkpoint_every", "keep", "keep_every", "keep_best"];
+
 /// `run:loop(name, options)`: what Lua's `for` needs, with the loop as its closing value.
 pub fn start(call: &Call) -> Answer {
-    let run = call.subject::<RunObject>()?.0.clone();
+    let (run, replay) = standing(call)?;
     let name = call.string(0)?;
     check_name(call.op, &name)?;
-    let options = call.options(1, &["steps", "epochs", "over"])?;
+    let options = call.options(1, &OPTIONS)?;
     let steps = options.count("steps", 0)?.map(|steps| steps as u64);
     let epochs = options.count("epochs", 1)?.map(|epochs| epochs as u64);
     let over = match options.value("over")? {
@@ -71,68 +131,96 @@ pub fn start(call: &Call) -> Answer {
     if steps.is_none() && over.is_none() {
         return Err(Error::argument(call.op, "options", "steps, or over with a data set, to say where the loop ends", "neither").into());
     }
-    let work = call.lua.app_data_ref::<Arc<Work>>().map(|work| work.clone());
-    let mut records = run.loops.lock().expect("no panic happens under this lock");
-    // A loop inside a step of another is told apart by that step.
-    let running = records.iter().filter(|(_, record)| !record.finished);
-    let outer = running.max_by_key(|(name, _)| name.len()).map(|(name, record)| format!("{name}[{}]/", record.count));
-    let path = format!("{}{name}", outer.unwrap_or_default());
-    if records.contains_key(&path) {
-        let what = format!("{}: the loop \"{name}\" has run already; give each loop of a run its own name", call.op);
-        return Err(Failure::message(what));
+    let plan = Plan::read(&options)?;
+    let path = replay.path(&name);
+    let arrives = replay.target() == Some(Target::Loop(path.clone()));
+    let known = run.loops.lock().expect("no panic happens under this lock").get(&path).cloned();
+    let next = match (&known, replay.is_replaying()) {
+        (None, false) => 0,
+        (Some(record), true) if arrives => record.count,
+        // The run has left it behind: nothing of it is done again.
+        (Some(record), true) if record.finished => return passed_over(call),
+        (Some(_), true) | (None, true) => {
+            let goal = run.checkpoints.origin().map_or_else(String::new, |origin| origin.manifest.loop_path.clone());
+            return Err(Error::Diverged {
+                what: format!("the loop `{path}`"),
+                how: format!("the run stands in `{goal}`, and the script comes to this loop first"),
+                remedy: "start another run for another script".into(),
+            }
+            .into());
+        }
+        (Some(_), false) => {
+            let what = format!("{}: the loop \"{path}\" has run already; give each loop of a run its own name", call.op);
+            return Err(Failure::message(what));
+        }
+    };
+    if arrives {
+        checkpoints::arrive(call.lua, &run, &replay)?;
+        if known.is_some_and(|record| record.broken) {
+            return passed_over(call);
+        }
     }
-    records.insert(path.clone(), LoopRecord::default());
-    drop(records);
-    let progress = Some(Progress::start(&run.screen, &path, steps));
+    run.loops.lock().expect("no panic happens under this lock").insert(path.clone(), LoopRecord { count: next, ..LoopRecord::default() });
+    let is_outermost = replay.loop_depth() == 0;
+    let work = call.lua.app_data_ref::<Arc<Work>>().map(|work| work.clone());
     let state = State {
         current: None,
-        next: 0,
+        next,
         logged: Map::new(),
-        progress,
-        in_loop: Some(InLoop::enter()),
+        metrics: Map::new(),
+        progress: Some(Progress::start(&run.screen, &path, steps)),
+        in_loop: is_outermost.then(InLoop::enter),
         step_started: Instant::now(),
+        saved: (next, Instant::now()),
         work_before: (0, 0),
     };
-    let looping = LoopObject(Arc::new(Loop { run, name: path, steps, over, work, state: Mutex::new(state) }));
+    let depth = replay.depth();
+    let looping = Loop { run, replay, path, steps, over, plan, depth, is_outermost, work, state: Mutex::new(state) };
+    let looping = LoopObject(Arc::new(looping));
     let next = call.lua.create_function(|lua, (looping, _): (Value, Value)| {
         let held = looping.as_userdata().and_then(|object| Some(object.borrow::<LoopObject>().ok()?.0.clone()));
         let Some(looping) = held else {
             return Err(raise(lua, Failure::message("Run:loop: what it gives belongs into a `for`: for step in run:loop(...) do")));
         };
-        match Loop::next(&looping) {
+        match Loop::next(&looping, lua) {
             Ok(Some(step)) => Ok(Value::UserData(lua.create_userdata(step)?)),
             Ok(None) => Ok(Value::Nil),
-            Err(error) => Err(raise(lua, error.into())),
+            Err(failure) => Err(raise(lua, failure)),
         }
     })?;
     let object = call.lua.create_userdata(looping)?;
     Ok((next, object.clone(), Value::Nil, object).into_lua_multi(call.lua)?)
 }
 
+/// A loop that ends before it begins.
+fn passed_over(call: &Call) -> Answer {
+    let next = call.lua.create_function(|_, _: mlua::MultiValue| Ok(Value::Nil))?;
+    Ok((next, Value::Nil, Value::Nil).into_lua_multi(call.lua)?)
+}
+
 impl Loop {
     /// Ends the current step, if there is one, and begins the next.
-    fn next(this: &Arc<Self>) -> Result<Option<Step>> {
+    fn next(this: &Arc<Self>, lua: &Lua) -> Failed<Option<Step>> {
         let mut state = this.state.lock().expect("no panic happens under this lock");
         this.end_step(&mut state)?;
-        if interrupt::is_pending() {
-            this.close(&mut state);
-            this.run.screen.note(&format!("stopped by the user after step {} of {}", state.next, this.name));
-            return Err(Error::Interrupted);
+        if this.is_outermost {
+            this.boundary(lua, &mut state)?;
         }
         let data_ended = match &this.over {
             Some((data, _)) if state.next > 0 && !data.has_begun() => {
-                this.close(&mut state);
+                this.close(&mut state, true);
                 let expected = "a data set that the loop takes from; without a `take` it would never end";
-                return Err(Error::argument("Run:loop", "over", expected, "one of which the first step took nothing"));
+                return Err(Error::argument("Run:loop", "over", expected, "one of which the first step took nothing").into());
             }
             Some((data, _)) => !data.has_more()?,
             None => false,
         };
         if data_ended || this.steps.is_some_and(|steps| state.next >= steps) {
-            this.close(&mut state);
+            this.finish(lua, &mut state, false)?;
             return Ok(None);
         }
         let index = state.next;
+        this.replay.enter_iteration(&this.path, index);
         state.next += 1;
         state.current = Some(index);
         state.step_started = Instant::now();
@@ -140,9 +228,57 @@ impl Loop {
         Ok(Some(Step { of: this.clone(), index }))
     }
 
-    /// The boundary: writes the step's line, shows it, counts it.
+    /// The end of an iteration of an outermost loop: the one place where a checkpoint is taken and the wish to stop.
+    fn boundary(&self, lua: &Lua, state: &mut State) -> Failed<()> {
+        failpoint("loop.boundary").map_err(|error| Error::io(&self.run.folder, "go on with", error))?;
+        let (done, since) = state.saved;
+        let is_new = state.next > done;
+        let by_count = self.plan.every.is_some_and(|every| state.next.is_multiple_of(every));
+        let by_time = self.plan.interval.is_some_and(|interval| since.elapsed() >= interval);
+        self.run.checkpoints.check()?;
+        // The end of the loop takes its own.
+        let at_end = self.steps == Some(state.next);
+        if is_new && !at_end && (by_count || by_time) {
+            self.checkpoint(lua, state)?;
+        }
+        if !interrupt::is_pending() {
+            return Ok(());
+        }
+        if self.plan.is_on() && state.next > state.saved.0 {
+            self.checkpoint(lua, state)?;
+        }
+        self.close(state, true);
+        self.run.checkpoints.wait()?;
+        let kept = if self.plan.is_on() { format!("; go on with: perilune resume {}", self.run.facts.id) } else { String::new() };
+        self.run.screen.note(&format!("stopped after step {} of {}{kept}", state.next, self.path));
+        Err(Error::Interrupted.into())
+    }
+
+    fn checkpoint(&self, lua: &Lua, state: &mut State) -> Failed<()> {
+        checkpoints::at_boundary(lua, &self.run, &self.path, state.next, state.metrics.clone(), &self.plan.keep)?;
+        state.saved = (state.next, Instant::now());
+        Ok(())
+    }
+
+    /// The loop has come to its end, or was left by `break`. What it did is kept before anything else is done.
+    fn finish(&self, lua: &Lua, state: &mut State, broken: bool) -> Failed<()> {
+        self.close(state, false);
+        if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.path) {
+            (record.finished, record.broken) = (true, broken);
+        }
+        if self.is_outermost && self.plan.is_on() && state.next > state.saved.0 {
+            self.checkpoint(lua, state)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the step's line, shows it, counts it.
     fn end_step(&self, state: &mut State) -> Result<()> {
         let Some(index) = state.current.take() else { return Ok(()) };
+        self.replay.leave_to(self.depth);
+        // Loops of the next iteration may have the names of those of this one.
+        let inner = format!("{}[", self.path);
+        self.run.loops.lock().expect("no panic happens under this lock").retain(|path, _| !path.starts_with(&inner));
         let logged = std::mem::take(&mut state.logged);
         let shown: Vec<(String, String)> = logged.iter().map(|(name, value)| (name.clone(), shown(value))).collect();
         let seconds = state.step_started.elapsed().as_secs_f64();
@@ -154,17 +290,19 @@ impl Loop {
         let share = measure.map(|work| work.share_of_peak(operations as f64 / seconds));
         if !logged.is_empty() {
             let mut line = Map::new();
-            line.insert("loop".into(), Json::from(self.name.as_str()));
+            line.insert("loop".into(), Json::from(self.path.as_str()));
             line.insert("step".into(), Json::from(index));
-            line.insert("time".into(), Json::from(self.run.seconds()));
-            line.insert("step_seconds".into(), Json::from(seconds));
-            line.extend(rate.map(|rate| ("tokens_per_second".to_string(), Json::from(rate))));
-            line.extend(share.map(|share| ("share_of_peak".to_string(), Json::from(share))));
-            line.insert("tensor_bytes".into(), Json::from(live_bytes()));
+            let mut timing = line.clone();
+            timing.insert("time".into(), Json::from(self.run.seconds()));
+            timing.insert("step_seconds".into(), Json::from(seconds));
+            timing.extend(rate.map(|rate| ("tokens_per_second".to_string(), Json::from(rate))));
+            timing.extend(share.map(|share| ("share_of_peak".to_string(), Json::from(share))));
+            timing.insert("tensor_bytes".into(), Json::from(live_bytes()));
+            state.metrics.extend(logged.clone());
             line.extend(logged);
-            self.run.write_metrics(&line)?;
+            self.run.write_metrics(&line, &timing)?;
         }
-        if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.name) {
+        if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.path) {
             record.count = index + 1;
         }
         let done = self.share_done(index + 1);
@@ -182,12 +320,13 @@ impl Loop {
         by_steps.into_iter().chain(by_data).reduce(f64::max)
     }
 
-    fn close(&self, state: &mut State) {
+    /// Ends the display. `left` is true where the loop is not at its end.
+    fn close(&self, state: &mut State, left: bool) {
         state.progress = None;
-        state.in_loop = None;
-        if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.name) {
-            record.finished = true;
+        if !left {
+            state.in_loop = None;
         }
+        self.replay.leave_to(self.depth);
     }
 }
 
@@ -249,10 +388,16 @@ impl UserData for LoopObject {
         methods.add_meta_function(MetaMethod::Close, |lua: &Lua, (looping, error): (AnyUserData, Value)| {
             let looping = looping.borrow::<LoopObject>()?.0.clone();
             let mut state = looping.state.lock().expect("no panic happens under this lock");
-            // Left by `break`: the step counts. Left by an error: it does not.
-            let ended = if error.is_nil() { looping.end_step(&mut state) } else { Ok(()) };
-            looping.close(&mut state);
-            ended.map_err(|error| raise(lua, error.into()))
+            if state.in_loop.is_none() && state.progress.is_none() {
+                return Ok(());
+            }
+            // Left by `break`: the step counts, and the loop is done. Left by an error: neither.
+            if !error.is_nil() {
+                looping.close(&mut state, false);
+                return Ok(());
+            }
+            let ended = looping.end_step(&mut state).map_err(Failure::from).and_then(|()| looping.finish(lua, &mut state, true));
+            ended.map_err(|failure| raise(lua, failure))
         });
     }
 }

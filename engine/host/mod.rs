@@ -2,6 +2,8 @@
 
 pub mod args;
 pub mod call;
+pub mod checkpoints;
+pub mod code;
 mod completion;
 pub mod data;
 mod globals;
@@ -14,9 +16,16 @@ pub mod modules;
 mod nearest;
 pub mod optim;
 pub mod options;
+pub mod plain;
 pub mod progress;
 pub mod raise;
+pub mod replay;
+pub mod resources;
+mod results;
 pub mod run;
+pub mod run_object;
+mod states;
+mod steps;
 pub mod tensor;
 pub mod tensor_operations;
 mod tensor_text;

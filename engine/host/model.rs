@@ -113,6 +113,16 @@ impl ModelObject {
         Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen })
     }
 
+    /// A model of its own in the same state, to be written while this one trains on.
+    pub fn copy(&self) -> Self {
+        Self { model: Arc::new(self.model.copy()), ..self.clone() }
+    }
+
+    /// Whether nothing trains it.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
+    }
+
     /// Writes a Hugging Face checkpoint folder, with the tokenizer.
     ///
     /// Errors: those of [`Model::save`].

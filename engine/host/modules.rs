@@ -3,6 +3,7 @@
 
 use super::call::Failed;
 use super::raise::{Failure, explain};
+use super::replay::Replay;
 use crate::error::Error;
 use mlua::{Lua, Table, Value};
 use std::path::{Path, PathBuf};
@@ -38,13 +39,19 @@ pub struct Source {
 pub struct Modules {
     /// Folder of the entry script.
     folder: PathBuf,
+    /// What a run has recorded: these files are taken from here, not from the disk.
+    recorded: Vec<Source>,
     sources: Mutex<Vec<Source>>,
 }
 
 impl Modules {
-    /// For the script at `path`.
-    pub fn beside(path: &Path) -> Self {
-        Self { folder: path.parent().unwrap_or(Path::new("")).to_path_buf(), sources: Mutex::new(Vec::new()) }
+    /// For the script at `path`. Files in `recorded` are read from there.
+    pub fn beside(path: &Path, recorded: Vec<Source>) -> Self {
+        Self { folder: path.parent().unwrap_or(Path::new("")).to_path_buf(), recorded, sources: Mutex::new(Vec::new()) }
+    }
+
+    fn recorded(&self, path: &Path) -> Option<String> {
+        self.recorded.iter().find(|source| Path::new(&source.path) == path).map(|source| source.text.clone())
     }
 
     /// Files loaded so far, the entry script first.
@@ -57,8 +64,14 @@ impl Modules {
 ///
 /// Errors: [`Error::Io`]; [`Error::Script`] with file and line if it does not compile.
 pub fn load_file(lua: &Lua, path: &Path) -> Result<mlua::Function, Error> {
-    let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
-    let text = String::from_utf8(bytes).map_err(|_| Error::format(path, "script", "UTF-8 text", "other bytes"))?;
+    let recorded = lua.app_data_ref::<Modules>().and_then(|modules| modules.recorded(path));
+    let text = match recorded {
+        Some(text) => text,
+        None => {
+            let bytes = std::fs::read(path).map_err(|source| Error::io(path, "read", source))?;
+            String::from_utf8(bytes).map_err(|_| Error::format(path, "script", "UTF-8 text", "other bytes"))?
+        }
+    };
     if text.starts_with('\u{1b}') {
         return Err(Error::format(path, "script", "the text of a Lua script", "compiled Lua"));
     }
@@ -70,8 +83,14 @@ pub fn load_file(lua: &Lua, path: &Path) -> Result<mlua::Function, Error> {
     let code = if text.starts_with('#') { &text[text.find('\n').unwrap_or(text.len())..] } else { &text };
     let chunk = lua.load(code).set_name(format!("@{name}")).set_mode(mlua::chunk::ChunkMode::Text);
     let function = chunk.into_function().map_err(|error| explain(&error))?;
-    if let Some(modules) = lua.app_data_ref::<Modules>() {
-        modules.sources.lock().expect("no panic happens under this lock").push(Source { path: name, text });
+    let sources = lua.app_data_ref::<Modules>().map(|modules| {
+        let mut sources = modules.sources.lock().expect("no panic happens under this lock");
+        sources.push(Source { path: name, text });
+        sources.clone()
+    });
+    // A module that the workflow asks for while it runs belongs to the code of the run as well.
+    if let (Some(sources), Some(replay)) = (sources, Replay::of(lua)) {
+        replay.run.code_loaded(replay.generation, sources)?;
     }
     Ok(function)
 }
@@ -102,7 +121,9 @@ fn require(lua: &Lua, loaded: &Table, name: &Value) -> Failed<Value> {
         Some(standard) => standard_module(lua, standard)?,
         None => {
             let candidates = candidates(lua, &name);
-            let Some(path) = candidates.iter().find(|path| path.is_file()) else {
+            let is_recorded = |path: &Path| lua.app_data_ref::<Modules>().is_some_and(|modules| modules.recorded(path).is_some());
+            let found = candidates.iter().find(|path| is_recorded(path)).or_else(|| candidates.iter().find(|path| path.is_file()));
+            let Some(path) = found else {
                 let tried: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
                 return Err(Failure::message(format!("no module \"{name}\"; looked for {}", tried.join(", "))));
             };

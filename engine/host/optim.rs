@@ -4,6 +4,7 @@ use super::call::{Call, Class, Failed, Field, Function, register};
 use super::model::ModelObject;
 use super::options::Options;
 use super::progress::Screen;
+use super::replay::Replay;
 use crate::error::Error;
 use crate::train::optimizer::{AdamW, Settings};
 use mlua::{UserData, UserDataMethods, Value};
@@ -11,7 +12,44 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// An optimizer in Lua. Cheap to clone: clones are one optimizer.
 #[derive(Clone)]
-pub struct OptimizerObject(Arc<Mutex<AdamW>>);
+pub struct OptimizerObject {
+    held: Arc<Mutex<Held>>,
+    /// The name under which the run knows it.
+    name: Option<String>,
+}
+
+/// An optimizer and where its settings come from.
+pub(super) struct Held {
+    pub adamw: AdamW,
+    /// As the script last set them.
+    pub script: Settings,
+    /// As the code above the loop asked for them: what a newer generation changes is what differs from these.
+    pub asked: Settings,
+}
+
+impl Held {
+    /// Puts the script's settings into force.
+    ///
+    /// Errors: those of [`Settings::check`].
+    pub fn apply(&mut self) -> Result<(), Error> {
+        self.adamw.set(self.script)
+    }
+}
+
+/// Takes into `live` what differs between `before` and `after`.
+fn take_changes(live: &mut Settings, before: &Settings, after: &Settings) {
+    fn take<T: PartialEq + Copy>(live: &mut T, before: T, after: T) {
+        if before != after {
+            *live = after;
+        }
+    }
+    take(&mut live.lr, before.lr, after.lr);
+    take(&mut live.betas, before.betas, after.betas);
+    take(&mut live.eps, before.eps, after.eps);
+    take(&mut live.weight_decay, before.weight_decay, after.weight_decay);
+    take(&mut live.decay_vectors, before.decay_vectors, after.decay_vectors);
+    take(&mut live.clip_norm, before.clip_norm, after.clip_norm);
+}
 
 /// Options of an optimizer.
 pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm"];
@@ -50,20 +88,70 @@ impl OptimizerObject {
     /// Errors: [`Error::Argument`] for a setting that cannot be meant, or a model of which nothing trains.
     pub fn adamw(op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
-        Ok(Self(Arc::new(Mutex::new(AdamW::new(model.model.parameters(), settings)?))))
+        let adamw = AdamW::new(model.model.parameters(), settings)?;
+        let held = Held { adamw, script: settings, asked: settings };
+        Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
+    }
+
+    /// The same optimizer under a name of the run.
+    pub fn named(self, name: &str) -> Self {
+        Self { name: Some(name.into()), ..self }
     }
 
     /// Changes settings from the next step on.
     ///
+    /// Above a loop that is being replayed nothing changes yet: what differs from what was asked for there before takes
+    /// effect on arrival ([`Self::take_asked`]).
+    ///
     /// Errors: as [`OptimizerObject::adamw`].
-    pub fn set(&self, op: &'static str, options: &Options) -> Failed<()> {
-        let mut adamw = self.lock();
-        let settings = settings(op, adamw.settings(), options)?;
-        Ok(adamw.set(settings)?)
+    pub fn set(&self, op: &'static str, replay: Option<&Replay>, options: &Options) -> Failed<()> {
+        let replay = replay.filter(|_| self.name.is_some());
+        if let Some(replay) = replay.filter(|replay| replay.is_replaying()) {
+            let name = self.name.as_deref().expect("only named optimizers are replayed");
+            let base = replay.asked(name).unwrap_or_default();
+            replay.ask(name, settings(op, base, options)?);
+            return Ok(());
+        }
+        let mut held = self.lock();
+        let script = settings(op, held.script, options)?;
+        held.script = script;
+        if replay.is_some_and(|replay| replay.loop_depth() == 0) {
+            held.asked = script;
+        }
+        Ok(held.apply()?)
     }
 
-    fn lock(&self) -> MutexGuard<'_, AdamW> {
-        self.0.lock().expect("an update does not panic under this lock")
+    /// The options that `run:optimizer` was given, for an optimizer that exists.
+    ///
+    /// Errors: as [`OptimizerObject::adamw`].
+    pub fn ask(&self, op: &'static str, replay: &Replay, options: &Options) -> Failed<()> {
+        if let (true, Some(name)) = (replay.is_replaying(), &self.name) {
+            let base = replay.asked(name).unwrap_or_default();
+            replay.ask(name, settings(op, base, options)?);
+            return Ok(());
+        }
+        self.set(op, Some(replay), options)
+    }
+
+    /// What code above the loop asked for and had not asked for before takes effect.
+    ///
+    /// Errors: those of [`Settings::check`].
+    pub fn take_asked(&self, asked: Settings) -> Result<(), Error> {
+        let mut held = self.lock();
+        let before = held.asked;
+        take_changes(&mut held.script, &before, &asked);
+        held.asked = asked;
+        held.apply()
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().expect("an update does not panic under this lock")
+    }
+
+    /// A number that changes with every update.
+    pub fn version(&self) -> u64 {
+        let held = self.lock();
+        held.adamw.steps() + held.adamw.skipped()
     }
 }
 
@@ -80,7 +168,7 @@ pub const FUNCTIONS: &[Function] = &[Function {
 fn step(call: &Call) -> super::call::Answer {
     let (step, skipped) = {
         let this = call.subject::<OptimizerObject>()?;
-        let mut adamw = this.lock();
+        let adamw = &mut this.lock().adamw;
         (adamw.step(), adamw.skipped())
     };
     if !step.grad_norm.is_finite()
@@ -98,29 +186,30 @@ impl Class for OptimizerObject {
             op: "Optimizer:clear",
             params: &[],
             call: |call| {
-                call.subject::<OptimizerObject>()?.lock().clear_gradients();
+                call.subject::<OptimizerObject>()?.lock().adamw.clear_gradients();
                 call.done()
             },
         },
         Function {
             op: "Optimizer:gradient_norm",
             params: &[],
-            call: |call| call.give(call.subject::<OptimizerObject>()?.lock().gradient_norm()),
+            call: |call| call.give(call.subject::<OptimizerObject>()?.lock().adamw.gradient_norm()),
         },
         Function {
             op: "Optimizer:set",
             params: &["options"],
             call: |call| {
-                call.subject::<OptimizerObject>()?.set(call.op, &call.options(0, OPTIONS)?)?;
+                let replay = Replay::of(call.lua);
+                call.subject::<OptimizerObject>()?.set(call.op, replay.as_deref(), &call.options(0, OPTIONS)?)?;
                 call.done()
             },
         },
         Function { op: "Optimizer:step", params: &[], call: step },
     ]];
     const FIELDS: &'static [Field<Self>] = &[
-        Field { name: "lr", get: |_, this| Ok(Value::Number(this.lock().settings().lr)) },
-        Field { name: "skipped", get: |_, this| Ok(Value::Integer(this.lock().skipped() as i64)) },
-        Field { name: "steps", get: |_, this| Ok(Value::Integer(this.lock().steps() as i64)) },
+        Field { name: "lr", get: |_, this| Ok(Value::Number(this.lock().adamw.settings().lr)) },
+        Field { name: "skipped", get: |_, this| Ok(Value::Integer(this.lock().adamw.skipped() as i64)) },
+        Field { name: "steps", get: |_, this| Ok(Value::Integer(this.lock().adamw.steps() as i64)) },
     ];
 }
 

@@ -35,7 +35,33 @@ impl Failure {
 #[derive(Debug)]
 struct Raised {
     message: String,
-    interrupted: bool,
+    kind: Kind,
+}
+
+/// What may be done about a raised error.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// Another attempt may go well.
+    Passing,
+    /// Another attempt would end alike: a wrong argument, a shape that does not fit.
+    Final,
+    /// The script must end; no `pcall` may keep it from that.
+    Interrupted,
+    /// As these, up to the step whose time is over.
+    TimedOut,
+}
+
+impl Kind {
+    fn of(error: &Error) -> Self {
+        match error {
+            Error::Interrupted => Self::Interrupted,
+            Error::TimedOut { .. } => Self::TimedOut,
+            Error::Shape { .. } | Error::Dtype { .. } | Error::Device { .. } | Error::Argument { .. } | Error::Unsupported { .. } => {
+                Self::Final
+            }
+            _ => Self::Passing,
+        }
+    }
 }
 
 impl std::fmt::Display for Raised {
@@ -54,12 +80,12 @@ pub fn raise(lua: &Lua, failure: Failure) -> mlua::Error {
     match failure {
         // A value that mlua could not convert: no function of ours was reached that could have said where.
         Failure::Lua(error @ (mlua::Error::FromLuaConversionError { .. } | mlua::Error::BadArgument { .. })) => {
-            mlua::Error::ExternalError(Arc::new(Raised { message: format!("{}{}", place(lua), message(&error)), interrupted: false }))
+            mlua::Error::ExternalError(Arc::new(Raised { message: format!("{}{}", place(lua), message(&error)), kind: Kind::Final }))
         }
         Failure::Lua(error) => error,
         Failure::Engine(error) => {
-            let interrupted = matches!(error, Error::Interrupted);
-            mlua::Error::ExternalError(Arc::new(Raised { message: format!("{}{error}", place(lua)), interrupted }))
+            let kind = Kind::of(&error);
+            mlua::Error::ExternalError(Arc::new(Raised { message: format!("{}{error}", place(lua)), kind }))
         }
     }
 }
@@ -91,19 +117,35 @@ pub fn message(error: &mlua::Error) -> String {
     }
 }
 
-/// Whether this Lua error is the user's wish to stop, which no `pcall` may swallow.
-pub fn is_interrupt(error: &mlua::Error) -> bool {
+fn kind(error: &mlua::Error) -> Kind {
     match error {
-        mlua::Error::CallbackError { cause, .. } | mlua::Error::WithContext { cause, .. } => is_interrupt(cause),
-        mlua::Error::ExternalError(error) => error.downcast_ref::<Raised>().is_some_and(|raised| raised.interrupted),
-        _ => false,
+        mlua::Error::CallbackError { cause, .. } | mlua::Error::WithContext { cause, .. } => kind(cause),
+        mlua::Error::ExternalError(error) => error.downcast_ref::<Raised>().map_or(Kind::Passing, |raised| raised.kind),
+        mlua::Error::SyntaxError { .. } => Kind::Final,
+        _ => Kind::Passing,
     }
+}
+
+/// Whether this Lua error says that the script must end, which no `pcall` may swallow.
+pub fn is_stop(error: &mlua::Error) -> bool {
+    matches!(kind(error), Kind::Interrupted | Kind::TimedOut)
+}
+
+/// Whether this Lua error says that the time of a step is over.
+pub fn is_timeout(error: &mlua::Error) -> bool {
+    kind(error) == Kind::TimedOut
+}
+
+/// Whether another attempt at what raised this error would end alike.
+pub fn is_final(error: &mlua::Error) -> bool {
+    kind(error) != Kind::Passing
 }
 
 /// A Lua error as the crate's: the message, then the script's own frames, outermost last.
 pub fn explain(error: &mlua::Error) -> Error {
-    if is_interrupt(error) {
-        return Error::Interrupted;
+    match kind(error) {
+        Kind::Interrupted => return Error::Interrupted,
+        _ => {}
     }
     let mut text = message(error);
     let frames = script_frames(&traceback(error));

@@ -1,198 +1,391 @@
-//! A run: a script, its arguments and a seed, with its folder. It owns everything that must outlive a Lua state, under the
-//! names that the script gives; the script holds handles. Asking twice for a name gives the same object.
+//! A run: a script, its arguments and a seed, with its folder. It owns everything that must outlive a Lua state: the named
+//! resources, the counters of its loops, the records of its steps, its code and its metrics. Knows no Lua; `run_object.rs` is
+//! its face in scripts.
 
-use super::call::{Call, Class, Failed, Field, Function, describe, register};
-use super::data::DataObject;
-use super::loops::{self, LoopRecord};
-use super::model::ModelObject;
+use super::checkpoints::Checkpoints;
+use super::code;
+use super::loops::LoopRecord;
 use super::modules::Source;
-use super::optim::OptimizerObject;
 use super::progress::Screen;
-use super::raise::Failure;
+use super::resources::Resources;
+use super::states::Waiting;
 use crate::error::{Error, Result};
-use mlua::{UserData, UserDataMethods, Value};
+use crate::store::metrics::LineLog;
+use crate::store::records::{GenerationRecord, GenerationStatus, Output, RunRecord, Status, StepRecord, StepStatus};
+use crate::store::tensorboard::EventFile;
+use crate::store::{Durability, RunStore};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-/// One run of a workflow.
-pub struct Run {
+/// What never changes about a run: `run.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Facts {
     pub id: String,
     pub workflow: String,
+    /// Path of the entry script, relative to `working_folder`.
+    pub script: String,
+    /// The words of the command line behind the script, which another generation of the script reads again.
+    pub words: Vec<String>,
+    /// The arguments as the first generation understood them.
+    pub args: Map<String, Json>,
     pub seed: u64,
-    pub folder: PathBuf,
-    pub screen: Screen,
-    started: Instant,
-    metrics: Mutex<File>,
-    /// What the script named, by name.
-    resources: Mutex<BTreeMap<String, Resource>>,
-    /// Loops by name: how far each has come. The engine's counter, not Lua's.
-    pub(super) loops: Mutex<BTreeMap<String, LoopRecord>>,
+    /// Version of the engine that made the run.
+    pub engine: String,
+    /// Unix seconds.
+    pub created: f64,
+    pub working_folder: String,
 }
 
-/// Something of a run that outlives a Lua state; the script holds handles of it.
-#[derive(Clone)]
-enum Resource {
-    /// With what it was made from, as [`asked_for`] writes it.
-    Model(ModelObject, String),
-    Optimizer(OptimizerObject),
-    Data(DataObject),
-}
-
-impl Resource {
-    fn kind(&self) -> &'static str {
-        match self {
-            Self::Model(..) => "model",
-            Self::Optimizer(_) => "optimizer",
-            Self::Data(_) => "data set",
+impl Facts {
+    /// Those of a run that begins now and here.
+    ///
+    /// - `words`: of the command line, behind the script
+    /// - `args`: what the workflow made of them
+    pub fn new(workflow: &str, script: &str, words: &[String], args: &[(String, Json)], seed: u64) -> Self {
+        Self {
+            id: new_id(),
+            workflow: workflow.into(),
+            script: script.into(),
+            words: words.to_vec(),
+            args: args.iter().cloned().collect(),
+            seed,
+            engine: env!("CARGO_PKG_VERSION").into(),
+            created: unix_seconds(),
+            working_folder: std::env::current_dir().map(|folder| folder.display().to_string()).unwrap_or_default(),
         }
     }
+}
+
+/// One run of a workflow, alive in this process.
+pub struct Run {
+    pub facts: Facts,
+    pub folder: PathBuf,
+    pub screen: Screen,
+    pub store: RunStore,
+    pub resources: Resources,
+    pub checkpoints: Checkpoints,
+    /// Loops by path: how far each has come. The engine's counter, not Lua's.
+    pub loops: Mutex<BTreeMap<String, LoopRecord>>,
+    /// Contents of `run:state` that the script has not asked for yet.
+    pub states: Waiting,
+    code: Mutex<Code>,
+    logs: Mutex<Logs>,
+    /// Held while the process lives: a free lock means that nobody runs this run.
+    _lock: File,
+}
+
+/// The generation that runs.
+#[derive(Clone)]
+pub struct Code {
+    pub number: u32,
+    pub sources: Vec<Source>,
+}
+
+struct Logs {
+    metrics: LineLog,
+    timing: LineLog,
+    board: Option<EventFile>,
 }
 
 /// What a run is started with.
 pub struct Start<'a> {
     /// The folder that holds all runs.
     pub root: &'a Path,
-    pub workflow: &'a str,
-    pub seed: u64,
-    pub args: &'a [(String, Json)],
+    pub facts: Facts,
     pub sources: &'a [Source],
     pub screen: Screen,
+}
+
+/// Seconds since 1970.
+pub fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// What identifies the program: runs are bit-equal for one build on one kind of processor.
+pub fn build_id() -> &'static str {
+    static BUILD: OnceLock<String> = OnceLock::new();
+    BUILD.get_or_init(|| {
+        let bytes = std::env::current_exe().and_then(std::fs::read).unwrap_or_default();
+        let hash = blake3::hash(&bytes).to_hex();
+        format!("{} {}", env!("CARGO_PKG_VERSION"), &hash[..16])
+    })
+}
+
+/// The lock of the run in `folder`.
+///
+/// Errors: [`Error::Script`] if a living process holds it; [`Error::Io`].
+pub fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join("lock");
+    let mut file =
+        File::options().create(true).truncate(false).write(true).read(true).open(&path).map_err(|error| Error::io(&path, "open", error))?;
+    match file.try_lock() {
+        Ok(()) => {
+            let write = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+            write.map_err(|error| Error::io(&path, "write", error))?;
+            Ok(file)
+        }
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let holder = std::fs::read_to_string(&path).unwrap_or_default();
+            let what = format!("{}: the run is alive in process {}; stop it first: perilune stop", folder.display(), holder.trim());
+            Err(Error::Script(what))
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(&path, "lock", error)),
+    }
+}
+
+/// Whether a living process owns the run in `folder`.
+pub fn is_alive(folder: &Path) -> bool {
+    let Ok(file) = File::open(folder.join("lock")) else { return false };
+    matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock))
+}
+
+/// Reads `run.json`.
+///
+/// Errors: [`Error::Io`]; [`Error::Format`].
+pub fn read_facts(folder: &Path) -> Result<Facts> {
+    let path = folder.join("run.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+    serde_json::from_str(&text).map_err(|error| Error::format(&path, "run", "the facts of a run", error.to_string()))
+}
+
+/// Writes `run.json`.
+///
+/// Errors: [`Error::Io`].
+pub fn write_facts(folder: &Path, facts: &Facts) -> Result<()> {
+    let text = serde_json::to_string_pretty(facts).expect("strings and numbers become JSON");
+    code::write_durably(&folder.join("run.json"), format!("{text}\n").as_bytes())
 }
 
 impl Run {
     /// Makes the folder of a new run, with a copy of its code and arguments.
     ///
     /// Errors: [`Error::Io`].
-    pub fn start(start: &Start) -> Result<Self> {
-        let id = new_id();
-        let folder = start.root.join(&id);
-        std::fs::create_dir_all(folder.join("code")).map_err(|source| Error::io(&folder, "make the folder", source))?;
-        for source in start.sources {
-            // A path that leaves the working folder must not leave the run's folder.
-            let inside: PathBuf =
-                Path::new(&source.path).components().filter(|part| matches!(part, std::path::Component::Normal(_))).collect();
-            let path = folder.join("code").join(inside);
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent).map_err(|source| Error::io(parent, "make the folder", source))?;
-            }
-            write(&path, source.text.as_bytes())?;
-        }
-        let script = start.sources.first().map_or("", |source| source.path.as_str());
-        let facts = serde_json::json!({
-            "id": id, "workflow": start.workflow, "script": script, "seed": start.seed, "engine": env!("CARGO_PKG_VERSION"),
-            "args": start.args.iter().cloned().collect::<Map<String, Json>>(),
-        });
-        let text = serde_json::to_string_pretty(&facts).expect("strings and numbers become JSON");
-        write(&folder.join("args.json"), format!("{text}\n").as_bytes())?;
-        let path = folder.join("metrics.jsonl");
-        let metrics = File::create(&path).map_err(|source| Error::io(&path, "create", source))?;
-        Ok(Self {
-            id,
-            workflow: start.workflow.to_string(),
-            seed: start.seed,
-            folder,
-            screen: start.screen.clone(),
-            started: Instant::now(),
-            metrics: Mutex::new(metrics),
-            resources: Mutex::new(BTreeMap::new()),
-            loops: Mutex::new(BTreeMap::new()),
-        })
+    pub fn start(start: Start) -> Result<Self> {
+        let folder = start.root.join(&start.facts.id);
+        std::fs::create_dir_all(folder.join("code/objects")).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        let folder = folder.canonicalize().map_err(|error| Error::io(&folder, "find", error))?;
+        let lock = lock(&folder)?;
+        let hash = code::save(&folder, 0, None, start.facts.created, start.sources)?;
+        write_facts(&folder, &start.facts)?;
+        let opened = RunStore::open(&folder.join("store"))?;
+        opened.store.put_generation(GenerationRecord {
+            number: 0,
+            loop_path: None,
+            step: 0,
+            time: start.facts.created,
+            hash,
+            status: GenerationStatus::Accepted,
+            reason: None,
+        })?;
+        let run =
+            Self::assemble(start.facts, folder, start.screen, opened.store, lock, Code { number: 0, sources: start.sources.to_vec() })?;
+        run.set_status(Status::Running, None)?;
+        Ok(run)
     }
 
-    /// Seconds since the run began.
-    pub fn seconds(&self) -> f64 {
-        self.started.elapsed().as_secs_f64()
-    }
-
-    /// Adds one line to `metrics.jsonl`.
+    /// The run in `folder` as its last process left it, with its newest checkpoint found but not loaded.
     ///
-    /// Errors: [`Error::Io`].
-    pub fn write_metrics(&self, line: &Map<String, Json>) -> Result<()> {
-        let mut text = serde_json::to_string(line).expect("strings and numbers become JSON");
-        text.push('\n');
-        let mut file = self.metrics.lock().expect("no panic happens under this lock");
-        file.write_all(text.as_bytes()).map_err(|source| Error::io(&self.folder.join("metrics.jsonl"), "write", source))
+    /// Errors: [`Error::Script`] if it is alive; those of reading its files.
+    pub fn open(folder: &Path, screen: Screen) -> Result<Self> {
+        let folder = folder.canonicalize().map_err(|error| Error::io(folder, "find the run", error))?;
+        let facts = read_facts(&folder)?;
+        let lock = lock(&folder)?;
+        let opened = RunStore::open(&folder.join("store"))?;
+        if let Some(damaged) = &opened.damaged {
+            let what = "the store was damaged; what checkpoints hold is recorded again, results of steps are not";
+            screen.note(&format!("{what}: {}", damaged.display()));
+        }
+        let code = Code { number: 0, sources: code::load(&folder, 0)? };
+        let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;
+        run.find_origin()?;
+        Ok(run)
     }
 
-    /// The resource called `name`, made by `make` if there is none. `wanted` takes it apart, none if it is of another kind.
-    fn resource<T>(
-        &self,
-        op: &'static str,
-        kind: &'static str,
-        name: &str,
-        wanted: impl Fn(&Resource) -> Option<T>,
-        make: impl FnOnce() -> Failed<Resource>,
-    ) -> Failed<T> {
-        check_name(op, name)?;
-        let known = self.resources.lock().expect("no panic happens under this lock").get(name).cloned();
-        let resource = match known {
-            Some(resource) => resource,
-            None => {
-                let made = make()?;
-                self.resources.lock().expect("no panic happens under this lock").insert(name.to_string(), made.clone());
-                made
+    fn assemble(facts: Facts, folder: PathBuf, screen: Screen, store: RunStore, lock: File, code: Code) -> Result<Self> {
+        let open = |name: &str| {
+            let path = folder.join(name);
+            match path.metadata() {
+                Ok(about) => LineLog::open_at(&path, about.len(), &path),
+                Err(_) => LineLog::create(&path),
             }
         };
-        wanted(&resource).ok_or_else(|| {
-            let got = format!("`{name}`, which is a {} of this run", resource.kind());
-            Error::argument(op, "name", format!("a name that is free, or that of a {kind}"), got).into()
+        let logs = Logs { metrics: open("metrics.jsonl")?, timing: open("timing.jsonl")?, board: None };
+        Ok(Self {
+            checkpoints: Checkpoints::new(&folder),
+            resources: Resources::default(),
+            loops: Mutex::default(),
+            states: Waiting::default(),
+            code: Mutex::new(code),
+            logs: Mutex::new(logs),
+            facts,
+            folder,
+            screen,
+            store,
+            _lock: lock,
         })
     }
 
-    /// The name under which the run knows `model`.
-    fn name_of(&self, model: &ModelObject) -> Option<String> {
-        let resources = self.resources.lock().expect("no panic happens under this lock");
-        let is_it = |resource: &Resource| matches!(resource, Resource::Model(other, _) if Arc::ptr_eq(&other.model, &model.model));
-        resources.iter().find(|(_, resource)| is_it(resource)).map(|(name, _)| name.clone())
+    /// Finds the checkpoint to go on from, and sets counters and metrics to it.
+    fn find_origin(&self) -> Result<()> {
+        let origin = self.checkpoints.find_origin(self)?;
+        let mut offsets = (0, 0);
+        if let Some(origin) = &origin {
+            let state = &origin.state;
+            *self.loops.lock().expect("no panic happens under this lock") = state.loops.clone();
+            if let Some(after) = &state.after
+                && self.store.step(&after.key).is_none_or(|step| step.status != StepStatus::Done)
+            {
+                self.store.put_step(after.clone(), Durability::Flushed)?;
+            }
+            offsets = state.log_offsets;
+        }
+        self.cut_logs(offsets)
+    }
+
+    fn cut_logs(&self, offsets: (u64, u64)) -> Result<()> {
+        let mut logs = self.logs.lock().expect("no panic happens under this lock");
+        let now = unix_seconds() as u64;
+        let cut = |name: &str, offset: u64| {
+            // Two cuts in one second must not take each other's place.
+            let aside = (0..).map(|count| self.folder.join(format!("{name}.cut-{now}-{count}.jsonl"))).find(|path| !path.exists());
+            let aside = aside.expect("there are more numbers than files");
+            LineLog::open_at(&self.folder.join(format!("{name}.jsonl")), offset, &aside)
+        };
+        logs.metrics = cut("metrics", offsets.0)?;
+        logs.timing = cut("timing", offsets.1)?;
+        Ok(())
+    }
+
+    /// Ends of `metrics.jsonl` and `timing.jsonl` now.
+    pub fn log_offsets(&self) -> (u64, u64) {
+        let logs = self.logs.lock().expect("no panic happens under this lock");
+        (logs.metrics.offset(), logs.timing.offset())
+    }
+
+    /// Makes the metrics that are written so far durable.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn sync_logs(&self) -> Result<()> {
+        let logs = self.logs.lock().expect("no panic happens under this lock");
+        logs.metrics.sync()?;
+        logs.timing.sync()
+    }
+
+    /// Writes TensorBoard event files beside the metrics from now on.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn write_tensorboard(&self) -> Result<()> {
+        let board = EventFile::create(&self.folder.join("tensorboard"))?;
+        self.logs.lock().expect("no panic happens under this lock").board = Some(board);
+        Ok(())
+    }
+
+    /// Adds one line to `metrics.jsonl`, and what goes with it to `timing.jsonl`.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn write_metrics(&self, line: &Map<String, Json>, timing: &Map<String, Json>) -> Result<()> {
+        let mut logs = self.logs.lock().expect("no panic happens under this lock");
+        logs.metrics.append(line)?;
+        logs.timing.append(timing)?;
+        if let Some(board) = &mut logs.board {
+            let step = line.get("step").and_then(Json::as_u64).unwrap_or(0);
+            let prefix = line.get("loop").and_then(Json::as_str).map_or_else(String::new, |name| format!("{name}/"));
+            let numbers = line.iter().chain(timing).filter(|(name, _)| !["step", "loop", "time"].contains(&name.as_str()));
+            let scalars: Vec<(String, f32)> =
+                numbers.filter_map(|(name, value)| Some((format!("{prefix}{name}"), value.as_f64()? as f32))).collect();
+            let scalars: Vec<(&str, f32)> = scalars.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+            board.scalars(step, unix_seconds(), &scalars)?;
+        }
+        Ok(())
+    }
+
+    /// The generation that runs.
+    pub fn code(&self) -> MutexGuard<'_, Code> {
+        self.code.lock().expect("no panic happens under this lock")
+    }
+
+    /// The state of generation `number` has loaded `sources`; a module that is new among them is recorded.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn code_loaded(&self, number: u32, sources: Vec<Source>) -> Result<()> {
+        let mut code = self.code();
+        if code.number != number || sources.len() <= code.sources.len() {
+            return Ok(());
+        }
+        let known = code::generation(&self.folder, number)?;
+        code::save(&self.folder, number, known.loop_path.as_deref().map(|path| (path, known.step)), known.time, &sources)?;
+        code.sources = sources;
+        Ok(())
+    }
+
+    /// Records how the run stands.
+    ///
+    /// Errors: those of the store.
+    pub fn set_status(&self, status: Status, reason: Option<String>) -> Result<()> {
+        self.put_status(status, reason, 0)
+    }
+
+    /// Records that another process goes on with the run.
+    ///
+    /// Errors: those of the store.
+    pub fn set_resumed(&self) -> Result<()> {
+        self.put_status(Status::Running, None, 1)
+    }
+
+    fn put_status(&self, status: Status, reason: Option<String>, more_resumes: u32) -> Result<()> {
+        let now = unix_seconds();
+        let (started, resumes) = self.store.run().map_or((now, 0), |old| (old.started, old.resumes));
+        let record = RunRecord { status, reason, started, changed: now, pid: std::process::id(), resumes: resumes + more_resumes };
+        self.store.put_run(record, Durability::Flushed)
+    }
+
+    /// The time at `key`: what was recorded there, else now, which is recorded.
+    ///
+    /// Errors: those of the store.
+    pub fn recorded_time(&self, key: &str) -> Result<f64> {
+        if let Some(StepRecord { output: Some(Output::Inline(time)), .. }) = self.store.step(key)
+            && let Some(time) = time.as_f64()
+        {
+            return Ok(time);
+        }
+        let now = unix_seconds();
+        let mut record = super::steps::started(key, self.code().number);
+        record.status = StepStatus::Done;
+        record.output = Some(Output::Inline(Json::from(now)));
+        record.ended = Some(now);
+        self.store.put_step(record, Durability::Later)?;
+        Ok(now)
     }
 
     /// The folder of the artifact `name`.
     ///
-    /// Errors: [`Error::Argument`] if the name is no plain name of a folder.
+    /// Errors: [`Error::Argument`] if the name is no plain name of a folder, or one of the run's own.
     pub fn artifact(&self, name: &str) -> Result<PathBuf> {
         let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !name.starts_with('.') && !name.is_empty();
-        if !plain || name == "code" {
-            let expected = "a name of letters, digits, - and _, other than code";
+        if !plain || OWN_FOLDERS.contains(&name) || name.ends_with(".jsonl") || name.ends_with(".json") {
+            let expected = format!("a name of letters, digits, - and _, other than {}", OWN_FOLDERS.join(", "));
             return Err(Error::argument("Run:save", "name", expected, format!("\"{name}\"")));
         }
         Ok(self.folder.join(name))
     }
-}
 
-/// What a call of `run:model` asks for, in words that are equal when it is: source, element type, frozen or not.
-fn asked_for(call: &Call) -> Failed<String> {
-    let options = call.options(2, super::model::OPTIONS)?;
-    let mut words = Vec::new();
-    match call.value(1) {
-        Value::Table(fields) => {
-            for pair in fields.pairs::<Value, Value>() {
-                let (key, value) = pair?;
-                words.push(format!("{} = {}", key.to_string().unwrap_or_default(), describe(&value)));
-            }
-            words.sort();
-        }
-        other => words.push(describe(&other)),
+    /// Seconds since the run was created.
+    pub fn seconds(&self) -> f64 {
+        unix_seconds() - self.facts.created
     }
-    for option in ["dtype", "frozen"] {
-        match options.value(option)? {
-            Value::Nil | Value::Boolean(false) => {}
-            value => words.push(format!("{option} = {}", describe(&value))),
-        }
-    }
-    Ok(if words.is_empty() { "no fields".into() } else { words.join(", ") })
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    std::fs::write(path, bytes).map_err(|source| Error::io(path, "write", source))
-}
+/// What a run's folder holds besides artifacts.
+const OWN_FOLDERS: [&str; 7] = ["code", "checkpoints", "store", "steps", "tensorboard", "lock", "control.sock"];
 
-/// A ULID: 48 bits of milliseconds, then 80 random bits, in 26 letters that sort by time.
+/// A new id, a ULID: 48 bits of milliseconds, then 80 random bits, in 26 letters that sort by time.
 /// Source: github.com/ulid/spec.
 fn new_id() -> String {
     const LETTERS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
@@ -201,124 +394,6 @@ fn new_id() -> String {
     let random = || u128::from(std::hash::RandomState::new().build_hasher().finish());
     let bits = millis << 80 | (random() << 64 | random()) & ((1 << 80) - 1);
     (0..26).rev().map(|place| char::from(LETTERS[(bits >> (place * 5) & 31) as usize])).collect()
-}
-
-/// The object that a workflow's function gets.
-#[derive(Clone)]
-pub struct RunObject(pub Arc<Run>);
-
-impl Class for RunObject {
-    const NAME: &'static str = "Run";
-    const METHODS: &'static [&'static [Function]] = &[&[
-        Function { op: "Run:loop", params: &["name", "options"], call: loops::start },
-        Function {
-            op: "Run:log",
-            params: &["values"],
-            call: |call| {
-                let run = call.subject::<RunObject>()?.0.clone();
-                let values = loops::logged_values(call, 0)?;
-                let mut line = Map::new();
-                line.insert("time".into(), Json::from(run.seconds()));
-                line.extend(values);
-                run.write_metrics(&line)?;
-                call.done()
-            },
-        },
-        Function {
-            op: "Run:now",
-            params: &[],
-            call: |call| {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
-                call.give(now)
-            },
-        },
-        Function {
-            op: "Run:data",
-            params: &["name", "data"],
-            call: |call| {
-                let run = call.subject::<RunObject>()?.0.clone();
-                let data = call.object::<DataObject>(1)?.clone();
-                let wanted = |resource: &Resource| if let Resource::Data(data) = resource { Some(data.clone()) } else { None };
-                call.give(run.resource(call.op, "data set", &call.string(0)?, wanted, || Ok(Resource::Data(data)))?)
-            },
-        },
-        Function {
-            op: "Run:model",
-            params: &["name", "source", "options?"],
-            call: |call| {
-                let run = call.subject::<RunObject>()?.0.clone();
-                let options = call.options(2, super::model::OPTIONS)?;
-                let asked = asked_for(call)?;
-                let wanted = |resource: &Resource| match resource {
-                    Resource::Model(model, made_from) => Some((model.clone(), made_from.clone())),
-                    _ => None,
-                };
-                let make = || Ok(Resource::Model(ModelObject::make(call.lua, call.op, &call.value(1), &options)?, asked.clone()));
-                let name = call.string(0)?;
-                let (model, made_from) = run.resource(call.op, "model", &name, wanted, make)?;
-                if made_from != asked {
-                    let expected = format!("a free name, or the model `{name}` as it was made ({made_from})");
-                    return Err(Error::argument(call.op, "name", expected, format!("`{name}` with {asked}")).into());
-                }
-                call.give(model)
-            },
-        },
-        Function {
-            op: "Run:optimizer",
-            params: &["kind", "model", "options?"],
-            call: |call| {
-                let run = call.subject::<RunObject>()?.0.clone();
-                let kind = call.string(0)?;
-                if kind != "adamw" {
-                    return Err(call.wrong(0, "\"adamw\""));
-                }
-                let model = call.object::<ModelObject>(1)?.clone();
-                let options = call.options(2, super::optim::OPTIONS)?;
-                // An optimizer goes with its model, so the model's name names it.
-                let owner = run.name_of(&model).unwrap_or_else(|| "model".into());
-                let wanted = |resource: &Resource| if let Resource::Optimizer(optim) = resource { Some(optim.clone()) } else { None };
-                let make = || Ok(Resource::Optimizer(OptimizerObject::adamw(call.op, &model, &options)?));
-                let optimizer = run.resource(call.op, "optimizer", &format!("{kind} of {owner}"), wanted, make)?;
-                optimizer.set(call.op, &options)?;
-                call.give(optimizer)
-            },
-        },
-        Function {
-            op: "Run:save",
-            params: &["name", "model", "options?"],
-            call: |call| {
-                let run = call.subject::<RunObject>()?.0.clone();
-                let model = call.object::<ModelObject>(1)?.clone();
-                let dtype = match call.options(2, &["dtype"])?.string("dtype")? {
-                    Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
-                    None => None,
-                };
-                let folder = run.artifact(&call.string(0)?)?;
-                model.save(&folder, dtype)?;
-                run.screen.print(&format!("saved {}", folder.display()));
-                call.give(folder.display().to_string())
-            },
-        },
-    ]];
-    const FIELDS: &'static [Field<Self>] = &[
-        Field { name: "folder", get: |lua, run| Ok(Value::String(lua.create_string(run.0.folder.display().to_string())?)) },
-        Field { name: "id", get: |lua, run| Ok(Value::String(lua.create_string(&run.0.id)?)) },
-        Field { name: "seed", get: |_, run| Ok(Value::Integer(run.0.seed as i64)) },
-    ];
-}
-
-impl UserData for RunObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
-
-/// Errors if `name` cannot name something of a run.
-pub(super) fn check_name(op: &'static str, name: &str) -> Result<(), Failure> {
-    if name.is_empty() || name.contains(['/', '\n', '#']) {
-        return Err(Error::argument(op, "name", "a name without / or #", format!("\"{name}\"")).into());
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
 use super::work::Work;
 use super::workflow::{Declared, Workflow};
-use super::{args, data, globals, loops, model, optim, run, tensor, tensor_operations, tokenizer, workflow};
+use super::{args, data, globals, loops, model, optim, run_object, steps, tensor, tensor_operations, tokenizer, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
 use std::path::{Path, PathBuf};
@@ -46,7 +46,8 @@ pub fn classes() -> Vec<ClassListing> {
         listing::<loops::Step>(),
         listing::<model::ModelObject>(),
         listing::<optim::OptimizerObject>(),
-        listing::<run::RunObject>(),
+        listing::<run_object::RunObject>(),
+        listing::<steps::StepContext>(),
         listing::<tensor::TensorObject>(),
         listing::<tokenizer::TokenizerObject>(),
         listing::<Workflow>(),
@@ -64,8 +65,15 @@ impl Vm {
     ///
     /// Errors: [`Error::Script`] if Lua cannot be set up, which takes a lack of memory.
     pub fn new(script: &Path, screen: Screen) -> Result<Self> {
+        Self::with_recorded(script, screen, Vec::new())
+    }
+
+    /// As [`Self::new`]; files in `recorded` are taken from there, not from the disk.
+    ///
+    /// Errors: as [`Self::new`].
+    pub fn with_recorded(script: &Path, screen: Screen, recorded: Vec<Source>) -> Result<Self> {
         let vm = Self { lua: new_state().map_err(|error| explain(&error))?, script: script.to_path_buf() };
-        vm.lua.set_app_data(Modules::beside(script));
+        vm.lua.set_app_data(Modules::beside(script, recorded));
         vm.lua.set_app_data(screen);
         Ok(vm)
     }

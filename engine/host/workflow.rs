@@ -4,8 +4,11 @@ use super::args::{self, Spec};
 use super::call::{Class, Failed, Field, Function, register};
 use super::options::Options;
 use super::raise::explain;
-use super::run::{Run, RunObject};
+use super::replay::{Replay, Target};
+use super::run::Run;
+use super::run_object::RunObject;
 use crate::error::{Error, Result};
+use crate::store::records::Status;
 use mlua::{Lua, UserData, UserDataMethods};
 use serde_json::Value as Json;
 use std::sync::Arc;
@@ -35,19 +38,32 @@ pub const FUNCTIONS: &[Function] = &[Function {
 fn declare(options: &Options) -> Failed<Workflow> {
     let missing = |what: &str, expected: &str| Error::argument("engine.workflow", what, expected, "nil");
     let name = options.string("name")?.ok_or_else(|| missing("name", "a string"))?;
-    super::run::check_name("engine.workflow", &name)?;
+    super::run_object::check_name("engine.workflow", &name)?;
     let specs = args::read_specs(options.table("args")?)?;
     let body = options.function("run")?.ok_or_else(|| missing("run", "function(run, args) ... end"))?;
     Ok(Workflow { name, specs, body })
 }
 
 impl Workflow {
-    /// Calls the workflow's function.
+    /// Calls the workflow's function, which repeats what the run has done up to `target` if there is one, and records how the
+    /// run ended.
     ///
-    /// Errors: those of the script, with their lines; [`Error::Interrupted`].
-    pub fn call(&self, lua: &Lua, run: Arc<Run>, values: &[(String, Json)]) -> Result<()> {
+    /// Errors: those of the script, with their lines; [`Error::Interrupted`]; those of the last checkpoint.
+    pub fn call(&self, lua: &Lua, run: &Arc<Run>, values: &[(String, Json)], target: Option<Target>) -> Result<()> {
+        let generation = run.code().number;
+        lua.set_app_data(Arc::new(Replay::new(run.clone(), generation, target)));
         let table = args::to_lua(lua, &self.specs, values).map_err(|error| explain(&error))?;
-        self.body.call::<()>((RunObject(run), table)).map_err(|error| explain(&error))
+        let called = self.body.call::<()>((RunObject(run.clone()), table)).map_err(|error| explain(&error));
+        let written = run.checkpoints.wait();
+        let result = called.and(written).and_then(|()| run.sync_logs());
+        let (status, reason) = match &result {
+            Ok(()) => (Status::Finished, None),
+            Err(Error::Interrupted) => (Status::Stopped, None),
+            Err(error) => (Status::Failed, Some(error.to_string())),
+        };
+        // On a disk that is full the status cannot be written either: the first error is the one to be told.
+        let recorded = run.set_status(status, reason);
+        result.and(recorded)
     }
 
     /// What `--help` prints: the script's own description, then the arguments.
@@ -64,6 +80,7 @@ impl Workflow {
         text.push_str("  --quiet         no progress, only what the script prints\n");
         text.push_str("  --explain       say how the numbers of the progress are computed\n");
         text.push_str("  --runs FOLDER   where runs are kept (default checkpoints/runs)\n");
+        text.push_str("  --tensorboard   write TensorBoard event files beside the metrics\n");
         text
     }
 }

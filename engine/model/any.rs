@@ -110,6 +110,50 @@ impl Model {
         }
     }
 
+    /// A model of its own with the same weights, masters and gradients: what a checkpoint is written from while this one
+    /// trains on.
+    pub fn copy(&self) -> Self {
+        let graph = match &self.graph {
+            AnyGraph::F32(graph) => AnyGraph::F32(Arc::new(graph.copy())),
+            AnyGraph::Bf16(graph) => AnyGraph::Bf16(Arc::new(graph.copy())),
+        };
+        Self { graph, recompute: AtomicBool::new(self.recompute.load(Relaxed)) }
+    }
+
+    /// Takes weights, masters and gradients of a copy of this model, to the bit.
+    pub fn copy_from(&self, copy: &Self) {
+        match (&self.graph, &copy.graph) {
+            (AnyGraph::F32(to), AnyGraph::F32(from)) => to.copy_from(from),
+            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => to.copy_from(from),
+            _ => panic!("a copy has the element type of its model"),
+        }
+    }
+
+    /// Writes what training keeps beside the weights, the remainders of bf16 masters and gradients that wait, into the folder
+    /// `target`. With the folder that [`Model::save`] writes it is the whole model, to the bit.
+    ///
+    /// Errors: those of writing.
+    pub fn save_training_state(&self, target: &Path) -> Result<()> {
+        on_graph!(self, graph => graph.save_training_state(target))
+    }
+
+    /// Takes what [`Model::save_training_state`] wrote.
+    ///
+    /// Errors: [`Error::Format`] if it is that of another model; those of reading.
+    pub fn load_training_state(&self, folder: &Path) -> Result<()> {
+        on_graph!(self, graph => graph.load_training_state(folder))
+    }
+
+    /// Bytes of weights, masters and gradients.
+    pub fn state_bytes(&self) -> u64 {
+        on_graph!(self, graph => graph.parameters().iter().map(|parameter| parameter.state_bytes() as u64).sum())
+    }
+
+    /// A number that changes with every change of a weight.
+    pub fn version(&self) -> u64 {
+        on_graph!(self, graph => graph.parameters().iter().map(|parameter| parameter.version()).fold(0, u64::wrapping_add))
+    }
+
     pub fn config(&self) -> &Config {
         on_graph!(self, graph => &graph.config)
     }

@@ -10,6 +10,7 @@ pub mod names;
 pub mod presets;
 pub mod rope_scaling;
 pub mod sizes;
+mod training_state;
 pub mod weights;
 
 pub use any::{Loss, Model};

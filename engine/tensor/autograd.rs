@@ -96,6 +96,11 @@ impl Node {
         Arc::new(Self { id: NEXT_ID.fetch_add(1, Relaxed), parents: Vec::new(), kind: Kind::Leaf(Mutex::new(None)) })
     }
 
+    /// Whether gradients end here, in contrast to the nodes of operations.
+    pub fn is_leaf(&self) -> bool {
+        matches!(self.kind, Kind::Leaf(_))
+    }
+
     pub(super) fn new(
         parents: &[Option<&Arc<Node>>],
         backward: impl FnOnce(Gradient, &mut Sink) -> Result<()> + Send + 'static,

@@ -135,6 +135,45 @@ impl<E: ModelElement> Parameter<E> {
         ))
     }
 
+    /// A parameter of its own with the same value, gradient and flag. Its version begins anew.
+    pub fn copy(&self) -> Self {
+        let value = self.read();
+        let gradient = self.gradient.lock().expect("nothing panics while a gradient is read");
+        Self {
+            name: self.name.clone(),
+            rows: self.rows,
+            columns: self.columns,
+            layout: self.layout,
+            value: RwLock::new(Value { weight: value.weight.clone(), remainder: value.remainder.clone() }),
+            gradient: Mutex::new(gradient.clone()),
+            trains: AtomicBool::new(self.trains()),
+            version: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes value and gradient of `other`, to the bit. Panics if it has another shape.
+    pub fn copy_from(&self, other: &Self) {
+        assert_eq!((self.rows, self.columns, self.layout), (other.rows, other.columns, other.layout), "{}: another shape", self.name);
+        let from = other.read();
+        let mut value = self.value.write().expect("nothing panics while a parameter is written");
+        value.weight.copy_from_slice(&from.weight);
+        value.remainder.clone_from(&from.remainder);
+        *self.gradient.lock().expect("nothing panics while a gradient is written") =
+            other.gradient.lock().expect("nothing panics while a gradient is read").clone();
+        self.version.fetch_add(1, Relaxed);
+    }
+
+    /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
+    /// length.
+    pub fn set_training_state(&self, remainder: Option<Vec<i16>>, gradient: Option<Buffer<f32>>) {
+        let mut value = self.value.write().expect("nothing panics while a parameter is written");
+        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == value.weight.len()), "{}: remainder", self.name);
+        assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
+        value.remainder = remainder;
+        *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
+        self.version.fetch_add(1, Relaxed);
+    }
+
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
     pub fn read_rows(&self, rows: Range<usize>, values: &mut [f32]) {
         let value = self.read();
@@ -198,6 +237,13 @@ impl<E: ModelElement> Parameter<E> {
             Layout::Panels => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
         }
         Some(values)
+    }
+
+    /// Bytes of weight, remainder and gradient.
+    pub fn state_bytes(&self) -> usize {
+        let value = self.read();
+        let gradient = self.with_gradient(|gradient| gradient.map_or(0, <[f32]>::len));
+        value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2 + gradient * 4
     }
 
     /// Lets `write` put a gradient in place, in the f32 layout: with `true` it must add to what is there, with `false`

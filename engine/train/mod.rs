@@ -2,3 +2,4 @@
 //! step and live in Lua, stdlib/schedules.lua.
 
 pub mod optimizer;
+pub mod optimizer_state;

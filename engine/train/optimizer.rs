@@ -7,10 +7,11 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW as Update;
 use crate::kernels::cpu::norm;
 use crate::tensor::parameter::Trainable;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// What a script sets.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     pub lr: f64,
     pub betas: (f64, f64),
@@ -58,17 +59,17 @@ impl Settings {
 }
 
 /// One parameter and its moments, which come with its first gradient.
-struct Slot {
-    parameter: Arc<dyn Trainable>,
-    moments: Option<(Buffer<f32>, Buffer<f32>)>,
+pub(super) struct Slot {
+    pub parameter: Arc<dyn Trainable>,
+    pub moments: Option<(Buffer<f32>, Buffer<f32>)>,
     /// Updates of this very parameter, for its bias correction.
-    updates: u64,
+    pub updates: u64,
 }
 
 /// AdamW over a list of parameters.
 pub struct AdamW {
     settings: Settings,
-    slots: Vec<Slot>,
+    pub(super) slots: Vec<Slot>,
     steps: u64,
     skipped: u64,
 }
@@ -114,6 +115,10 @@ impl AdamW {
     /// Steps that were not applied because the gradient was not finite.
     pub fn skipped(&self) -> u64 {
         self.skipped
+    }
+
+    pub(super) fn set_counts(&mut self, steps: u64, skipped: u64) {
+        (self.steps, self.skipped) = (steps, skipped);
     }
 
     /// Norm of the whole gradient as it stands, in the order of the parameters.

@@ -7,6 +7,11 @@
 ---@field seed integer start of all random numbers
 local Run = {}
 
+---@class engine.StepContext
+---@field attempt integer from 1
+---@field key string names this execution of the step; a token for whatever outside must not happen twice
+local StepContext = {}
+
 ---@class engine.Step
 ---@field count integer steps with this one, from 1
 ---@field first boolean
@@ -33,9 +38,15 @@ function Run:log(values) end
 --- The long part of a run, for Lua's `for`. The engine counts; at the end of each step it writes metrics, shows progress
 --- and takes Ctrl-C. It ends after `steps`, or when `over` has been read `epochs` times (1), whatever comes first.
 ---
---- Example: for step in run:loop("train", { steps = 100 }) do step:log { loss = train_step() } end
+--- An outermost loop takes checkpoints at the ends of its steps, from which `perilune resume` goes on to the bit: every
+--- `checkpoint_every` steps (every ten minutes if not given; false for none), when it ends, and on Ctrl-C. They hold what
+--- run:model, run:optimizer, run:data and run:state made; other locals are made anew by the code above the loop. The newest
+--- `keep` (2) stay, every `keep_every`th step, and the one where the logged value `keep_best` was lowest (highest with a `-` in
+--- front).
+---
+--- Example: for step in run:loop("train", { steps = 100, checkpoint_every = 20 }) do step:log { loss = train_step() } end
 ---@param name string
----@param options { steps?: integer, epochs?: integer, over?: engine.Data }
+---@param options { steps?: integer, epochs?: integer, over?: engine.Data, checkpoint_every?: integer|false, keep?: integer, keep_every?: integer, keep_best?: string }
 ---@return fun(): engine.Step? steps
 function Run:loop(name, options) end
 
@@ -49,7 +60,7 @@ function Run:loop(name, options) end
 ---@return engine.Model model
 function Run:model(name, source, options) end
 
---- Seconds since 1970.
+--- Seconds since 1970. Outside of loops the time is recorded: a resumed run gets the same.
 ---
 --- Example: print(run:now())
 ---@return number seconds
@@ -72,6 +83,30 @@ function Run:optimizer(kind, model, options) end
 ---@param options? { dtype?: "f32"|"bf16" }
 ---@return string folder
 function Run:save(name, model, options) end
+
+--- A table of plain data (numbers, strings, booleans, tensors, tables of these) that belongs to the run: checkpoints hold it,
+--- and a resumed run finds it as it was. `initial` is what it is at first.
+---
+--- Example: local best = run:state("best", { loss = math.huge, step = 0 })
+---@param name string
+---@param initial table
+---@return table state
+function Run:state(name, initial) end
+
+--- Does `body` once and records its results, which must be plain data. Whenever the script comes here again, after a crash or a
+--- resume, it gets the recorded results and `body` does not run. Other `inputs` at a recorded step are an error. Random numbers
+--- in the body are a stream of its own. A body that changes models, optimizers or data sets of the run ends with a checkpoint.
+---
+--- It is tried `attempts` times (1), `backoff` seconds (1, doubling) apart, each for `timeout` seconds at most; wrong arguments and
+--- errors that contain a text of `final` are not tried again.
+---
+--- Example: local scores = run:step("score", { model = "sft", n = 100 }, function(step) return score_all(step.key) end)
+---@param name string
+---@param inputs any plain data that the result depends on
+---@param body fun(step: engine.StepContext): any
+---@param options? { attempts?: integer, backoff?: number, timeout?: number, final?: string[] }
+---@return any results
+function Run:step(name, inputs, body, options) end
 
 --- Adds values to the step's line in the run's metrics; the progress shows them.
 ---

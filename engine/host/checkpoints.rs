@@ -1,0 +1,436 @@
+//! Checkpoints of a run: its state is copied in memory at a boundary, and written by a thread of its own while training goes
+//! on. And the way back: the newest sound checkpoint is found, and each named resource takes its state from it.
+//! The protocol of the files is `engine/checkpoint`'s; this file says what is in them.
+
+use super::call::Failed;
+use super::globals::{RandomPosition, random_position, set_random_position};
+use super::loops::LoopRecord;
+use super::model::ModelObject;
+use super::options::Options;
+use super::plain::Plain;
+use super::replay::{Replay, Target};
+use super::resources::Resource;
+use super::run::{Run, build_id, unix_seconds};
+use super::{results, states};
+use crate::checkpoint::catalog::{checkpoint_name, list, remove, sweep};
+use crate::checkpoint::commit::{About, Draft};
+use crate::checkpoint::manifest::Manifest;
+use crate::checkpoint::retention::{Candidate, Keep, removable};
+use crate::data::cursor::Cursor;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::isa;
+use crate::store::records::{CheckpointRecord, StepRecord};
+use crate::train::optimizer::Settings;
+use crate::train::optimizer_state::AdamWState;
+use mlua::{Lua, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// `state.json`: all of a checkpoint that is not in files of its own.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
+    pub format: u32,
+    /// The outermost loop at whose boundary it was taken; none if it was taken at the end of a step.
+    #[serde(rename = "loop")]
+    pub loop_path: Option<String>,
+    /// The step that had just ended, whose record goes with it.
+    pub after: Option<StepRecord>,
+    pub loops: BTreeMap<String, LoopRecord>,
+    pub random: RandomPosition,
+    pub models: BTreeMap<String, StoredModel>,
+    pub optimizers: BTreeMap<String, StoredOptimizer>,
+    pub data: BTreeMap<String, StoredData>,
+    pub states: BTreeMap<String, Json>,
+    /// Ends of `metrics.jsonl` and `timing.jsonl`.
+    pub log_offsets: (u64, u64),
+    /// Keys of the steps that were recorded by then.
+    pub steps: BTreeSet<String>,
+    /// What the numbers depend on besides: the program and the instructions that its products use.
+    pub build: String,
+    pub instructions: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredModel {
+    pub definition: String,
+    /// A frozen model is not in the checkpoint: it is made again from its source.
+    pub frozen: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredOptimizer {
+    pub script: Settings,
+    pub asked: Settings,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StoredData {
+    pub cursor: Cursor,
+    /// What the last `take` asked for.
+    pub rows: Option<usize>,
+}
+
+/// The layout of [`State`] that this engine writes and reads.
+const FORMAT: u32 = 1;
+
+/// Leftovers of killed processes are removed once they are this old.
+const LEFTOVER_AGE: Duration = Duration::from_secs(60);
+
+/// The state of a run at a boundary, in memory.
+struct Snapshot {
+    state: State,
+    position: (String, u64),
+    metrics: Map<String, Json>,
+    models: Vec<(String, ModelObject)>,
+    optimizers: Vec<(String, AdamWState)>,
+    states: BTreeMap<String, Plain>,
+}
+
+impl Snapshot {
+    fn take(lua: &Lua, run: &Run, position: (&str, u64), after: Option<&StepRecord>, metrics: Map<String, Json>) -> Failed<Self> {
+        let (mut models, mut optimizers) = (Vec::new(), Vec::new());
+        let (mut stored_models, mut stored_optimizers, mut data) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        for (name, named) in run.resources.all() {
+            match named.resource {
+                Resource::Model(model) => {
+                    let frozen = model.is_frozen();
+                    stored_models.insert(name.clone(), StoredModel { definition: named.definition, frozen });
+                    if !frozen {
+                        models.push((name, model.copy()));
+                    }
+                }
+                Resource::Optimizer(optimizer, _) => {
+                    let held = optimizer.lock();
+                    optimizers.push((name.clone(), held.adamw.state()));
+                    stored_optimizers.insert(name, StoredOptimizer { script: held.script, asked: held.asked });
+                }
+                Resource::Data(object) => {
+                    let (cursor, rows) = object.position()?;
+                    data.insert(name, StoredData { cursor, rows });
+                }
+            }
+        }
+        let states = states::contents(lua, &run.states)?;
+        let records = run.store.records();
+        let state = State {
+            format: FORMAT,
+            loop_path: after.is_none().then(|| position.0.to_string()),
+            after: after.cloned(),
+            loops: run.loops.lock().expect("no panic happens under this lock").clone(),
+            random: random_position(lua),
+            models: stored_models,
+            optimizers: stored_optimizers,
+            data,
+            states: states.iter().map(|(name, plain)| (name.clone(), plain.json.clone())).collect(),
+            log_offsets: run.log_offsets(),
+            steps: records.steps.into_iter().map(|step| step.key).collect(),
+            build: build_id().to_string(),
+            instructions: isa::isa().name().to_string(),
+        };
+        Ok(Self { state, position: (position.0.to_string(), position.1), metrics, models, optimizers, states })
+    }
+
+    /// Bytes that it takes on the disk, about.
+    fn bytes(&self) -> u64 {
+        let models: u64 = self.models.iter().map(|(_, model)| model.model.state_bytes()).sum();
+        let optimizers: u64 = self.optimizers.iter().map(|(_, state)| state.bytes()).sum();
+        let states: u64 = self.states.values().map(|plain| plain.tensor_bytes() as u64).sum();
+        models + optimizers + states + (1 << 20)
+    }
+
+    /// Writes and commits it.
+    fn write(&self, root: &Path) -> Result<Manifest> {
+        let name = checkpoint_name(&self.position.0, self.position.1);
+        let draft = Draft::begin(root, &name, self.bytes())?;
+        for (name, model) in &self.models {
+            model.save(&draft.place(&format!("models/{name}"))?, None)?;
+            model.model.save_training_state(&draft.place(&format!("training/{name}"))?)?;
+        }
+        for (name, optimizer) in &self.optimizers {
+            optimizer.save(&draft.place(&format!("optimizers/{name}"))?)?;
+        }
+        for (name, plain) in self.states.iter().filter(|(_, plain)| !plain.tensors.is_empty()) {
+            results::write_tensors(&draft.place(&format!("states/{name}"))?, &plain.tensors)?;
+        }
+        let text = serde_json::to_string_pretty(&self.state).expect("plain data becomes JSON");
+        draft.write_file("state.json", format!("{text}\n").as_bytes())?;
+        draft.commit_replacing(About {
+            loop_path: self.position.0.clone(),
+            step: self.position.1,
+            generation: 0,
+            engine: build_id().into(),
+            time: unix_seconds(),
+            metrics: self.metrics.clone(),
+            facts: Json::Null,
+        })
+    }
+}
+
+/// The checkpoint that a resumed run goes on from.
+pub struct Origin {
+    pub folder: PathBuf,
+    pub manifest: Manifest,
+    pub state: State,
+    /// Resources that have taken their state from it.
+    restored: Mutex<HashSet<String>>,
+    /// Versions of models when they were loaded.
+    versions: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Origin {
+    fn open(folder: PathBuf, manifest: Manifest) -> Result<Self> {
+        manifest.verify(&folder)?;
+        let path = folder.join("state.json");
+        let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+        let state: State = serde_json::from_str(&text)
+            .map_err(|error| Error::format(&path, "state", format!("the state of a run in format {FORMAT}"), error.to_string()))?;
+        if state.format != FORMAT {
+            return Err(Error::format(&path, "format", FORMAT.to_string(), state.format.to_string()));
+        }
+        Ok(Self { folder, manifest, state, restored: Mutex::default(), versions: Mutex::default() })
+    }
+
+    /// Where the script has to come to.
+    pub fn target(&self) -> Target {
+        match (&self.state.loop_path, &self.state.after) {
+            (Some(path), _) => Target::Loop(path.clone()),
+            (None, Some(step)) => Target::Step(step.key.clone()),
+            (None, None) => Target::Loop(self.manifest.loop_path.clone()),
+        }
+    }
+
+    /// What a resume from here can promise, in a sentence.
+    pub fn exactness(&self) -> String {
+        if self.state.build == build_id() && self.state.instructions == isa::isa().name() {
+            return "exact: the same program on the same instructions, every number will be as if it had not been interrupted".into();
+        }
+        format!(
+            "numeric: the checkpoint is from {} with {}, this is {} with {}; results agree but for rounding",
+            self.state.build,
+            self.state.instructions,
+            build_id(),
+            isa::isa().name()
+        )
+    }
+
+    /// The model `name` with the weights of the checkpoint. What training keeps beside them comes on arrival.
+    ///
+    /// Errors: those of loading.
+    pub fn load_model(&self, lua: &Lua, op: &'static str, name: &str, options: &Options) -> Failed<ModelObject> {
+        let folder = Value::String(lua.create_string(self.model_folder(name).display().to_string())?);
+        let object = ModelObject::make(lua, op, &folder, options)?;
+        self.versions.lock().expect("no panic happens under this lock").insert(name.into(), object.model.version());
+        Ok(object)
+    }
+
+    fn model_folder(&self, name: &str) -> PathBuf {
+        self.folder.join("models").join(name)
+    }
+
+    /// Gives the resource `name` the state that the checkpoint has of it, once.
+    ///
+    /// Errors: those of reading; [`Error::Argument`] where the data are others now.
+    pub fn restore(&self, name: &str, resource: &Resource) -> Failed<()> {
+        if !self.restored.lock().expect("no panic happens under this lock").insert(name.into()) {
+            return Ok(());
+        }
+        match resource {
+            Resource::Model(object) => {
+                if self.state.models.get(name).is_none_or(|stored| stored.frozen) {
+                    return Ok(());
+                }
+                let loaded = self.versions.lock().expect("no panic happens under this lock").get(name).copied();
+                if loaded != Some(object.model.version()) {
+                    // The code above the loop has trained it: that is undone.
+                    let again = crate::model::Model::load(&self.model_folder(name), Some(object.model.dtype()), true, &mut |_| {})?;
+                    object.model.copy_from(&again);
+                }
+                Ok(object.model.load_training_state(&self.folder.join("training").join(name))?)
+            }
+            Resource::Optimizer(optimizer, _) => {
+                let Some(stored) = self.state.optimizers.get(name) else { return Ok(()) };
+                let state = AdamWState::load(&self.folder.join("optimizers").join(name))?;
+                let mut held = optimizer.lock();
+                held.adamw.restore(state)?;
+                (held.script, held.asked) = (stored.script, stored.asked);
+                Ok(held.apply()?)
+            }
+            Resource::Data(object) => match self.state.data.get(name) {
+                Some(stored) => Ok(object.restore(&stored.cursor, stored.rows)?),
+                None => Ok(()),
+            },
+        }
+    }
+}
+
+/// The checkpoints of a run that is alive.
+pub struct Checkpoints {
+    root: PathBuf,
+    origin: Mutex<Option<Arc<Origin>>>,
+    writer: Mutex<Option<JoinHandle<Result<()>>>>,
+}
+
+impl Checkpoints {
+    /// For the run in `folder`.
+    pub fn new(folder: &Path) -> Self {
+        Self { root: folder.join("checkpoints"), origin: Mutex::default(), writer: Mutex::default() }
+    }
+
+    /// The checkpoint that the run goes on from.
+    pub fn origin(&self) -> Option<Arc<Origin>> {
+        self.origin.lock().expect("no panic happens under this lock").clone()
+    }
+
+    /// Finds the newest checkpoint whose files are what its manifest says, and goes on from it. Damaged ones are named on the
+    /// screen and passed over; those that the store does not know are recorded, what it knows and is gone is marked as lost.
+    ///
+    /// Errors: those of listing the folder and of the store.
+    pub fn find_origin(&self, run: &Run) -> Result<Option<Arc<Origin>>> {
+        if !self.root.is_dir() {
+            return Ok(None);
+        }
+        sweep(&self.root, LEFTOVER_AGE)?;
+        let mut found = None;
+        let known = run.store.checkpoints();
+        let listed = list(&self.root)?;
+        for (name, manifest) in listed.iter().rev() {
+            let opened = match manifest {
+                Ok(manifest) if found.is_none() => {
+                    Origin::open(self.root.join(name), manifest.clone()).map(|origin| found = Some(Arc::new(origin)))
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(Error::Script(error.to_string())),
+            };
+            match (opened, manifest) {
+                (Err(error), _) => run.screen.note(&format!("the checkpoint {name} is damaged and passed over: {error}")),
+                (Ok(()), Ok(manifest)) if !known.iter().any(|record| record.manifest == manifest.hash()) => record(run, manifest)?,
+                _ => {}
+            }
+        }
+        for gone in known.into_iter().filter(|record| record.lost.is_none() && !listed.iter().any(|(name, _)| *name == record.name)) {
+            run.store.put_checkpoint(CheckpointRecord { lost: Some("its folder is gone".into()), ..gone })?;
+        }
+        *self.origin.lock().expect("no panic happens under this lock") = found.clone();
+        Ok(found)
+    }
+
+    /// Whether the last checkpoint is still being written.
+    pub fn is_writing(&self) -> bool {
+        self.writer.lock().expect("no panic happens under this lock").as_ref().is_some_and(|writer| !writer.is_finished())
+    }
+
+    /// Waits until the last checkpoint is written.
+    ///
+    /// Errors: why it could not be.
+    pub fn wait(&self) -> Result<()> {
+        let writer = self.writer.lock().expect("no panic happens under this lock").take();
+        match writer.map(JoinHandle::join) {
+            None => Ok(()),
+            Some(Ok(result)) => result,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    /// As [`Self::wait`], if it is written already; else it goes on.
+    ///
+    /// Errors: as [`Self::wait`].
+    pub fn check(&self) -> Result<()> {
+        if self.is_writing() { Ok(()) } else { self.wait() }
+    }
+}
+
+fn record(run: &Run, manifest: &Manifest) -> Result<()> {
+    let number = run.store.checkpoints().last().map_or(0, |last| last.number + 1);
+    run.store.put_checkpoint(CheckpointRecord {
+        number,
+        name: manifest.name.clone(),
+        loop_path: manifest.loop_path.clone(),
+        step: manifest.step,
+        generation: manifest.generation,
+        manifest: manifest.hash().to_string(),
+        bytes: manifest.bytes(),
+        time: manifest.time,
+        metrics: manifest.metrics.clone(),
+        pinned: false,
+        lost: None,
+    })
+}
+
+/// Takes a checkpoint at the boundary of the loop `path` behind `step` iterations; its files are written while the run goes on.
+///
+/// - `metrics`: what the loop logged last
+///
+/// Errors: those of the one before it; what cannot be copied.
+pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Map<String, Json>, keep: &Keep) -> Failed<()> {
+    run.checkpoints.wait()?;
+    let snapshot = Snapshot::take(lua, run, (path, step), None, metrics)?;
+    let (run_there, keep) = (run.clone(), keep.clone());
+    let write = move || commit(&run_there, &snapshot, &keep);
+    let writer = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
+    let writer = writer.map_err(|error| Error::io(&run.folder, "start a thread to write to", error))?;
+    *run.checkpoints.writer.lock().expect("no panic happens under this lock") = Some(writer);
+    Ok(())
+}
+
+/// Takes a checkpoint at the end of a step that changed resources outside of any loop, and waits for it.
+///
+/// Errors: as [`at_boundary`].
+pub fn after_step(lua: &Lua, run: &Arc<Run>, step: &StepRecord) -> Failed<()> {
+    run.checkpoints.wait()?;
+    let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new())?;
+    Ok(commit(run, &snapshot, &Keep { last: 2, every: None, best: None })?)
+}
+
+fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
+    run.sync_logs()?;
+    run.store.flush()?;
+    let manifest = snapshot.write(&run.checkpoints.root)?;
+    record(run, &manifest)?;
+    // Only now: until the new one is safe, the old ones are.
+    let listed = list(&run.checkpoints.root)?;
+    let records = run.store.checkpoints();
+    let candidate = |(name, manifest): (String, Result<Manifest>)| {
+        let manifest = manifest.ok()?;
+        let pinned = records.iter().any(|record| record.name == name && record.pinned);
+        Some(Candidate { name, loop_path: manifest.loop_path, step: manifest.step, metrics: manifest.metrics, pinned })
+    };
+    let candidates: Vec<Candidate> = listed.into_iter().filter_map(candidate).collect();
+    for name in removable(&candidates, keep) {
+        remove(&run.checkpoints.root, &name)?;
+        for gone in records.iter().filter(|record| record.name == name) {
+            run.store.remove_checkpoint(gone.number)?;
+        }
+    }
+    Ok(())
+}
+
+/// The script has come to where the checkpoint was taken: everything takes its state from there, and new things begin.
+///
+/// Errors: those of reading the checkpoint.
+pub fn arrive(lua: &Lua, run: &Arc<Run>, replay: &Replay) -> Failed<()> {
+    let origin = run.checkpoints.origin().expect("a replay goes to a checkpoint");
+    for (name, named) in run.resources.all() {
+        origin.restore(&name, &named.resource)?;
+    }
+    for (name, optimizer, _) in run.resources.optimizers() {
+        if let Some(asked) = replay.asked(&name) {
+            optimizer.take_asked(asked)?;
+        }
+    }
+    let mut contents = BTreeMap::new();
+    for (name, json) in &origin.state.states {
+        let folder = origin.folder.join("states").join(name);
+        let tensors = if folder.is_dir() { results::read_tensors(&folder)? } else { Vec::new() };
+        contents.insert(name.clone(), Plain { json: json.clone(), tensors });
+    }
+    run.states.set(contents);
+    states::fill_asked(lua, &run.states)?;
+    set_random_position(lua, &origin.state.random);
+    replay.arrive();
+    Ok(())
+}

@@ -1,0 +1,222 @@
+//! `run:step`: work that is done once. Its result is recorded; whenever the script comes to the same step again, after a crash or
+//! an edit, it gets the recorded result. Source: durable execution as in Temporal and DBOS, with names in place of positions.
+
+use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::globals::{enter_scope, leave_scope};
+use super::options::Options;
+use super::plain::Plain;
+use super::raise::{explain, is_final, is_stop, is_timeout};
+use super::replay::{Replay, Target, must_end};
+use super::run::{Run, unix_seconds};
+use super::run_object::{check_name, standing};
+use super::{checkpoints, results};
+use crate::error::{Error, Result};
+use crate::store::Durability;
+use crate::store::records::{StepRecord, StepStatus};
+use mlua::{Lua, MultiValue, UserData, UserDataMethods, Value};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// When and how often a step is tried again.
+struct Policy {
+    attempts: u32,
+    /// Seconds before the second attempt; doubles from one to the next.
+    backoff: f64,
+    /// Seconds that one attempt may take.
+    timeout: Option<f64>,
+    /// Texts of errors that no further attempt would mend.
+    finals: Vec<String>,
+}
+
+impl Policy {
+    fn read(options: &Options) -> Failed<Self> {
+        let seconds = |name: &'static str| -> Failed<Option<f64>> {
+            match options.number(name)? {
+                Some(seconds) if !(seconds.is_finite() && (0.0..1e9).contains(&seconds)) => {
+                    Err(Error::argument("Run:step", name, "seconds, from 0", seconds).into())
+                }
+                seconds => Ok(seconds),
+            }
+        };
+        let attempts = options.count("attempts", 1)?.unwrap_or(1);
+        Ok(Self {
+            attempts: u32::try_from(attempts).unwrap_or(u32::MAX),
+            backoff: seconds("backoff")?.unwrap_or(1.0),
+            timeout: seconds("timeout")?,
+            finals: options.strings("final")?.unwrap_or_default(),
+        })
+    }
+}
+
+/// The record of a step that begins now.
+pub fn started(key: &str, generation: u32) -> StepRecord {
+    StepRecord {
+        key: key.into(),
+        fingerprint: String::new(),
+        inputs: String::new(),
+        code: String::new(),
+        status: StepStatus::Started,
+        output: None,
+        error: None,
+        attempts: 0,
+        started: unix_seconds(),
+        ended: None,
+        generation,
+        seconds: 0.0,
+    }
+}
+
+/// `run:step(name, inputs, body, options)`: the results of `body`, which runs at most once to its end.
+pub fn step(call: &Call) -> Answer {
+    let (run, replay) = standing(call)?;
+    let name = call.string(0)?;
+    check_name(call.op, &name)?;
+    let inputs = Plain::of(call.op, "inputs", &call.value(1))?.canonical();
+    let body = call.function(2)?;
+    let policy = Policy::read(&call.options(3, &["attempts", "backoff", "timeout", "final"])?)?;
+    let key = replay.numbered_path(&name);
+    let mut record = started(&key, replay.generation);
+    record.fingerprint = hash(inputs.as_bytes());
+    record.inputs = inputs;
+    record.code = hash(&body.dump(true));
+
+    let known = run.store.step(&key);
+    if let Some(known) = known.filter(|known| known.status == StepStatus::Done) {
+        check_inputs(&known, &record)?;
+        if let Some(output) = &known.output {
+            if replay.target() == Some(Target::Step(key.clone())) {
+                checkpoints::arrive(call.lua, &run, &replay)?;
+            }
+            return results::read(call.lua, &run, &key, output);
+        }
+    }
+    execute(call, &run, &replay, &body, &policy, record)
+}
+
+fn hash(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex()[..32].to_string()
+}
+
+fn check_inputs(known: &StepRecord, now: &StepRecord) -> Result<()> {
+    if known.fingerprint == now.fingerprint {
+        return Ok(());
+    }
+    Err(Error::Diverged {
+        what: format!("the step `{}`", known.key),
+        how: format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)),
+        remedy: "give it another name, or fork the run before it: perilune runs fork".into(),
+    })
+}
+
+fn shorten(text: &str) -> String {
+    const MAX: usize = 300;
+    match text.char_indices().nth(MAX) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
+/// Runs `body`, as often as the policy allows, and records how it went.
+fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, policy: &Policy, mut record: StepRecord) -> Answer {
+    let (lua, key) = (call.lua, record.key.clone());
+    let resources_before = run.resources.version();
+    let began = Instant::now();
+    for attempt in 1.. {
+        record.attempts = attempt;
+        record.status = StepStatus::Started;
+        run.store.put_step(record.clone(), Durability::Later)?;
+        let outcome = attempt_once(lua, replay, body, policy, &key, attempt);
+        record.seconds = began.elapsed().as_secs_f64();
+        record.ended = Some(unix_seconds());
+        let error = match outcome {
+            Ok(values) => {
+                let changed = run.resources.version() != resources_before;
+                let values = finish(lua, run, replay, record, values, changed)?;
+                return Ok(values);
+            }
+            Err(error) => error,
+        };
+        // Whoever stops the whole script stops no step; time that is over is this step's own affair.
+        if must_end(lua).is_some() || is_stop(&error) && !is_timeout(&error) {
+            return Err(error.into());
+        }
+        let what = explain(&error).to_string();
+        let hopeless = is_final(&error) && !is_timeout(&error) || policy.finals.iter().any(|text| what.contains(text.as_str()));
+        let changed = run.resources.version() != resources_before;
+        if attempt < policy.attempts && !hopeless && !changed {
+            let wait = policy.backoff * f64::from(1u32 << (attempt - 1).min(16));
+            run.screen.note(&format!("step {key}: attempt {attempt} of {} failed, again in {wait:.1} s: {what}", policy.attempts));
+            sleep(lua, wait)?;
+            continue;
+        }
+        record.status = StepStatus::Failed;
+        record.error = Some(what);
+        run.store.put_step(record.clone(), Durability::Flushed)?;
+        if is_timeout(&error) {
+            // Above this step it is an ordinary error, which a script may catch.
+            return Err(Error::Script(explain(&error).to_string()).into());
+        }
+        return Err(error.into());
+    }
+    unreachable!("the loop above ends by returning")
+}
+
+fn attempt_once(lua: &Lua, replay: &Replay, body: &mlua::Function, policy: &Policy, key: &str, attempt: u32) -> mlua::Result<MultiValue> {
+    let depth = replay.depth();
+    replay.enter_step(key, policy.timeout);
+    enter_scope(lua, key);
+    let result = body.call::<MultiValue>(StepContext { key: key.into(), attempt });
+    leave_scope(lua);
+    replay.leave_to(depth);
+    result
+}
+
+/// Records a step that has come to its end. What it changed in the resources is made durable with it.
+fn finish(lua: &Lua, run: &Arc<Run>, replay: &Replay, mut record: StepRecord, values: MultiValue, changed: bool) -> Answer {
+    let (output, values) = results::write(lua, run, &record.key, values)?;
+    record.status = StepStatus::Done;
+    record.error = None;
+    if changed && replay.loop_depth() > 0 {
+        // A step in an iteration that changed weights or positions is part of the iteration, and done again with it.
+        return Ok(values);
+    }
+    record.output = Some(output);
+    if changed {
+        checkpoints::after_step(lua, run, &record)?;
+    }
+    run.store.put_step(record.clone(), Durability::Flushed)?;
+    Ok(values)
+}
+
+/// Waits, unless the script must end.
+fn sleep(lua: &Lua, seconds: f64) -> Failed<()> {
+    let end = Instant::now() + Duration::from_secs_f64(seconds);
+    while let Some(left) = end.checked_duration_since(Instant::now()) {
+        if let Some(error) = must_end(lua) {
+            return Err(error.into());
+        }
+        std::thread::sleep(left.min(Duration::from_millis(20)));
+    }
+    Ok(())
+}
+
+/// What the body of a step gets.
+pub struct StepContext {
+    key: String,
+    attempt: u32,
+}
+
+impl Class for StepContext {
+    const NAME: &'static str = "StepContext";
+    const METHODS: &'static [&'static [Function]] = &[];
+    const FIELDS: &'static [Field<Self>] = &[
+        Field { name: "attempt", get: |_, this| Ok(Value::Integer(this.attempt.into())) },
+        Field { name: "key", get: |lua, this| Ok(Value::String(lua.create_string(&this.key)?)) },
+    ];
+}
+
+impl UserData for StepContext {
+    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
+        register(methods);
+    }
+}
