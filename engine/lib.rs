@@ -20,6 +20,8 @@ pub mod model;
 pub mod infer;
 pub mod train;
 
+pub mod serve;
+
 pub mod host;
 
 pub mod cli;

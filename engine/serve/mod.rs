@@ -1,0 +1,3 @@
+//! What the program says to other processes. The only folder that opens sockets.
+
+pub mod local_socket;
