@@ -6,10 +6,16 @@ mod bench_ops;
 mod bench_train;
 pub mod doctor;
 pub mod generate;
+mod output;
 pub mod params;
 mod peak_memory;
+mod plot;
 mod resume;
 mod run;
+mod runs;
+mod store;
+mod table;
+mod times;
 mod types;
 mod units;
 
@@ -29,6 +35,8 @@ struct Program {
 enum Command {
     Run(run::Run),
     Resume(resume::Resume),
+    Runs(runs::Runs),
+    Store(store::Store),
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
@@ -49,6 +57,8 @@ pub fn main() -> ExitCode {
     let result: Result<()> = match program.command {
         Command::Run(command) => command.run(),
         Command::Resume(command) => command.run(),
+        Command::Runs(command) => command.run(),
+        Command::Store(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),
