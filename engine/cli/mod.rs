@@ -6,6 +6,7 @@ mod bench_ops;
 mod bench_train;
 pub mod doctor;
 pub mod generate;
+mod live;
 pub mod params;
 mod peak_memory;
 mod resume;
@@ -29,6 +30,12 @@ struct Program {
 enum Command {
     Run(run::Run),
     Resume(resume::Resume),
+    Pause(live::Pause),
+    Continue(live::Continue),
+    Stop(live::Stop),
+    Checkpoint(live::Checkpoint),
+    Set(live::Set),
+    Reload(live::Reload),
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
@@ -49,6 +56,12 @@ pub fn main() -> ExitCode {
     let result: Result<()> = match program.command {
         Command::Run(command) => command.run(),
         Command::Resume(command) => command.run(),
+        Command::Pause(command) => command.run(),
+        Command::Continue(command) => command.run(),
+        Command::Stop(command) => command.run(),
+        Command::Checkpoint(command) => command.run(),
+        Command::Set(command) => command.run(),
+        Command::Reload(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),
