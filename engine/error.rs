@@ -35,6 +35,9 @@ pub enum Error {
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
+    /// Another generation of the script has taken over, or this one was given up: it must end without a trace.
+    #[error("this generation of the script does not lead the run any more")]
+    Superseded,
     /// A step of a run took longer than it may.
     #[error("{what} was given {seconds} s, and they are over")]
     TimedOut { what: String, seconds: f64 },

@@ -29,7 +29,7 @@ fn error_of(script: &str) -> String {
         let root = folder.path().join("runs");
         let facts = Facts::new(&workflow.name, "script.lua", &[], &values, 0);
         let run = Arc::new(Run::start(Start { root: &root, facts, sources: &sources, screen })?);
-        workflow.call(vm.lua(), &run, &values, None)
+        workflow.call(vm.lua(), &run, &values)
     };
     let text = run().expect_err(script).to_string();
     text.replace(&format!("{}/", folder.path().display()), "")

@@ -6,6 +6,7 @@ mod bench_ops;
 mod bench_train;
 pub mod doctor;
 pub mod generate;
+mod live;
 mod output;
 pub mod params;
 mod peak_memory;
@@ -37,6 +38,12 @@ enum Command {
     Resume(resume::Resume),
     Runs(runs::Runs),
     Store(store::Store),
+    Pause(live::Pause),
+    Continue(live::Continue),
+    Stop(live::Stop),
+    Checkpoint(live::Checkpoint),
+    Set(live::Set),
+    Reload(live::Reload),
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
@@ -59,6 +66,12 @@ pub fn main() -> ExitCode {
         Command::Resume(command) => command.run(),
         Command::Runs(command) => command.run(),
         Command::Store(command) => command.run(),
+        Command::Pause(command) => command.run(),
+        Command::Continue(command) => command.run(),
+        Command::Stop(command) => command.run(),
+        Command::Checkpoint(command) => command.run(),
+        Command::Set(command) => command.run(),
+        Command::Reload(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),

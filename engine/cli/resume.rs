@@ -1,6 +1,6 @@
 //! `perilune resume RUN`: goes on with a run that was stopped, failed or killed, from its newest checkpoint, with its own code.
 
-use super::run::runs_folder;
+use super::run::{perform, runs_folder};
 use crate::error::{Error, Result};
 use crate::host::progress::Screen;
 use crate::host::replay::Target;
@@ -31,6 +31,9 @@ pub struct Resume {
     /// Write TensorBoard event files beside the metrics.
     #[arg(long)]
     tensorboard: bool,
+    /// Take over edits of the script and its modules while it runs.
+    #[arg(long)]
+    watch: bool,
 }
 
 impl Resume {
@@ -44,9 +47,9 @@ impl Resume {
         }
         go_to_working_folder(&run, &screen);
         let code = run.code().clone();
-        let vm = Vm::with_recorded(Path::new(&run.facts.script), screen.clone(), code.sources)?;
+        let mut vm = Vm::with_recorded(Path::new(&run.facts.script), screen.clone(), code.sources)?;
         vm.set_seed(run.facts.seed);
-        let Some(object) = vm.load()? else {
+        let Some(object) = vm.load_workflow()? else {
             return Err(Error::Script(format!("{}: the recorded script returns no workflow", run.facts.script)));
         };
         let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
@@ -59,7 +62,8 @@ impl Resume {
         }
         let target = say_plan(&run, &screen);
         run.set_resumed()?;
-        workflow.call(vm.lua(), &Arc::new(run), &values, target)
+        drop(workflow);
+        perform(&Arc::new(run), vm, values, target, self.watch)
     }
 }
 

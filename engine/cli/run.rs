@@ -1,13 +1,16 @@
 //! `perilune run SCRIPT`: reads the script, gives its workflow the arguments of the command line, runs it.
 
 use crate::error::{Error, Result};
+use crate::host::generations::conduct;
 use crate::host::progress::Screen;
+use crate::host::replay::Target;
 use crate::host::run::{self, Facts, Start};
 use crate::host::run_object::shown;
 use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
-use crate::host::{args, interrupt};
+use crate::host::{args, control, interrupt, reload};
+use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +32,9 @@ pub struct Run {
     /// Write TensorBoard event files beside the metrics.
     #[arg(long)]
     tensorboard: bool,
+    /// Take over edits of the script and its modules while it runs.
+    #[arg(long)]
+    watch: bool,
     // One list, so that words behind the script are never taken for the program's own.
     /// The script, then its arguments: --name value.
     #[arg(value_name = "SCRIPT [--name value]", required = true, num_args = 1.., trailing_var_arg = true, allow_hyphen_values = true)]
@@ -40,15 +46,15 @@ impl Run {
         let script = self.words.remove(0);
         if script.starts_with("--") {
             return Err(Error::Script(format!(
-                "`perilune run` has no option {script}; it takes --seed, --quiet, --explain, --runs, --tensorboard, then a script"
+                "`perilune run` has no option {script}; it takes --seed, --quiet, --explain, --runs, --tensorboard, --watch, then a script"
             )));
         }
         let help = self.take_own_words()?;
         interrupt::listen()?;
         let screen = Screen::new(self.quiet);
-        let vm = Vm::new(Path::new(&script), screen.clone())?;
+        let mut vm = Vm::new(Path::new(&script), screen.clone())?;
         vm.set_seed(self.seed);
-        let Some(object) = vm.load()? else {
+        let Some(object) = vm.load_workflow()? else {
             return match self.words.first() {
                 None => Ok(()),
                 Some(word) => Err(Error::Script(format!("{script} returns no workflow, so it takes no arguments, got `{word}`"))),
@@ -71,7 +77,8 @@ impl Run {
             run.write_tensorboard()?;
         }
         screen.note(&format!("run {} in {}", run.facts.id, shown(&run.folder)));
-        workflow.call(vm.lua(), &run, &values, None)
+        drop(workflow);
+        perform(&run, vm, values, None, self.watch)
     }
 
     /// Takes the words that belong to every run out of the script's; whether help is asked for.
@@ -92,6 +99,7 @@ impl Run {
                 "--explain" => self.explain = true,
                 "--quiet" => self.quiet = true,
                 "--tensorboard" => self.tensorboard = true,
+                "--watch" => self.watch = true,
                 "--runs" => self.runs = PathBuf::from(value("a folder")?),
                 "--seed" => {
                     let text = value("an integer")?;
@@ -105,6 +113,18 @@ impl Run {
         self.words = rest;
         Ok(help)
     }
+}
+
+/// Runs the workflow of `vm`, with the run's socket open and, if asked, its files watched.
+///
+/// Errors: as [`conduct`].
+pub fn perform(run: &Arc<run::Run>, vm: Vm, values: Vec<(String, Json)>, target: Option<Target>, watch: bool) -> Result<()> {
+    let _listener = control::listen(run);
+    if watch {
+        reload::watch(run)?;
+        run.screen.note("edits of the script take effect at the end of a step");
+    }
+    conduct(run, vm, values, target)
 }
 
 /// The folder of the run that a user means: an id, the beginning of one, `latest`, or a folder.

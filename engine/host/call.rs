@@ -4,6 +4,7 @@
 
 use super::options::Options;
 use super::raise::{Failure, raise};
+use super::replay::must_end;
 use super::tensor::TensorObject;
 use crate::error::Error;
 use crate::tensor::AnyTensor;
@@ -59,6 +60,9 @@ pub struct Call<'a> {
 /// Calls `function` with `values` as Lua passed them; errors get the script's line.
 fn dispatch(lua: &Lua, function: &Function, is_self: Option<fn(&AnyUserData) -> bool>, values: MultiValue) -> mlua::Result<MultiValue> {
     let run = || -> Answer {
+        if let Some(error) = must_end(lua) {
+            return Err(error.into());
+        }
         let mut values: Vec<Value> = values.into_iter().collect();
         let mut subject = None;
         if let Some(is_self) = is_self {

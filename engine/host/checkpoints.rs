@@ -6,6 +6,7 @@ use super::call::Failed;
 use super::globals::{RandomPosition, random_position, set_random_position};
 use super::loops::LoopRecord;
 use super::model::ModelObject;
+use super::optim::Forced;
 use super::options::Options;
 use super::plain::Plain;
 use super::replay::{Replay, Target};
@@ -17,6 +18,7 @@ use crate::checkpoint::commit::{About, Draft};
 use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::retention::{Candidate, Keep, removable};
 use crate::data::cursor::Cursor;
+use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::isa;
 use crate::store::records::{CheckpointRecord, StepRecord};
@@ -50,6 +52,9 @@ pub struct State {
     pub log_offsets: (u64, u64),
     /// Keys of the steps that were recorded by then.
     pub steps: BTreeSet<String>,
+    /// Number of the last event that is in all this; 0 for none.
+    #[serde(default)]
+    pub events: u64,
     /// What the numbers depend on besides: the program and the instructions that its products use.
     pub build: String,
     pub instructions: String,
@@ -66,6 +71,8 @@ pub struct StoredModel {
 pub struct StoredOptimizer {
     pub script: Settings,
     pub asked: Settings,
+    #[serde(default)]
+    pub forced: Forced,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -82,8 +89,14 @@ const FORMAT: u32 = 1;
 const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 /// The state of a run at a boundary, in memory.
-struct Snapshot {
+pub(super) struct Snapshot {
     state: State,
+    generation: u32,
+    /// What data sets read, and what [`Resources::version`](super::resources::Resources::version) was.
+    plans: BTreeMap<String, Dataset>,
+    version: u64,
+    /// Tables of state that no script has asked for yet.
+    unasked: BTreeMap<String, Plain>,
     position: (String, u64),
     metrics: Map<String, Json>,
     models: Vec<(String, ModelObject)>,
@@ -92,9 +105,19 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    fn take(lua: &Lua, run: &Run, position: (&str, u64), after: Option<&StepRecord>, metrics: Map<String, Json>) -> Failed<Self> {
+    /// Copies everything that changes, at the boundary of a loop behind some iterations, or `after` a step.
+    ///
+    /// Errors: tables of state that are no plain data; those of reading data sets.
+    pub(super) fn take(
+        lua: &Lua,
+        run: &Run,
+        position: (&str, u64),
+        after: Option<&StepRecord>,
+        metrics: Map<String, Json>,
+    ) -> Failed<Self> {
         let (mut models, mut optimizers) = (Vec::new(), Vec::new());
         let (mut stored_models, mut stored_optimizers, mut data) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let mut plans = BTreeMap::new();
         for (name, named) in run.resources.all() {
             match named.resource {
                 Resource::Model(model) => {
@@ -107,10 +130,12 @@ impl Snapshot {
                 Resource::Optimizer(optimizer, _) => {
                     let held = optimizer.lock();
                     optimizers.push((name.clone(), held.adamw.state()));
-                    stored_optimizers.insert(name, StoredOptimizer { script: held.script, asked: held.asked });
+                    let stored = StoredOptimizer { script: held.script, asked: held.asked, forced: held.forced.clone() };
+                    stored_optimizers.insert(name, stored);
                 }
                 Resource::Data(object) => {
                     let (cursor, rows) = object.position()?;
+                    plans.insert(name.clone(), object.dataset()?);
                     data.insert(name, StoredData { cursor, rows });
                 }
             }
@@ -129,10 +154,68 @@ impl Snapshot {
             states: states.iter().map(|(name, plain)| (name.clone(), plain.json.clone())).collect(),
             log_offsets: run.log_offsets(),
             steps: records.steps.into_iter().map(|step| step.key).collect(),
+            events: run.events_seen(),
             build: build_id().to_string(),
             instructions: isa::isa().name().to_string(),
         };
-        Ok(Self { state, position: (position.0.to_string(), position.1), metrics, models, optimizers, states })
+        let (generation, version, unasked) = (run.code().number, run.resources.version(), run.states.rest());
+        let position = (position.0.to_string(), position.1);
+        Ok(Self { state, generation, plans, version, unasked, position, metrics, models, optimizers, states })
+    }
+
+    /// Gives the script of `lua` the tables and the random numbers as they were. What it did to the resources on its way is undone.
+    ///
+    /// Errors: those of putting resources back.
+    pub(super) fn hand_over(&self, lua: &Lua, run: &Run) -> Failed<()> {
+        if run.resources.version() != self.version {
+            self.put_back_resources(run)?;
+        }
+        run.states.set(self.states.clone());
+        states::fill_asked(lua, &run.states)?;
+        set_random_position(lua, &self.state.random);
+        Ok(())
+    }
+
+    /// Makes the run what it was: nothing that was done since has happened.
+    ///
+    /// Errors: those of reading data sets, of cutting the metrics and of the store.
+    pub(super) fn put_back(&self, run: &Run) -> Failed<()> {
+        run.resources.retain(|name| {
+            self.state.models.contains_key(name) || self.state.optimizers.contains_key(name) || self.state.data.contains_key(name)
+        });
+        self.put_back_resources(run)?;
+        *run.loops.lock().expect("no panic happens under this lock") = self.state.loops.clone();
+        run.states.set(self.unasked.clone());
+        let new = run.store.records().steps.into_iter().map(|step| step.key).filter(|key| !self.state.steps.contains(key));
+        run.store.forget_steps(new.collect())?;
+        if run.log_offsets() != self.state.log_offsets {
+            run.cut_logs(self.state.log_offsets)?;
+        }
+        Ok(())
+    }
+
+    fn put_back_resources(&self, run: &Run) -> Failed<()> {
+        let all = run.resources.all();
+        let live: BTreeMap<&str, &Resource> = all.iter().map(|(name, named)| (name.as_str(), &named.resource)).collect();
+        for (name, copy) in &self.models {
+            if let Some(Resource::Model(object)) = live.get(name.as_str()) {
+                object.model.copy_from(&copy.model);
+            }
+        }
+        for (name, state) in &self.optimizers {
+            if let (Some(Resource::Optimizer(optimizer, _)), Some(stored)) = (live.get(name.as_str()), self.state.optimizers.get(name)) {
+                let mut held = optimizer.lock();
+                held.adamw.copy_from(state)?;
+                (held.script, held.asked, held.forced) = (stored.script, stored.asked, stored.forced.clone());
+                held.apply()?;
+            }
+        }
+        for (name, stored) in &self.state.data {
+            if let (Some(Resource::Data(object)), Some(plan)) = (live.get(name.as_str()), self.plans.get(name)) {
+                object.put_back(plan.fresh(), &stored.cursor, stored.rows)?;
+            }
+        }
+        Ok(())
     }
 
     /// Bytes that it takes on the disk, about.
@@ -162,7 +245,7 @@ impl Snapshot {
         draft.commit_replacing(About {
             loop_path: self.position.0.clone(),
             step: self.position.1,
-            generation: 0,
+            generation: self.generation,
             engine: build_id().into(),
             time: unix_seconds(),
             metrics: self.metrics.clone(),
@@ -257,7 +340,7 @@ impl Origin {
                 let state = AdamWState::load(&self.folder.join("optimizers").join(name))?;
                 let mut held = optimizer.lock();
                 held.adamw.restore(state)?;
-                (held.script, held.asked) = (stored.script, stored.asked);
+                (held.script, held.asked, held.forced) = (stored.script, stored.asked, stored.forced.clone());
                 Ok(held.apply()?)
             }
             Resource::Data(object) => match self.state.data.get(name) {

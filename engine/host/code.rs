@@ -49,6 +49,16 @@ pub fn same(a: &[Source], b: &[Source]) -> bool {
     sorted(a) == sorted(b)
 }
 
+/// Paths of the files that are not the same in two lists: changed, new, or gone.
+pub fn changed(before: &[Source], after: &[Source]) -> Vec<String> {
+    let text = |sources: &[Source], path: &str| sources.iter().find(|source| source.path == path).map(|source| source.text.clone());
+    let mut paths: Vec<String> = before.iter().chain(after).map(|source| source.path.clone()).collect();
+    paths.sort();
+    paths.dedup();
+    paths.retain(|path| text(before, path) != text(after, path));
+    paths
+}
+
 /// Stores generation `number` of the run in `folder`, durably; one that is there is replaced (it has loaded another module).
 ///
 /// - returns the hash of its list

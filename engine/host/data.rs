@@ -116,6 +116,14 @@ impl DataObject {
         reading.dataset.restore(cursor)
     }
 
+    /// As [`Self::restore`], with the description that it had then.
+    ///
+    /// Errors: those of [`Dataset::restore`].
+    pub fn put_back(&self, dataset: Dataset, cursor: &Cursor, rows: Option<usize>) -> Result<()> {
+        self.lock().dataset = dataset;
+        self.restore(cursor, rows)
+    }
+
     /// Whether another `take` would give something. Before the first one: whether there are documents.
     ///
     /// Errors: those of reading.
@@ -135,11 +143,19 @@ impl DataObject {
         self.lock().rows.is_some()
     }
 
-    /// Reads everything `count` times, from the beginning.
+    /// Reads everything `count` times, from the beginning; with `goes_on`, from where it is.
     ///
-    /// Errors: [`Error::Argument`] if reading has begun.
-    pub fn set_epochs(&self, count: u64) -> Result<()> {
+    /// Errors: [`Error::Argument`] if reading has begun and does not go on.
+    pub fn set_epochs(&self, count: u64, goes_on: bool) -> Result<()> {
         let mut reading = self.lock();
+        if reading.rows.is_some() && goes_on {
+            let position = match reading.ahead.take() {
+                Some(ahead) => ahead.before,
+                None => reading.dataset.cursor()?,
+            };
+            reading.dataset = reading.dataset.fresh().epochs(count);
+            return reading.dataset.restore(&position);
+        }
         if reading.rows.is_some() {
             return Err(Error::argument("Run:loop", "over", "a data set of which nothing was taken yet", "one in use"));
         }

@@ -3,14 +3,15 @@
 //! strings and cannot swallow the user's Ctrl-C.
 
 use super::call::describe;
+use super::generations::Trial;
 use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, is_stop, message, raise};
-use super::replay;
+use super::replay::{self, Replay};
 use crate::error::Error;
 use crate::kernels::random::Stream;
 use mlua::{Lua, MultiValue, Table, Value, Variadic};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// `pcall` and its kin over Lua's own. `text` turns an error object of the engine into its message, and raises it again
 /// if it is the user's wish to stop.
@@ -211,6 +212,12 @@ pub fn install(lua: &Lua) -> mlua::Result<()> {
             let tostring: mlua::Function = lua.globals().raw_get("tostring")?;
             let words = values.iter().map(|value| tostring.call::<String>(value)).collect::<mlua::Result<Vec<_>>>()?;
             let line = words.join("\t");
+            if lua.app_data_ref::<Arc<Trial>>().is_some_and(|trial| trial.hold(&line)) {
+                return Ok(());
+            }
+            if let Some(replay) = Replay::of(lua).filter(|replay| replay.loop_depth() == 0) {
+                replay.run.printed(&line);
+            }
             match lua.app_data_ref::<Screen>() {
                 Some(screen) => screen.print(&line),
                 None => println!("{line}"),

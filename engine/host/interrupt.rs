@@ -31,6 +31,11 @@ pub fn listen() -> Result<(), Error> {
     Ok(())
 }
 
+/// Asks to stop, as the first Ctrl-C does.
+pub fn request() {
+    PENDING.store(true, SeqCst);
+}
+
 /// Whether the user asked to stop.
 pub fn is_pending() -> bool {
     PENDING.load(SeqCst)

@@ -2,9 +2,11 @@
 //! metrics are written, progress is shown, checkpoints are taken and the user's wish to stop.
 
 use super::call::{Answer, Call, Class, Failed, Field, Function, as_tensor, describe, register};
-use super::checkpoints;
+use super::control::{self, Asked, Wish};
 use super::data::DataObject;
+use super::generations::{self, Boundary, Outcome};
 use super::interrupt::{self, InLoop};
+use super::modules::Source;
 use super::options::Options;
 use super::progress::{Progress, Report, short};
 use super::raise::{Failure, raise};
@@ -12,13 +14,15 @@ use super::replay::{Replay, Target};
 use super::run::Run;
 use super::run_object::{check_name, standing};
 use super::work::Work;
+use super::{checkpoints, code, reload};
 use crate::checkpoint::retention::{Best, Keep, Order};
 use crate::error::{Error, Result};
 use crate::failpoint::failpoint;
 use crate::kernels::buffer::live_bytes;
+use crate::store::records::Status;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MetaMethod, UserData, UserDataMethods, Value};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json};
+use serde_json::{Map, Value as Json, json};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -122,7 +126,7 @@ pub fn start(call: &Call) -> Answer {
     let over = match (over, epochs) {
         (None, Some(_)) => return Err(Error::argument(call.op, "over", "given with epochs: the data set to read", "nil").into()),
         (Some(data), Some(epochs)) => {
-            data.set_epochs(epochs)?;
+            data.set_epochs(epochs, replay.trial().is_some())?;
             Some((data, epochs))
         }
         (Some(data), None) => Some((data, 1)),
@@ -141,7 +145,10 @@ pub fn start(call: &Call) -> Answer {
         // The run has left it behind: nothing of it is done again.
         (Some(record), true) if record.finished => return passed_over(call),
         (Some(_), true) | (None, true) => {
-            let goal = run.checkpoints.origin().map_or_else(String::new, |origin| origin.manifest.loop_path.clone());
+            let goal = match replay.target() {
+                Some(Target::Loop(goal) | Target::Step(goal)) => goal,
+                None => String::new(),
+            };
             return Err(Error::Diverged {
                 what: format!("the loop `{path}`"),
                 how: format!("the run stands in `{goal}`, and the script comes to this loop first"),
@@ -154,14 +161,21 @@ pub fn start(call: &Call) -> Answer {
             return Err(Failure::message(what));
         }
     };
+    let trial = replay.trial().cloned();
     if arrives {
-        checkpoints::arrive(call.lua, &run, &replay)?;
+        match &trial {
+            Some(trial) => trial.arrive(call.lua, &run, &replay)?,
+            None => checkpoints::arrive(call.lua, &run, &replay)?,
+        }
         if known.is_some_and(|record| record.broken) {
             return passed_over(call);
         }
     }
     run.loops.lock().expect("no panic happens under this lock").insert(path.clone(), LoopRecord { count: next, ..LoopRecord::default() });
     let is_outermost = replay.loop_depth() == 0;
+    if is_outermost {
+        run.reached_loop();
+    }
     let work = call.lua.app_data_ref::<Arc<Work>>().map(|work| work.clone());
     let state = State {
         current: None,
@@ -171,7 +185,7 @@ pub fn start(call: &Call) -> Answer {
         progress: Some(Progress::start(&run.screen, &path, steps)),
         in_loop: is_outermost.then(InLoop::enter),
         step_started: Instant::now(),
-        saved: (next, Instant::now()),
+        saved: trial.map_or_else(|| (next, Instant::now()), |trial| trial.saved()),
         work_before: (0, 0),
     };
     let depth = replay.depth();
@@ -202,8 +216,12 @@ impl Loop {
     /// Ends the current step, if there is one, and begins the next.
     fn next(this: &Arc<Self>, lua: &Lua) -> Failed<Option<Step>> {
         let mut state = this.state.lock().expect("no panic happens under this lock");
+        if state.current.is_some() {
+            this.prove(lua)?;
+        }
         this.end_step(&mut state)?;
-        if this.is_outermost {
+        // A generation on trial is still at the boundary where it got the run.
+        if this.is_outermost && this.replay.trial().is_none() {
             this.boundary(lua, &mut state)?;
         }
         let data_ended = match &this.over {
@@ -228,7 +246,16 @@ impl Loop {
         Ok(Some(Step { of: this.clone(), index }))
     }
 
-    /// The end of an iteration of an outermost loop: the one place where a checkpoint is taken and the wish to stop.
+    /// An iteration is done, or the loop is: what is on trial has proved itself.
+    fn prove(&self, lua: &Lua) -> Result<()> {
+        match self.replay.trial() {
+            Some(trial) if self.is_outermost => trial.accept(lua, &self.run),
+            _ => Ok(()),
+        }
+    }
+
+    /// The end of an iteration of an outermost loop, and the only place for all that is not training, in this order: what users ask
+    /// for, a checkpoint, the wish to stop, another generation.
     fn boundary(&self, lua: &Lua, state: &mut State) -> Failed<()> {
         failpoint("loop.boundary").map_err(|error| Error::io(&self.run.folder, "go on with", error))?;
         let (done, since) = state.saved;
@@ -238,11 +265,14 @@ impl Loop {
         self.run.checkpoints.check()?;
         // The end of the loop takes its own.
         let at_end = self.steps == Some(state.next);
+        self.run.set_events_seen(control::apply_recorded(&self.run, &self.path, state.next, self.run.events_seen())?);
+        let reload = self.take_wishes(lua, state)?;
+        let is_new = is_new && state.next > state.saved.0;
         if is_new && !at_end && (by_count || by_time) {
             self.checkpoint(lua, state)?;
         }
         if !interrupt::is_pending() {
-            return Ok(());
+            return self.change_generation(lua, state, reload);
         }
         if self.plan.is_on() && state.next > state.saved.0 {
             self.checkpoint(lua, state)?;
@@ -254,6 +284,117 @@ impl Loop {
         Err(Error::Interrupted.into())
     }
 
+    /// Does what users have asked for, and waits while they want it to. What comes last, a reload, is left to the caller.
+    fn take_wishes(&self, lua: &Lua, state: &mut State) -> Failed<Option<Asked>> {
+        let (mut paused, mut reload) = (false, None::<Asked>);
+        loop {
+            while let Some(asked) = self.run.control.take() {
+                let place = json!({ "loop": self.path, "step": state.next });
+                match &asked.wish {
+                    Wish::Pause => {
+                        self.run.set_status(Status::Paused, None)?;
+                        if !paused {
+                            self.run.screen.note(&format!("paused after step {} of {}", state.next, self.path));
+                        }
+                        paused = true;
+                        asked.answer(Ok(place));
+                    }
+                    Wish::Continue => {
+                        self.run.set_status(Status::Running, None)?;
+                        paused = false;
+                        asked.answer(Ok(place));
+                    }
+                    Wish::Checkpoint => {
+                        if state.next > state.saved.0 {
+                            self.checkpoint(lua, state)?;
+                        }
+                        let written = self.run.checkpoints.wait();
+                        let last = self.run.store.checkpoints().last().map_or(Json::Null, |last| Json::from(last.name.as_str()));
+                        // Whoever asked hears of a failure, and so does the run: the next checkpoint would fail alike.
+                        asked.answer(match &written {
+                            Ok(()) => Ok(last),
+                            Err(error) => Err(Error::Script(error.to_string())),
+                        });
+                        written?;
+                    }
+                    Wish::Set(settings) => {
+                        let outcome = control::set(&self.run, &self.path, state.next, settings);
+                        if let Ok(done) = &outcome {
+                            self.run.set_events_seen(self.run.store.next_event_number() - 1);
+                            self.run.screen.note(&format!("set from step {} of {} on: {}", state.next, self.path, done["set"]));
+                        }
+                        asked.answer(outcome);
+                    }
+                    Wish::Reload => {
+                        if let Some(earlier) = reload.replace(asked) {
+                            earlier.answer(Err(Error::Script("another reload was asked for at the same step".into())));
+                        }
+                    }
+                }
+            }
+            if !paused || interrupt::is_pending() {
+                return Ok(reload);
+            }
+            self.run.control.wait(Duration::from_millis(100));
+        }
+    }
+
+    /// Lets another generation of the script try to take over, if one is due here. Errors: [`Error::Superseded`] if it did.
+    fn change_generation(&self, lua: &Lua, state: &mut State, reload: Option<Asked>) -> Failed<()> {
+        if !self.run.is_conducted() {
+            return Ok(());
+        }
+        let recorded = self.run.recorded_generation(&self.path, state.next);
+        let known = recorded.as_ref().map(|record| record.number);
+        let files = match (&recorded, &reload) {
+            (None, None) => return Ok(()),
+            (Some(record), _) => code::load(&self.run.folder, record.number),
+            (None, Some(_)) => reload::files_now(&self.run.code().sources),
+        };
+        let same = |files: &Vec<Source>| known.is_none() && code::same(files, &self.run.code().sources);
+        let (files, reload) = match (files, reload) {
+            (Ok(files), Some(asked)) if same(&files) => {
+                asked.answer(Ok(json!({ "unchanged": true })));
+                return Ok(());
+            }
+            (Ok(files), reload) => (files, reload),
+            (Err(error), Some(asked)) => {
+                self.run.screen.note(&format!("the reload is refused: {error}"));
+                asked.answer(Err(error));
+                return Ok(());
+            }
+            (Err(error), None) => return Err(error.into()),
+        };
+        state.progress = None;
+        let boundary = Boundary { loop_path: self.path.clone(), step: state.next, saved: state.saved };
+        let outcome = generations::attempt(lua, &self.run, boundary, files, known)?;
+        match outcome {
+            Outcome::Taken { number, pause } => {
+                self.replay.supersede();
+                let step = state.next;
+                self.close(state, false);
+                if let Some(asked) = reload {
+                    asked.answer(Ok(json!({ "generation": number, "loop": self.path, "step": step, "ms": pause.as_secs_f64() * 1e3 })));
+                }
+                Err(Error::Superseded.into())
+            }
+            Outcome::Refused(reason) if known.is_some() => Err(Error::Diverged {
+                what: format!("generation {} of the script", known.unwrap_or_default()),
+                how: format!("it took over here before and does not now: {reason}"),
+                remedy: "see to what it needs, then resume".into(),
+            }
+            .into()),
+            Outcome::Refused(reason) => {
+                state.progress = Some(Progress::start(&self.run.screen, &self.path, self.steps));
+                self.run.screen.note(&format!("the edit is refused, the run goes on as it was: {reason}"));
+                if let Some(asked) = reload {
+                    asked.answer(Err(reason));
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn checkpoint(&self, lua: &Lua, state: &mut State) -> Failed<()> {
         checkpoints::at_boundary(lua, &self.run, &self.path, state.next, state.metrics.clone(), &self.plan.keep)?;
         state.saved = (state.next, Instant::now());
@@ -262,6 +403,7 @@ impl Loop {
 
     /// The loop has come to its end, or was left by `break`. What it did is kept before anything else is done.
     fn finish(&self, lua: &Lua, state: &mut State, broken: bool) -> Failed<()> {
+        self.prove(lua)?;
         self.close(state, false);
         if let Some(record) = self.run.loops.lock().expect("no panic happens under this lock").get_mut(&self.path) {
             (record.finished, record.broken) = (true, broken);
@@ -396,7 +538,8 @@ impl UserData for LoopObject {
                 looping.close(&mut state, false);
                 return Ok(());
             }
-            let ended = looping.end_step(&mut state).map_err(Failure::from).and_then(|()| looping.finish(lua, &mut state, true));
+            let ended = looping.prove(lua).and_then(|()| looping.end_step(&mut state));
+            let ended = ended.map_err(Failure::from).and_then(|()| looping.finish(lua, &mut state, true));
             ended.map_err(|failure| raise(lua, failure))
         });
     }

@@ -8,6 +8,8 @@ use super::replay::Replay;
 use crate::error::Error;
 use crate::train::optimizer::{AdamW, Settings};
 use mlua::{UserData, UserDataMethods, Value};
+use serde_json::Value as Json;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// An optimizer in Lua. Cheap to clone: clones are one optimizer.
@@ -25,15 +27,44 @@ pub(super) struct Held {
     pub script: Settings,
     /// As the code above the loop asked for them: what a newer generation changes is what differs from these.
     pub asked: Settings,
+    /// What the user has set from outside, in place of what the script says.
+    pub forced: Forced,
 }
 
+/// Settings by name that hold whatever the script says; none (null) only for `clip_norm`: no limit.
+pub type Forced = BTreeMap<String, Option<f64>>;
+
 impl Held {
-    /// Puts the script's settings into force.
+    /// Puts the script's settings into force, and over them those from outside.
     ///
     /// Errors: those of [`Settings::check`].
     pub fn apply(&mut self) -> Result<(), Error> {
-        self.adamw.set(self.script)
+        let mut settings = self.script;
+        for (name, value) in &self.forced {
+            force(&mut settings, name, *value)?;
+        }
+        self.adamw.set(settings)
     }
+}
+
+/// Names that can be set from outside.
+const FORCIBLE: &str = "lr, eps, weight_decay, clip_norm, beta1 and beta2";
+
+fn force(settings: &mut Settings, name: &str, value: Option<f64>) -> Result<(), Error> {
+    let slot = match name {
+        "clip_norm" => {
+            settings.clip_norm = value;
+            return Ok(());
+        }
+        "lr" => &mut settings.lr,
+        "eps" => &mut settings.eps,
+        "weight_decay" => &mut settings.weight_decay,
+        "beta1" => &mut settings.betas.0,
+        "beta2" => &mut settings.betas.1,
+        _ => return Err(Error::argument("set", "name", format!("one of {FORCIBLE}"), format!("`{name}`"))),
+    };
+    *slot = value.ok_or_else(|| Error::argument("set", name, "a number, or `script` to let the script decide again", "false"))?;
+    Ok(())
 }
 
 /// Takes into `live` what differs between `before` and `after`.
@@ -89,7 +120,7 @@ impl OptimizerObject {
     pub fn adamw(op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
         let adamw = AdamW::new(model.model.parameters(), settings)?;
-        let held = Held { adamw, script: settings, asked: settings };
+        let held = Held { adamw, script: settings, asked: settings, forced: Forced::new() };
         Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
     }
 
@@ -142,6 +173,28 @@ impl OptimizerObject {
         take_changes(&mut held.script, &before, &asked);
         held.asked = asked;
         held.apply()
+    }
+
+    /// Sets `name` from outside, whatever the script says, from the next update on: to a number, to false (`clip_norm`: no limit), or
+    /// to `"script"`, which lets the script decide again.
+    ///
+    /// Errors: [`Error::Argument`] for another name or value, and nothing changes.
+    pub fn force(&self, name: &str, value: &Json) -> Result<(), Error> {
+        let mut held = self.lock();
+        let before = held.forced.clone();
+        match value {
+            Json::String(text) if text == "script" => {
+                force(&mut Settings::default(), name, Some(0.0))?;
+                held.forced.remove(name);
+            }
+            Json::Bool(false) => drop(held.forced.insert(name.into(), None)),
+            other => {
+                let number = other.as_f64();
+                let number = number.ok_or_else(|| Error::argument("set", name, "a number, `false` or `script`", other))?;
+                held.forced.insert(name.into(), Some(number));
+            }
+        }
+        held.apply().inspect_err(|_| held.forced = before)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Held> {

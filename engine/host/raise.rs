@@ -47,6 +47,8 @@ enum Kind {
     Final,
     /// The script must end; no `pcall` may keep it from that.
     Interrupted,
+    /// As these, because another generation leads the run.
+    Superseded,
     /// As these, up to the step whose time is over.
     TimedOut,
 }
@@ -55,6 +57,7 @@ impl Kind {
     fn of(error: &Error) -> Self {
         match error {
             Error::Interrupted => Self::Interrupted,
+            Error::Superseded => Self::Superseded,
             Error::TimedOut { .. } => Self::TimedOut,
             Error::Shape { .. } | Error::Dtype { .. } | Error::Device { .. } | Error::Argument { .. } | Error::Unsupported { .. } => {
                 Self::Final
@@ -128,7 +131,7 @@ fn kind(error: &mlua::Error) -> Kind {
 
 /// Whether this Lua error says that the script must end, which no `pcall` may swallow.
 pub fn is_stop(error: &mlua::Error) -> bool {
-    matches!(kind(error), Kind::Interrupted | Kind::TimedOut)
+    matches!(kind(error), Kind::Interrupted | Kind::Superseded | Kind::TimedOut)
 }
 
 /// Whether this Lua error says that the time of a step is over.
@@ -145,6 +148,7 @@ pub fn is_final(error: &mlua::Error) -> bool {
 pub fn explain(error: &mlua::Error) -> Error {
     match kind(error) {
         Kind::Interrupted => return Error::Interrupted,
+        Kind::Superseded => return Error::Superseded,
         _ => {}
     }
     let mut text = message(error);

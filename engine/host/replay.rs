@@ -6,12 +6,14 @@
 //! added elsewhere), not positions in the code.
 
 use super::call::Failed;
+use super::generations::Trial;
 use super::interrupt;
 use super::run::Run;
 use crate::error::Error;
 use crate::train::optimizer::Settings;
 use mlua::Lua;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -41,13 +43,39 @@ pub struct Replay {
     frames: Mutex<Vec<Frame>>,
     /// Settings that the code above the loop asked for, by the optimizer's name.
     asked: Mutex<BTreeMap<String, Settings>>,
+    /// What the generation has to prove first; none if it led from the start.
+    trial: Option<Arc<Trial>>,
+    superseded: AtomicBool,
 }
 
 impl Replay {
     /// A state that repeats what was done up to `target`, then does new things.
     pub fn new(run: Arc<Run>, generation: u32, target: Option<Target>) -> Self {
         let root = Frame { path: String::new(), counts: BTreeMap::new(), is_iteration: false, deadline: None };
-        Self { run, generation, target: Mutex::new(target), frames: Mutex::new(vec![root]), asked: Mutex::default() }
+        Self {
+            run,
+            generation,
+            target: Mutex::new(target),
+            frames: Mutex::new(vec![root]),
+            asked: Mutex::default(),
+            trial: None,
+            superseded: AtomicBool::new(false),
+        }
+    }
+
+    /// That of a generation that tries to take over.
+    pub fn on_trial(self, trial: Arc<Trial>) -> Self {
+        Self { trial: Some(trial), ..self }
+    }
+
+    /// The trial of this generation, while it is open.
+    pub fn trial(&self) -> Option<&Arc<Trial>> {
+        self.trial.as_ref().filter(|trial| trial.is_open())
+    }
+
+    /// Another generation leads: every call of this one's script fails from now on.
+    pub fn supersede(&self) {
+        self.superseded.store(true, Relaxed);
     }
 
     /// That of `lua`; none in a plain script, which has no run.
@@ -139,8 +167,16 @@ fn join(path: &str, name: &str) -> String {
 
 /// Why the script of `lua` must end now, if it must. The hook asks every few milliseconds, and every call of the engine.
 pub fn must_end(lua: &Lua) -> Option<Error> {
-    if let Some(error) = lua.app_data_ref::<Arc<Replay>>().and_then(|replay| replay.expired()) {
+    if let Some(error) = lua.app_data_ref::<Arc<Trial>>().and_then(|trial| trial.must_end()) {
         return Some(error);
+    }
+    if let Some(replay) = lua.app_data_ref::<Arc<Replay>>() {
+        if replay.superseded.load(Relaxed) {
+            return Some(Error::Superseded);
+        }
+        if let Some(error) = replay.expired() {
+            return Some(error);
+        }
     }
     (interrupt::is_pending() && !interrupt::in_loop()).then_some(Error::Interrupted)
 }

@@ -75,6 +75,11 @@ impl Resources {
         self.lock().iter().map(|(name, named)| (name.clone(), named.clone())).collect()
     }
 
+    /// Forgets resources whose names `keep` refuses.
+    pub fn retain(&self, keep: impl Fn(&str) -> bool) {
+        self.lock().retain(|name, _| keep(name));
+    }
+
     /// The name of `model`.
     pub fn name_of_model(&self, model: &ModelObject) -> Option<String> {
         let is_it = |named: &Named| matches!(&named.resource, Resource::Model(other) if Arc::ptr_eq(&other.model, &model.model));

@@ -4,6 +4,8 @@
 
 use super::checkpoints::Checkpoints;
 use super::code;
+use super::control::Control;
+use super::generations::End;
 use super::loops::LoopRecord;
 use super::modules::Source;
 use super::progress::Screen;
@@ -16,11 +18,13 @@ use crate::store::tensorboard::EventFile;
 use crate::store::{Durability, RunStore};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -75,6 +79,16 @@ pub struct Run {
     pub loops: Mutex<BTreeMap<String, LoopRecord>>,
     /// Contents of `run:state` that the script has not asked for yet.
     pub states: Waiting,
+    /// What users ask of it.
+    pub control: Control,
+    /// Number of the last event that is in all this.
+    events_seen: AtomicU64,
+    /// When this process took it up, and how long the script needed to its first loop.
+    opened: Instant,
+    time_to_loop: OnceLock<Duration>,
+    /// Lines that scripts printed outside of loops.
+    printed: Mutex<BTreeSet<String>>,
+    ends: OnceLock<Sender<End>>,
     code: Mutex<Code>,
     logs: Mutex<Logs>,
     /// Held while the process lives: a free lock means that nobody runs this run.
@@ -220,9 +234,11 @@ impl Run {
             let what = "the store was damaged; what checkpoints hold is recorded again, results of steps are not";
             screen.note(&format!("{what}: {}", damaged.display()));
         }
-        let code = Code { number: 0, sources: code::load(&folder, 0)? };
+        let code = Code { number: 0, sources: Vec::new() };
         let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;
         run.find_origin()?;
+        let number = run.checkpoints.origin().map_or(0, |origin| origin.manifest.generation);
+        *run.code() = Code { number, sources: code::load(&run.folder, number)? };
         Ok(run)
     }
 
@@ -240,6 +256,12 @@ impl Run {
             resources: Resources::default(),
             loops: Mutex::default(),
             states: Waiting::default(),
+            control: Control::default(),
+            events_seen: AtomicU64::new(0),
+            opened: Instant::now(),
+            time_to_loop: OnceLock::new(),
+            printed: Mutex::default(),
+            ends: OnceLock::new(),
             code: Mutex::new(code),
             logs: Mutex::new(logs),
             facts,
@@ -263,11 +285,15 @@ impl Run {
                 self.store.put_step(after.clone(), Durability::Flushed)?;
             }
             offsets = state.log_offsets;
+            self.set_events_seen(state.events);
         }
         self.cut_logs(offsets)
     }
 
-    fn cut_logs(&self, offsets: (u64, u64)) -> Result<()> {
+    /// Cuts `metrics.jsonl` and `timing.jsonl` back to these offsets; what is cut off is kept beside them.
+    ///
+    /// Errors: [`Error::Io`]; [`Error::Format`] if a log is shorter.
+    pub fn cut_logs(&self, offsets: (u64, u64)) -> Result<()> {
         let mut logs = self.logs.lock().expect("no panic happens under this lock");
         let now = unix_seconds() as u64;
         let cut = |name: &str, offset: u64| {
@@ -362,6 +388,80 @@ impl Run {
         let (started, resumes) = self.store.run().map_or((now, 0), |old| (old.started, old.resumes));
         let record = RunRecord { status, reason, started, changed: now, pid: std::process::id(), resumes: resumes + more_resumes };
         self.store.put_run(record, Durability::Flushed)
+    }
+
+    /// The run has come to its end with `result`, or its script has: what is being written is waited for, and how it ended is
+    /// recorded.
+    ///
+    /// Errors: that of `result`, else those of writing.
+    pub fn conclude(&self, result: Result<()>) -> Result<()> {
+        let written = self.checkpoints.wait();
+        let result = result.and(written).and_then(|()| self.sync_logs());
+        let (status, reason) = match &result {
+            Ok(()) => (Status::Finished, None),
+            Err(Error::Interrupted) => (Status::Stopped, None),
+            Err(error) => (Status::Failed, Some(error.to_string())),
+        };
+        // On a disk that is full the status cannot be written either: the first error is the one to be told.
+        let recorded = self.set_status(status, reason);
+        result.and(recorded)
+    }
+
+    /// Number of the last event that is in the state of the run.
+    pub fn events_seen(&self) -> u64 {
+        self.events_seen.load(SeqCst)
+    }
+
+    pub fn set_events_seen(&self, number: u64) {
+        self.events_seen.store(number, SeqCst);
+    }
+
+    /// How long the script needed from its start to its first loop; nothing before it was there.
+    pub fn time_to_loop(&self) -> Duration {
+        self.time_to_loop.get().copied().unwrap_or_default()
+    }
+
+    /// The script has come to a loop.
+    pub fn reached_loop(&self) {
+        self.time_to_loop.get_or_init(|| self.opened.elapsed());
+    }
+
+    /// Remembers a line that a script printed outside of loops.
+    pub fn printed(&self, line: &str) {
+        self.printed.lock().expect("no panic happens under this lock").insert(line.into());
+    }
+
+    /// Prints what another generation of the script has printed on its way and those before it had not.
+    pub fn printed_again(&self, lines: Vec<String>) {
+        for line in lines {
+            if self.printed.lock().expect("no panic happens under this lock").insert(line.clone()) {
+                self.screen.print(&line);
+            }
+        }
+    }
+
+    /// Where generations report the end of the run.
+    pub fn set_ends(&self, ends: Sender<End>) {
+        assert!(self.ends.set(ends).is_ok(), "a run is conducted once");
+    }
+
+    /// As given to [`Self::set_ends`].
+    pub fn ends(&self) -> Sender<End> {
+        self.ends.get().expect("a generation only takes over in a run that is conducted").clone()
+    }
+
+    /// Whether generations can take over from each other.
+    pub fn is_conducted(&self) -> bool {
+        self.ends.get().is_some()
+    }
+
+    /// The generation that took over at the boundary of the loop `path` behind `step` iterations, if it does not lead yet.
+    pub fn recorded_generation(&self, path: &str, step: u64) -> Option<GenerationRecord> {
+        let leads = self.code().number;
+        self.store.generations().into_iter().find(|record| {
+            let accepted = record.status == GenerationStatus::Accepted && record.number > leads;
+            accepted && record.loop_path.as_deref() == Some(path) && record.step == step
+        })
     }
 
     /// The time at `key`: what was recorded there, else now, which is recorded.

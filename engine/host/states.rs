@@ -25,7 +25,7 @@ impl Waiting {
     }
 
     /// Those that nobody has asked for yet: they stay in the run.
-    fn rest(&self) -> BTreeMap<String, Plain> {
+    pub fn rest(&self) -> BTreeMap<String, Plain> {
         self.0.lock().expect("no panic happens under this lock").clone()
     }
 }

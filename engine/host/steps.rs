@@ -90,6 +90,16 @@ pub fn step(call: &Call) -> Answer {
             return results::read(call.lua, &run, &key, output);
         }
     }
+    // A step around the loop has not come to its end, and is entered again.
+    let is_around = |target: &Target| matches!(target, Target::Loop(path) if path.starts_with(&format!("{key}/")));
+    if replay.trial().is_some() && replay.target().is_some_and(|target| !is_around(&target)) {
+        return Err(Error::Diverged {
+            what: format!("the step `{key}`"),
+            how: "the run has not done it, and a reload does nothing new above its loop".into(),
+            remedy: "put it into the loop or behind it, or stop the run and go on with: perilune resume RUN --code new".into(),
+        }
+        .into());
+    }
     execute(call, &run, &replay, &body, &policy, record)
 }
 

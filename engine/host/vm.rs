@@ -58,6 +58,7 @@ pub fn classes() -> Vec<ClassListing> {
 pub struct Vm {
     lua: Lua,
     script: PathBuf,
+    workflow: Option<AnyUserData>,
 }
 
 impl Vm {
@@ -72,7 +73,7 @@ impl Vm {
     ///
     /// Errors: as [`Self::new`].
     pub fn with_recorded(script: &Path, screen: Screen, recorded: Vec<Source>) -> Result<Self> {
-        let vm = Self { lua: new_state().map_err(|error| explain(&error))?, script: script.to_path_buf() };
+        let vm = Self { lua: new_state().map_err(|error| explain(&error))?, script: script.to_path_buf(), workflow: None };
         vm.lua.set_app_data(Modules::beside(script, recorded));
         vm.lua.set_app_data(screen);
         Ok(vm)
@@ -99,6 +100,24 @@ impl Vm {
                 Err(Error::Script(text))
             }
         }
+    }
+
+    /// As [`Self::load`], and keeps the workflow for [`Self::workflow`].
+    ///
+    /// Errors: as [`Self::load`].
+    pub fn load_workflow(&mut self) -> Result<Option<AnyUserData>> {
+        self.workflow = self.load()?;
+        Ok(self.workflow.clone())
+    }
+
+    /// What [`Self::load_workflow`] found.
+    pub fn workflow(&self) -> Option<&AnyUserData> {
+        self.workflow.as_ref()
+    }
+
+    /// The path of the script, as it was given.
+    pub fn script(&self) -> &Path {
+        &self.script
     }
 
     pub fn lua(&self) -> &Lua {

@@ -4,11 +4,10 @@ use super::args::{self, Spec};
 use super::call::{Class, Failed, Field, Function, register};
 use super::options::Options;
 use super::raise::explain;
-use super::replay::{Replay, Target};
+use super::replay::Replay;
 use super::run::Run;
 use super::run_object::RunObject;
 use crate::error::{Error, Result};
-use crate::store::records::Status;
 use mlua::{Lua, UserData, UserDataMethods};
 use serde_json::Value as Json;
 use std::sync::Arc;
@@ -45,25 +44,21 @@ fn declare(options: &Options) -> Failed<Workflow> {
 }
 
 impl Workflow {
-    /// Calls the workflow's function, which repeats what the run has done up to `target` if there is one, and records how the
-    /// run ended.
+    /// Calls the workflow's function on this thread, as the only generation that the run will have, and records how it ended.
     ///
     /// Errors: those of the script, with their lines; [`Error::Interrupted`]; those of the last checkpoint.
-    pub fn call(&self, lua: &Lua, run: &Arc<Run>, values: &[(String, Json)], target: Option<Target>) -> Result<()> {
-        let generation = run.code().number;
-        lua.set_app_data(Arc::new(Replay::new(run.clone(), generation, target)));
+    pub fn call(&self, lua: &Lua, run: &Arc<Run>, values: &[(String, Json)]) -> Result<()> {
+        let replay = Replay::new(run.clone(), run.code().number, None);
+        run.conclude(self.perform(lua, run, values, replay))
+    }
+
+    /// Calls the workflow's function, which repeats what the run has done as far as `replay` says.
+    ///
+    /// Errors: those of the script, with their lines; [`Error::Interrupted`]; [`Error::Superseded`].
+    pub fn perform(&self, lua: &Lua, run: &Arc<Run>, values: &[(String, Json)], replay: Replay) -> Result<()> {
+        lua.set_app_data(Arc::new(replay));
         let table = args::to_lua(lua, &self.specs, values).map_err(|error| explain(&error))?;
-        let called = self.body.call::<()>((RunObject(run.clone()), table)).map_err(|error| explain(&error));
-        let written = run.checkpoints.wait();
-        let result = called.and(written).and_then(|()| run.sync_logs());
-        let (status, reason) = match &result {
-            Ok(()) => (Status::Finished, None),
-            Err(Error::Interrupted) => (Status::Stopped, None),
-            Err(error) => (Status::Failed, Some(error.to_string())),
-        };
-        // On a disk that is full the status cannot be written either: the first error is the one to be told.
-        let recorded = run.set_status(status, reason);
-        result.and(recorded)
+        self.body.call::<()>((RunObject(run.clone()), table)).map_err(|error| explain(&error))
     }
 
     /// What `--help` prints: the script's own description, then the arguments.
@@ -81,6 +76,7 @@ impl Workflow {
         text.push_str("  --explain       say how the numbers of the progress are computed\n");
         text.push_str("  --runs FOLDER   where runs are kept (default checkpoints/runs)\n");
         text.push_str("  --tensorboard   write TensorBoard event files beside the metrics\n");
+        text.push_str("  --watch         take over edits of the script while it runs\n");
         text
     }
 }

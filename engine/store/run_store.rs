@@ -106,6 +106,18 @@ impl RunStore {
         Ok(())
     }
 
+    /// Forgets steps that were done by a script which never led the run: whatever comes there again is new. Durable when it returns;
+    /// keys that are unknown are fine. Errors: as [`Database::delete`].
+    pub fn forget_steps(&self, keys: Vec<String>) -> Result<()> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let mut held = self.held();
+        self.database.delete(keys.iter().map(|key| step_key(key)).collect(), Durability::Flushed)?;
+        keys.iter().for_each(|key| drop(held.steps.remove(key)));
+        Ok(())
+    }
+
     /// The generations, by number.
     pub fn generations(&self) -> Vec<GenerationRecord> {
         self.held().generations.values().cloned().collect()

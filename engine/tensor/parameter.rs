@@ -42,6 +42,8 @@ pub struct Parameter<E: ModelElement> {
     trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
     version: AtomicU64,
+    /// Counts what changes the value or the gradient.
+    changes: AtomicU64,
 }
 
 impl<E: ModelElement> Parameter<E> {
@@ -60,6 +62,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(None),
             trains: AtomicBool::new(true),
             version: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -122,6 +125,16 @@ impl<E: ModelElement> Parameter<E> {
         self.version.load(Relaxed)
     }
 
+    fn count_update(&self) {
+        self.version.fetch_add(1, Relaxed);
+        self.changes.fetch_add(1, Relaxed);
+    }
+
+    /// Number of changes so far, of the value or of the gradient.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Relaxed)
+    }
+
     /// Errors: [`Error::Argument`] if it was updated since version `seen`: derivatives would mix two models.
     pub fn check_version(&self, seen: u64, op: &'static str) -> Result<()> {
         if self.version() == seen {
@@ -148,6 +161,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(gradient.clone()),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
         }
     }
 
@@ -160,7 +174,7 @@ impl<E: ModelElement> Parameter<E> {
         value.remainder.clone_from(&from.remainder);
         *self.gradient.lock().expect("nothing panics while a gradient is written") =
             other.gradient.lock().expect("nothing panics while a gradient is read").clone();
-        self.version.fetch_add(1, Relaxed);
+        self.count_update();
     }
 
     /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
@@ -171,7 +185,7 @@ impl<E: ModelElement> Parameter<E> {
         assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
         value.remainder = remainder;
         *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
-        self.version.fetch_add(1, Relaxed);
+        self.count_update();
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -224,7 +238,7 @@ impl<E: ModelElement> Parameter<E> {
             narrow.iter_mut().zip(values).for_each(|(to, from)| *to = E::from_f32(*from));
         }
         self.pack(&mut value.weight, rows, &narrow);
-        self.version.fetch_add(1, Relaxed);
+        self.count_update();
     }
 
     /// Copies `rows` of the gradient, row-major; none if there is no gradient.
@@ -252,6 +266,7 @@ impl<E: ModelElement> Parameter<E> {
         if !self.trains() {
             return;
         }
+        self.changes.fetch_add(1, Relaxed);
         let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
         match guard.as_mut() {
             Some(sum) => write(sum, true),
@@ -270,6 +285,7 @@ impl<E: ModelElement> Parameter<E> {
 
     /// Forgets the gradient.
     pub fn clear_gradient(&self) {
+        self.changes.fetch_add(1, Relaxed);
         *self.gradient.lock().expect("nothing panics while a gradient is dropped") = None;
     }
 
@@ -278,7 +294,7 @@ impl<E: ModelElement> Parameter<E> {
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
         if let Some(gradient) = gradient {
             write(&mut self.value.write().expect("nothing panics while a parameter is written"), &gradient);
-            self.version.fetch_add(1, Relaxed);
+            self.count_update();
         }
     }
 }

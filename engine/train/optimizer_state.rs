@@ -95,6 +95,20 @@ impl AdamW {
     ///
     /// Errors: [`Error::Argument`] if it is that of other parameters; nothing changes then.
     pub fn restore(&mut self, state: AdamWState) -> Result<()> {
+        self.check(&state)?;
+        let AdamWState { counts, mut moments } = state;
+        self.go_on(&counts, |name| moments.remove(name))
+    }
+
+    /// As [`Self::restore`], from a state that stays.
+    ///
+    /// Errors: as there.
+    pub fn copy_from(&mut self, state: &AdamWState) -> Result<()> {
+        self.check(state)?;
+        self.go_on(&state.counts, |name| state.moments.get(name).cloned())
+    }
+
+    fn check(&self, state: &AdamWState) -> Result<()> {
         let lengths: BTreeMap<&str, usize> = self.slots.iter().map(|slot| (slot.parameter.name(), slot.parameter.gradient_len())).collect();
         for (name, (m, v)) in &state.moments {
             let expected = lengths.get(name.as_str()).copied();
@@ -103,12 +117,15 @@ impl AdamW {
                 return Err(Error::argument("adamw", format!("moments of {name}"), expected, format!("{} values", m.len())));
             }
         }
-        let AdamWState { counts, mut moments } = state;
+        Ok(())
+    }
+
+    fn go_on(&mut self, counts: &Counts, mut moments_of: impl FnMut(&str) -> Option<(Buffer<f32>, Buffer<f32>)>) -> Result<()> {
         self.set(counts.settings)?;
         self.set_counts(counts.steps, counts.skipped);
         for slot in &mut self.slots {
             let Slot { parameter, moments: slot_moments, updates } = slot;
-            *slot_moments = moments.remove(parameter.name());
+            *slot_moments = moments_of(parameter.name());
             *updates = counts.updates.get(parameter.name()).copied().unwrap_or(0);
         }
         Ok(())

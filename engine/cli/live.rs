@@ -1,0 +1,169 @@
+//! Commands that steer a run while it lives: `pause`, `continue`, `stop`, `checkpoint`, `set`, `reload`. Each asks the run's process,
+//! which answers at the end of its step.
+
+use super::run::runs_folder;
+use crate::error::{Error, Result};
+use crate::host::control::{ask, setting};
+use crate::host::run::{is_alive, read_facts};
+use serde_json::{Value as Json, json};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Which run is meant.
+#[derive(clap::Args)]
+pub struct Which {
+    /// Id of the run, the beginning of one, `latest`, or its folder.
+    run: String,
+    /// Where runs are kept.
+    #[arg(long, value_name = "FOLDER", default_value = "checkpoints/runs")]
+    runs: PathBuf,
+}
+
+/// Hold a run at the end of its step until `continue`.
+#[derive(clap::Args)]
+pub struct Pause {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Let a paused run go on.
+#[derive(clap::Args)]
+pub struct Continue {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Let a run take a checkpoint at the end of its step and end.
+#[derive(clap::Args)]
+pub struct Stop {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Let a run take a checkpoint at the end of its step.
+#[derive(clap::Args)]
+pub struct Checkpoint {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Let a run try its script as it is on the disk now.
+#[derive(clap::Args)]
+pub struct Reload {
+    #[command(flatten)]
+    which: Which,
+}
+
+/// Set hyper-parameters of a run's optimizers, whatever its script says.
+///
+/// Such as `perilune set latest optimizer.lr=1e-4`, with the name of a model in place of `optimizer` where there are several.
+/// Names: lr, eps, weight_decay, clip_norm (false for no limit), beta1, beta2. The value `script` lets the script decide again.
+#[derive(clap::Args)]
+pub struct Set {
+    #[command(flatten)]
+    which: Which,
+    /// NAME=VALUE, such as optimizer.lr=1e-4.
+    #[arg(required = true, value_name = "NAME=VALUE")]
+    settings: Vec<String>,
+}
+
+/// How often a run that is to end is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+/// When a line says what is being waited for.
+const NOTE_AFTER: Duration = Duration::from_secs(2);
+
+impl Which {
+    /// The folder of the run, which must be alive.
+    fn living(&self) -> Result<PathBuf> {
+        let folder = runs_folder(&self.runs, &self.run)?;
+        if is_alive(&folder) {
+            return Ok(folder);
+        }
+        let id = read_facts(&folder)?.id;
+        Err(Error::Script(format!("{id}: no process runs this run; go on with it by: perilune resume {id}")))
+    }
+
+    fn ask(&self, question: &Json) -> Result<(PathBuf, Json)> {
+        let folder = self.living()?;
+        let (done, waiting) = std::sync::mpsc::channel::<()>();
+        // The answer comes at the end of a step, which may take long.
+        let note = std::thread::spawn(move || {
+            if waiting.recv_timeout(NOTE_AFTER).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("waiting for the end of the step");
+            }
+        });
+        let answer = ask(&folder, question);
+        drop(done);
+        note.join().expect("the thread prints a line at most");
+        answer.map(|answer| (folder, answer))
+    }
+}
+
+fn place(answer: &Json) -> String {
+    format!("step {} of {}", answer["step"], answer["loop"].as_str().unwrap_or_default())
+}
+
+impl Pause {
+    pub fn run(self) -> Result<()> {
+        let (_, answer) = self.which.ask(&json!({ "do": "pause" }))?;
+        println!("paused after {}", place(&answer));
+        Ok(())
+    }
+}
+
+impl Continue {
+    pub fn run(self) -> Result<()> {
+        let (_, answer) = self.which.ask(&json!({ "do": "continue" }))?;
+        println!("goes on from {}", place(&answer));
+        Ok(())
+    }
+}
+
+impl Stop {
+    pub fn run(self) -> Result<()> {
+        let (folder, _) = self.which.ask(&json!({ "do": "stop" }))?;
+        let (id, began) = (read_facts(&folder)?.id, Instant::now());
+        let mut noted = false;
+        while is_alive(&folder) {
+            if !noted && began.elapsed() > NOTE_AFTER {
+                eprintln!("waiting for the end of the step");
+                noted = true;
+            }
+            std::thread::sleep(LOOK);
+        }
+        println!("stopped; go on with: perilune resume {id}");
+        Ok(())
+    }
+}
+
+impl Checkpoint {
+    pub fn run(self) -> Result<()> {
+        let (folder, answer) = self.which.ask(&json!({ "do": "checkpoint" }))?;
+        let name = answer.as_str().unwrap_or_default();
+        println!("{}", Path::new(&folder).join("checkpoints").join(name).display());
+        Ok(())
+    }
+}
+
+impl Reload {
+    pub fn run(self) -> Result<()> {
+        let (_, answer) = self.which.ask(&json!({ "do": "reload" }))?;
+        match answer["generation"].as_u64() {
+            Some(number) => {
+                println!("generation {number} leads from {} on ({:.0} ms)", place(&answer), answer["ms"].as_f64().unwrap_or(0.0))
+            }
+            None => println!("the files are those that run already"),
+        }
+        Ok(())
+    }
+}
+
+impl Set {
+    pub fn run(self) -> Result<()> {
+        // Mistakes of form are told at once, not at the end of a step.
+        self.settings.iter().try_for_each(|word| setting(word).map(drop))?;
+        let (_, answer) = self.which.ask(&json!({ "do": "set", "settings": self.settings }))?;
+        println!("set from {} on: {}", place(&answer), self.settings.join(" "));
+        Ok(())
+    }
+}
