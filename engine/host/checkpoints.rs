@@ -429,19 +429,7 @@ impl Checkpoints {
 
 fn record(run: &Run, manifest: &Manifest) -> Result<()> {
     let number = run.store.checkpoints().last().map_or(0, |last| last.number + 1);
-    run.store.put_checkpoint(CheckpointRecord {
-        number,
-        name: manifest.name.clone(),
-        loop_path: manifest.loop_path.clone(),
-        step: manifest.step,
-        generation: manifest.generation,
-        manifest: manifest.hash().to_string(),
-        bytes: manifest.bytes(),
-        time: manifest.time,
-        metrics: manifest.metrics.clone(),
-        pinned: false,
-        lost: None,
-    })
+    run.store.put_checkpoint(super::rebuild::adopted(manifest, number))
 }
 
 /// Takes a checkpoint at the boundary of the loop `path` behind `step` iterations; its files are written while the run goes on.

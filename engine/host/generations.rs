@@ -78,7 +78,7 @@ fn report(run: Arc<Run>, end: End) {
 }
 
 /// Hands the workflow of `vm` to `body`.
-fn with_workflow<T>(vm: &Vm, body: impl FnOnce(&Workflow) -> Result<T>) -> Result<T> {
+pub fn with_workflow<T>(vm: &Vm, body: impl FnOnce(&Workflow) -> Result<T>) -> Result<T> {
     let none = || Error::Script(format!("{}: the script returns no workflow", vm.script().display()));
     let object = vm.workflow().ok_or_else(none)?;
     let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
@@ -110,7 +110,8 @@ pub struct Trial {
     known: bool,
     /// The run at the boundary, to be handed over or put back.
     base: Snapshot,
-    /// Files that differ from those of the generation that leads.
+    /// Its files as far as they were known, and which differ from those of the generation that leads.
+    files: Vec<Source>,
     changed: Vec<String>,
     began: Instant,
     phase: Mutex<Phase>,
@@ -197,10 +198,12 @@ impl Trial {
             return Ok(());
         }
         failpoint("reload.accept").map_err(|error| Error::io(&run.folder, "record a generation in", error))?;
-        let sources = lua.app_data_ref::<Modules>().map_or_else(Vec::new, |modules| modules.sources());
-        if !self.known {
-            self.record(run, &sources, GenerationStatus::Accepted, None)?;
-        }
+        let mut sources = lua.app_data_ref::<Modules>().map_or_else(Vec::new, |modules| modules.sources());
+        // Where it is known, modules that it asks for later stay in its list, and new ones join it.
+        let later = |file: &&Source| self.known && !sources.iter().any(|source| source.path == file.path);
+        let later: Vec<Source> = self.files.iter().filter(later).cloned().collect();
+        sources.extend(later);
+        self.record(run, &sources, GenerationStatus::Accepted, None)?;
         *run.code() = Code { number: self.number, sources };
         run.printed_again(std::mem::take(&mut self.held.lock().expect("no panic happens under this lock")));
         *self.phase() = Phase::Accepted;
@@ -233,6 +236,7 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
     let (verdict, verdicts) = mpsc::channel();
     let trial = Arc::new(Trial {
         number,
+        files: sources.clone(),
         changed: code::changed(&run.code().sources, &sources),
         boundary,
         known: known.is_some(),

@@ -144,6 +144,7 @@ pub fn start(call: &Call) -> Answer {
         (Some(record), true) if arrives => record.count,
         // The run has left it behind: nothing of it is done again.
         (Some(record), true) if record.finished => return passed_over(call),
+        (None, true) if replay.notes().is_some() => 0,
         (Some(_), true) | (None, true) => {
             let goal = match replay.target() {
                 Some(Target::Loop(goal) | Target::Step(goal)) => goal,
@@ -161,6 +162,14 @@ pub fn start(call: &Call) -> Answer {
             return Err(Failure::message(what));
         }
     };
+    if let Some(notes) = replay.notes() {
+        let what = format!("loop {path}");
+        let stops = match known {
+            Some(record) if arrives => notes.run(&what, &format!("from step {}", record.count), true),
+            _ => notes.run(&what, "from its beginning", true),
+        };
+        return Err(stops.into());
+    }
     let trial = replay.trial().cloned();
     if arrives {
         match &trial {

@@ -45,6 +45,17 @@ pub struct Facts {
     /// Unix seconds.
     pub created: f64,
     pub working_folder: String,
+    /// The run that this one is a fork of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Origin>,
+}
+
+/// Where a fork comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    pub id: String,
+    /// `LOOP=STEP` of the checkpoint; none for the beginning.
+    pub at: Option<String>,
 }
 
 impl Facts {
@@ -63,6 +74,7 @@ impl Facts {
             engine: env!("CARGO_PKG_VERSION").into(),
             created: unix_seconds(),
             working_folder: std::env::current_dir().map(|folder| folder.display().to_string()).unwrap_or_default(),
+            parent: None,
         }
     }
 }
@@ -468,8 +480,7 @@ impl Run {
     ///
     /// Errors: [`Error::Argument`] if the name is no plain name of a folder, or one of the run's own.
     pub fn artifact(&self, name: &str) -> Result<PathBuf> {
-        let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !name.starts_with('.') && !name.is_empty();
-        if !plain || OWN_FOLDERS.contains(&name) || name.ends_with(".jsonl") || name.ends_with(".json") {
+        if !is_artifact(name) {
             let expected = format!("a name of letters, digits, - and _, other than {}", OWN_FOLDERS.join(", "));
             return Err(Error::argument("Run:save", "name", expected, format!("\"{name}\"")));
         }
@@ -480,6 +491,12 @@ impl Run {
     pub fn seconds(&self) -> f64 {
         unix_seconds() - self.facts.created
     }
+}
+
+/// Whether a folder of this name in a run's is a script's, and not the run's own.
+pub fn is_artifact(name: &str) -> bool {
+    let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !name.starts_with('.') && !name.is_empty();
+    plain && !OWN_FOLDERS.contains(&name) && !name.ends_with(".jsonl") && !name.ends_with(".json")
 }
 
 /// What a run's folder holds besides artifacts.
