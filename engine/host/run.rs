@@ -9,6 +9,7 @@ use super::modules::Source;
 use super::progress::Screen;
 use super::resources::Resources;
 use super::states::Waiting;
+use crate::checkpoint::catalog::create_durably;
 use crate::error::{Error, Result};
 use crate::store::metrics::LineLog;
 use crate::store::records::{GenerationRecord, GenerationStatus, Output, RunRecord, Status, StepRecord, StepStatus};
@@ -169,7 +170,9 @@ impl Run {
     /// Errors: [`Error::Io`].
     pub fn start(start: Start) -> Result<Self> {
         let folder = start.root.join(&start.facts.id);
-        std::fs::create_dir_all(folder.join("code/objects")).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        let folder = std::path::absolute(&folder).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        // Durably: what is synced in a folder whose own name is not would be lost with the name.
+        create_durably(&folder.join("code/objects"))?;
         let folder = folder.canonicalize().map_err(|error| Error::io(&folder, "find", error))?;
         let lock = lock(&folder)?;
         let hash = code::save(&folder, 0, None, start.facts.created, start.sources)?;
