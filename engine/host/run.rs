@@ -215,7 +215,7 @@ impl Run {
         let open = |name: &str| {
             let path = folder.join(name);
             match path.metadata() {
-                Ok(about) => LineLog::open_at(&path, about.len(), &path),
+                Ok(_) => LineLog::reopen(&path),
                 Err(_) => LineLog::create(&path),
             }
         };
