@@ -48,7 +48,7 @@ pub struct State {
     pub states: BTreeMap<String, Json>,
     /// Ends of `metrics.jsonl` and `timing.jsonl`.
     pub log_offsets: (u64, u64),
-    /// Keys of the steps that were recorded by then.
+    /// Keys of the steps that had ended by then, well or not.
     pub steps: BTreeSet<String>,
     /// What the numbers depend on besides: the program and the instructions that its products use.
     pub build: String,
@@ -116,7 +116,6 @@ impl Snapshot {
             }
         }
         let states = states::contents(lua, &run.states)?;
-        let records = run.store.records();
         let state = State {
             format: FORMAT,
             loop_path: after.is_none().then(|| position.0.to_string()),
@@ -128,7 +127,7 @@ impl Snapshot {
             data,
             states: states.iter().map(|(name, plain)| (name.clone(), plain.json.clone())).collect(),
             log_offsets: run.log_offsets(),
-            steps: records.steps.into_iter().map(|step| step.key).collect(),
+            steps: run.store.ended_steps(),
             build: build_id().to_string(),
             instructions: isa::isa().name().to_string(),
         };

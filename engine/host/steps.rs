@@ -5,7 +5,7 @@ use super::call::{Answer, Call, Class, Failed, Field, Function, register};
 use super::globals::{enter_scope, leave_scope};
 use super::options::Options;
 use super::plain::Plain;
-use super::raise::{explain, is_final, is_stop, is_timeout};
+use super::raise::{explain, is_final, is_stop, is_timeout, message, place};
 use super::replay::{Replay, Target, must_end};
 use super::run::{Run, unix_seconds};
 use super::run_object::{check_name, standing};
@@ -80,30 +80,41 @@ pub fn step(call: &Call) -> Answer {
     record.inputs = inputs;
     record.code = hash(&body.dump(true));
 
-    let known = run.store.step(&key);
-    if let Some(known) = known.filter(|known| known.status == StepStatus::Done) {
-        check_inputs(&known, &record)?;
-        if let Some(output) = &known.output {
+    match run.store.step(&key) {
+        Some(StepRecord { status: StepStatus::Done, output: Some(output), fingerprint, inputs, .. }) => {
+            check_inputs(&key, &fingerprint, &inputs, &record)?;
             if replay.target() == Some(Target::Step(key.clone())) {
                 checkpoints::arrive(call.lua, &run, &replay)?;
             }
-            return results::read(call.lua, &run, &key, output);
+            results::read(call.lua, &run, &key, &output)
         }
+        // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
+        Some(StepRecord { status: StepStatus::Failed, output: Some(output), fingerprint, inputs, .. }) if is_behind(&run, &replay, &key) => {
+            check_inputs(&key, &fingerprint, &inputs, &record)?;
+            let message = results::read(call.lua, &run, &key, &output)?;
+            let message = message.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
+            Err(mlua::Error::RuntimeError(message).into())
+        }
+        _ => execute(call, &run, &replay, &body, &policy, record),
     }
-    execute(call, &run, &replay, &body, &policy, record)
+}
+
+/// Whether the script repeats its way to a checkpoint that was taken after the step `key` had ended.
+fn is_behind(run: &Run, replay: &Replay, key: &str) -> bool {
+    replay.is_replaying() && run.checkpoints.origin().is_some_and(|origin| origin.state.steps.contains(key))
 }
 
 fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..32].to_string()
 }
 
-fn check_inputs(known: &StepRecord, now: &StepRecord) -> Result<()> {
-    if known.fingerprint == now.fingerprint {
+fn check_inputs(key: &str, fingerprint: &str, inputs: &str, now: &StepRecord) -> Result<()> {
+    if fingerprint == now.fingerprint {
         return Ok(());
     }
     Err(Error::Diverged {
-        what: format!("the step `{}`", known.key),
-        how: format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)),
+        what: format!("the step `{key}`"),
+        how: format!("its inputs were {inputs} and are now {}", shorten(&now.inputs)),
         remedy: "give it another name, or fork the run before it: perilune runs fork".into(),
     })
 }
@@ -149,14 +160,15 @@ fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, 
             sleep(lua, wait)?;
             continue;
         }
+        // Above this step, time that is over is an ordinary error, which a script may catch.
+        let timeout = is_timeout(&error).then(|| format!("{}{what}", place(lua)));
+        let raised = lua.create_string(timeout.clone().unwrap_or_else(|| message(&error)))?;
+        let (raised, _) = results::write(lua, run, &key, MultiValue::from_iter([Value::String(raised)]))?;
         record.status = StepStatus::Failed;
         record.error = Some(what);
-        run.store.put_step(record.clone(), Durability::Flushed)?;
-        if is_timeout(&error) {
-            // Above this step it is an ordinary error, which a script may catch.
-            return Err(Error::Script(explain(&error).to_string()).into());
-        }
-        return Err(error.into());
+        record.output = Some(raised);
+        run.store.put_step(record, Durability::Flushed)?;
+        return Err(timeout.map_or(error, mlua::Error::RuntimeError).into());
     }
     unreachable!("the loop above ends by returning")
 }

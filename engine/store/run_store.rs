@@ -9,7 +9,7 @@ use super::sled_log::move_aside;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -93,6 +93,12 @@ impl RunStore {
     /// The record of the step `key`.
     pub fn step(&self, key: &str) -> Option<StepRecord> {
         self.held().steps.get(key).cloned()
+    }
+
+    /// The keys of the steps that have ended, well or not.
+    pub fn ended_steps(&self) -> BTreeSet<String> {
+        let held = self.held();
+        held.steps.values().filter(|step| step.status != StepStatus::Started).map(|step| step.key.clone()).collect()
     }
 
     /// Errors: [`Error::Argument`] if the step is done and this is another record, if its key is over 256 bytes or its inline
