@@ -421,6 +421,7 @@ impl Class for Step {
                 return Err(Failure::message(format!("{}: step {} is over", call.op, step.index)));
             }
             state.logged.extend(values);
+            step.of.run.note_logged();
             call.done()
         },
     }]];

@@ -25,6 +25,8 @@ pub(super) struct Held {
     pub script: Settings,
     /// As the code above the loop asked for them: what a newer generation changes is what differs from these.
     pub asked: Settings,
+    /// How often settings were put into force.
+    applied: u64,
 }
 
 impl Held {
@@ -32,6 +34,7 @@ impl Held {
     ///
     /// Errors: those of [`Settings::check`].
     pub fn apply(&mut self) -> Result<(), Error> {
+        self.applied += 1;
         self.adamw.set(self.script)
     }
 }
@@ -89,7 +92,7 @@ impl OptimizerObject {
     pub fn adamw(op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
         let adamw = AdamW::new(model.model.parameters(), settings)?;
-        let held = Held { adamw, script: settings, asked: settings };
+        let held = Held { adamw, script: settings, asked: settings, applied: 0 };
         Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
     }
 
@@ -148,10 +151,10 @@ impl OptimizerObject {
         self.held.lock().expect("an update does not panic under this lock")
     }
 
-    /// A number that changes with every update.
+    /// A number that changes with every update and with every setting.
     pub fn version(&self) -> u64 {
         let held = self.lock();
-        held.adamw.steps() + held.adamw.skipped()
+        held.adamw.steps() + held.adamw.skipped() + held.applied
     }
 }
 

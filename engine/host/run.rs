@@ -22,6 +22,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -77,6 +78,8 @@ pub struct Run {
     /// Contents of `run:state` that the script has not asked for yet.
     pub states: Waiting,
     code: Mutex<Code>,
+    /// How often the script logged something.
+    logged: AtomicU64,
     logs: Mutex<Logs>,
     /// Held while the process lives: a free lock means that nobody runs this run.
     _lock: File,
@@ -226,6 +229,7 @@ impl Run {
             loops: Mutex::default(),
             states: Waiting::default(),
             code: Mutex::new(code),
+            logged: AtomicU64::new(0),
             logs: Mutex::new(logs),
             facts,
             folder,
@@ -288,6 +292,16 @@ impl Run {
         let board = EventFile::create(&self.folder.join("tensorboard"))?;
         self.logs.lock().expect("no panic happens under this lock").board = Some(board);
         Ok(())
+    }
+
+    /// Notes that the script logged something, in a line of its own or for that of an iteration.
+    pub fn note_logged(&self) {
+        self.logged.fetch_add(1, Relaxed);
+    }
+
+    /// A number that changes with whatever a checkpoint holds and the record of a step does not: resources and metrics.
+    pub fn changes(&self) -> u64 {
+        self.resources.version().wrapping_add(self.logged.load(Relaxed))
     }
 
     /// Adds one line to `metrics.jsonl`, and what goes with it to `timing.jsonl`.

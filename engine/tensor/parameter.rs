@@ -42,6 +42,8 @@ pub struct Parameter<E: ModelElement> {
     trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
     version: AtomicU64,
+    /// Gradients added and dropped so far.
+    gradients: AtomicU64,
 }
 
 impl<E: ModelElement> Parameter<E> {
@@ -60,6 +62,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(None),
             trains: AtomicBool::new(true),
             version: AtomicU64::new(0),
+            gradients: AtomicU64::new(0),
         }
     }
 
@@ -122,6 +125,11 @@ impl<E: ModelElement> Parameter<E> {
         self.version.load(Relaxed)
     }
 
+    /// A number that changes with every change of value or gradient.
+    pub fn changes(&self) -> u64 {
+        self.version().wrapping_add(self.gradients.load(Relaxed))
+    }
+
     /// Errors: [`Error::Argument`] if it was updated since version `seen`: derivatives would mix two models.
     pub fn check_version(&self, seen: u64, op: &'static str) -> Result<()> {
         if self.version() == seen {
@@ -148,6 +156,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(gradient.clone()),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
+            gradients: AtomicU64::new(0),
         }
     }
 
@@ -253,6 +262,7 @@ impl<E: ModelElement> Parameter<E> {
             return;
         }
         let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        self.gradients.fetch_add(1, Relaxed);
         match guard.as_mut() {
             Some(sum) => write(sum, true),
             None => {
@@ -271,6 +281,7 @@ impl<E: ModelElement> Parameter<E> {
     /// Forgets the gradient.
     pub fn clear_gradient(&self) {
         *self.gradient.lock().expect("nothing panics while a gradient is dropped") = None;
+        self.gradients.fetch_add(1, Relaxed);
     }
 
     /// Lets `write` change the value, given the gradient, which is gone afterwards; skipped without a gradient.
