@@ -306,7 +306,13 @@ impl Checkpoints {
                 Err(error) => Err(Error::Script(error.to_string())),
             };
             match (opened, manifest) {
-                (Err(error), _) => run.screen.note(&format!("the checkpoint {name} is damaged and passed over: {error}")),
+                (Err(error), _) => {
+                    let what = format!("the checkpoint {name} is damaged and passed over: {error}");
+                    run.screen.note(&what);
+                    if let Some(record) = known.iter().find(|record| record.name == *name && record.lost.is_none()) {
+                        run.store.put_checkpoint(CheckpointRecord { lost: Some(what), ..record.clone() })?;
+                    }
+                }
                 (Ok(()), Ok(manifest)) if !known.iter().any(|record| record.manifest == manifest.hash()) => record(run, manifest)?,
                 _ => {}
             }
@@ -344,9 +350,11 @@ impl Checkpoints {
 }
 
 fn record(run: &Run, manifest: &Manifest) -> Result<()> {
-    let number = run.store.checkpoints().last().map_or(0, |last| last.number + 1);
+    let known = run.store.checkpoints();
+    // A run that went on from an older checkpoint takes the same one again.
+    let old = known.iter().find(|record| record.name == manifest.name);
     run.store.put_checkpoint(CheckpointRecord {
-        number,
+        number: old.map_or_else(|| known.last().map_or(0, |last| last.number + 1), |old| old.number),
         name: manifest.name.clone(),
         loop_path: manifest.loop_path.clone(),
         step: manifest.step,
@@ -355,7 +363,7 @@ fn record(run: &Run, manifest: &Manifest) -> Result<()> {
         bytes: manifest.bytes(),
         time: manifest.time,
         metrics: manifest.metrics.clone(),
-        pinned: false,
+        pinned: old.is_some_and(|old| old.pinned),
         lost: None,
     })
 }
