@@ -78,8 +78,6 @@ pub struct StoredData {
 /// The layout of [`State`] that this engine writes and reads.
 const FORMAT: u32 = 1;
 
-/// Leftovers of killed processes are removed once they are this old.
-const LEFTOVER_AGE: Duration = Duration::from_secs(60);
 
 /// The state of a run at a boundary, in memory.
 struct Snapshot {
@@ -293,7 +291,8 @@ impl Checkpoints {
         if !self.root.is_dir() {
             return Ok(None);
         }
-        sweep(&self.root, LEFTOVER_AGE)?;
+        // The run's lock is held, so nobody writes here: whatever its age, it is left over, and may fill the disk.
+        sweep(&self.root, Duration::ZERO)?;
         let mut found = None;
         let known = run.store.checkpoints();
         let listed = list(&self.root)?;
@@ -390,8 +389,11 @@ pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Ma
 pub fn after_step(lua: &Lua, run: &Arc<Run>, step: &StepRecord) -> Failed<()> {
     run.checkpoints.wait()?;
     let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new())?;
-    Ok(commit(run, &snapshot, &Keep { last: 2, every: None, best: None })?)
+    Ok(commit(run, &snapshot, &KEEP_STEPS)?)
 }
+
+/// Of the checkpoints that steps took.
+const KEEP_STEPS: Keep = Keep { last: 2, every: None, best: None };
 
 fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
     run.sync_logs()?;
@@ -407,13 +409,24 @@ fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
         Some(Candidate { name, loop_path: manifest.loop_path, step: manifest.step, metrics: manifest.metrics, pinned })
     };
     let candidates: Vec<Candidate> = listed.into_iter().filter_map(candidate).collect();
-    for name in removable(&candidates, keep) {
+    for name in outlived(candidates, &snapshot.position.0, keep) {
         remove(&run.checkpoints.root, &name)?;
         for gone in records.iter().filter(|record| record.name == name) {
             run.store.remove_checkpoint(gone.number)?;
         }
     }
     Ok(())
+}
+
+/// The checkpoints that may go when the loop `path` has taken one. What another loop keeps is for that loop to say; all that
+/// steps took count as those of one loop, since each step takes but one.
+fn outlived(candidates: Vec<Candidate>, path: &str, keep: &Keep) -> Vec<String> {
+    // Names of loops have no number.
+    let is_step = |checkpoint: &Candidate| checkpoint.loop_path.rsplit('/').next().is_some_and(|name| name.contains('#'));
+    let (mut steps, loops): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_step);
+    steps.iter_mut().for_each(|step| step.loop_path = "steps".into());
+    let of_loop: Vec<_> = loops.into_iter().filter(|checkpoint| checkpoint.loop_path == path).collect();
+    [removable(&steps, &KEEP_STEPS), removable(&of_loop, keep)].concat()
 }
 
 /// The script has come to where the checkpoint was taken: everything takes its state from there, and new things begin.
@@ -440,4 +453,27 @@ pub fn arrive(lua: &Lua, run: &Arc<Run>, replay: &Replay) -> Failed<()> {
     set_random_position(lua, &origin.state.random);
     replay.arrive();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loops_keep_their_own_and_steps_the_last_two() {
+        let candidate = |loop_path: &str, step: u64| Candidate {
+            name: format!("{loop_path}-{step}"),
+            loop_path: loop_path.into(),
+            step,
+            metrics: Map::new(),
+            pinned: false,
+        };
+        let mut all: Vec<_> = [10, 20, 30].map(|step| candidate("sft", step)).into();
+        all.extend(["step a#0", "step b#0/b#1", "step c#0"].map(|path| candidate(path, 0)));
+        all.extend([5, 10].map(|step| candidate("step d#0/dpo", step)));
+        let keep = Keep { last: 1, every: Some(20), best: None };
+        assert_eq!(outlived(all.clone(), "step d#0/dpo", &keep), ["step a#0-0", "step d#0/dpo-5"]);
+        assert_eq!(outlived(all.clone(), "sft", &keep), ["step a#0-0", "sft-10"]);
+        assert_eq!(outlived(all, "step c#0", &KEEP_STEPS), ["step a#0-0"]);
+    }
 }
