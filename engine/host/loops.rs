@@ -7,7 +7,7 @@ use super::data::DataObject;
 use super::interrupt::{self, InLoop};
 use super::options::Options;
 use super::progress::{Progress, Report, short};
-use super::raise::{Failure, raise};
+use super::raise::{Failure, message, raise};
 use super::replay::{Replay, Target};
 use super::run::Run;
 use super::run_object::{check_name, standing};
@@ -30,6 +30,9 @@ pub struct LoopRecord {
     pub finished: bool,
     /// Left by `break`: it does not go on, whatever its options say.
     pub broken: bool,
+    /// Left by this error, which the script has caught if the run went on.
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 /// When a loop takes checkpoints, and which of them stay.
@@ -140,6 +143,7 @@ pub fn start(call: &Call) -> Answer {
         (Some(record), true) if arrives => record.count,
         // The run has left it behind: nothing of it is done again.
         (Some(record), true) if record.finished => return passed_over(call),
+        (Some(LoopRecord { error: Some(error), .. }), true) => return Err(mlua::Error::RuntimeError(error.clone()).into()),
         (Some(_), true) | (None, true) => {
             let goal = run.checkpoints.origin().map_or_else(String::new, |origin| origin.manifest.loop_path.clone());
             return Err(Error::Diverged {
@@ -397,6 +401,13 @@ impl UserData for LoopObject {
             // Left by `break`: the step counts, and the loop is done. Left by an error: neither.
             if !error.is_nil() {
                 looping.close(&mut state, false);
+                let text = match &error {
+                    Value::Error(error) => message(error),
+                    other => other.to_string().unwrap_or_default(),
+                };
+                if let Some(record) = looping.run.loops.lock().expect("no panic happens under this lock").get_mut(&looping.path) {
+                    record.error = Some(text);
+                }
                 return Ok(());
             }
             let ended = looping.end_step(&mut state).map_err(Failure::from).and_then(|()| looping.finish(lua, &mut state, true));
