@@ -294,7 +294,7 @@ impl Loop {
         let operations = work.1.saturating_sub(state.work_before.1);
         let rate = (tokens > 0).then(|| tokens as f64 / seconds);
         let measure = self.work.as_ref().filter(|_| operations > 0);
-        let share = measure.map(|work| work.share_of_peak(operations as f64 / seconds));
+        let share = measure.and_then(|work| work.share_of_peak(operations as f64 / seconds));
         if !logged.is_empty() {
             let mut line = Map::new();
             line.insert("loop".into(), Json::from(self.path.as_str()));
