@@ -83,7 +83,8 @@ fn say_plan(run: &Run, screen: &Screen) -> Option<Target> {
     if done > 0 {
         screen.note(&format!("  skip  {done} recorded steps: their results are taken from the record"));
     }
-    for step in steps.iter().filter(|step| step.status != StepStatus::Done) {
+    // Iterations are done again as a whole, so steps in them are no news.
+    for step in steps.iter().filter(|step| step.status != StepStatus::Done && !step.key.contains('[')) {
         let why = step.error.as_ref().map_or_else(|| "it was not finished".into(), |error| format!("it failed: {error}"));
         screen.note(&format!("  run   step {}: {why}", step.key));
     }
@@ -92,7 +93,9 @@ fn say_plan(run: &Run, screen: &Screen) -> Option<Target> {
         return None;
     };
     for (path, record) in &origin.state.loops {
-        if record.finished {
+        if let Some(error) = &record.error {
+            screen.note(&format!("  skip  loop {path}: it ended after {} steps with an error that was caught: {error}", record.count));
+        } else if record.finished {
             screen.note(&format!("  skip  loop {path}: its {} steps are done", record.count));
         } else {
             screen.note(&format!("  run   loop {path} from step {}, with the checkpoint {}", record.count, origin.manifest.name));

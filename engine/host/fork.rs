@@ -150,7 +150,15 @@ impl Parent<'_> {
             let time = unix_seconds();
             let hash = code::save(folder, number, position, time, &sources)?;
             let (loop_path, step) = position.map_or((None, 0), |(path, step)| (Some(path.to_string()), step));
-            records.generations.push(GenerationRecord { number, loop_path, step, time, hash, status: GenerationStatus::Accepted, reason: None });
+            records.generations.push(GenerationRecord {
+                number,
+                loop_path,
+                step,
+                time,
+                hash,
+                status: GenerationStatus::Accepted,
+                reason: None,
+            });
         }
         for record in &records.generations {
             if !folder.join(format!("code/g{}.json", record.number)).exists() {
@@ -282,7 +290,8 @@ mod tests {
     #[test]
     fn arguments_are_replaced_however_they_were_written() {
         let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
-        let check = |old, changes, new: &str| assert_eq!(replaced_words(&words(old), &words(changes)).unwrap(), words(new), "{old} {changes}");
+        let check =
+            |old, changes, new: &str| assert_eq!(replaced_words(&words(old), &words(changes)).unwrap(), words(new), "{old} {changes}");
         check("--lr 1e-3 --steps=40", "lr=1", "--steps=40 --lr=1");
         check("--no-quick --text a.txt", "quick=true text=b.txt", "--quick=true --text=b.txt");
         check("--keep_last=3 -1", "keep-last=4", "--keep-last=4");

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::failpoint;
 use crate::store::records::{GenerationRecord, GenerationStatus};
 use mlua::Lua;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -92,6 +92,8 @@ pub struct Boundary {
     pub step: u64,
     /// Iterations when the last checkpoint was taken, and when that was.
     pub saved: (u64, Instant),
+    /// What the loop logged last.
+    pub metrics: Map<String, Json>,
 }
 
 /// What became of a try.
@@ -167,6 +169,11 @@ impl Trial {
         holds
     }
 
+    /// What the loop logged last.
+    pub fn metrics(&self) -> Map<String, Json> {
+        self.base.metrics.clone()
+    }
+
     /// When the last checkpoint was taken, for the loop's plan.
     pub fn saved(&self) -> (u64, Instant) {
         self.boundary.saved
@@ -230,7 +237,8 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
     let began = Instant::now();
     failpoint("reload.begin").map_err(|error| Error::io(&run.folder, "reload", error))?;
     run.checkpoints.wait()?;
-    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, Default::default())?;
+    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, boundary.metrics.clone())?;
+    let steps = run.store.step_keys();
     let limit = REPLAY_TIME_MIN.max(run.time_to_loop() * 3);
     let number = known.unwrap_or_else(|| run.store.generations().last().map_or(0, |last| last.number) + 1);
     let (verdict, verdicts) = mpsc::channel();
@@ -257,7 +265,7 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
             Ok(Outcome::Taken { number, pause })
         }
         Err(reason) => {
-            trial.base.put_back(run)?;
+            trial.base.put_back(run, &steps)?;
             if known.is_none() {
                 trial.record(run, &sources, GenerationStatus::Rejected, Some(reason.to_string()))?;
             }

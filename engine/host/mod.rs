@@ -23,6 +23,7 @@ pub mod plain;
 pub mod plan;
 pub mod progress;
 pub mod raise;
+pub mod rebuild;
 pub mod reload;
 pub mod replay;
 pub mod resources;

@@ -11,6 +11,7 @@ use super::modules::Source;
 use super::progress::Screen;
 use super::resources::Resources;
 use super::states::Waiting;
+use crate::checkpoint::catalog::create_durably;
 use crate::error::{Error, Result};
 use crate::store::metrics::LineLog;
 use crate::store::records::{GenerationRecord, GenerationStatus, Output, RunRecord, Status, StepRecord, StepStatus};
@@ -23,7 +24,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -102,6 +103,8 @@ pub struct Run {
     printed: Mutex<BTreeSet<String>>,
     ends: OnceLock<Sender<End>>,
     code: Mutex<Code>,
+    /// How often the script logged something.
+    logged: AtomicU64,
     logs: Mutex<Logs>,
     /// Held while the process lives: a free lock means that nobody runs this run.
     _lock: File,
@@ -195,7 +198,9 @@ impl Run {
     /// Errors: [`Error::Io`].
     pub fn start(start: Start) -> Result<Self> {
         let folder = start.root.join(&start.facts.id);
-        std::fs::create_dir_all(folder.join("code/objects")).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        let folder = std::path::absolute(&folder).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        // Durably: what is synced in a folder whose own name is not would be lost with the name.
+        create_durably(&folder.join("code/objects"))?;
         let folder = folder.canonicalize().map_err(|error| Error::io(&folder, "find", error))?;
         let lock = lock(&folder)?;
         let hash = code::save(&folder, 0, None, start.facts.created, start.sources)?;
@@ -240,7 +245,7 @@ impl Run {
         let open = |name: &str| {
             let path = folder.join(name);
             match path.metadata() {
-                Ok(about) => LineLog::open_at(&path, about.len(), &path),
+                Ok(_) => LineLog::reopen(&path),
                 Err(_) => LineLog::create(&path),
             }
         };
@@ -257,6 +262,7 @@ impl Run {
             printed: Mutex::default(),
             ends: OnceLock::new(),
             code: Mutex::new(code),
+            logged: AtomicU64::new(0),
             logs: Mutex::new(logs),
             facts,
             folder,
@@ -323,6 +329,16 @@ impl Run {
         let board = EventFile::create(&self.folder.join("tensorboard"))?;
         self.logs.lock().expect("no panic happens under this lock").board = Some(board);
         Ok(())
+    }
+
+    /// Notes that the script logged something, in a line of its own or for that of an iteration.
+    pub fn note_logged(&self) {
+        self.logged.fetch_add(1, Relaxed);
+    }
+
+    /// A number that changes with whatever a checkpoint holds and the record of a step does not: resources and metrics.
+    pub fn changes(&self) -> u64 {
+        self.resources.version().wrapping_add(self.logged.load(Relaxed))
     }
 
     /// Adds one line to `metrics.jsonl`, and what goes with it to `timing.jsonl`.
@@ -403,11 +419,11 @@ impl Run {
 
     /// Number of the last event that is in the state of the run.
     pub fn events_seen(&self) -> u64 {
-        self.events_seen.load(SeqCst)
+        self.events_seen.load(Relaxed)
     }
 
     pub fn set_events_seen(&self, number: u64) {
-        self.events_seen.store(number, SeqCst);
+        self.events_seen.store(number, Relaxed);
     }
 
     /// How long the script needed from its start to its first loop; nothing before it was there.
