@@ -7,10 +7,16 @@ mod bench_train;
 pub mod doctor;
 pub mod generate;
 mod live;
+mod output;
 pub mod params;
 mod peak_memory;
+mod plot;
 mod resume;
 mod run;
+mod runs;
+mod store;
+mod table;
+mod times;
 mod types;
 mod units;
 
@@ -36,6 +42,8 @@ enum Command {
     Checkpoint(live::Checkpoint),
     Set(live::Set),
     Reload(live::Reload),
+    Runs(runs::Runs),
+    Store(store::Store),
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
@@ -62,6 +70,8 @@ pub fn main() -> ExitCode {
         Command::Checkpoint(command) => command.run(),
         Command::Set(command) => command.run(),
         Command::Reload(command) => command.run(),
+        Command::Runs(command) => command.run(),
+        Command::Store(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),

@@ -1,8 +1,8 @@
 //! `perilune resume RUN`: goes on with a run that was stopped, failed or killed, from its newest checkpoint, with its own code; or,
 //! with `--code new`, with a fork of it that has the code of today.
 
-use super::fork::Making;
 use super::run::{perform, runs_folder};
+use super::runs::fork::Making;
 use crate::error::{Error, Result};
 use crate::host::progress::Screen;
 use crate::host::replay::Target;

@@ -51,26 +51,31 @@ pub fn write(lua: &Lua, run: &Run, key: &str, values: MultiValue) -> Failed<(Out
 
 /// The values of a recorded step.
 ///
-/// Errors: [`Error::Format`] if its files are damaged; [`Error::Io`].
+/// Errors: as [`recorded`].
 pub fn read(lua: &Lua, run: &Run, key: &str, output: &Output) -> Answer {
-    let plain = match output {
-        Output::Inline(json) => Plain { json: json.clone(), tensors: Vec::new() },
-        Output::File { hash, .. } => {
-            let folder = run.folder.join("steps");
-            let path = folder.join(format!("{hash}.json"));
-            let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
-            let json = serde_json::from_str(&text).map_err(|error| Error::format(&path, key, "a recorded result", error.to_string()))?;
-            let tensors = folder.join(hash);
-            let tensors = if tensors.is_dir() { read_tensors(&tensors)? } else { Vec::new() };
-            let plain = Plain { json, tensors };
-            let found = &blake3::hash(plain.canonical().as_bytes()).to_hex()[..32];
-            if found != hash {
-                return Err(Error::format(&path, key, format!("a result of hash {hash}"), format!("one of {found}")).into());
-            }
-            plain
-        }
+    build(lua, &recorded(&run.folder, key, output)?)
+}
+
+/// What the step `key` of the run in `folder` returned, as it is stored.
+///
+/// Errors: [`Error::Format`] if its files are damaged; [`Error::Io`].
+pub fn recorded(folder: &Path, key: &str, output: &Output) -> Result<Plain> {
+    let hash = match output {
+        Output::Inline(json) => return Ok(Plain { json: json.clone(), tensors: Vec::new() }),
+        Output::File { hash, .. } => hash,
     };
-    build(lua, &plain)
+    let folder = folder.join("steps");
+    let path = folder.join(format!("{hash}.json"));
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+    let json = serde_json::from_str(&text).map_err(|error| Error::format(&path, key, "a recorded result", error.to_string()))?;
+    let tensors = folder.join(hash);
+    let tensors = if tensors.is_dir() { read_tensors(&tensors)? } else { Vec::new() };
+    let plain = Plain { json, tensors };
+    let found = &blake3::hash(plain.canonical().as_bytes()).to_hex()[..32];
+    if found != hash {
+        return Err(Error::format(&path, key, format!("a result of hash {hash}"), format!("one of {found}")));
+    }
+    Ok(plain)
 }
 
 fn build(lua: &Lua, plain: &Plain) -> Failed<MultiValue> {

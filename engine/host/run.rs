@@ -20,7 +20,7 @@ use crate::store::{Durability, RunStore};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -147,32 +147,50 @@ pub fn build_id() -> &'static str {
     })
 }
 
-/// The lock of the run in `folder`.
+/// How long a look at a run may keep the run from going on.
+const LOOK_WAIT: Duration = Duration::from_secs(10);
+
+/// The lock of the run in `folder`. Who only looks at the run is waited for (`hold.rs`).
 ///
 /// Errors: [`Error::Script`] if a living process holds it; [`Error::Io`].
 pub fn lock(folder: &Path) -> Result<File> {
     let path = folder.join("lock");
     let mut file =
         File::options().create(true).truncate(false).write(true).read(true).open(&path).map_err(|error| Error::io(&path, "open", error))?;
-    match file.try_lock() {
+    let began = Instant::now();
+    let locked = loop {
+        match file.try_lock() {
+            // Who looks at a dead run, or tidies it up, shares the lock, and soon lets go of it.
+            Err(TryLockError::WouldBlock) if file.try_lock_shared().is_ok() => {
+                file.unlock().map_err(|error| Error::io(&path, "unlock", error))?;
+                if began.elapsed() > LOOK_WAIT {
+                    let what = format!("{}: another process looks at the run or tidies it up; try again", folder.display());
+                    return Err(Error::Script(what));
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            locked => break locked,
+        }
+    };
+    match locked {
         Ok(()) => {
             let write = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
             write.map_err(|error| Error::io(&path, "write", error))?;
             Ok(file)
         }
-        Err(std::fs::TryLockError::WouldBlock) => {
+        Err(TryLockError::WouldBlock) => {
             let holder = std::fs::read_to_string(&path).unwrap_or_default();
             let what = format!("{}: the run is alive in process {}; stop it first: perilune stop", folder.display(), holder.trim());
             Err(Error::Script(what))
         }
-        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(&path, "lock", error)),
+        Err(TryLockError::Error(error)) => Err(Error::io(&path, "lock", error)),
     }
 }
 
 /// Whether a living process owns the run in `folder`.
 pub fn is_alive(folder: &Path) -> bool {
     let Ok(file) = File::open(folder.join("lock")) else { return false };
-    matches!(file.try_lock_shared(), Err(std::fs::TryLockError::WouldBlock))
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
 /// Reads `run.json`.

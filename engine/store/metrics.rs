@@ -7,7 +7,7 @@ use super::filesystem::{parent, sync_folder};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -128,6 +128,25 @@ fn end_of_last_line(file: &File, bytes: u64) -> io::Result<u64> {
 pub fn read(path: &Path) -> Result<Lines> {
     let file = File::open(path).map_err(|error| Error::io(path, "open", error))?;
     Ok(Lines { path: path.to_owned(), file: BufReader::new(file), number: 0 })
+}
+
+/// The last whole lines of the log at `path`, oldest first: those within its last `bytes` bytes. Damaged ones are left out, so
+/// that a look at the end of many logs is cheap and never fails for one bad line.
+///
+/// Errors: [`Error::Io`].
+pub fn tail(path: &Path, bytes: u64) -> Result<Vec<Map<String, Value>>> {
+    let read = || -> io::Result<(bool, Vec<u8>)> {
+        let mut file = File::open(path)?;
+        let start = file.metadata()?.len().saturating_sub(bytes);
+        file.seek(SeekFrom::Start(start))?;
+        let mut text = Vec::new();
+        // A log that grows meanwhile gives no more than was asked for.
+        file.take(bytes).read_to_end(&mut text)?;
+        Ok((start > 0, text))
+    };
+    let (cut, text) = read().map_err(|error| Error::io(path, "read the end of", error))?;
+    let lines = text.split_inclusive(|byte| *byte == b'\n').skip(usize::from(cut));
+    Ok(lines.filter_map(|line| unsealed(line).ok()).collect())
 }
 
 /// The iterator of [`read`].
@@ -281,6 +300,24 @@ mod tests {
             fs::write(&path, &long[..end]).unwrap();
             assert_eq!(LineLog::reopen(&path).unwrap().offset(), wanted, "{end} bytes");
         }
+    }
+
+    #[test]
+    fn the_end_of_a_log_is_its_last_whole_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, offsets) = five(folder.path());
+        let steps = |bytes: u64| tail(&path, bytes).unwrap().iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>();
+        assert_eq!(
+            (steps(1 << 20), steps(offsets[5]), steps(offsets[5] - 1)),
+            (vec![1, 2, 3, 4, 5], vec![1, 2, 3, 4, 5], vec![2, 3, 4, 5])
+        );
+        assert_eq!((steps(offsets[5] - offsets[3] + 1), steps(5), steps(0)), (vec![4, 5], vec![], vec![]));
+        let mut whole = fs::read(&path).unwrap();
+        whole[offsets[4] as usize + 3] ^= 4;
+        whole.extend(b"{\"step\":6");
+        fs::write(&path, whole).unwrap();
+        assert_eq!(steps(1 << 20), [1, 2, 3, 4]);
+        assert!(tail(&folder.path().join("none"), 9).is_err());
     }
 
     #[test]

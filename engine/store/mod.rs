@@ -9,6 +9,7 @@ pub mod metrics;
 pub mod records;
 mod rewrite;
 pub mod run_store;
+pub mod salvage;
 mod seal;
 mod sled_log;
 pub mod tensorboard;

@@ -2,12 +2,13 @@
 //! only as it goes on, and never well in place. At every instant one whole database has the name or can get it back.
 
 use super::filesystem::{parent, remove_folder, sync_folder, with_suffix};
-use super::sled_log::{Change, SledLog};
+use super::sled_log::{Change, SledLog, move_aside};
 use super::value::check;
 use crate::error::{Error, Result};
+use crate::failpoint::failpoint;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Changes that are applied at a time.
 const BATCH: usize = 256;
@@ -16,18 +17,43 @@ const NEW: &str = ".rewrite";
 /// The old one between the two renames, and until it is removed.
 const OLD: &str = ".replaced";
 
-/// Brings a rewrite to an end that a crash interrupted. Errors: [`Error::Io`].
+/// Brings a rewrite or a rebuilding to an end that a crash interrupted. Errors: [`Error::Io`].
 pub(super) fn finish_rewrite(folder: &Path) -> Result<()> {
-    let old = with_suffix(folder, OLD);
     let finish = || -> io::Result<()> {
-        if old.exists() && !folder.exists() {
-            fs::rename(&old, folder)?;
+        let whole = whole(folder);
+        if whole != folder {
+            fs::rename(&whole, folder)?;
             sync_folder(parent(folder))?;
         }
-        remove_folder(&old)?;
+        remove_folder(&with_suffix(folder, OLD))?;
         remove_folder(&with_suffix(folder, NEW))
     };
     finish().map_err(|error| Error::io(folder, "finish the compaction of", error))
+}
+
+/// Where the whole database of `folder` lies, which a crash between two renames leaves under another name.
+pub(super) fn whole(folder: &Path) -> PathBuf {
+    let (old, new) = (with_suffix(folder, OLD), with_suffix(folder, NEW));
+    // Nothing but `replace_damaged` leaves a new one and no other, and there the new one is complete.
+    [old, new].into_iter().find(|path| path.exists() && !folder.exists()).unwrap_or_else(|| folder.to_owned())
+}
+
+/// Puts what `fill` writes into a new folder in the place of `folder`, which is moved aside with `reason`: where it lies then,
+/// none if there was nothing. Failpoint: `store.rebuilt`, between the two renames.
+///
+/// Errors: those of `fill`, and all is as it was; [`Error::Io`].
+pub(super) fn replace_damaged(folder: &Path, reason: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<Option<PathBuf>> {
+    let io = |error| Error::io(folder, "rebuild", error);
+    finish_rewrite(folder)?;
+    // A folder has to be there while the new one is written, or half a new one would be taken for the whole database.
+    fs::create_dir_all(folder).and_then(|()| sync_folder(parent(folder))).map_err(io)?;
+    let new = with_suffix(folder, NEW);
+    fill(&new)?;
+    let is_empty = fs::read_dir(folder).map_err(io)?.next().is_none();
+    let aside = if is_empty { fs::remove_dir(folder).map(|()| None).map_err(io)? } else { Some(move_aside(folder, reason)?) };
+    sync_folder(parent(folder)).and_then(|()| failpoint("store.rebuilt")).map_err(io)?;
+    fs::rename(&new, folder).and_then(|()| sync_folder(parent(folder))).map_err(io)?;
+    Ok(aside)
 }
 
 /// Writes `log` anew. The log to go on with: the old one if the new could not be written, none if neither opens.

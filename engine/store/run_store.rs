@@ -33,7 +33,7 @@ pub struct RunStore {
 
 /// What is in the database, decoded.
 #[derive(Default)]
-struct Held {
+pub(super) struct Held {
     run: Option<RunRecord>,
     steps: HashMap<String, StepRecord>,
     generations: BTreeMap<u32, GenerationRecord>,
@@ -185,16 +185,7 @@ impl RunStore {
 
     /// Everything, as plain data.
     pub fn records(&self) -> Records {
-        let held = self.held();
-        let mut steps: Vec<_> = held.steps.values().cloned().collect();
-        steps.sort_by(|a, b| a.started.total_cmp(&b.started).then_with(|| a.key.cmp(&b.key)));
-        Records {
-            run: held.run.clone(),
-            steps,
-            generations: held.generations.values().cloned().collect(),
-            checkpoints: held.checkpoints.values().cloned().collect(),
-            events: held.events.values().cloned().collect(),
-        }
+        self.held().records()
     }
 
     /// Adds `records`, over what has the same keys; durable when it returns. If it fails halfway it can be called again.
@@ -265,45 +256,55 @@ enum Fault {
 }
 
 impl Held {
+    /// As plain data, steps in the order in which they started.
+    pub(super) fn records(&self) -> Records {
+        let mut steps: Vec<_> = self.steps.values().cloned().collect();
+        steps.sort_by(|a, b| a.started.total_cmp(&b.started).then_with(|| a.key.cmp(&b.key)));
+        Records {
+            run: self.run.clone(),
+            steps,
+            generations: self.generations.values().cloned().collect(),
+            checkpoints: self.checkpoints.values().cloned().collect(),
+            events: self.events.values().cloned().collect(),
+        }
+    }
+
     fn load(database: &Database) -> Result<Self, Fault> {
         let fault = |error| if matches!(error, Error::Format { .. }) { Fault::Damage(error) } else { Fault::Other(error) };
         // First, since another format's keys are no damage.
         if let Some(found) = database.get("format").map_err(fault)? {
-            let found: u32 = decoded(database, "format", &found).map_err(fault)?;
-            if found > FORMAT {
-                let expected = format!("records of format {FORMAT} or older");
-                let found = format!("format {found}; a newer engine wrote this run, continue it with that one");
-                return Err(Fault::Other(Error::format(database.folder(), "format", expected, found)));
-            }
+            let found = decoded(database.folder(), "format", &found).map_err(fault)?;
+            check_format(database.folder(), found).map_err(Fault::Other)?;
         }
         let mut held = Self::default();
         for (key, payload) in database.scan("").map_err(fault)? {
-            held.add(database, &key, &payload).map_err(fault)?;
+            held.add(database.folder(), &key, &payload).map_err(fault)?;
         }
         Ok(held)
     }
 
-    fn add(&mut self, database: &Database, key: &str, payload: &[u8]) -> Result<()> {
+    /// Takes the value of one key of the database in `folder`. Errors: [`Error::Format`] that names the key.
+    pub(super) fn add(&mut self, folder: &Path, key: &str, payload: &[u8]) -> Result<()> {
         match key.split_once('/').map_or(key, |(kind, _)| kind) {
             "format" => {}
-            "run" => self.run = Some(decoded(database, key, payload)?),
+            "run" => self.run = Some(decoded(folder, key, payload)?),
             "step" => {
-                let record: StepRecord = decoded(database, key, payload)?;
+                let record: StepRecord = decoded(folder, key, payload)?;
                 self.steps.insert(record.key.clone(), record);
             }
             "generation" => {
-                let record: GenerationRecord = decoded(database, key, payload)?;
+                let record: GenerationRecord = decoded(folder, key, payload)?;
                 self.generations.insert(record.number, record);
             }
             "checkpoint" => {
-                let record: CheckpointRecord = decoded(database, key, payload)?;
+                let record: CheckpointRecord = decoded(folder, key, payload)?;
                 self.checkpoints.insert(record.number, record);
             }
             "event" => {
-                let record: EventRecord = decoded(database, key, payload)?;
+                let record: EventRecord = decoded(folder, key, payload)?;
                 self.events.insert(record.number, record);
             }
-            _ => return Err(Error::format(database.folder(), key, "a key of this engine", "another")),
+            _ => return Err(Error::format(folder, key, "a key of this engine", "another")),
         }
         Ok(())
     }
@@ -341,8 +342,18 @@ fn encoded(record: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(record).expect("records have text keys and no other way to fail")
 }
 
-fn decoded<T: DeserializeOwned>(database: &Database, key: &str, payload: &[u8]) -> Result<T> {
-    serde_json::from_slice(payload).map_err(|error| Error::format(database.folder(), key, "a record of this engine", error.to_string()))
+pub(super) fn decoded<T: DeserializeOwned>(folder: &Path, key: &str, payload: &[u8]) -> Result<T> {
+    serde_json::from_slice(payload).map_err(|error| Error::format(folder, key, "a record of this engine", error.to_string()))
+}
+
+/// Refuses what a newer engine wrote in `folder`. Errors: [`Error::Format`].
+pub(super) fn check_format(folder: &Path, found: u32) -> Result<()> {
+    if found <= FORMAT {
+        return Ok(());
+    }
+    let expected = format!("records of format {FORMAT} or older");
+    let found = format!("format {found}; a newer engine wrote this run, continue it with that one");
+    Err(Error::format(folder, "format", expected, found))
 }
 
 #[cfg(test)]

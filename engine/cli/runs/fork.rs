@@ -1,7 +1,7 @@
 //! `perilune runs fork` and `perilune resume --code new`: a new run that begins where another stood, with other arguments or code.
 
-use super::resume::GoOn;
-use super::run::runs_folder;
+use crate::cli::resume::{GoOn, go_to_working_folder};
+use crate::cli::run::runs_folder;
 use crate::error::{Error, Result};
 use crate::host::fork::{Change, Parent, Start, replaced_words};
 use crate::host::inspect::{Inspection, Look, inspect};
@@ -92,7 +92,7 @@ impl Making<'_> {
             Some(at) => parent.place(at)?,
             None => parent.newest()?,
         };
-        super::resume::go_to_working_folder(&facts, self.screen);
+        go_to_working_folder(&facts, self.screen);
         let number = match &start {
             Start::Checkpoint(manifest) => manifest.generation,
             Start::Anew(_) => 0,

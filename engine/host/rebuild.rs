@@ -1,0 +1,233 @@
+//! The records of a run from what lies in its folder: its facts, the lists of its code, the manifests of its checkpoints and
+//! what they remember of steps. It stands in where the store is damaged, and `store rebuild` writes a new store from it.
+//! What no file holds is named: results of steps that no checkpoint remembers are computed again by a resume.
+
+use super::code;
+use super::hold;
+use super::run::{Facts, read_facts};
+use crate::checkpoint::catalog::list;
+use crate::checkpoint::manifest::Manifest;
+use crate::error::{Error, Result};
+use crate::store::records::{
+    CheckpointRecord, GenerationRecord, GenerationStatus, Output, Records, RunRecord, Status, StepRecord, StepStatus,
+};
+use crate::store::salvage::{Salvage, replace, salvage};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// What a checkpoint's `state.json` remembers of the run around it.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Remembered {
+    /// The step at whose end it was taken.
+    #[serde(default)]
+    pub after: Option<StepRecord>,
+    /// Keys of the steps that were recorded by then.
+    #[serde(default)]
+    pub steps: BTreeSet<String>,
+}
+
+/// Reads what the checkpoint in `folder` remembers. Errors: [`Error::Io`]; [`Error::Format`].
+pub fn remembered(folder: &Path) -> Result<Remembered> {
+    let path = folder.join("state.json");
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+    serde_json::from_str(&text).map_err(|error| Error::format(&path, "state", "the state of a run", error.to_string()))
+}
+
+/// The record of a checkpoint that the store does not know.
+pub fn adopted(manifest: &Manifest, number: u64) -> CheckpointRecord {
+    CheckpointRecord {
+        number,
+        name: manifest.name.clone(),
+        loop_path: manifest.loop_path.clone(),
+        step: manifest.step,
+        generation: manifest.generation,
+        manifest: manifest.hash().to_string(),
+        bytes: manifest.bytes(),
+        time: manifest.time,
+        metrics: manifest.metrics.clone(),
+        pinned: false,
+        lost: None,
+    }
+}
+
+/// How thoroughly checkpoints are looked at.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Care {
+    /// Their manifests are read.
+    Manifests,
+    /// Every file is read and compared with its hash.
+    Files,
+}
+
+/// Records with all that the files of a run add to them.
+#[derive(Debug, Default)]
+pub struct Completed {
+    pub records: Records,
+    /// What was added, a line each.
+    pub added: Vec<String>,
+    /// What is missing or damaged, a line each.
+    pub missing: Vec<String>,
+}
+
+/// Adds to `known` what the files of the run in `folder` tell beyond it.
+///
+/// Errors: [`Error::Io`] if the folder of the checkpoints cannot be listed.
+pub fn complete(folder: &Path, facts: &Facts, known: Records, care: Care) -> Result<Completed> {
+    let mut done = Completed { records: known, ..Completed::default() };
+    done.add_generations(folder);
+    done.add_checkpoints(&folder.join("checkpoints"), care)?;
+    done.name_missing_results(folder);
+    if done.records.run.is_none() {
+        // Of a dead run this says that it was interrupted: what else it was is not known, and a resume finds out.
+        let reason = Some("rebuilt from the files of the run".to_string());
+        let changed = done.records.checkpoints.iter().map(|record| record.time).fold(facts.created, f64::max);
+        done.records.run = Some(RunRecord { status: Status::Running, reason, started: facts.created, changed, pid: 0, resumes: 0 });
+        done.added.push("the run: its status is not known, so it counts as interrupted".into());
+    }
+    Ok(done)
+}
+
+impl Completed {
+    fn add_generations(&mut self, folder: &Path) {
+        for number in code::numbers(folder) {
+            if self.records.generations.iter().any(|record| record.number == number) {
+                continue;
+            }
+            match generation_record(folder, number) {
+                Ok(record) => {
+                    self.added.push(format!("generation {number} of the code"));
+                    self.records.generations.push(record);
+                }
+                Err(error) => self.missing.push(format!("generation {number} of the code: {error}")),
+            }
+        }
+        self.records.generations.sort_by_key(|record| record.number);
+    }
+
+    fn add_checkpoints(&mut self, root: &Path, care: Care) -> Result<()> {
+        let listed = list(root)?;
+        let mut steps: BTreeMap<String, StepRecord> = BTreeMap::new();
+        let mut keys = BTreeSet::new();
+        for (name, manifest) in &listed {
+            let sound = match manifest {
+                Ok(manifest) if care == Care::Files => manifest.verify(&root.join(name)).map(|()| manifest),
+                Ok(manifest) => Ok(manifest),
+                Err(error) => Err(Error::Script(error.to_string())),
+            };
+            if let Err(error) = &sound {
+                self.missing.push(format!("checkpoint {name}: {error}"));
+            }
+            let record = self.records.checkpoints.iter_mut().find(|record| record.name == *name);
+            match (record, manifest, sound) {
+                (Some(record), Ok(manifest), Ok(_)) if care == Care::Files || record.manifest != manifest.hash() => {
+                    // The folder is there and sound, and what it is stands in its manifest.
+                    let (number, pinned) = (record.number, record.pinned);
+                    *record = CheckpointRecord { pinned, ..adopted(manifest, number) };
+                }
+                (Some(record), _, Err(error)) => record.lost = Some(error.to_string()),
+                (None, Ok(manifest), sound) => {
+                    let number = self.records.checkpoints.iter().map(|record| record.number + 1).max().unwrap_or(0);
+                    let lost = sound.err().map(|error| error.to_string());
+                    self.added.push(format!("checkpoint {name} at step {} of {}", manifest.step, manifest.loop_path));
+                    self.records.checkpoints.push(CheckpointRecord { lost, ..adopted(manifest, number) });
+                }
+                _ => {}
+            }
+            if let Ok(remembered) = remembered(&root.join(name)) {
+                keys.extend(remembered.steps);
+                steps.extend(remembered.after.map(|step| (step.key.clone(), step)));
+            }
+        }
+        for record in self.records.checkpoints.iter_mut().filter(|record| record.lost.is_none()) {
+            if !listed.iter().any(|(name, _)| *name == record.name) {
+                record.lost = Some("its folder is gone".into());
+                self.missing.push(format!("checkpoint {}: its folder is gone", record.name));
+            }
+        }
+        self.add_steps(steps, keys);
+        Ok(())
+    }
+
+    /// Steps that checkpoints hold whole, and those of which they know only that they were done.
+    fn add_steps(&mut self, whole: BTreeMap<String, StepRecord>, keys: BTreeSet<String>) {
+        for (key, step) in whole {
+            match self.records.steps.iter_mut().find(|record| record.key == key) {
+                Some(record) if record.status == StepStatus::Done => continue,
+                Some(record) => *record = step,
+                None => self.records.steps.push(step),
+            }
+            self.added.push(format!("step {key}, which a checkpoint holds"));
+        }
+        for key in keys.into_iter().filter(|key| !key.contains("#now")) {
+            if !self.records.steps.iter().any(|record| record.key == key) {
+                self.missing.push(format!("step {key}: it was recorded; a resume runs it again if it comes to it"));
+            }
+        }
+    }
+
+    fn name_missing_results(&mut self, folder: &Path) {
+        for step in &self.records.steps {
+            if let Some(Output::File { hash, .. }) = &step.output
+                && !folder.join("steps").join(format!("{hash}.json")).is_file()
+            {
+                self.missing.push(format!("step {}: the file of its result, steps/{hash}.json, is gone", step.key));
+            }
+        }
+    }
+}
+
+fn generation_record(folder: &Path, number: u32) -> Result<GenerationRecord> {
+    // Reads the sources too: a list of files that are not there is no code.
+    code::load(folder, number)?;
+    let listed = code::generation(folder, number)?;
+    let path = folder.join(format!("code/g{number}.json"));
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+    Ok(GenerationRecord {
+        number,
+        loop_path: listed.loop_path,
+        step: listed.step,
+        time: listed.time,
+        hash: code::hash(text.trim_end_matches('\n')),
+        status: GenerationStatus::Accepted,
+        reason: None,
+    })
+}
+
+/// What `store rebuild` did.
+pub struct Rebuilt {
+    /// Records that the old store still held.
+    pub salvaged: usize,
+    pub completed: Completed,
+    /// What was wrong with the old store.
+    pub damage: Vec<String>,
+    /// Where the old store lies now.
+    pub aside: Option<PathBuf>,
+}
+
+/// Writes the store of the dead run in `folder` anew: what can be read of the old one, then what the files add. Step records
+/// whose results are gone are left out, so that a resume runs those steps again.
+///
+/// Errors: [`Error::Script`] if the run is alive; those of reading `run.json`; those of [`replace`], and the old store stays.
+pub fn rebuild(folder: &Path) -> Result<Rebuilt> {
+    let held = hold::to_change(folder)?;
+    let _held = held.ok_or_else(|| Error::Script(format!("{}: the run is alive; stop it first: perilune stop", folder.display())))?;
+    let facts = read_facts(folder)?;
+    let store = folder.join("store");
+    let Salvage { records, damage, .. } = salvage(&store)?;
+    let salvaged = count(&records);
+    let mut completed = complete(folder, &facts, records, Care::Files)?;
+    let result_is_there = |step: &StepRecord| match &step.output {
+        Some(Output::File { hash, .. }) => folder.join("steps").join(format!("{hash}.json")).is_file(),
+        _ => true,
+    };
+    completed.records.steps.retain(result_is_there);
+    let reason = if damage.is_empty() { "replaced by a rebuilt one".to_string() } else { damage.join("\n") };
+    let aside = replace(&store, &reason, completed.records.clone())?;
+    Ok(Rebuilt { salvaged, completed, damage, aside })
+}
+
+fn count(records: &Records) -> usize {
+    let lists = records.steps.len() + records.generations.len() + records.checkpoints.len() + records.events.len();
+    lists + usize::from(records.run.is_some())
+}
