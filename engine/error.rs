@@ -21,7 +21,7 @@ pub enum Error {
     #[error("{path}: {place}: expected {expected}, found {found}")]
     Format { path: String, place: String, expected: String, found: String },
     /// The operating system refused.
-    #[error("{path}: cannot {action}: {source}")]
+    #[error("{path}: cannot {action}: {source}{}", advice(.source))]
     Io { path: String, action: &'static str, source: std::io::Error },
     /// Known to the field, not built here; `remedy` says what to do instead.
     #[error("{what} is not supported; {remedy}")]
@@ -48,6 +48,14 @@ pub enum Error {
 
 /// `std::result::Result` with the crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What to do about an error of the system, where that is known.
+fn advice(source: &std::io::Error) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::StorageFull => "; make room on that disk, then try again (a run goes on with `perilune resume`)",
+        _ => "",
+    }
+}
 
 impl Error {
     /// An [`Error::Io`] at `path`; `action` completes "cannot ...", for example "read".

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 /// A folder for runs, with the text they train on.
 struct Place(tempfile::TempDir);
@@ -100,7 +100,8 @@ fn outcome(run: &Path) -> Vec<(String, Vec<u8>)> {
         ("moments", last.join("optimizers/adamw of model/adamw.safetensors")),
         ("tensors of state", last.join("states/seen/tensors.safetensors")),
     ];
-    let read = |(what, path): (&str, PathBuf)| (what.to_string(), std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+    let read =
+        |(what, path): (&str, PathBuf)| (what.to_string(), std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())));
     files.into_iter().map(read).collect()
 }
 
@@ -193,7 +194,8 @@ fn the_list_shows_runs_in_every_state_and_changes_nothing() {
     assert_eq!((&listed[3]["step"], &listed[3]["loop"]), (&12.into(), &"train".into()));
     assert_eq!((&listed[1]["step"], &listed[1]["words"][1]), (&7.into(), &"bf16".into()));
     let metrics = std::fs::read_to_string(place.folder("r", &finished).join("metrics.jsonl")).unwrap();
-    let last: Value = metrics.lines().filter(|line| line.contains("\"loss\"")).map(|line| serde_json::from_str(line).unwrap()).last().unwrap();
+    let last: Value =
+        metrics.lines().filter(|line| line.contains("\"loss\"")).map(|line| serde_json::from_str(line).unwrap()).last().unwrap();
     assert_eq!(listed[3]["loss"], last["loss"]);
     assert!(listed[2]["reason"].as_str().unwrap().contains("failpoint loop.boundary"), "{listed}");
     let table = place.printed(&["runs", "--runs", "r"]);
@@ -238,7 +240,8 @@ fn two_runs_are_compared_to_the_bit() {
     let b = place.start("r", &["--steps", "20"], None);
     let c = place.start("r", &["--steps", "10", "--dtype", "bf16"], None);
     let compare = |a: &str, b: &str| place.json(&["runs", "diff", a, b, "--runs", "r", "--json"]);
-    let metric = |diff: &Value, name: &str| diff["metrics"].as_array().unwrap().iter().find(|metric| metric["name"] == name).unwrap().clone();
+    let metric =
+        |diff: &Value, name: &str| diff["metrics"].as_array().unwrap().iter().find(|metric| metric["name"] == name).unwrap().clone();
     let same = compare(&a, &a);
     assert_eq!((same["started_with"].as_array().unwrap().len(), same["code"].as_array().unwrap().len()), (0, 0));
     let longer = compare(&a, &b);
@@ -333,7 +336,10 @@ fn tidying_up_leaves_what_runs_need_and_pins_hold() {
     let kept = place.checkpoints("r", &killed);
     let before = content(&place.0.path().join("r"));
     let said = place.printed(&["runs", "gc", "--runs", "r", "--keep", "1", "--dry-run"]);
-    assert!(said.contains("would free") && said.contains(&format!("{finished}  would free")) && said.contains(": 1 checkpoint\n"), "{said}");
+    assert!(
+        said.contains("would free") && said.contains(&format!("{finished}  would free")) && said.contains(": 1 checkpoint\n"),
+        "{said}"
+    );
     assert_eq!(content(&place.0.path().join("r")), before, "a dry run changes nothing");
 
     // While something that was put aside may still be asked for results, they stay.
@@ -439,7 +445,9 @@ fn a_run_whose_store_was_destroyed_is_rebuilt_and_ends_the_same() {
     assert!(place.refusal(&["runs", "pin", &id, "latest", "--runs", "r"]).contains("perilune store rebuild"));
     assert!(place.printed(&["runs", "gc", "--runs", "r"]).contains("its store is damaged"));
     let said = place.printed(&["store", "rebuild", &id, "--runs", "r"]);
-    for part in ["damage     it does not open", "read       0 records", "recovered  generation 0", "recovered  checkpoint train-000018 at step 18"] {
+    for part in
+        ["damage     it does not open", "read       0 records", "recovered  generation 0", "recovered  checkpoint train-000018 at step 18"]
+    {
         assert!(said.contains(part), "{part} in {said}");
     }
     assert!(said.contains("missing    step prepare#0: it was recorded; a resume runs it again") && said.contains("store.bad-"), "{said}");

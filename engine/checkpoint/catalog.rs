@@ -186,8 +186,8 @@ pub(super) fn sync_folder(path: &Path) -> Result<()> {
     File::open(path).and_then(|folder| folder.sync_all()).map_err(|e| Error::io(path, "sync", e))
 }
 
-/// Creates `folder` and those above it, each durably.
-pub(super) fn create_durably(folder: &Path) -> Result<()> {
+/// Creates `folder` and those above it, each durably. `folder` is absolute. Errors: [`Error::Io`].
+pub fn create_durably(folder: &Path) -> Result<()> {
     if folder.is_dir() {
         return Ok(());
     }

@@ -264,7 +264,7 @@ impl Spec {
 }
 
 /// Names that the engine keeps for itself on every run's command line.
-pub const RESERVED: [&str; 5] = ["explain", "help", "seed", "quiet", "runs"];
+pub const RESERVED: [&str; 7] = ["explain", "help", "seed", "quiet", "runs", "tensorboard", "watch"];
 
 /// All entries of a workflow's `args`, by name.
 pub fn read_specs(table: Option<Table>) -> Failed<Vec<Spec>> {

@@ -50,7 +50,7 @@ pub struct State {
     pub states: BTreeMap<String, Json>,
     /// Ends of `metrics.jsonl` and `timing.jsonl`.
     pub log_offsets: (u64, u64),
-    /// Keys of the steps that were recorded by then.
+    /// Keys of the steps that had ended by then, well or not.
     pub steps: BTreeSet<String>,
     /// Number of the last event that is in all this; 0 for none.
     #[serde(default)]
@@ -85,9 +85,6 @@ pub struct StoredData {
 /// The layout of [`State`] that this engine writes and reads.
 const FORMAT: u32 = 1;
 
-/// Leftovers of killed processes are removed once they are this old.
-const LEFTOVER_AGE: Duration = Duration::from_secs(60);
-
 /// The state of a run at a boundary, in memory.
 pub(super) struct Snapshot {
     state: State,
@@ -98,7 +95,7 @@ pub(super) struct Snapshot {
     /// Tables of state that no script has asked for yet.
     unasked: BTreeMap<String, Plain>,
     position: (String, u64),
-    metrics: Map<String, Json>,
+    pub(super) metrics: Map<String, Json>,
     models: Vec<(String, ModelObject)>,
     optimizers: Vec<(String, AdamWState)>,
     states: BTreeMap<String, Plain>,
@@ -141,7 +138,6 @@ impl Snapshot {
             }
         }
         let states = states::contents(lua, &run.states)?;
-        let records = run.store.records();
         let state = State {
             format: FORMAT,
             loop_path: after.is_none().then(|| position.0.to_string()),
@@ -153,7 +149,7 @@ impl Snapshot {
             data,
             states: states.iter().map(|(name, plain)| (name.clone(), plain.json.clone())).collect(),
             log_offsets: run.log_offsets(),
-            steps: records.steps.into_iter().map(|step| step.key).collect(),
+            steps: run.store.ended_steps(),
             events: run.events_seen(),
             build: build_id().to_string(),
             instructions: isa::isa().name().to_string(),
@@ -178,16 +174,17 @@ impl Snapshot {
 
     /// Makes the run what it was: nothing that was done since has happened.
     ///
+    /// - `steps`: keys of the steps that were known then
+    ///
     /// Errors: those of reading data sets, of cutting the metrics and of the store.
-    pub(super) fn put_back(&self, run: &Run) -> Failed<()> {
+    pub(super) fn put_back(&self, run: &Run, steps: &HashSet<String>) -> Failed<()> {
         run.resources.retain(|name| {
             self.state.models.contains_key(name) || self.state.optimizers.contains_key(name) || self.state.data.contains_key(name)
         });
         self.put_back_resources(run)?;
         *run.loops.lock().expect("no panic happens under this lock") = self.state.loops.clone();
         run.states.set(self.unasked.clone());
-        let new = run.store.records().steps.into_iter().map(|step| step.key).filter(|key| !self.state.steps.contains(key));
-        run.store.forget_steps(new.collect())?;
+        run.store.forget_steps(run.store.step_keys().difference(steps).cloned().collect())?;
         if run.log_offsets() != self.state.log_offsets {
             run.cut_logs(self.state.log_offsets)?;
         }
@@ -377,7 +374,8 @@ impl Checkpoints {
         if !self.root.is_dir() {
             return Ok(None);
         }
-        sweep(&self.root, LEFTOVER_AGE)?;
+        // The run's lock is held, so nobody writes here: whatever its age, it is left over, and may fill the disk.
+        sweep(&self.root, Duration::ZERO)?;
         let mut found = None;
         let known = run.store.checkpoints();
         let listed = list(&self.root)?;
@@ -390,7 +388,13 @@ impl Checkpoints {
                 Err(error) => Err(Error::Script(error.to_string())),
             };
             match (opened, manifest) {
-                (Err(error), _) => run.screen.note(&format!("the checkpoint {name} is damaged and passed over: {error}")),
+                (Err(error), _) => {
+                    let what = format!("the checkpoint {name} is damaged and passed over: {error}");
+                    run.screen.note(&what);
+                    if let Some(record) = known.iter().find(|record| record.name == *name && record.lost.is_none()) {
+                        run.store.put_checkpoint(CheckpointRecord { lost: Some(what), ..record.clone() })?;
+                    }
+                }
                 (Ok(()), Ok(manifest)) if !known.iter().any(|record| record.manifest == manifest.hash()) => record(run, manifest)?,
                 _ => {}
             }
@@ -428,20 +432,12 @@ impl Checkpoints {
 }
 
 fn record(run: &Run, manifest: &Manifest) -> Result<()> {
-    let number = run.store.checkpoints().last().map_or(0, |last| last.number + 1);
-    run.store.put_checkpoint(CheckpointRecord {
-        number,
-        name: manifest.name.clone(),
-        loop_path: manifest.loop_path.clone(),
-        step: manifest.step,
-        generation: manifest.generation,
-        manifest: manifest.hash().to_string(),
-        bytes: manifest.bytes(),
-        time: manifest.time,
-        metrics: manifest.metrics.clone(),
-        pinned: false,
-        lost: None,
-    })
+    let known = run.store.checkpoints();
+    // A run that went on from an older checkpoint takes the same one again.
+    let old = known.iter().find(|record| record.name == manifest.name);
+    let number = old.map_or_else(|| known.last().map_or(0, |last| last.number + 1), |old| old.number);
+    let pinned = old.is_some_and(|old| old.pinned);
+    run.store.put_checkpoint(CheckpointRecord { pinned, ..super::rebuild::adopted(manifest, number) })
 }
 
 /// Takes a checkpoint at the boundary of the loop `path` behind `step` iterations; its files are written while the run goes on.
@@ -466,8 +462,11 @@ pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Ma
 pub fn after_step(lua: &Lua, run: &Arc<Run>, step: &StepRecord) -> Failed<()> {
     run.checkpoints.wait()?;
     let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new())?;
-    Ok(commit(run, &snapshot, &Keep { last: 2, every: None, best: None })?)
+    Ok(commit(run, &snapshot, &KEEP_STEPS)?)
 }
+
+/// Of the checkpoints that steps took.
+const KEEP_STEPS: Keep = Keep { last: 2, every: None, best: None };
 
 fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
     run.sync_logs()?;
@@ -483,13 +482,24 @@ fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
         Some(Candidate { name, loop_path: manifest.loop_path, step: manifest.step, metrics: manifest.metrics, pinned })
     };
     let candidates: Vec<Candidate> = listed.into_iter().filter_map(candidate).collect();
-    for name in removable(&candidates, keep) {
+    for name in outlived(candidates, &snapshot.position.0, keep) {
         remove(&run.checkpoints.root, &name)?;
         for gone in records.iter().filter(|record| record.name == name) {
             run.store.remove_checkpoint(gone.number)?;
         }
     }
     Ok(())
+}
+
+/// The checkpoints that may go when the loop `path` has taken one. What another loop keeps is for that loop to say; all that
+/// steps took count as those of one loop, since each step takes but one.
+fn outlived(candidates: Vec<Candidate>, path: &str, keep: &Keep) -> Vec<String> {
+    // Names of loops have no number.
+    let is_step = |checkpoint: &Candidate| checkpoint.loop_path.rsplit('/').next().is_some_and(|name| name.contains('#'));
+    let (mut steps, loops): (Vec<_>, Vec<_>) = candidates.into_iter().partition(is_step);
+    steps.iter_mut().for_each(|step| step.loop_path = "steps".into());
+    let of_loop: Vec<_> = loops.into_iter().filter(|checkpoint| checkpoint.loop_path == path).collect();
+    [removable(&steps, &KEEP_STEPS), removable(&of_loop, keep)].concat()
 }
 
 /// The script has come to where the checkpoint was taken: everything takes its state from there, and new things begin.
@@ -516,4 +526,27 @@ pub fn arrive(lua: &Lua, run: &Arc<Run>, replay: &Replay) -> Failed<()> {
     set_random_position(lua, &origin.state.random);
     replay.arrive();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loops_keep_their_own_and_steps_the_last_two() {
+        let candidate = |loop_path: &str, step: u64| Candidate {
+            name: format!("{loop_path}-{step}"),
+            loop_path: loop_path.into(),
+            step,
+            metrics: Map::new(),
+            pinned: false,
+        };
+        let mut all: Vec<_> = [10, 20, 30].map(|step| candidate("sft", step)).into();
+        all.extend(["step a#0", "step b#0/b#1", "step c#0"].map(|path| candidate(path, 0)));
+        all.extend([5, 10].map(|step| candidate("step d#0/dpo", step)));
+        let keep = Keep { last: 1, every: Some(20), best: None };
+        assert_eq!(outlived(all.clone(), "step d#0/dpo", &keep), ["step a#0-0", "step d#0/dpo-5"]);
+        assert_eq!(outlived(all.clone(), "sft", &keep), ["step a#0-0", "sft-10"]);
+        assert_eq!(outlived(all, "step c#0", &KEEP_STEPS), ["step a#0-0"]);
+    }
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::failpoint;
 use crate::store::records::{GenerationRecord, GenerationStatus};
 use mlua::Lua;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -78,7 +78,7 @@ fn report(run: Arc<Run>, end: End) {
 }
 
 /// Hands the workflow of `vm` to `body`.
-fn with_workflow<T>(vm: &Vm, body: impl FnOnce(&Workflow) -> Result<T>) -> Result<T> {
+pub fn with_workflow<T>(vm: &Vm, body: impl FnOnce(&Workflow) -> Result<T>) -> Result<T> {
     let none = || Error::Script(format!("{}: the script returns no workflow", vm.script().display()));
     let object = vm.workflow().ok_or_else(none)?;
     let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
@@ -92,6 +92,8 @@ pub struct Boundary {
     pub step: u64,
     /// Iterations when the last checkpoint was taken, and when that was.
     pub saved: (u64, Instant),
+    /// What the loop logged last.
+    pub metrics: Map<String, Json>,
 }
 
 /// What became of a try.
@@ -110,7 +112,8 @@ pub struct Trial {
     known: bool,
     /// The run at the boundary, to be handed over or put back.
     base: Snapshot,
-    /// Files that differ from those of the generation that leads.
+    /// Its files as far as they were known, and which differ from those of the generation that leads.
+    files: Vec<Source>,
     changed: Vec<String>,
     began: Instant,
     phase: Mutex<Phase>,
@@ -166,6 +169,11 @@ impl Trial {
         holds
     }
 
+    /// What the loop logged last.
+    pub fn metrics(&self) -> Map<String, Json> {
+        self.base.metrics.clone()
+    }
+
     /// When the last checkpoint was taken, for the loop's plan.
     pub fn saved(&self) -> (u64, Instant) {
         self.boundary.saved
@@ -197,10 +205,12 @@ impl Trial {
             return Ok(());
         }
         failpoint("reload.accept").map_err(|error| Error::io(&run.folder, "record a generation in", error))?;
-        let sources = lua.app_data_ref::<Modules>().map_or_else(Vec::new, |modules| modules.sources());
-        if !self.known {
-            self.record(run, &sources, GenerationStatus::Accepted, None)?;
-        }
+        let mut sources = lua.app_data_ref::<Modules>().map_or_else(Vec::new, |modules| modules.sources());
+        // Where it is known, modules that it asks for later stay in its list, and new ones join it.
+        let later = |file: &&Source| self.known && !sources.iter().any(|source| source.path == file.path);
+        let later: Vec<Source> = self.files.iter().filter(later).cloned().collect();
+        sources.extend(later);
+        self.record(run, &sources, GenerationStatus::Accepted, None)?;
         *run.code() = Code { number: self.number, sources };
         run.printed_again(std::mem::take(&mut self.held.lock().expect("no panic happens under this lock")));
         *self.phase() = Phase::Accepted;
@@ -231,12 +241,14 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
     let began = Instant::now();
     failpoint("reload.begin").map_err(|error| Error::io(&run.folder, "reload", error))?;
     run.checkpoints.wait()?;
-    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, Default::default())?;
+    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, boundary.metrics.clone())?;
+    let steps = run.store.step_keys();
     let limit = REPLAY_TIME_MIN.max(run.time_to_loop() * 3);
     let number = known.unwrap_or_else(|| run.store.generations().last().map_or(0, |last| last.number) + 1);
     let (verdict, verdicts) = mpsc::channel();
     let trial = Arc::new(Trial {
         number,
+        files: sources.clone(),
         changed: code::changed(&run.code().sources, &sources),
         boundary,
         known: known.is_some(),
@@ -257,7 +269,7 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
             Ok(Outcome::Taken { number, pause })
         }
         Err(reason) => {
-            trial.base.put_back(run)?;
+            trial.base.put_back(run, &steps)?;
             if known.is_none() {
                 trial.record(run, &sources, GenerationStatus::Rejected, Some(reason.to_string()))?;
             }

@@ -9,7 +9,7 @@ use super::interrupt::{self, InLoop};
 use super::modules::Source;
 use super::options::Options;
 use super::progress::{Progress, Report, short};
-use super::raise::{Failure, raise};
+use super::raise::{Failure, message, raise};
 use super::replay::{Replay, Target};
 use super::run::Run;
 use super::run_object::{check_name, standing};
@@ -34,6 +34,9 @@ pub struct LoopRecord {
     pub finished: bool,
     /// Left by `break`: it does not go on, whatever its options say.
     pub broken: bool,
+    /// Left by this error, which the script has caught if the run went on.
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 /// When a loop takes checkpoints, and which of them stay.
@@ -144,6 +147,8 @@ pub fn start(call: &Call) -> Answer {
         (Some(record), true) if arrives => record.count,
         // The run has left it behind: nothing of it is done again.
         (Some(record), true) if record.finished => return passed_over(call),
+        (None, true) if replay.notes().is_some() => 0,
+        (Some(LoopRecord { error: Some(error), .. }), true) => return Err(mlua::Error::RuntimeError(error.clone()).into()),
         (Some(_), true) | (None, true) => {
             let goal = match replay.target() {
                 Some(Target::Loop(goal) | Target::Step(goal)) => goal,
@@ -161,12 +166,26 @@ pub fn start(call: &Call) -> Answer {
             return Err(Failure::message(what));
         }
     };
+    if let Some(notes) = replay.notes() {
+        let what = format!("loop {path}");
+        let stops = match known {
+            Some(record) if arrives => notes.run(&what, &format!("from step {}", record.count), true),
+            _ => notes.run(&what, "from its beginning", true),
+        };
+        return Err(stops.into());
+    }
     let trial = replay.trial().cloned();
+    let mut metrics = Map::new();
     if arrives {
         match &trial {
             Some(trial) => trial.arrive(call.lua, &run, &replay)?,
             None => checkpoints::arrive(call.lua, &run, &replay)?,
         }
+        // What was logged last still counts in the choice of the best.
+        metrics = match &trial {
+            Some(trial) => trial.metrics(),
+            None => run.checkpoints.origin().map_or_else(Map::new, |origin| origin.manifest.metrics.clone()),
+        };
         if known.is_some_and(|record| record.broken) {
             return passed_over(call);
         }
@@ -181,7 +200,7 @@ pub fn start(call: &Call) -> Answer {
         current: None,
         next,
         logged: Map::new(),
-        metrics: Map::new(),
+        metrics,
         progress: Some(Progress::start(&run.screen, &path, steps)),
         in_loop: is_outermost.then(InLoop::enter),
         step_started: Instant::now(),
@@ -366,7 +385,7 @@ impl Loop {
             (Err(error), None) => return Err(error.into()),
         };
         state.progress = None;
-        let boundary = Boundary { loop_path: self.path.clone(), step: state.next, saved: state.saved };
+        let boundary = Boundary { loop_path: self.path.clone(), step: state.next, saved: state.saved, metrics: state.metrics.clone() };
         let outcome = generations::attempt(lua, &self.run, boundary, files, known)?;
         match outcome {
             Outcome::Taken { number, pause } => {
@@ -429,7 +448,7 @@ impl Loop {
         let operations = work.1.saturating_sub(state.work_before.1);
         let rate = (tokens > 0).then(|| tokens as f64 / seconds);
         let measure = self.work.as_ref().filter(|_| operations > 0);
-        let share = measure.map(|work| work.share_of_peak(operations as f64 / seconds));
+        let share = measure.and_then(|work| work.share_of_peak(operations as f64 / seconds));
         if !logged.is_empty() {
             let mut line = Map::new();
             line.insert("loop".into(), Json::from(self.path.as_str()));
@@ -536,6 +555,13 @@ impl UserData for LoopObject {
             // Left by `break`: the step counts, and the loop is done. Left by an error: neither.
             if !error.is_nil() {
                 looping.close(&mut state, false);
+                let text = match &error {
+                    Value::Error(error) => message(error),
+                    other => other.to_string().unwrap_or_default(),
+                };
+                if let Some(record) = looping.run.loops.lock().expect("no panic happens under this lock").get_mut(&looping.path) {
+                    record.error = Some(text);
+                }
                 return Ok(());
             }
             let ended = looping.prove(lua).and_then(|()| looping.end_step(&mut state));
@@ -564,6 +590,7 @@ impl Class for Step {
                 return Err(Failure::message(format!("{}: step {} is over", call.op, step.index)));
             }
             state.logged.extend(values);
+            step.of.run.note_logged();
             call.done()
         },
     }]];

@@ -29,6 +29,8 @@ pub(super) struct Held {
     pub asked: Settings,
     /// What the user has set from outside, in place of what the script says.
     pub forced: Forced,
+    /// How often settings were put into force.
+    applied: u64,
 }
 
 /// Settings by name that hold whatever the script says; none (null) only for `clip_norm`: no limit.
@@ -39,6 +41,7 @@ impl Held {
     ///
     /// Errors: those of [`Settings::check`].
     pub fn apply(&mut self) -> Result<(), Error> {
+        self.applied += 1;
         let mut settings = self.script;
         for (name, value) in &self.forced {
             force(&mut settings, name, *value)?;
@@ -120,7 +123,7 @@ impl OptimizerObject {
     pub fn adamw(op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
         let adamw = AdamW::new(model.model.parameters(), settings)?;
-        let held = Held { adamw, script: settings, asked: settings, forced: Forced::new() };
+        let held = Held { adamw, script: settings, asked: settings, forced: Forced::new(), applied: 0 };
         Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
     }
 
@@ -201,10 +204,10 @@ impl OptimizerObject {
         self.held.lock().expect("an update does not panic under this lock")
     }
 
-    /// A number that changes with every update.
+    /// A number that changes with every update and with every setting.
     pub fn version(&self) -> u64 {
         let held = self.lock();
-        held.adamw.steps() + held.adamw.skipped()
+        held.adamw.steps() + held.adamw.skipped() + held.applied
     }
 }
 

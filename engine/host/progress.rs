@@ -14,6 +14,8 @@ pub struct Screen(Arc<Inner>);
 
 struct Inner {
     quiet: bool,
+    /// Nothing at all is shown.
+    silent: bool,
     terminal: bool,
     bar: Mutex<Option<ProgressBar>>,
 }
@@ -21,7 +23,12 @@ struct Inner {
 impl Screen {
     /// The process's own standard streams. `quiet` leaves only what scripts print, and errors.
     pub fn new(quiet: bool) -> Self {
-        Self(Arc::new(Inner { quiet, terminal: std::io::stderr().is_terminal(), bar: Mutex::new(None) }))
+        Self(Arc::new(Inner { quiet, silent: false, terminal: std::io::stderr().is_terminal(), bar: Mutex::new(None) }))
+    }
+
+    /// The same streams for somebody of whom nothing is to be seen: what scripts print there is lost, too.
+    pub fn quiet(&self) -> Self {
+        Self(Arc::new(Inner { quiet: true, silent: true, terminal: false, bar: Mutex::new(None) }))
     }
 
     fn above_bar(&self, write: impl FnOnce()) {
@@ -34,6 +41,9 @@ impl Screen {
 
     /// A line on standard output: what a script prints. A closed pipe (`| head`) is no error of the run.
     pub fn print(&self, line: &str) {
+        if self.0.silent {
+            return;
+        }
         self.above_bar(|| {
             let _ = writeln!(std::io::stdout(), "{line}");
         });
@@ -56,6 +66,8 @@ pub struct Progress {
     steps: Option<u64>,
     bar: Option<ProgressBar>,
     started: Instant,
+    /// Share of the loop that was done when the display began.
+    done_before: Option<f64>,
     printed: Option<Instant>,
     interval: Duration,
 }
@@ -91,12 +103,15 @@ impl Progress {
             bar
         });
         let (started, interval) = (Instant::now(), INTERVAL_FIRST);
-        Self { screen: screen.clone(), name: name.to_string(), steps, bar, started, printed: None, interval }
+        Self { screen: screen.clone(), name: name.to_string(), steps, bar, started, done_before: None, printed: None, interval }
     }
 
     pub fn step(&mut self, report: &Report) {
         if self.screen.0.quiet {
             return;
+        }
+        if self.done_before.is_none() {
+            self.done_before = report.done.map(|done| done - done / report.count.max(1) as f64);
         }
         if let Some(bar) = &self.bar {
             bar.set_message(self.facts(report).join("  "));
@@ -122,8 +137,8 @@ impl Progress {
         let mut facts: Vec<String> = report.values.iter().map(|(name, value)| format!("{name} {value}")).collect();
         facts.extend(report.tokens_per_second.map(|rate| format!("{} tokens/s", short(rate))));
         facts.extend(report.share_of_peak.map(|share| format!("{:.0}% of peak", share * 100.0)));
-        if let Some(done) = report.done.filter(|done| *done > 0.0 && *done < 1.0) {
-            let left = self.started.elapsed().as_secs_f64() * (1.0 - done) / done;
+        if let Some((done, before)) = report.done.zip(self.done_before).filter(|(done, before)| before < done && *done < 1.0) {
+            let left = self.started.elapsed().as_secs_f64() * (1.0 - done) / (done - before);
             facts.push(format!("{} left", clock(left)));
         }
         let resident = resident_bytes().map_or_else(String::new, |bytes| format!(" of {}", memory(bytes)));

@@ -8,6 +8,7 @@
 use super::call::Failed;
 use super::generations::Trial;
 use super::interrupt;
+use super::plan::Notes;
 use super::run::Run;
 use crate::error::Error;
 use crate::train::optimizer::Settings;
@@ -45,6 +46,8 @@ pub struct Replay {
     asked: Mutex<BTreeMap<String, Settings>>,
     /// What the generation has to prove first; none if it led from the start.
     trial: Option<Arc<Trial>>,
+    /// Taken where the script only shows what it would do.
+    notes: Option<Arc<Notes>>,
     superseded: AtomicBool,
 }
 
@@ -59,6 +62,7 @@ impl Replay {
             frames: Mutex::new(vec![root]),
             asked: Mutex::default(),
             trial: None,
+            notes: None,
             superseded: AtomicBool::new(false),
         }
     }
@@ -66,6 +70,16 @@ impl Replay {
     /// That of a generation that tries to take over.
     pub fn on_trial(self, trial: Arc<Trial>) -> Self {
         Self { trial: Some(trial), ..self }
+    }
+
+    /// That of a script which only shows what it would do.
+    pub fn with_notes(self, notes: Arc<Notes>) -> Self {
+        Self { notes: Some(notes), ..self }
+    }
+
+    /// The notes to be taken, if the script only shows what it would do.
+    pub fn notes(&self) -> Option<&Notes> {
+        self.notes.as_deref()
     }
 
     /// The trial of this generation, while it is open.

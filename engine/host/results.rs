@@ -4,6 +4,7 @@ use super::call::{Answer, Failed};
 use super::code::write_durably;
 use super::plain::{Plain, tensor_bytes};
 use super::run::Run;
+use crate::checkpoint::catalog::create_durably;
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
@@ -37,7 +38,7 @@ pub fn write(lua: &Lua, run: &Run, key: &str, values: MultiValue) -> Failed<(Out
     } else {
         let hash = blake3::hash(whole.canonical().as_bytes()).to_hex()[..32].to_string();
         let folder = run.folder.join("steps");
-        std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, "create", error))?;
+        create_durably(&folder)?;
         if !whole.tensors.is_empty() {
             write_tensors(&folder.join(&hash), &whole.tensors)?;
         }

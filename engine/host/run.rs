@@ -11,6 +11,7 @@ use super::modules::Source;
 use super::progress::Screen;
 use super::resources::Resources;
 use super::states::Waiting;
+use crate::checkpoint::catalog::create_durably;
 use crate::error::{Error, Result};
 use crate::store::metrics::LineLog;
 use crate::store::records::{GenerationRecord, GenerationStatus, Output, RunRecord, Status, StepRecord, StepStatus};
@@ -23,7 +24,7 @@ use std::fs::{File, TryLockError};
 use std::hash::{BuildHasher, Hasher};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -45,6 +46,17 @@ pub struct Facts {
     /// Unix seconds.
     pub created: f64,
     pub working_folder: String,
+    /// The run that this one is a fork of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Origin>,
+}
+
+/// Where a fork comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    pub id: String,
+    /// `LOOP=STEP` of the checkpoint; none for the beginning.
+    pub at: Option<String>,
 }
 
 impl Facts {
@@ -63,6 +75,7 @@ impl Facts {
             engine: env!("CARGO_PKG_VERSION").into(),
             created: unix_seconds(),
             working_folder: std::env::current_dir().map(|folder| folder.display().to_string()).unwrap_or_default(),
+            parent: None,
         }
     }
 }
@@ -90,6 +103,8 @@ pub struct Run {
     printed: Mutex<BTreeSet<String>>,
     ends: OnceLock<Sender<End>>,
     code: Mutex<Code>,
+    /// How often the script logged something.
+    logged: AtomicU64,
     logs: Mutex<Logs>,
     /// Held while the process lives: a free lock means that nobody runs this run.
     _lock: File,
@@ -201,7 +216,9 @@ impl Run {
     /// Errors: [`Error::Io`].
     pub fn start(start: Start) -> Result<Self> {
         let folder = start.root.join(&start.facts.id);
-        std::fs::create_dir_all(folder.join("code/objects")).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        let folder = std::path::absolute(&folder).map_err(|error| Error::io(&folder, "make the folder", error))?;
+        // Durably: what is synced in a folder whose own name is not would be lost with the name.
+        create_durably(&folder.join("code/objects"))?;
         let folder = folder.canonicalize().map_err(|error| Error::io(&folder, "find", error))?;
         let lock = lock(&folder)?;
         let hash = code::save(&folder, 0, None, start.facts.created, start.sources)?;
@@ -247,7 +264,7 @@ impl Run {
         let open = |name: &str| {
             let path = folder.join(name);
             match path.metadata() {
-                Ok(about) => LineLog::open_at(&path, about.len(), &path),
+                Ok(_) => LineLog::reopen(&path),
                 Err(_) => LineLog::create(&path),
             }
         };
@@ -264,6 +281,7 @@ impl Run {
             printed: Mutex::default(),
             ends: OnceLock::new(),
             code: Mutex::new(code),
+            logged: AtomicU64::new(0),
             logs: Mutex::new(logs),
             facts,
             folder,
@@ -330,6 +348,16 @@ impl Run {
         let board = EventFile::create(&self.folder.join("tensorboard"))?;
         self.logs.lock().expect("no panic happens under this lock").board = Some(board);
         Ok(())
+    }
+
+    /// Notes that the script logged something, in a line of its own or for that of an iteration.
+    pub fn note_logged(&self) {
+        self.logged.fetch_add(1, Relaxed);
+    }
+
+    /// A number that changes with whatever a checkpoint holds and the record of a step does not: resources and metrics.
+    pub fn changes(&self) -> u64 {
+        self.resources.version().wrapping_add(self.logged.load(Relaxed))
     }
 
     /// Adds one line to `metrics.jsonl`, and what goes with it to `timing.jsonl`.
@@ -410,11 +438,11 @@ impl Run {
 
     /// Number of the last event that is in the state of the run.
     pub fn events_seen(&self) -> u64 {
-        self.events_seen.load(SeqCst)
+        self.events_seen.load(Relaxed)
     }
 
     pub fn set_events_seen(&self, number: u64) {
-        self.events_seen.store(number, SeqCst);
+        self.events_seen.store(number, Relaxed);
     }
 
     /// How long the script needed from its start to its first loop; nothing before it was there.
@@ -487,8 +515,7 @@ impl Run {
     ///
     /// Errors: [`Error::Argument`] if the name is no plain name of a folder, or one of the run's own.
     pub fn artifact(&self, name: &str) -> Result<PathBuf> {
-        let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !name.starts_with('.') && !name.is_empty();
-        if !plain || OWN_FOLDERS.contains(&name) || name.ends_with(".jsonl") || name.ends_with(".json") {
+        if !is_artifact(name) {
             let expected = format!("a name of letters, digits, - and _, other than {}", OWN_FOLDERS.join(", "));
             return Err(Error::argument("Run:save", "name", expected, format!("\"{name}\"")));
         }
@@ -499,6 +526,12 @@ impl Run {
     pub fn seconds(&self) -> f64 {
         unix_seconds() - self.facts.created
     }
+}
+
+/// Whether a folder of this name in a run's is a script's, and not the run's own.
+pub fn is_artifact(name: &str) -> bool {
+    let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !name.starts_with('.') && !name.is_empty();
+    plain && !OWN_FOLDERS.contains(&name) && !name.ends_with(".jsonl") && !name.ends_with(".json")
 }
 
 /// What a run's folder holds besides artifacts.

@@ -135,6 +135,7 @@ impl Class for RunObject {
                     let mut timing = Map::new();
                     timing.insert("time".into(), Json::from(run.seconds()));
                     run.write_metrics(&values, &timing)?;
+                    run.note_logged();
                 }
                 call.done()
             },

@@ -5,7 +5,8 @@ use super::call::{Answer, Call, Class, Failed, Field, Function, register};
 use super::globals::{enter_scope, leave_scope};
 use super::options::Options;
 use super::plain::Plain;
-use super::raise::{explain, is_final, is_stop, is_timeout};
+use super::plan::Notes;
+use super::raise::{explain, is_final, is_stop, is_timeout, message, place};
 use super::replay::{Replay, Target, must_end};
 use super::run::{Run, unix_seconds};
 use super::run_object::{check_name, standing};
@@ -81,39 +82,83 @@ pub fn step(call: &Call) -> Answer {
     record.code = hash(&body.dump(true));
 
     let known = run.store.step(&key);
-    if let Some(known) = known.filter(|known| known.status == StepStatus::Done) {
-        check_inputs(&known, &record)?;
-        if let Some(output) = &known.output {
+    if let Some(notes) = replay.notes() {
+        note(notes, &replay, known.as_ref(), &record)?;
+    }
+    match known {
+        Some(StepRecord { status: StepStatus::Done, output: Some(output), fingerprint, inputs, .. }) => {
+            check_inputs(&key, &fingerprint, &inputs, &record)?;
             if replay.target() == Some(Target::Step(key.clone())) {
                 checkpoints::arrive(call.lua, &run, &replay)?;
             }
-            return results::read(call.lua, &run, &key, output);
+            results::read(call.lua, &run, &key, &output)
         }
-    }
-    // A step around the loop has not come to its end, and is entered again.
-    let is_around = |target: &Target| matches!(target, Target::Loop(path) if path.starts_with(&format!("{key}/")));
-    if replay.trial().is_some() && replay.target().is_some_and(|target| !is_around(&target)) {
-        return Err(Error::Diverged {
+        // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
+        Some(StepRecord { status: StepStatus::Failed, output: Some(output), fingerprint, inputs, .. })
+            if is_behind(&run, &replay, &key) =>
+        {
+            check_inputs(&key, &fingerprint, &inputs, &record)?;
+            let message = results::read(call.lua, &run, &key, &output)?;
+            let message = message.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
+            Err(mlua::Error::RuntimeError(message).into())
+        }
+        // A step around the loop has not come to its end, and is entered again.
+        _ if replay.trial().is_some() && replay.is_replaying() && !is_around(&replay, &key) => Err(Error::Diverged {
             what: format!("the step `{key}`"),
             how: "the run has not done it, and a reload does nothing new above its loop".into(),
             remedy: "put it into the loop or behind it, or stop the run and go on with: perilune resume RUN --code new".into(),
         }
-        .into());
+        .into()),
+        _ => execute(call, &run, &replay, &body, &policy, record),
     }
-    execute(call, &run, &replay, &body, &policy, record)
+}
+
+/// Whether the loop that is come to is inside the step `key`.
+fn is_around(replay: &Replay, key: &str) -> bool {
+    matches!(replay.target(), Some(Target::Loop(path)) if path.starts_with(&format!("{key}/")))
+}
+
+/// Says what would become of a step. Errors: [`Error::Superseded`] where something would be done, which ends the notes.
+fn note(notes: &Notes, replay: &Replay, known: Option<&StepRecord>, now: &StepRecord) -> Result<()> {
+    let what = format!("step {}", now.key);
+    match known {
+        Some(known) if known.status == StepStatus::Done && known.fingerprint != now.fingerprint => {
+            Err(notes.run(&what, &format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)), false))
+        }
+        Some(known) if known.status == StepStatus::Done => {
+            notes.skip(&now.key, known.code != now.code);
+            match replay.target() {
+                Some(Target::Step(key)) if key == now.key => Err(notes.run("what follows", "from the checkpoint at that step's end", true)),
+                _ => Ok(()),
+            }
+        }
+        Some(known) if known.status == StepStatus::Failed && is_behind(&replay.run, replay, &now.key) => {
+            notes.skip(&now.key, false);
+            Ok(())
+        }
+        _ if is_around(replay, &now.key) => Ok(()),
+        None => Err(notes.run(&what, "it is new", false)),
+        Some(_) => Err(notes.run(&what, "it did not come to its end", false)),
+    }
+}
+
+/// Whether the script repeats its way to a checkpoint that was taken after the step `key` had ended.
+fn is_behind(run: &Run, replay: &Replay, key: &str) -> bool {
+    // A generation on trial comes to a place that the run has reached in this process: every step above it had ended.
+    replay.is_replaying() && (replay.trial().is_some() || run.checkpoints.origin().is_some_and(|origin| origin.state.steps.contains(key)))
 }
 
 fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..32].to_string()
 }
 
-fn check_inputs(known: &StepRecord, now: &StepRecord) -> Result<()> {
-    if known.fingerprint == now.fingerprint {
+fn check_inputs(key: &str, fingerprint: &str, inputs: &str, now: &StepRecord) -> Result<()> {
+    if fingerprint == now.fingerprint {
         return Ok(());
     }
     Err(Error::Diverged {
-        what: format!("the step `{}`", known.key),
-        how: format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)),
+        what: format!("the step `{key}`"),
+        how: format!("its inputs were {inputs} and are now {}", shorten(&now.inputs)),
         remedy: "give it another name, or fork the run before it: perilune runs fork".into(),
     })
 }
@@ -129,7 +174,7 @@ fn shorten(text: &str) -> String {
 /// Runs `body`, as often as the policy allows, and records how it went.
 fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, policy: &Policy, mut record: StepRecord) -> Answer {
     let (lua, key) = (call.lua, record.key.clone());
-    let resources_before = run.resources.version();
+    let (before, resources_before) = (run.changes(), run.resources.version());
     let began = Instant::now();
     for attempt in 1.. {
         record.attempts = attempt;
@@ -140,7 +185,7 @@ fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, 
         record.ended = Some(unix_seconds());
         let error = match outcome {
             Ok(values) => {
-                let changed = run.resources.version() != resources_before;
+                let changed = run.changes() != before;
                 let values = finish(lua, run, replay, record, values, changed)?;
                 return Ok(values);
             }
@@ -159,14 +204,15 @@ fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, 
             sleep(lua, wait)?;
             continue;
         }
+        // Above this step, time that is over is an ordinary error, which a script may catch.
+        let timeout = is_timeout(&error).then(|| format!("{}{what}", place(lua)));
+        let raised = lua.create_string(timeout.clone().unwrap_or_else(|| message(&error)))?;
+        let (raised, _) = results::write(lua, run, &key, MultiValue::from_iter([Value::String(raised)]))?;
         record.status = StepStatus::Failed;
         record.error = Some(what);
-        run.store.put_step(record.clone(), Durability::Flushed)?;
-        if is_timeout(&error) {
-            // Above this step it is an ordinary error, which a script may catch.
-            return Err(Error::Script(explain(&error).to_string()).into());
-        }
-        return Err(error.into());
+        record.output = Some(raised);
+        run.store.put_step(record, Durability::Flushed)?;
+        return Err(timeout.map_or(error, mlua::Error::RuntimeError).into());
     }
     unreachable!("the loop above ends by returning")
 }
@@ -181,13 +227,13 @@ fn attempt_once(lua: &Lua, replay: &Replay, body: &mlua::Function, policy: &Poli
     result
 }
 
-/// Records a step that has come to its end. What it changed in the resources is made durable with it.
+/// Records a step that has come to its end. What it changed in the resources, and what it logged, is made durable with it.
 fn finish(lua: &Lua, run: &Arc<Run>, replay: &Replay, mut record: StepRecord, values: MultiValue, changed: bool) -> Answer {
     let (output, values) = results::write(lua, run, &record.key, values)?;
     record.status = StepStatus::Done;
     record.error = None;
     if changed && replay.loop_depth() > 0 {
-        // A step in an iteration that changed weights or positions is part of the iteration, and done again with it.
+        // A step in an iteration that changed weights or positions, or logged, is part of the iteration, and done again with it.
         return Ok(values);
     }
     record.output = Some(output);

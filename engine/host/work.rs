@@ -57,30 +57,38 @@ impl Work {
         self.operations.fetch_add(passes * once as u64, Relaxed);
     }
 
-    /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The first
-    /// call measures the rate, which takes about a tenth of a second.
-    pub fn share_of_peak(&self, operations_per_second: f64) -> f64 {
+    /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The rate is
+    /// measured once, when the script has done as much work as that takes, about a tenth of a second; before, there is none.
+    pub fn share_of_peak(&self, operations_per_second: f64) -> Option<f64> {
+        if self.operations.load(Relaxed) < MEASURED_OPERATIONS {
+            return None;
+        }
         let is_bf16 = self.is_bf16.load(Relaxed);
         let ceiling =
             self.ceilings[usize::from(is_bf16)].get_or_init(|| if is_bf16 { matrix_rate::<bf16>() } else { matrix_rate::<f32>() });
-        operations_per_second / ceiling
+        Some(operations_per_second / ceiling)
     }
 }
 
+/// The products by which the rate is measured, and what they take.
+const ROWS: usize = 512;
+const SIDE: usize = 1024;
+const PRODUCTS: u64 = 24;
+const PRODUCT_OPERATIONS: u64 = (2 * ROWS * SIDE * SIDE) as u64;
+const MEASURED_OPERATIONS: u64 = PRODUCTS * PRODUCT_OPERATIONS;
+
 /// Operations a second of the best of some products, after the first few have woken the threads, of `[512, 1024]` and `[1024, 1024]`, on all threads.
 fn matrix_rate<E: TileElement>() -> f64 {
-    const ROWS: usize = 512;
-    const SIDE: usize = 1024;
     let half = E::from_f32(0.5);
     let mut weight = Buffer::<E>::scratch(panels::len::<E>(SIDE, SIDE));
     let (mut x, mut y) = (Buffer::<E>::scratch(ROWS * SIDE), Buffer::<E>::scratch(ROWS * SIDE));
     weight.fill(half);
     x.fill(half);
     let mut best = f64::INFINITY;
-    for _ in 0..24 {
+    for _ in 0..PRODUCTS {
         let started = Instant::now();
         gemm::forward(&mut y, &x, None, Weight { panels: &weight, outputs: SIDE, inputs: SIDE }, None, None);
         best = best.min(started.elapsed().as_secs_f64());
     }
-    (2 * ROWS * SIDE * SIDE) as f64 / best
+    PRODUCT_OPERATIONS as f64 / best
 }

@@ -149,7 +149,7 @@ impl Model {
         on_graph!(self, graph => graph.parameters().iter().map(|parameter| parameter.state_bytes() as u64).sum())
     }
 
-    /// A number that changes with every change of a weight or of a gradient.
+    /// A number that changes with every change of a weight or of a gradient that waits.
     pub fn version(&self) -> u64 {
         on_graph!(self, graph => graph.parameters().iter().map(|parameter| parameter.changes()).fold(0, u64::wrapping_add))
     }

@@ -32,7 +32,8 @@ const REWRITE_BYTES_MIN: u64 = 64 << 20;
 pub enum Durability {
     /// When it survives a power loss.
     Flushed,
-    /// When it survives the end of this process. A power loss it survives after the next flush, some 200 ms later.
+    /// With the next flush, at the latest some 200 ms later: what was written before a write that is flushed survives with it,
+    /// and a process that is killed may lose the last ones.
     Later,
 }
 

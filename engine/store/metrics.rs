@@ -65,6 +65,20 @@ impl LineLog {
         Ok(Self { path: path.to_owned(), file, offset })
     }
 
+    /// The log at `path` as another process left it. Half a line at its end, of a process that was killed while it wrote, is cut
+    /// off.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn reopen(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().read(true).append(true).open(path).map_err(|error| Error::io(path, "open", error))?;
+        let bytes = file.metadata().map_err(|error| Error::io(path, "measure", error))?.len();
+        let offset = end_of_last_line(&file, bytes).map_err(|error| Error::io(path, "read", error))?;
+        if offset < bytes {
+            file.set_len(offset).and_then(|()| file.sync_all()).map_err(|error| Error::io(path, "cut", error))?;
+        }
+        Ok(Self { path: path.to_owned(), file, offset })
+    }
+
     /// Appends `line` and its checksum in one write. It survives the end of this process at once, a power loss after
     /// [`LineLog::sync`].
     ///
@@ -89,6 +103,22 @@ impl LineLog {
     pub fn offset(&self) -> u64 {
         self.offset
     }
+}
+
+/// Where the last whole line of a file of `bytes` ends, read from its end.
+fn end_of_last_line(file: &File, bytes: u64) -> io::Result<u64> {
+    let mut block = [0; 4096];
+    let mut end = bytes;
+    while end > 0 {
+        let start = end.saturating_sub(block.len() as u64);
+        let part = &mut block[..(end - start) as usize];
+        file.read_exact_at(part, start)?;
+        if let Some(last) = part.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(start + last as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
 }
 
 /// The lines of the log at `path` with their numbers, from 1. One that is damaged is an [`Error::Format`] that says which, and
@@ -260,6 +290,15 @@ mod tests {
         for end in offsets[4]..offsets[5] {
             fs::write(&path, &whole[..end as usize]).unwrap();
             assert_eq!(steps(&path), [Ok(1), Ok(2), Ok(3), Ok(4)], "{end} bytes");
+            let mut log = LineLog::reopen(&path).unwrap();
+            assert_eq!(log.offset(), offsets[4]);
+            log.append(&line(5)).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), whole, "{end} bytes");
+        }
+        let long = [vec![b'x'; 10_000], b"\n".to_vec(), vec![b'y'; 9_000]].concat();
+        for (end, wanted) in [(19_001, 10_001), (10_001, 10_001), (10_000, 0), (0, 0)] {
+            fs::write(&path, &long[..end]).unwrap();
+            assert_eq!(LineLog::reopen(&path).unwrap().offset(), wanted, "{end} bytes");
         }
     }
 

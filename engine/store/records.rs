@@ -61,6 +61,7 @@ pub struct StepRecord {
     /// Hash of the function's bytecode: advice, not identity.
     pub code: String,
     pub status: StepStatus,
+    /// What it returned; of a step that failed, the message that the script got.
     pub output: Option<Output>,
     pub error: Option<String>,
     pub attempts: u32,

@@ -9,7 +9,7 @@ use super::sled_log::move_aside;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -95,6 +95,12 @@ impl RunStore {
         self.held().steps.get(key).cloned()
     }
 
+    /// The keys of the steps that have ended, well or not.
+    pub fn ended_steps(&self) -> BTreeSet<String> {
+        let held = self.held();
+        held.steps.values().filter(|step| step.status != StepStatus::Started).map(|step| step.key.clone()).collect()
+    }
+
     /// Errors: [`Error::Argument`] if the step is done and this is another record, if its key is over 256 bytes or its inline
     /// output over 3 KiB; [`Error::Io`].
     pub fn put_step(&self, record: StepRecord, durability: Durability) -> Result<()> {
@@ -104,6 +110,11 @@ impl RunStore {
         self.put(step_key(&record.key), &record, durability)?;
         held.steps.insert(record.key.clone(), record);
         Ok(())
+    }
+
+    /// Keys of all steps.
+    pub fn step_keys(&self) -> HashSet<String> {
+        self.held().steps.keys().cloned().collect()
     }
 
     /// Forgets steps that were done by a script which never led the run: whatever comes there again is new. Durable when it returns;

@@ -42,8 +42,8 @@ pub struct Parameter<E: ModelElement> {
     trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
     version: AtomicU64,
-    /// Counts what changes the value or the gradient.
-    changes: AtomicU64,
+    /// Gradients added and dropped so far.
+    gradients: AtomicU64,
 }
 
 impl<E: ModelElement> Parameter<E> {
@@ -62,7 +62,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(None),
             trains: AtomicBool::new(true),
             version: AtomicU64::new(0),
-            changes: AtomicU64::new(0),
+            gradients: AtomicU64::new(0),
         }
     }
 
@@ -125,14 +125,9 @@ impl<E: ModelElement> Parameter<E> {
         self.version.load(Relaxed)
     }
 
-    fn count_update(&self) {
-        self.version.fetch_add(1, Relaxed);
-        self.changes.fetch_add(1, Relaxed);
-    }
-
-    /// Number of changes so far, of the value or of the gradient.
+    /// A number that changes with every change of value or gradient.
     pub fn changes(&self) -> u64 {
-        self.changes.load(Relaxed)
+        self.version().wrapping_add(self.gradients.load(Relaxed))
     }
 
     /// Errors: [`Error::Argument`] if it was updated since version `seen`: derivatives would mix two models.
@@ -161,7 +156,7 @@ impl<E: ModelElement> Parameter<E> {
             gradient: Mutex::new(gradient.clone()),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
-            changes: AtomicU64::new(0),
+            gradients: AtomicU64::new(0),
         }
     }
 
@@ -174,7 +169,7 @@ impl<E: ModelElement> Parameter<E> {
         value.remainder.clone_from(&from.remainder);
         *self.gradient.lock().expect("nothing panics while a gradient is written") =
             other.gradient.lock().expect("nothing panics while a gradient is read").clone();
-        self.count_update();
+        self.version.fetch_add(1, Relaxed);
     }
 
     /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
@@ -185,7 +180,7 @@ impl<E: ModelElement> Parameter<E> {
         assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
         value.remainder = remainder;
         *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
-        self.count_update();
+        self.version.fetch_add(1, Relaxed);
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -238,7 +233,7 @@ impl<E: ModelElement> Parameter<E> {
             narrow.iter_mut().zip(values).for_each(|(to, from)| *to = E::from_f32(*from));
         }
         self.pack(&mut value.weight, rows, &narrow);
-        self.count_update();
+        self.version.fetch_add(1, Relaxed);
     }
 
     /// Copies `rows` of the gradient, row-major; none if there is no gradient.
@@ -266,8 +261,8 @@ impl<E: ModelElement> Parameter<E> {
         if !self.trains() {
             return;
         }
-        self.changes.fetch_add(1, Relaxed);
         let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        self.gradients.fetch_add(1, Relaxed);
         match guard.as_mut() {
             Some(sum) => write(sum, true),
             None => {
@@ -285,8 +280,8 @@ impl<E: ModelElement> Parameter<E> {
 
     /// Forgets the gradient.
     pub fn clear_gradient(&self) {
-        self.changes.fetch_add(1, Relaxed);
         *self.gradient.lock().expect("nothing panics while a gradient is dropped") = None;
+        self.gradients.fetch_add(1, Relaxed);
     }
 
     /// Lets `write` change the value, given the gradient, which is gone afterwards; skipped without a gradient.
@@ -294,7 +289,7 @@ impl<E: ModelElement> Parameter<E> {
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
         if let Some(gradient) = gradient {
             write(&mut self.value.write().expect("nothing panics while a parameter is written"), &gradient);
-            self.count_update();
+            self.version.fetch_add(1, Relaxed);
         }
     }
 }

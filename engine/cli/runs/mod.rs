@@ -3,6 +3,7 @@
 
 mod diff;
 mod export;
+pub mod fork;
 mod gc;
 mod list;
 mod pin;
@@ -29,6 +30,7 @@ enum Command {
     Show(show::Show),
     Diff(diff::Diff),
     Export(export::Export),
+    Fork(fork::Fork),
     /// Keep a checkpoint whatever the script's `keep` says.
     Pin(pin::Pin),
     /// Let a pinned checkpoint go when it is its turn.
@@ -43,6 +45,7 @@ impl Runs {
             Some(Command::Show(show)) => show.run(),
             Some(Command::Diff(diff)) => diff.run(),
             Some(Command::Export(export)) => export.run(),
+            Some(Command::Fork(fork)) => fork.run(),
             Some(Command::Pin(pin)) => pin.run(true),
             Some(Command::Unpin(pin)) => pin.run(false),
             Some(Command::Gc(gc)) => gc.run(),
