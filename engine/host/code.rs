@@ -136,6 +136,14 @@ pub fn load(folder: &Path, number: u32) -> Result<Vec<Source>> {
     generation(folder, number)?.sources.into_iter().map(read).collect()
 }
 
+/// Stores generation `number` of the run in `from` as one of the run in `to`, with all that its list says.
+///
+/// Errors: as [`load`]; [`Error::Io`].
+pub fn copy(from: &Path, to: &Path, number: u32) -> Result<()> {
+    let Generation { loop_path, step, time, rejected, .. } = generation(from, number)?;
+    save_as(to, number, loop_path.as_deref().map(|path| (path, step)), time, &load(from, number)?, rejected).map(drop)
+}
+
 /// Numbers of the generations that are stored.
 pub fn numbers(folder: &Path) -> Vec<u32> {
     let entries = std::fs::read_dir(folder.join("code")).into_iter().flatten().flatten();
@@ -177,7 +185,11 @@ mod tests {
         assert_eq!((numbers(folder.path()), generation(folder.path(), 1).unwrap().step), (vec![0, 1], 7));
         assert_eq!(generation(folder.path(), 1).unwrap().rejected, None);
         save_rejected(folder.path(), 2, Some(("train", 8)), 3.0, &first, "a.lua:1: no").unwrap();
-        assert_eq!(generation(folder.path(), 2).unwrap().rejected.as_deref(), Some("a.lua:1: no"));
+        let other = tempfile::tempdir().unwrap();
+        copy(folder.path(), other.path(), 2).unwrap();
+        assert_eq!(load(other.path(), 2).unwrap(), first);
+        let copied = generation(other.path(), 2).unwrap();
+        assert_eq!((copied.rejected.as_deref(), copied.loop_path.as_deref(), copied.step), (Some("a.lua:1: no"), Some("train"), 8));
         assert_eq!(std::fs::read_dir(folder.path().join("code/objects")).unwrap().count(), 3, "equal texts are stored once");
         assert!(same(&first, &[first[1].clone(), first[0].clone()]) && !same(&first, &first[..1]));
         std::fs::write(folder.path().join("code/objects").join(hash("return 2")), "return 4").unwrap();
