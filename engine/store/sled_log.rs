@@ -185,7 +185,12 @@ fn open_watched(folder: &Path) -> Result<sled::Db, OpenFailure> {
     thread.map_err(|error| OpenFailure::Other(Error::io(folder, "start a thread to open", error)))?;
     match receiver.recv_timeout(Duration::from_secs(OPEN_SECONDS_MAX)) {
         Ok(Ok(Ok(db))) => Ok(db),
-        Ok(Ok(Err(error @ (sled::Error::Corruption { .. } | sled::Error::ReportableBug(_) | sled::Error::CollectionNotFound(_))))) => {
+        // sled's own words are `Read corrupted data at file offset None backtrace ()`.
+        Ok(Ok(Err(sled::Error::Corruption { at, .. }))) => {
+            let place = at.map_or_else(String::new, |at| format!(" at {at:?}"));
+            Err(OpenFailure::Damaged(format!("its log is not what was written{place}")))
+        }
+        Ok(Ok(Err(error @ (sled::Error::ReportableBug(_) | sled::Error::CollectionNotFound(_))))) => {
             Err(OpenFailure::Damaged(error.to_string()))
         }
         Ok(Ok(Err(sled::Error::Unsupported(what)))) => {

@@ -8,7 +8,7 @@ use crate::cli::times::{ago, duration, utc};
 use crate::cli::units::bytes;
 use crate::error::{Error, Result};
 use crate::host::code_diff::{FileChange, generation_changes};
-use crate::host::inspect::{Inspection, Look, Standing, inspect};
+use crate::host::inspect::{Inspection, Look, inspect};
 use crate::host::metric_series::{Logged, Series, read, read_timing};
 use crate::host::progress::short;
 use crate::host::run::unix_seconds;
@@ -40,8 +40,8 @@ const STEPS_MAX: usize = 30;
 impl Show {
     pub fn run(self) -> Result<()> {
         let run = inspect(&self.which.folder()?, Look::Whole);
-        if run.standing == Standing::Unreadable {
-            return Err(Error::Script(format!("{}: {}", run.id, run.reason.unwrap_or_default())));
+        if run.facts.is_none() {
+            return Err(Error::Script(format!("{}: {}", run.id, run.reason.unwrap_or_else(|| run.standing.name().into()))));
         }
         let logged = read(&run.folder)?;
         let chosen = choose(&logged, &read_timing(&run.folder)?, &self.metric)?;
@@ -63,7 +63,7 @@ impl Show {
         }
         text += &single_values(&logged);
         for damage in &logged.damaged {
-            text += &format!("\nmetrics.jsonl: {damage}");
+            text += &format!("note: metrics.jsonl: {damage}\n");
         }
         print(&text)
     }
@@ -97,8 +97,11 @@ fn facts(run: &Inspection, width: usize) -> String {
     let now = unix_seconds();
     let mut text = format!("run {}  {}  {}\n", run.id, facts.workflow, run.standing.name());
     let mut rows = vec![vec!["  script".to_string(), run.words()], vec!["  folder".into(), shown(&run.folder)]];
-    let took = run.duration().map_or_else(String::new, |seconds| format!(", {} so far", duration(seconds)));
-    let took = if run.alive { took } else { took.replace(" so far", "").replacen(", ", ", took ", 1) };
+    let took = match run.duration().map(duration) {
+        None => String::new(),
+        Some(took) if run.alive => format!(", {took} so far"),
+        Some(took) => format!(", took {took}"),
+    };
     let record = run.records.run.as_ref();
     let resumed = match record.map_or(0, |record| record.resumes) {
         0 => String::new(),
