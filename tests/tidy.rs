@@ -29,12 +29,14 @@ const FLOORS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crates that one place alone may name: a folder, or a file.
-const DOORS: [(&str, &[&str]); 15] = [
+const DOORS: [(&str, &[&str]); 17] = [
     ("cudarc", &["engine/kernels/"]),
     ("dfdx", &["engine/tensor/"]),
     ("tokenizers", &["engine/data/"]),
     ("minijinja", &["engine/data/"]),
-    ("rustix", &["engine/checkpoint/"]),
+    ("rustix", &["engine/checkpoint/", "engine/store/"]),
+    ("similar", &["engine/host/code_diff.rs"]),
+    ("console", &["engine/cli/output.rs"]),
     ("blake3", &["engine/data/", "engine/checkpoint/", "engine/store/", "engine/host/"]),
     ("sled", &["engine/store/"]),
     ("axum", &["engine/serve/"]),

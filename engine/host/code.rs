@@ -20,6 +20,9 @@ pub struct Generation {
     pub time: f64,
     /// The entry script first.
     pub sources: Vec<SourceEntry>,
+    /// Why it never led the run; none for one that did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rejected: Option<String>,
 }
 
 /// One Lua file of a generation.
@@ -65,6 +68,31 @@ pub fn changed(before: &[Source], after: &[Source]) -> Vec<String> {
 ///
 /// Errors: [`Error::Io`].
 pub fn save(folder: &Path, number: u32, position: Option<(&str, u64)>, time: f64, sources: &[Source]) -> Result<String> {
+    save_as(folder, number, position, time, sources, None)
+}
+
+/// As [`save`], for one that was refused, with the reason: the list says so itself, for whoever has no other record of it.
+///
+/// Errors: [`Error::Io`].
+pub fn save_rejected(
+    folder: &Path,
+    number: u32,
+    position: Option<(&str, u64)>,
+    time: f64,
+    sources: &[Source],
+    reason: &str,
+) -> Result<String> {
+    save_as(folder, number, position, time, sources, Some(reason.into()))
+}
+
+fn save_as(
+    folder: &Path,
+    number: u32,
+    position: Option<(&str, u64)>,
+    time: f64,
+    sources: &[Source],
+    rejected: Option<String>,
+) -> Result<String> {
     let objects = folder.join("code/objects");
     std::fs::create_dir_all(&objects).map_err(|error| Error::io(&objects, "create", error))?;
     for source in sources {
@@ -74,7 +102,7 @@ pub fn save(folder: &Path, number: u32, position: Option<(&str, u64)>, time: f64
         }
     }
     let (loop_path, step) = position.map_or((None, 0), |(path, step)| (Some(path.to_string()), step));
-    let generation = Generation { generation: number, loop_path, step, time, sources: entries(sources) };
+    let generation = Generation { generation: number, loop_path, step, time, sources: entries(sources), rejected };
     let text = serde_json::to_string_pretty(&generation).expect("strings and numbers become JSON");
     write_durably(&path_of(folder, number), format!("{text}\n").as_bytes())?;
     Ok(hash(&text))
@@ -106,6 +134,14 @@ pub fn load(folder: &Path, number: u32) -> Result<Vec<Source>> {
         Ok(Source { path: entry.path, text })
     };
     generation(folder, number)?.sources.into_iter().map(read).collect()
+}
+
+/// Stores generation `number` of the run in `from` as one of the run in `to`, with all that its list says.
+///
+/// Errors: as [`load`]; [`Error::Io`].
+pub fn copy(from: &Path, to: &Path, number: u32) -> Result<()> {
+    let Generation { loop_path, step, time, rejected, .. } = generation(from, number)?;
+    save_as(to, number, loop_path.as_deref().map(|path| (path, step)), time, &load(from, number)?, rejected).map(drop)
 }
 
 /// Numbers of the generations that are stored.
@@ -147,6 +183,13 @@ mod tests {
         save(folder.path(), 1, Some(("train", 7)), 2.0, &[source("a.lua", "return 3"), first[1].clone()]).unwrap();
         assert_eq!(load(folder.path(), 0).unwrap(), first);
         assert_eq!((numbers(folder.path()), generation(folder.path(), 1).unwrap().step), (vec![0, 1], 7));
+        assert_eq!(generation(folder.path(), 1).unwrap().rejected, None);
+        save_rejected(folder.path(), 2, Some(("train", 8)), 3.0, &first, "a.lua:1: no").unwrap();
+        let other = tempfile::tempdir().unwrap();
+        copy(folder.path(), other.path(), 2).unwrap();
+        assert_eq!(load(other.path(), 2).unwrap(), first);
+        let copied = generation(other.path(), 2).unwrap();
+        assert_eq!((copied.rejected.as_deref(), copied.loop_path.as_deref(), copied.step), (Some("a.lua:1: no"), Some("train"), 8));
         assert_eq!(std::fs::read_dir(folder.path().join("code/objects")).unwrap().count(), 3, "equal texts are stored once");
         assert!(same(&first, &[first[1].clone(), first[0].clone()]) && !same(&first, &first[..1]));
         std::fs::write(folder.path().join("code/objects").join(hash("return 2")), "return 4").unwrap();

@@ -162,9 +162,7 @@ impl Parent<'_> {
         }
         for record in &records.generations {
             if !folder.join(format!("code/g{}.json", record.number)).exists() {
-                let known = code::generation(self.folder, record.number)?;
-                let position = known.loop_path.as_deref().map(|path| (path, known.step));
-                code::save(folder, record.number, position, known.time, &code::load(self.folder, record.number)?)?;
+                code::copy(self.folder, folder, record.number)?;
             }
         }
         self.link_results(folder, &records.steps)?;

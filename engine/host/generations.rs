@@ -230,7 +230,11 @@ impl Trial {
     fn record(&self, run: &Run, sources: &[Source], status: GenerationStatus, reason: Option<String>) -> Result<()> {
         let Boundary { loop_path, step, .. } = &self.boundary;
         let time = unix_seconds();
-        let hash = code::save(&run.folder, self.number, Some((loop_path, *step)), time, sources)?;
+        let position = Some((loop_path.as_str(), *step));
+        let hash = match &reason {
+            None => code::save(&run.folder, self.number, position, time, sources)?,
+            Some(reason) => code::save_rejected(&run.folder, self.number, position, time, sources, reason)?,
+        };
         let record = GenerationRecord { number: self.number, loop_path: Some(loop_path.clone()), step: *step, time, hash, status, reason };
         run.store.put_generation(record)
     }

@@ -144,7 +144,11 @@ pub fn inspect(folder: &Path, look: Look) -> Inspection {
     // A living process that does not answer is past its start if it has taken a checkpoint or logged a line.
     let status = status.or_else(|| (seen.alive && has_metrics(folder)).then_some(Status::Running));
     seen.standing = Standing::of(status, seen.alive);
-    seen.reason = seen.records.run.as_ref().and_then(|run| run.reason.clone());
+    seen.reason = match &seen.records.run {
+        Some(run) => run.reason.clone(),
+        None if seen.alive => None,
+        None => Some(format!("it has not begun, or was ended before its first record; go on with: perilune resume {}", seen.id)),
+    };
     seen.facts = Some(facts);
     seen
 }

@@ -8,11 +8,13 @@ use super::run::{Facts, read_facts};
 use crate::checkpoint::catalog::list;
 use crate::checkpoint::manifest::Manifest;
 use crate::error::{Error, Result};
+use crate::store::RunStore;
 use crate::store::records::{
-    CheckpointRecord, GenerationRecord, GenerationStatus, Output, Records, RunRecord, Status, StepRecord, StepStatus,
+    CheckpointRecord, EventRecord, GenerationRecord, GenerationStatus, Output, Records, RunRecord, Status, StepRecord, StepStatus,
 };
 use crate::store::salvage::{Salvage, replace, salvage};
 use serde::Deserialize;
+use serde_json::Value as Json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -22,9 +24,12 @@ pub struct Remembered {
     /// The step at whose end it was taken.
     #[serde(default)]
     pub after: Option<StepRecord>,
-    /// Keys of the steps that were recorded by then.
+    /// Keys of the steps that had ended by then.
     #[serde(default)]
     pub steps: BTreeSet<String>,
+    /// Number of the last event by then.
+    #[serde(default)]
+    pub events: u64,
 }
 
 /// Reads what the checkpoint in `folder` remembers. Errors: [`Error::Io`]; [`Error::Format`].
@@ -108,7 +113,7 @@ impl Completed {
     fn add_checkpoints(&mut self, root: &Path, care: Care) -> Result<()> {
         let listed = list(root)?;
         let mut steps: BTreeMap<String, StepRecord> = BTreeMap::new();
-        let mut keys = BTreeSet::new();
+        let (mut keys, mut events) = (BTreeSet::new(), 0);
         for (name, manifest) in &listed {
             let sound = match manifest {
                 Ok(manifest) if care == Care::Files => manifest.verify(&root.join(name)).map(|()| manifest),
@@ -135,6 +140,7 @@ impl Completed {
                 _ => {}
             }
             if let Ok(remembered) = remembered(&root.join(name)) {
+                events = events.max(remembered.events);
                 keys.extend(remembered.steps);
                 steps.extend(remembered.after.map(|step| (step.key.clone(), step)));
             }
@@ -146,7 +152,19 @@ impl Completed {
             }
         }
         self.add_steps(steps, keys);
+        self.keep_event_numbers(events);
         Ok(())
+    }
+
+    /// A resume passes over events up to the last one that its checkpoint has seen, so new ones must come behind that number.
+    fn keep_event_numbers(&mut self, last: u64) {
+        if self.records.events.last().map_or(0, |event| event.number) >= last {
+            return;
+        }
+        let what = format!("events up to number {last}: what they set is in the checkpoints, when they came is not known");
+        let detail = Json::from(what.as_str());
+        self.records.events.push(EventRecord { number: last, time: 0.0, kind: "lost".into(), loop_path: None, step: 0, detail });
+        self.missing.push(what);
     }
 
     /// Steps that checkpoints hold whole, and those of which they know only that they were done.
@@ -164,6 +182,15 @@ impl Completed {
                 self.missing.push(format!("step {key}: it was recorded; a resume runs it again if it comes to it"));
             }
         }
+    }
+
+    /// Without the steps whose results are gone, so that a resume runs them again.
+    fn without_lost_results(mut self, folder: &Path) -> Self {
+        self.records.steps.retain(|step| match &step.output {
+            Some(Output::File { hash, .. }) => folder.join("steps").join(format!("{hash}.json")).is_file(),
+            _ => true,
+        });
+        self
     }
 
     fn name_missing_results(&mut self, folder: &Path) {
@@ -189,8 +216,8 @@ fn generation_record(folder: &Path, number: u32) -> Result<GenerationRecord> {
         step: listed.step,
         time: listed.time,
         hash: code::hash(text.trim_end_matches('\n')),
-        status: GenerationStatus::Accepted,
-        reason: None,
+        status: if listed.rejected.is_some() { GenerationStatus::Rejected } else { GenerationStatus::Accepted },
+        reason: listed.rejected,
     })
 }
 
@@ -216,15 +243,19 @@ pub fn rebuild(folder: &Path) -> Result<Rebuilt> {
     let store = folder.join("store");
     let Salvage { records, damage, .. } = salvage(&store)?;
     let salvaged = count(&records);
-    let mut completed = complete(folder, &facts, records, Care::Files)?;
-    let result_is_there = |step: &StepRecord| match &step.output {
-        Some(Output::File { hash, .. }) => folder.join("steps").join(format!("{hash}.json")).is_file(),
-        _ => true,
-    };
-    completed.records.steps.retain(result_is_there);
+    let completed = complete(folder, &facts, records, Care::Files)?.without_lost_results(folder);
     let reason = if damage.is_empty() { "replaced by a rebuilt one".to_string() } else { damage.join("\n") };
     let aside = replace(&store, &reason, completed.records.clone())?;
     Ok(Rebuilt { salvaged, completed, damage, aside })
+}
+
+/// Fills the new `store` of the run in `folder`, whose old one was damaged and lies at `aside`, as [`rebuild`] would.
+///
+/// Errors: as [`complete`]; those of the store.
+pub fn refill(folder: &Path, facts: &Facts, aside: &Path, store: &RunStore) -> Result<()> {
+    // What cannot even be copied gives nothing, and the files are still there.
+    let records = salvage(aside).map(|found| found.records).unwrap_or_default();
+    store.import(complete(folder, facts, records, Care::Manifests)?.without_lost_results(folder).records)
 }
 
 fn count(records: &Records) -> usize {

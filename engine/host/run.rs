@@ -248,8 +248,9 @@ impl Run {
         let lock = lock(&folder)?;
         let opened = RunStore::open(&folder.join("store"))?;
         if let Some(damaged) = &opened.damaged {
-            let what = "the store was damaged; what checkpoints hold is recorded again, results of steps are not";
+            let what = "the store was damaged; what can be read of it and what the files of the run hold is recorded again";
             screen.note(&format!("{what}: {}", damaged.display()));
+            super::rebuild::refill(&folder, &facts, damaged, &opened.store)?;
         }
         let code = Code { number: 0, sources: Vec::new() };
         let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;

@@ -32,7 +32,7 @@ pub fn verify(folder: &Path) -> Result<Vec<Part>> {
         }
         Some(_held) => {
             let found = salvage(&folder.join("store"))?;
-            parts.push(Part { name: "store", about: format!("{} records", found.keys), damage: found.damage });
+            parts.push(Part { name: "store", about: format!("records: {}", found.keys), damage: found.damage });
             Some(found.records)
         }
     };
@@ -56,7 +56,7 @@ fn verify_code(folder: &Path) -> Part {
     if !numbers.contains(&0) {
         damage.push("the first generation, code/g0.json, is not there".into());
     }
-    Part { name: "code", about: format!("{} generations", numbers.len()), damage }
+    Part { name: "code", about: format!("generations: {}", numbers.len()), damage }
 }
 
 fn verify_steps(folder: &Path, records: &Records) -> Part {
@@ -65,7 +65,7 @@ fn verify_steps(folder: &Path, records: &Records) -> Part {
         Some(results::recorded(folder, &step.key, output).err())
     });
     let read: Vec<Option<Error>> = in_files.collect();
-    let about = format!("{} recorded, {} with results in files", records.steps.len(), read.len());
+    let about = format!("recorded: {}, with results in files: {}", records.steps.len(), read.len());
     Part { name: "steps", about, damage: read.into_iter().flatten().map(|error| error.to_string()).collect() }
 }
 
@@ -78,7 +78,7 @@ fn verify_checkpoints(root: &Path) -> Result<Part> {
             Err(error) => damage.push(error.to_string()),
         }
     }
-    Ok(Part { name: "checkpoints", about: listed.len().to_string(), damage })
+    Ok(Part { name: "checkpoints", about: format!("folders: {}", listed.len()), damage })
 }
 
 fn verify_log(name: &'static str, path: &Path) -> Result<Part> {
@@ -87,5 +87,5 @@ fn verify_log(name: &'static str, path: &Path) -> Result<Part> {
         lines += 1;
         damage.extend(line.err().map(|error| error.to_string()));
     }
-    Ok(Part { name, about: format!("{lines} lines"), damage })
+    Ok(Part { name, about: format!("lines: {lines}"), damage })
 }

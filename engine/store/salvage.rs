@@ -9,9 +9,12 @@ use super::seal;
 use super::sled_log::SledLog;
 use super::value::decode;
 use crate::error::{Error, Result};
+use std::fs::DirBuilder;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::SystemTime;
 
 /// What a store holds, as far as it can be read.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -90,10 +93,12 @@ struct Scratch(PathBuf);
 impl Scratch {
     fn copy_of(source: &Path) -> io::Result<Self> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("perilune-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
-        let scratch = Self(std::env::temp_dir().join(name));
-        // One that a dead process of the same number left.
-        remove_folder(&scratch.0)?;
+        let nanos = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
+        let name = format!("perilune-{}-{nanos:x}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let path = std::env::temp_dir().join(name);
+        // The folder of temporary files is everybody's, and records are not.
+        DirBuilder::new().mode(0o700).create(&path)?;
+        let scratch = Self(path);
         copy_folder(source, &scratch.0.join("store"))?;
         Ok(scratch)
     }

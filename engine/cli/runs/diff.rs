@@ -167,6 +167,7 @@ impl Metric {
             (Some(a), Some(b)) => match a.first_difference(b) {
                 (Some(step), _) => format!("differs from step {step}"),
                 (None, 0) => "no common step".into(),
+                (None, 1) if a.points.len() == 1 && b.points.len() == 1 => "equal".into(),
                 (None, common) if common == a.points.len() && common == b.points.len() => format!("equal, all {common} values"),
                 (None, common) => format!("equal, the {common} common values"),
             },

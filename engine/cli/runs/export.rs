@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::host::code;
 use crate::host::inspect::{Inspection, Look, Standing, inspect};
 use crate::store::metrics;
-use crate::store::records::GenerationRecord;
+use crate::store::records::{EventRecord, GenerationRecord};
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 use std::fs::File;
@@ -64,7 +64,7 @@ fn write(run: &Inspection, out: &mut dyn Write, damage: &mut Vec<String>) -> io:
     }
     run.records.steps.iter().try_for_each(|record| line(out, "step", record))?;
     run.records.checkpoints.iter().try_for_each(|record| line(out, "checkpoint", record))?;
-    run.records.events.iter().try_for_each(|record| line(out, "event", record))?;
+    run.records.events.iter().try_for_each(|record| line(out, "event", &event(record)))?;
     metric_lines(&run.folder, out, damage)
 }
 
@@ -73,6 +73,14 @@ fn line(out: &mut dyn Write, kind: &str, record: &impl Serialize) -> io::Result<
     let Json::Object(keys) = json!(record) else { unreachable!("records are objects") };
     object.extend(keys);
     writeln!(out, "{}", Json::Object(object))
+}
+
+/// An event's own kind stands under `event`: `kind` is that of the line.
+fn event(record: &EventRecord) -> Map<String, Json> {
+    let Json::Object(mut object) = json!(record) else { unreachable!("records are objects") };
+    let kind = object.shift_remove("kind").expect("every event has a kind");
+    object.insert("event".into(), kind);
+    object
 }
 
 fn generation(folder: &Path, record: &GenerationRecord, damage: &mut Vec<String>) -> Json {
@@ -116,4 +124,18 @@ fn metric_lines(folder: &Path, out: &mut dyn Write, damage: &mut Vec<String>) ->
         line(out, "metric", &json!({ "loop": loop_path, "step": step, "values": values, "timing": measured }))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kind_of_a_line_comes_first_and_that_of_an_event_has_its_own_key() {
+        let record = EventRecord { number: 3, time: 1.5, kind: "set".into(), loop_path: None, step: 7, detail: json!({ "lr": 0.1 }) };
+        let mut text = Vec::new();
+        line(&mut text, "event", &event(&record)).unwrap();
+        let wanted = r#"{"kind":"event","number":3,"time":1.5,"loop_path":null,"step":7,"detail":{"lr":0.1},"event":"set"}"#;
+        assert_eq!(String::from_utf8(text).unwrap(), format!("{wanted}\n"));
+    }
 }

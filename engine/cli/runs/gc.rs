@@ -20,7 +20,7 @@ pub struct Gc {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep: Option<u32>,
     /// Damaged stores and ends of logs that were put aside go when they are this old.
-    #[arg(long, value_name = "DAYS", default_value_t = 30.0)]
+    #[arg(long, value_name = "DAYS", default_value_t = 30.0, allow_negative_numbers = true)]
     older_than: f64,
     /// Remove this whole run, which must not be alive; takes its whole id.
     #[arg(long, value_name = "RUN", conflicts_with_all = ["keep", "older_than"])]

@@ -40,7 +40,8 @@ impl List {
 }
 
 fn text(all: &[Inspection], long: bool, columns: usize, now: f64) -> String {
-    let ids: Vec<&str> = all.iter().map(|run| run.id.as_str()).collect();
+    // Those that cannot be read cannot be named by the beginning of their ids either.
+    let ids: Vec<&str> = all.iter().filter(|run| run.facts.is_some()).map(|run| run.id.as_str()).collect();
     let letters = if long { usize::MAX } else { unique_length(&ids) };
     let head = [
         ("run", Side::Left),
@@ -54,10 +55,6 @@ fn text(all: &[Inspection], long: bool, columns: usize, now: f64) -> String {
     ];
     let row = |run: &Inspection| {
         let position = run.position().map_or_else(String::new, |(path, step)| format!("{path} {step}"));
-        let last = match run.standing {
-            Standing::Unreadable => run.reason.clone().unwrap_or_default(),
-            _ => run.words(),
-        };
         vec![
             run.id.chars().take(letters).collect(),
             run.facts.as_ref().map_or_else(String::new, |facts| facts.workflow.clone()),
@@ -66,14 +63,15 @@ fn text(all: &[Inspection], long: bool, columns: usize, now: f64) -> String {
             run.loss().map_or_else(String::new, short),
             run.started().map_or_else(String::new, |started| ago(started, now)),
             run.duration().map_or_else(String::new, duration),
-            last,
+            run.words(),
         ]
     };
     let rows: Vec<Vec<String>> = all.iter().map(row).collect();
     let mut text = table(&head, &rows, if long { usize::MAX } else { columns });
     for run in all {
-        for note in &run.notes {
-            text += &format!("{}: {note}\n", run.id.chars().take(letters).collect::<String>());
+        let unread = run.reason.iter().filter(|_| run.standing == Standing::Unreadable);
+        for note in unread.chain(&run.notes) {
+            text += &format!("{}: {note}\n", run.id);
         }
     }
     text
@@ -103,6 +101,7 @@ fn object(run: &Inspection) -> Json {
         "script": run.facts.as_ref().map(|facts| &facts.script),
         "words": run.facts.as_ref().map(|facts| &facts.words),
         "seed": run.facts.as_ref().map(|facts| facts.seed),
+        "parent": run.facts.as_ref().and_then(|facts| facts.parent.as_ref()).map(|parent| &parent.id),
         "notes": run.notes,
     })
 }

@@ -34,6 +34,8 @@ pub struct Show {
 
 /// Metrics that are drawn where none is asked for.
 const PLOTS_MAX: usize = 4;
+/// Steps that are listed in any case.
+const STEPS_MAX: usize = 30;
 
 impl Show {
     pub fn run(self) -> Result<()> {
@@ -104,6 +106,10 @@ fn facts(run: &Inspection, width: usize) -> String {
         count => format!(", resumed {count} times"),
     };
     rows.push(vec!["  started".into(), format!("{}, {}{took}{resumed}", utc(facts.created), ago(facts.created, now))]);
+    if let Some(parent) = &facts.parent {
+        let place = parent.at.as_ref().map_or_else(|| "its beginning".to_string(), |at| format!("at {at}"));
+        rows.push(vec!["  fork of".into(), format!("{}, {place}", parent.id)]);
+    }
     rows.push(vec!["  in".into(), facts.working_folder.clone()]);
     rows.push(vec!["  seed".into(), format!("{}, engine {}", facts.seed, facts.engine)]);
     if let Some(record) = record.filter(|_| run.alive) {
@@ -135,10 +141,15 @@ fn plain(value: &Json) -> String {
 
 fn steps(all: &[StepRecord], width: usize) -> String {
     // What `run:now()` recorded is no step of the script.
-    let all: Vec<&StepRecord> = all.iter().filter(|step| !step.key.contains("#now")).collect();
+    let mut all: Vec<&StepRecord> = all.iter().filter(|step| !step.key.contains("#now")).collect();
     if all.is_empty() {
         return String::new();
     }
+    // A step in a loop is recorded each time: the page shows the last ones, and those that did not end well.
+    let older = all.len().saturating_sub(STEPS_MAX);
+    let mut place = 0..;
+    all.retain(|step| place.next().is_some_and(|place: usize| place >= older) || step.status != StepStatus::Done);
+    let hidden = if older == 0 { String::new() } else { "  (of earlier ones only those that were not done; --json has all)\n".into() };
     let head = [("  step", Side::Left), ("status", Side::Left), ("took", Side::Right), ("tries", Side::Right), ("result", Side::Left)];
     let row = |step: &&StepRecord| {
         let status = match step.status {
@@ -158,7 +169,7 @@ fn steps(all: &[StepRecord], width: usize) -> String {
         };
         vec![format!("  {}", step.key), status.into(), duration(step.seconds), step.attempts.to_string(), result]
     };
-    format!("\nsteps\n{}", table(&head, &all.iter().map(row).collect::<Vec<_>>(), width))
+    format!("\nsteps\n{hidden}{}", table(&head, &all.iter().map(row).collect::<Vec<_>>(), width))
 }
 
 /// The diffs of one generation, or why there are none.
