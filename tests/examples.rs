@@ -8,7 +8,7 @@ use std::process::Command;
 /// A lesson, arguments that keep it short, and what it must print.
 type Lesson = (&'static str, &'static [&'static str], fn(&str));
 
-const LESSONS: [Lesson; 10] = [
+const LESSONS: [Lesson; 14] = [
     ("01_hello", &["--name", "Ada", "--count", "2", "--mood", "loud", "--farewell", "Bye"], |text| {
         for part in ["2 of 2: HELLO, ADA!", "\"letters\":22", "Bye", "seed 0"] {
             assert!(text.contains(part), "{part}");
@@ -60,7 +60,49 @@ const LESSONS: [Lesson; 10] = [
         assert!(text.contains("the same table: true"));
         assert!(text.contains("10_modules.lua:") && text.contains("got 1.5"));
     }),
+    ("11_steps", &[], |text| {
+        assert!(text.contains("in attempt 3") && text.contains("the sum of four squares: 30"));
+        assert!((1.0..=100.0).contains(&number_after(text, "drawn ")));
+    }),
+    ("12_resuming", &["--steps", "60"], |text| {
+        assert!(number_after(text, "lowest loss ") < 4.0);
+        assert!(text.contains("\n60 lines of metrics"), "each step is logged once");
+    }),
+    ("13_reloading", &["--steps", "3000"], |text| {
+        assert!((number_after(text, "slope ") - 3.0).abs() < 0.4 && (number_after(text, "offset ") + 1.0).abs() < 0.3);
+    }),
+    ("14_forks", &["--steps", "12", "--every", "6"], |text| assert_eq!(number_after(text, "rate "), 2e-3)),
 ];
+
+/// A run of a lesson in a folder of runs, by other words than `perilune run`.
+fn perilune(runs: &Path, words: &[&str]) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(words).args(["--runs", runs.to_str().unwrap()]);
+    let output = command.output().unwrap();
+    (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+}
+
+#[test]
+fn lessons_can_be_resumed_and_forked_as_they_say() {
+    let runs = tempfile::tempdir().unwrap();
+    let check = |words: &[&str], parts: &[&str]| {
+        let (ok, text) = perilune(runs.path(), words);
+        let missing: Vec<_> = parts.iter().filter(|part| !text.contains(**part)).collect();
+        assert!(missing.is_empty(), "{words:?} should say {missing:?}:\n{text}");
+        (ok, text)
+    };
+    let stop = runs.path().join("stop");
+    std::fs::write(&stop, "").unwrap();
+    let (ok, stopped) = check(&["run", "examples/11_steps.lua", "--stop", stop.to_str().unwrap()], &["remove it, then go on with"]);
+    assert!(!ok);
+    std::fs::remove_file(stop).unwrap();
+    let (ok, resumed) = check(&["resume", "latest"], &["skip  2 recorded steps", "the sum of four squares: 30"]);
+    assert!(ok && number_after(&stopped, "drawn ") == number_after(&resumed, "drawn "), "a recorded step draws nothing anew");
+
+    assert!(check(&["run", "examples/14_forks.lua", "--steps", "12", "--every", "6"], &[]).0);
+    let fork = ["runs", "fork", "latest", "--at", "train=6", "--arg", "lr=1e-2"];
+    assert!(check(&fork, &["run   loop train from step 6", "rate 0.01"]).0);
+}
 
 /// The number behind the first `label` in `text`, spaces between them left out.
 fn number_after(text: &str, label: &str) -> f64 {

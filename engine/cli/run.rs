@@ -124,7 +124,12 @@ pub fn perform(run: &Arc<run::Run>, vm: Vm, values: Vec<(String, Json)>, target:
         reload::watch(run)?;
         run.screen.note("edits of the script take effect at the end of a step");
     }
-    conduct(run, vm, values, target)
+    let result = conduct(run, vm, values, target);
+    if matches!(result, Err(ref error) if !matches!(error, Error::Interrupted)) {
+        let id = &run.facts.id;
+        run.screen.note(&format!("when that is mended: perilune resume {id}, with --code new if the script was changed"));
+    }
+    result
 }
 
 /// The folder of the run that a user means: an id, the beginning of one, `latest`, or a folder.

@@ -20,7 +20,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// How the last generation ended: its result, or its panic.
@@ -110,8 +110,8 @@ pub struct Trial {
     boundary: Boundary,
     /// Whether the run has recorded it before.
     known: bool,
-    /// The run at the boundary, to be handed over or put back.
-    base: Snapshot,
+    /// The run at the boundary, to be handed over or put back; none once it is clear which.
+    base: Mutex<Option<Snapshot>>,
     /// Its files as far as they were known, and which differ from those of the generation that leads.
     files: Vec<Source>,
     changed: Vec<String>,
@@ -139,8 +139,12 @@ enum Verdict {
 }
 
 impl Trial {
-    fn phase(&self) -> std::sync::MutexGuard<'_, Phase> {
+    fn phase(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().expect("no panic happens under this lock")
+    }
+
+    fn base(&self) -> MutexGuard<'_, Option<Snapshot>> {
+        self.base.lock().expect("no panic happens under this lock")
     }
 
     /// Why its script must end now, if it must.
@@ -171,7 +175,7 @@ impl Trial {
 
     /// What the loop logged last.
     pub fn metrics(&self) -> Map<String, Json> {
-        self.base.metrics.clone()
+        self.boundary.metrics.clone()
     }
 
     /// When the last checkpoint was taken, for the loop's plan.
@@ -184,7 +188,9 @@ impl Trial {
     /// Errors: those of [`Snapshot::hand_over`].
     pub fn arrive(&self, lua: &Lua, run: &Arc<Run>, replay: &Replay) -> super::call::Failed<()> {
         failpoint("reload.arrive").map_err(|error| Error::io(&run.folder, "hand over", error))?;
-        self.base.hand_over(lua, run)?;
+        if let Some(base) = &*self.base() {
+            base.hand_over(lua, run)?;
+        }
         for (name, optimizer, _) in run.resources.optimizers() {
             if let Some(asked) = replay.asked(&name) {
                 optimizer.take_asked(asked)?;
@@ -214,6 +220,8 @@ impl Trial {
         *run.code() = Code { number: self.number, sources };
         run.printed_again(std::mem::take(&mut self.held.lock().expect("no panic happens under this lock")));
         *self.phase() = Phase::Accepted;
+        // As large as the models and their optimizers.
+        drop(self.base().take());
         failpoint("reload.accepted").map_err(|error| Error::io(&run.folder, "go on with", error))?;
         let _ = self.verdict.send(Verdict::Accepted);
         Ok(())
@@ -252,7 +260,7 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
         changed: code::changed(&run.code().sources, &sources),
         boundary,
         known: known.is_some(),
-        base,
+        base: Mutex::new(Some(base)),
         began,
         phase: Mutex::new(Phase::Replaying(began + limit)),
         verdict: verdict.clone(),
@@ -269,7 +277,9 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
             Ok(Outcome::Taken { number, pause })
         }
         Err(reason) => {
-            trial.base.put_back(run, &steps)?;
+            if let Some(base) = trial.base().take() {
+                base.put_back(run, &steps)?;
+            }
             if known.is_none() {
                 trial.record(run, &sources, GenerationStatus::Rejected, Some(reason.to_string()))?;
             }

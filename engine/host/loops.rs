@@ -1,12 +1,10 @@
-//! `run:loop`: the long part of a run. The engine owns the counter; the end of an iteration is the only boundary, where
-//! metrics are written, progress is shown, checkpoints are taken and the user's wish to stop.
+//! `run:loop`: the long part of a run. The engine owns the counter; at the end of an iteration metrics are written and progress is
+//! shown. What else happens there is `boundary.rs`'s.
 
 use super::call::{Answer, Call, Class, Failed, Field, Function, as_tensor, describe, register};
-use super::control::{self, Asked, Wish};
+use super::checkpoints;
 use super::data::DataObject;
-use super::generations::{self, Boundary, Outcome};
-use super::interrupt::{self, InLoop};
-use super::modules::Source;
+use super::interrupt::InLoop;
 use super::options::Options;
 use super::progress::{Progress, Report, short};
 use super::raise::{Failure, message, raise};
@@ -14,15 +12,12 @@ use super::replay::{Replay, Target};
 use super::run::Run;
 use super::run_object::{check_name, standing};
 use super::work::Work;
-use super::{checkpoints, code, reload};
 use crate::checkpoint::retention::{Best, Keep, Order};
 use crate::error::{Error, Result};
-use crate::failpoint::failpoint;
 use crate::kernels::buffer::live_bytes;
-use crate::store::records::Status;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MetaMethod, UserData, UserDataMethods, Value};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -40,11 +35,11 @@ pub struct LoopRecord {
 }
 
 /// When a loop takes checkpoints, and which of them stay.
-struct Plan {
+pub(super) struct Plan {
     /// Iterations between two; none for by time alone.
-    every: Option<u64>,
+    pub(super) every: Option<u64>,
     /// Time between two.
-    interval: Option<Duration>,
+    pub(super) interval: Option<Duration>,
     keep: Keep,
 }
 
@@ -74,20 +69,20 @@ impl Plan {
     }
 
     /// Whether the script wants checkpoints.
-    fn is_on(&self) -> bool {
+    pub(super) fn is_on(&self) -> bool {
         self.every.is_some() || self.interval.is_some()
     }
 }
 
 /// A loop that runs.
-struct Loop {
-    run: Arc<Run>,
-    replay: Arc<Replay>,
-    path: String,
-    steps: Option<u64>,
+pub(super) struct Loop {
+    pub(super) run: Arc<Run>,
+    pub(super) replay: Arc<Replay>,
+    pub(super) path: String,
+    pub(super) steps: Option<u64>,
     /// The data set that ends the loop, and how often it is read.
     over: Option<(DataObject, u64)>,
-    plan: Plan,
+    pub(super) plan: Plan,
     /// Frames of the path where the loop began.
     depth: usize,
     is_outermost: bool,
@@ -95,18 +90,18 @@ struct Loop {
     state: Mutex<State>,
 }
 
-struct State {
+pub(super) struct State {
     /// The iteration that is under way.
     current: Option<u64>,
-    next: u64,
+    pub(super) next: u64,
     logged: Map<String, Json>,
     /// What was logged last, for the choice of the best checkpoint.
-    metrics: Map<String, Json>,
-    progress: Option<Progress>,
+    pub(super) metrics: Map<String, Json>,
+    pub(super) progress: Option<Progress>,
     in_loop: Option<InLoop>,
     step_started: Instant,
     /// Iterations when the last checkpoint was taken, and when that was.
-    saved: (u64, Instant),
+    pub(super) saved: (u64, Instant),
     /// Tokens and operations counted when the step began.
     work_before: (u64, u64),
 }
@@ -273,148 +268,7 @@ impl Loop {
         }
     }
 
-    /// The end of an iteration of an outermost loop, and the only place for all that is not training, in this order: what users ask
-    /// for, a checkpoint, the wish to stop, another generation.
-    fn boundary(&self, lua: &Lua, state: &mut State) -> Failed<()> {
-        failpoint("loop.boundary").map_err(|error| Error::io(&self.run.folder, "go on with", error))?;
-        let (done, since) = state.saved;
-        let is_new = state.next > done;
-        let by_count = self.plan.every.is_some_and(|every| state.next.is_multiple_of(every));
-        let by_time = self.plan.interval.is_some_and(|interval| since.elapsed() >= interval);
-        self.run.checkpoints.check()?;
-        // The end of the loop takes its own.
-        let at_end = self.steps == Some(state.next);
-        self.run.set_events_seen(control::apply_recorded(&self.run, &self.path, state.next, self.run.events_seen())?);
-        let reload = self.take_wishes(lua, state)?;
-        let is_new = is_new && state.next > state.saved.0;
-        if is_new && !at_end && (by_count || by_time) {
-            self.checkpoint(lua, state)?;
-        }
-        if !interrupt::is_pending() {
-            return self.change_generation(lua, state, reload);
-        }
-        if self.plan.is_on() && state.next > state.saved.0 {
-            self.checkpoint(lua, state)?;
-        }
-        self.close(state, true);
-        self.run.checkpoints.wait()?;
-        let kept = if self.plan.is_on() { format!("; go on with: perilune resume {}", self.run.facts.id) } else { String::new() };
-        self.run.screen.note(&format!("stopped after step {} of {}{kept}", state.next, self.path));
-        Err(Error::Interrupted.into())
-    }
-
-    /// Does what users have asked for, and waits while they want it to. What comes last, a reload, is left to the caller.
-    fn take_wishes(&self, lua: &Lua, state: &mut State) -> Failed<Option<Asked>> {
-        let (mut paused, mut reload) = (false, None::<Asked>);
-        loop {
-            while let Some(asked) = self.run.control.take() {
-                let place = json!({ "loop": self.path, "step": state.next });
-                match &asked.wish {
-                    Wish::Pause => {
-                        self.run.set_status(Status::Paused, None)?;
-                        if !paused {
-                            self.run.screen.note(&format!("paused after step {} of {}", state.next, self.path));
-                        }
-                        paused = true;
-                        asked.answer(Ok(place));
-                    }
-                    Wish::Continue => {
-                        self.run.set_status(Status::Running, None)?;
-                        paused = false;
-                        asked.answer(Ok(place));
-                    }
-                    Wish::Checkpoint => {
-                        if state.next > state.saved.0 {
-                            self.checkpoint(lua, state)?;
-                        }
-                        let written = self.run.checkpoints.wait();
-                        let last = self.run.store.checkpoints().last().map_or(Json::Null, |last| Json::from(last.name.as_str()));
-                        // Whoever asked hears of a failure, and so does the run: the next checkpoint would fail alike.
-                        asked.answer(match &written {
-                            Ok(()) => Ok(last),
-                            Err(error) => Err(Error::Script(error.to_string())),
-                        });
-                        written?;
-                    }
-                    Wish::Set(settings) => {
-                        let outcome = control::set(&self.run, &self.path, state.next, settings);
-                        if let Ok(done) = &outcome {
-                            self.run.set_events_seen(self.run.store.next_event_number() - 1);
-                            self.run.screen.note(&format!("set from step {} of {} on: {}", state.next, self.path, done["set"]));
-                        }
-                        asked.answer(outcome);
-                    }
-                    Wish::Reload => {
-                        if let Some(earlier) = reload.replace(asked) {
-                            earlier.answer(Err(Error::Script("another reload was asked for at the same step".into())));
-                        }
-                    }
-                }
-            }
-            if !paused || interrupt::is_pending() {
-                return Ok(reload);
-            }
-            self.run.control.wait(Duration::from_millis(100));
-        }
-    }
-
-    /// Lets another generation of the script try to take over, if one is due here. Errors: [`Error::Superseded`] if it did.
-    fn change_generation(&self, lua: &Lua, state: &mut State, reload: Option<Asked>) -> Failed<()> {
-        if !self.run.is_conducted() {
-            return Ok(());
-        }
-        let recorded = self.run.recorded_generation(&self.path, state.next);
-        let known = recorded.as_ref().map(|record| record.number);
-        let files = match (&recorded, &reload) {
-            (None, None) => return Ok(()),
-            (Some(record), _) => code::load(&self.run.folder, record.number),
-            (None, Some(_)) => reload::files_now(&self.run.code().sources),
-        };
-        let same = |files: &Vec<Source>| known.is_none() && code::same(files, &self.run.code().sources);
-        let (files, reload) = match (files, reload) {
-            (Ok(files), Some(asked)) if same(&files) => {
-                asked.answer(Ok(json!({ "unchanged": true })));
-                return Ok(());
-            }
-            (Ok(files), reload) => (files, reload),
-            (Err(error), Some(asked)) => {
-                self.run.screen.note(&format!("the reload is refused: {error}"));
-                asked.answer(Err(error));
-                return Ok(());
-            }
-            (Err(error), None) => return Err(error.into()),
-        };
-        state.progress = None;
-        let boundary = Boundary { loop_path: self.path.clone(), step: state.next, saved: state.saved, metrics: state.metrics.clone() };
-        let outcome = generations::attempt(lua, &self.run, boundary, files, known)?;
-        match outcome {
-            Outcome::Taken { number, pause } => {
-                self.replay.supersede();
-                let step = state.next;
-                self.close(state, false);
-                if let Some(asked) = reload {
-                    asked.answer(Ok(json!({ "generation": number, "loop": self.path, "step": step, "ms": pause.as_secs_f64() * 1e3 })));
-                }
-                Err(Error::Superseded.into())
-            }
-            Outcome::Refused(reason) if known.is_some() => Err(Error::Diverged {
-                what: format!("generation {} of the script", known.unwrap_or_default()),
-                how: format!("it took over here before and does not now: {reason}"),
-                remedy: "see to what it needs, then resume".into(),
-            }
-            .into()),
-            Outcome::Refused(reason) => {
-                state.progress = Some(Progress::start(&self.run.screen, &self.path, self.steps));
-                self.run.screen.note(&format!("the edit is refused, the run goes on as it was: {reason}"));
-                if let Some(asked) = reload {
-                    asked.answer(Err(reason));
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn checkpoint(&self, lua: &Lua, state: &mut State) -> Failed<()> {
+    pub(super) fn checkpoint(&self, lua: &Lua, state: &mut State) -> Failed<()> {
         checkpoints::at_boundary(lua, &self.run, &self.path, state.next, state.metrics.clone(), &self.plan.keep)?;
         state.saved = (state.next, Instant::now());
         Ok(())
@@ -482,7 +336,7 @@ impl Loop {
     }
 
     /// Ends the display. `left` is true where the loop is not at its end.
-    fn close(&self, state: &mut State, left: bool) {
+    pub(super) fn close(&self, state: &mut State, left: bool) {
         state.progress = None;
         if !left {
             state.in_loop = None;

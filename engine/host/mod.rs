@@ -1,6 +1,7 @@
 //! Lua: the virtual machine, the face of the engine in it, and the run of a workflow. The only folder that names mlua.
 
 pub mod args;
+mod boundary;
 pub mod call;
 pub mod checkpoints;
 pub mod code;
