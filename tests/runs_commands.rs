@@ -214,7 +214,7 @@ fn the_list_shows_runs_in_every_state_and_changes_nothing() {
     assert_eq!((&listed[1]["step"], &listed[1]["words"][1]), (&7.into(), &"bf16".into()));
     let metrics = std::fs::read_to_string(place.folder("r", &finished).join("metrics.jsonl")).unwrap();
     let last: Value =
-        metrics.lines().filter(|line| line.contains("\"loss\"")).map(|line| serde_json::from_str(line).unwrap()).last().unwrap();
+        metrics.lines().filter(|line| line.contains("\"loss\"")).map(|line| serde_json::from_str(line).unwrap()).next_back().unwrap();
     assert_eq!(listed[3]["loss"], last["loss"]);
     assert!(listed[2]["reason"].as_str().unwrap().contains("failpoint loop.boundary"), "{listed}");
     let table = place.printed(&["runs", "--runs", "r"]);
@@ -428,7 +428,7 @@ fn tidying_up_may_be_killed_anywhere() {
             assert_eq!(removed.status.code(), Some(137));
             assert_eq!(place.json(&["runs", "--runs", &runs, "--json"]).as_array().unwrap().len(), 1);
             place.printed(&gc);
-            assert_eq!(place.ids(&runs), [killed.clone()], "{runs}");
+            assert_eq!(place.ids(&runs), std::slice::from_ref(&killed), "{runs}");
             if count == 1 {
                 place.finish(&runs, &killed);
                 check_equal(&expected, &place.folder(&runs, &killed), &runs);

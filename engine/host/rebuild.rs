@@ -262,3 +262,100 @@ fn count(records: &Records) -> usize {
     let lists = records.steps.len() + records.generations.len() + records.checkpoints.len() + records.events.len();
     lists + usize::from(records.run.is_some())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::modules::Source;
+    use super::super::run::write_facts;
+    use super::*;
+    use crate::checkpoint::commit::{About, Draft};
+    use serde_json::{Map, json};
+
+    fn step(key: &str, output: Output) -> StepRecord {
+        let mut record = super::super::steps::started(key, 0);
+        (record.status, record.output) = (StepStatus::Done, Some(output));
+        record
+    }
+
+    /// A run with two generations that led, one that was refused, and two checkpoints, of which the second knows of a step with a
+    /// result in a file, of another step and of three events.
+    fn run(folder: &Path) -> Facts {
+        let facts = Facts::new("name", "a.lua", &[], &[], 3);
+        write_facts(folder, &facts).unwrap();
+        let source = |text: &str| [Source { path: "a.lua".into(), text: text.into() }];
+        code::save(folder, 0, None, 1.0, &source("one")).unwrap();
+        code::save(folder, 1, Some(("train", 7)), 2.0, &source("two")).unwrap();
+        code::save_rejected(folder, 2, Some(("train", 9)), 3.0, &source("three"), "a.lua:1: no").unwrap();
+        let after = step("prepare#0", Output::File { hash: "0f".repeat(16), bytes: 2 });
+        let states = [json!({}), json!({ "after": after, "steps": ["prepare#0", "#now#0", "eval#0"], "events": 3 })];
+        for (number, state) in (1u64..).zip(states) {
+            let draft = Draft::begin(&folder.join("checkpoints"), &format!("train-{number:06}"), 100).unwrap();
+            draft.write_file("state.json", state.to_string().as_bytes()).unwrap();
+            let about = About {
+                loop_path: "train".into(),
+                step: number,
+                generation: 1,
+                engine: "e".into(),
+                time: number as f64,
+                metrics: Map::new(),
+                facts: Json::Null,
+            };
+            draft.commit(about).unwrap();
+        }
+        facts
+    }
+
+    #[test]
+    fn files_tell_of_code_checkpoints_steps_and_the_numbers_of_events() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path();
+        let facts = run(folder);
+        let found = complete(folder, &facts, Records::default(), Care::Files).unwrap();
+        let generations: Vec<_> = found.records.generations.iter().map(|g| (g.number, g.status, g.step, g.reason.clone())).collect();
+        let wanted = [
+            (0, GenerationStatus::Accepted, 0, None),
+            (1, GenerationStatus::Accepted, 7, None),
+            (2, GenerationStatus::Rejected, 9, Some("a.lua:1: no".to_string())),
+        ];
+        assert_eq!(generations, wanted);
+        let checkpoints: Vec<_> = found.records.checkpoints.iter().map(|c| (c.number, c.step, c.lost.clone())).collect();
+        assert_eq!(checkpoints, [(0, 1, None), (1, 2, None)]);
+        assert_eq!(found.records.steps.iter().map(|step| step.key.as_str()).collect::<Vec<_>>(), ["prepare#0"]);
+        assert_eq!(found.records.events.last().map(|event| event.number), Some(3), "new events come behind those that were lost");
+        assert_eq!(found.records.run.as_ref().map(|run| run.status), Some(Status::Running));
+        let missing = found.missing.join("\n");
+        for part in ["step eval#0: it was recorded", "events up to number 3", "step prepare#0: the file of its result"] {
+            assert!(missing.contains(part) && found.missing.len() == 3, "{part} in {missing}");
+        }
+
+        // Whoever knows all of it already learns nothing, but for what is gone or damaged.
+        let again = complete(folder, &facts, found.records.clone(), Care::Manifests).unwrap();
+        assert_eq!((again.records, again.added), (found.records.clone(), vec![]));
+        let spoiled = folder.join("checkpoints/train-000002/state.json");
+        std::fs::remove_file(&spoiled).unwrap();
+        std::fs::write(&spoiled, "{").unwrap();
+        std::fs::remove_dir_all(folder.join("checkpoints/train-000001")).unwrap();
+        let lost = complete(folder, &facts, found.records, Care::Files).unwrap().records.checkpoints;
+        assert_eq!(lost[0].lost.as_deref(), Some("its folder is gone"));
+        assert!(lost[1].lost.as_ref().is_some_and(|reason| reason.contains("state.json")), "{lost:?}");
+    }
+
+    #[test]
+    fn a_rebuilt_store_keeps_what_the_old_one_held_and_no_step_without_its_result() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path();
+        run(folder);
+        let store = RunStore::open(&folder.join("store")).unwrap().store;
+        let inline = step("eval#0", Output::Inline(json!([1])));
+        store.import(Records { steps: vec![inline.clone()], ..Records::default() }).unwrap();
+        store.close().unwrap();
+        let done = rebuild(folder).unwrap();
+        assert_eq!((done.salvaged, done.damage.len(), done.aside.is_some()), (1, 0, true));
+        let records = salvage(&folder.join("store")).unwrap().records;
+        assert_eq!(records, done.completed.records);
+        assert_eq!(records.steps, [inline], "prepare#0 has no result any more and runs again");
+        assert_eq!((records.generations.len(), records.checkpoints.len()), (3, 2));
+        let _owner = super::super::run::lock(folder).unwrap();
+        assert!(rebuild(folder).err().unwrap().to_string().contains("the run is alive"));
+    }
+}
