@@ -1,5 +1,5 @@
 --- Lesson 13: editing a script while it trains.
---- Run: perilune run --watch examples/13_reloading.lua
+--- Run: perilune run examples/13_reloading.lua --watch
 ---
 --- Open this file in an editor while it runs, and change what is marked. Each save is tried at the end of the step: if the script
 --- comes to its loop and does a step without an error, it leads from there; if not, you are told the line, and nothing is lost.

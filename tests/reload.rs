@@ -268,6 +268,28 @@ fn a_refused_edit_leaves_no_trace() {
 }
 
 #[test]
+fn an_edit_that_changes_nothing_changes_no_bit() {
+    for threads in ["1", "2"] {
+        let place = Place::new();
+        let mut script = Script::new(1500);
+        script.write(&place);
+        succeed(place.command(&["run", "--quiet", "--seed", "3", "--runs", "whole", "s.lua"]).env("PERILUNE_THREADS", threads));
+        let expected = Outcome::of(&place.folder("whole"));
+        let mut live = Live::start(&place, "live", &[]);
+        for remark in ["-- one remark", "-- another", "local unused = 1", "-- a third"] {
+            let lines = live.lines();
+            live.wait("another step", |live| live.lines() > lines + 20);
+            script.top = remark;
+            script.write(&place);
+            assert!(live.reload().unwrap()["generation"].is_u64());
+        }
+        let folder = live.folder.clone();
+        live.finish();
+        expected.check(&folder, "four edits of remarks");
+    }
+}
+
+#[test]
 fn every_way_to_save_a_file_is_one_reload() {
     let place = Place::new();
     let mut script = Script::new(1_000_000);

@@ -35,8 +35,8 @@ function Run:data(name, data) end
 ---@param values table<string, number|string|boolean|engine.Tensor> tensors of one element
 function Run:log(values) end
 
---- The long part of a run, for Lua's `for`. The engine counts; at the end of each step it writes metrics, shows progress
---- and takes Ctrl-C. It ends after `steps`, or when `over` has been read `epochs` times (1), whatever comes first.
+--- The long part of a run, for Lua's `for`. The engine counts; at the end of each step it writes metrics, shows progress, takes
+--- Ctrl-C, `perilune pause` and its like, and edits of the script. It ends after `steps`, or when `over` has been read `epochs` times (1), whatever comes first.
 ---
 --- An outermost loop takes checkpoints at the ends of its steps, from which `perilune resume` goes on to the bit: every
 --- `checkpoint_every` steps (every ten minutes if not given; false for none), when it ends, and on Ctrl-C. They hold what
