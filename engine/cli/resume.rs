@@ -10,7 +10,7 @@ use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
 use crate::host::{args, interrupt};
-use crate::store::records::{Status, StepStatus};
+use crate::store::records::StepStatus;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -39,9 +39,6 @@ impl Resume {
         interrupt::listen()?;
         let screen = Screen::new(self.quiet);
         let run = Run::open(&folder, screen.clone())?;
-        if run.store.run().is_some_and(|record| record.status == Status::Finished) {
-            return Err(Error::Script(format!("{}: the run is finished; there is nothing to go on with", run.facts.id)));
-        }
         go_to_working_folder(&run, &screen);
         let code = run.code().clone();
         let vm = Vm::with_recorded(Path::new(&run.facts.script), screen.clone(), code.sources)?;

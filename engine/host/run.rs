@@ -198,7 +198,7 @@ impl Run {
 
     /// The run in `folder` as its last process left it, with its newest checkpoint found but not loaded.
     ///
-    /// Errors: [`Error::Script`] if it is alive; those of reading its files.
+    /// Errors: [`Error::Script`] if it is alive, or finished; those of reading its files.
     pub fn open(folder: &Path, screen: Screen) -> Result<Self> {
         let folder = folder.canonicalize().map_err(|error| Error::io(folder, "find the run", error))?;
         let facts = read_facts(&folder)?;
@@ -207,6 +207,10 @@ impl Run {
         if let Some(damaged) = &opened.damaged {
             let what = "the store was damaged; what checkpoints hold is recorded again, results of steps are not";
             screen.note(&format!("{what}: {}", damaged.display()));
+        }
+        // Before anything is set back to the last checkpoint, which is not the end.
+        if opened.store.run().is_some_and(|record| record.status == Status::Finished) {
+            return Err(Error::Script(format!("{}: the run is finished; there is nothing to go on with", facts.id)));
         }
         let code = Code { number: 0, sources: code::load(&folder, 0)? };
         let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;
