@@ -79,24 +79,26 @@ pub fn step(call: &Call) -> Answer {
     record.fingerprint = hash(inputs.as_bytes());
     record.inputs = inputs;
     record.code = hash(&body.dump(true));
-
-    match run.store.step(&key) {
-        Some(StepRecord { status: StepStatus::Done, output: Some(output), fingerprint, inputs, .. }) => {
-            check_inputs(&key, &fingerprint, &inputs, &record)?;
-            if replay.target() == Some(Target::Step(key.clone())) {
-                checkpoints::arrive(call.lua, &run, &replay)?;
-            }
-            results::read(call.lua, &run, &key, &output)
-        }
-        // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
-        Some(StepRecord { status: StepStatus::Failed, output: Some(output), fingerprint, inputs, .. }) if is_behind(&run, &replay, &key) => {
-            check_inputs(&key, &fingerprint, &inputs, &record)?;
-            let message = results::read(call.lua, &run, &key, &output)?;
-            let message = message.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
-            Err(mlua::Error::RuntimeError(message).into())
-        }
-        _ => execute(call, &run, &replay, &body, &policy, record),
+    let behind = is_behind(&run, &replay, &key);
+    let known = run.store.step(&key).filter(|known| known.status == StepStatus::Done || known.status == StepStatus::Failed && behind);
+    let Some((known, output)) = known.and_then(|known| known.output.clone().map(|output| (known, output))) else {
+        return execute(call, &run, &replay, &body, &policy, record);
+    };
+    // On the way to a checkpoint the same code may come with other inputs: between two loops it sees the state as it was first
+    // made, not as the first loop left it. The record is what it got.
+    if !behind || known.generation != replay.generation {
+        check_inputs(&known, &record)?;
     }
+    if replay.target() == Some(Target::Step(key.clone())) {
+        checkpoints::arrive(call.lua, &run, &replay)?;
+    }
+    let values = results::read(call.lua, &run, &key, &output)?;
+    if known.status == StepStatus::Done {
+        return Ok(values);
+    }
+    // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
+    let message = values.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
+    Err(mlua::Error::RuntimeError(message).into())
 }
 
 /// Whether the script repeats its way to a checkpoint that was taken after the step `key` had ended.
@@ -108,13 +110,13 @@ fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..32].to_string()
 }
 
-fn check_inputs(key: &str, fingerprint: &str, inputs: &str, now: &StepRecord) -> Result<()> {
-    if fingerprint == now.fingerprint {
+fn check_inputs(known: &StepRecord, now: &StepRecord) -> Result<()> {
+    if known.fingerprint == now.fingerprint {
         return Ok(());
     }
     Err(Error::Diverged {
-        what: format!("the step `{key}`"),
-        how: format!("its inputs were {inputs} and are now {}", shorten(&now.inputs)),
+        what: format!("the step `{}`", known.key),
+        how: format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)),
         remedy: "give it another name, or fork the run before it: perilune runs fork".into(),
     })
 }
