@@ -404,7 +404,7 @@ impl Run {
 }
 
 /// What a run's folder holds besides artifacts.
-const OWN_FOLDERS: [&str; 7] = ["code", "checkpoints", "store", "steps", "tensorboard", "lock", "control.sock"];
+const OWN_FOLDERS: [&str; 8] = ["code", "checkpoints", "damaged", "store", "steps", "tensorboard", "lock", "control.sock"];
 
 /// A new id, a ULID: 48 bits of milliseconds, then 80 random bits, in 26 letters that sort by time.
 /// Source: github.com/ulid/spec.
