@@ -2,15 +2,21 @@
 //! synced, and errors at each stage of a write. The writer is this test binary again, told its part by the environment.
 //! Not about whole runs (`crash.rs`).
 
+#[path = "fixtures/power_loss.rs"]
+mod power_loss;
+#[path = "fixtures/runs.rs"]
+mod runs;
+
 use perilune::store::{Database, Durability};
+use power_loss::{build_shim, restore, seed};
+use runs::Random;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// The folder of the database that a writer opens; its acknowledgements go to the file `ACKS`.
 const STORE: &str = "STORE_CRASH_STORE";
@@ -111,25 +117,6 @@ fn kill_after(mut child: Child, time: Duration) {
 /// What the writers of the crash tests do, in turn.
 const WORKS: [&str; 2] = ["flushed", "compacting"];
 
-/// Random numbers, and the seed with which a failure can be repeated as far as a schedule can.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64 | 1;
-        println!("seed {seed}");
-        Self(seed)
-    }
-
-    /// From 0 up to `end`, which it does not reach. Source: Marsaglia, Xorshift RNGs, 2003.
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
 #[test]
 fn what_was_acknowledged_survives_kills() {
     let mut random = Random::new();
@@ -214,66 +201,6 @@ fn the_power_loss_model_finds_a_false_acknowledgement() {
     let opened = Database::open(&after.join("store")).unwrap();
     let survived = survivors(&opened.database).len();
     assert!(opened.damaged.is_none() && survived < 200, "{survived} of 200 survived without a sync");
-}
-
-/// Compiles the shim. None, said aloud, where there is no C compiler.
-fn build_shim(folder: &Path) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/power_loss/shim.c");
-    let shim = folder.join("shim.so");
-    let built = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o"])
-        .arg(&shim)
-        .arg(source)
-        .args(["-ldl", "-lpthread"])
-        .status();
-    match built {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            println!("SKIPPED: no C compiler `cc` for the power-loss model");
-            None
-        }
-        built => {
-            assert!(built.unwrap().success(), "the shim does not compile");
-            Some(shim)
-        }
-    }
-}
-
-/// A shadow that says: all that is in `folder` now is durable.
-fn seed(folder: &Path, shadow: &Path) {
-    fs::create_dir_all(shadow).unwrap();
-    let mut names = String::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let entry = entry.unwrap();
-        let about = entry.metadata().unwrap();
-        let name = entry.file_name().into_string().unwrap();
-        if about.is_dir() {
-            seed(&entry.path(), shadow);
-        } else {
-            fs::copy(entry.path(), shadow.join(format!("file-{}", about.ino()))).unwrap();
-        }
-        names += &format!("{} {} {name}\n", if about.is_dir() { 'd' } else { 'f' }, about.ino());
-    }
-    fs::write(shadow.join(format!("dir-{}", fs::metadata(folder).unwrap().ino())), names).unwrap();
-}
-
-/// Makes `to` what survives of `root` according to its shadow.
-fn restore(root: &Path, shadow: &Path, to: &Path) {
-    restore_folder(fs::metadata(root).unwrap().ino(), shadow, to);
-}
-
-fn restore_folder(inode: u64, shadow: &Path, to: &Path) {
-    fs::create_dir(to).unwrap();
-    // A folder that was never synced is empty, and so is a file.
-    for line in fs::read_to_string(shadow.join(format!("dir-{inode}"))).unwrap_or_default().lines() {
-        let (kind, rest) = line.split_once(' ').unwrap();
-        let (inode, name) = rest.split_once(' ').unwrap();
-        if kind == "d" {
-            restore_folder(inode.parse().unwrap(), shadow, &to.join(name));
-        } else {
-            let content = fs::read(shadow.join(format!("file-{inode}"))).unwrap_or_default();
-            fs::write(to.join(name), content).unwrap();
-        }
-    }
 }
 
 /// A writer that makes `count` durable writes under `failpoint`, and what it said: one line a write, then reading, closing.

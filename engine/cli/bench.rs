@@ -1,7 +1,7 @@
-//! `perilune bench ceilings|train|ops`: what this machine can do at most, and what share of it the engine reaches. The
+//! `perilune bench ceilings|train|ops|durability`: what this machine can do at most, and what share of it the engine reaches. The
 //! ceiling is measured in the same run as what is held against it, since a shared machine is not the same an hour later.
 
-use super::{bench_ceilings, bench_ops, bench_train};
+use super::{bench_ceilings, bench_durability, bench_ops, bench_train};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::isa::isa;
 use crate::kernels::cpu::threads::threads;
@@ -12,7 +12,7 @@ use crate::model::{Packed, flops};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-/// Measure this machine's ceilings, a training step, or every operation of one.
+/// Measure this machine's ceilings, a training step, every operation of one, or what it costs that a run survives.
 #[derive(clap::Args)]
 pub struct BenchArgs {
     #[arg(value_enum)]
@@ -23,7 +23,7 @@ pub struct BenchArgs {
     /// f32 or bf16.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// About how long to measure each figure [default: ceilings 3, train 20, ops 1].
+    /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, durability 180].
     #[arg(long, value_name = "N")]
     seconds: Option<f64>,
     /// With train: time the phases of the step too.
@@ -45,6 +45,8 @@ enum What {
     Train,
     /// Each fused operation, forward and backward, at the shapes of that step.
     Ops,
+    /// That step with and without checkpoints; the resume of a run with 10,000 recorded steps; the room of its records.
+    Durability,
 }
 
 /// Sequences and tokens of each in the measured step.
@@ -69,6 +71,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         What::Ceilings => 3.0,
         What::Train => 20.0,
         What::Ops => 1.0,
+        What::Durability => 180.0,
     };
     let seconds = args.seconds.unwrap_or(default);
     if !(seconds > 0.0 && seconds <= 3600.0) {
@@ -84,6 +87,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         What::Ceilings => bench_ceilings::run(&case)?,
         What::Train => bench_train::run(&case)?,
         What::Ops => bench_ops::run(&case)?,
+        What::Durability => bench_durability::run(&case)?,
     };
     if args.json {
         report["machine"] = json!({ "threads": threads(), "instructions": isa().name(), "perilune": env!("CARGO_PKG_VERSION") });

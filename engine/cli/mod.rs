@@ -2,6 +2,7 @@
 
 pub mod bench;
 mod bench_ceilings;
+mod bench_durability;
 mod bench_ops;
 mod bench_train;
 pub mod doctor;

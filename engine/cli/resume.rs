@@ -12,7 +12,7 @@ use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
 use crate::host::{args, interrupt};
-use crate::store::records::{GenerationStatus, Status, StepStatus};
+use crate::store::records::{GenerationStatus, StepStatus};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -72,12 +72,6 @@ impl GoOn {
     pub fn run(self, folder: &Path, screen: Screen) -> Result<()> {
         interrupt::listen()?;
         let run = Run::open(folder, screen.clone())?;
-        if run.store.run().is_some_and(|record| record.status == Status::Finished) {
-            return Err(Error::Script(format!(
-                "{id}: the run is finished; there is nothing to go on with (a fork may go further: perilune runs fork {id} --arg ...)",
-                id = run.facts.id
-            )));
-        }
         go_to_working_folder(&run.facts, &screen);
         let code = run.code().clone();
         let mut vm = Vm::with_recorded(Path::new(&run.facts.script), screen.clone(), code.sources)?;

@@ -13,7 +13,7 @@ use super::replay::{Replay, Target};
 use super::resources::Resource;
 use super::run::{Run, build_id, unix_seconds};
 use super::{results, states};
-use crate::checkpoint::catalog::{checkpoint_name, list, remove, sweep};
+use crate::checkpoint::catalog::{checkpoint_name, create_durably, list, remove, sweep};
 use crate::checkpoint::commit::{About, Draft};
 use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::retention::{Candidate, Keep, removable};
@@ -394,6 +394,10 @@ impl Checkpoints {
                     if let Some(record) = known.iter().find(|record| record.name == *name && record.lost.is_none()) {
                         run.store.put_checkpoint(CheckpointRecord { lost: Some(what), ..record.clone() })?;
                     }
+                    // Without a manifest nothing may take its place, and the run will come to its name again.
+                    if manifest.is_err() {
+                        set_aside(run, name)?;
+                    }
                 }
                 (Ok(()), Ok(manifest)) if !known.iter().any(|record| record.manifest == manifest.hash()) => record(run, manifest)?,
                 _ => {}
@@ -429,6 +433,16 @@ impl Checkpoints {
     pub fn check(&self) -> Result<()> {
         if self.is_writing() { Ok(()) } else { self.wait() }
     }
+}
+
+/// Moves the checkpoint `name`, which cannot be read, to the run's folder `damaged`.
+fn set_aside(run: &Run, name: &str) -> Result<()> {
+    let folder = run.folder.join("damaged");
+    create_durably(&folder)?;
+    let free = (0..).map(|count| folder.join(format!("{name}.{count}"))).find(|path| !path.exists());
+    let free = free.expect("there are more numbers than folders");
+    let from = run.folder.join("checkpoints").join(name);
+    std::fs::rename(&from, &free).map_err(|error| Error::io(&from, "move aside", error))
 }
 
 fn record(run: &Run, manifest: &Manifest) -> Result<()> {

@@ -113,12 +113,13 @@ impl Parent<'_> {
     pub fn fork(&self, root: &Path, start: &Start, change: Change) -> Result<PathBuf> {
         let mut facts = Facts::new(&self.facts.workflow, &self.facts.script, &change.words, &[], self.facts.seed);
         facts.working_folder.clone_from(&self.facts.working_folder);
+        let other_arguments = change.words != self.facts.words;
         facts.args = change.args;
         let at = match start {
             Start::Anew(_) => None,
             Start::Checkpoint(manifest) => Some(format!("{}={}", manifest.loop_path, manifest.step)),
         };
-        facts.parent = Some(Parentage { id: self.facts.id.clone(), at });
+        facts.parent = Some(Parentage { id: self.facts.id.clone(), at, other_arguments });
         let folder = root.join(&facts.id);
         let made = std::fs::create_dir_all(folder.join("code/objects"));
         made.map_err(|error| Error::io(&folder, "make the folder", error))?;

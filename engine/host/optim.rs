@@ -143,13 +143,17 @@ impl OptimizerObject {
         if let Some(replay) = replay.filter(|replay| replay.is_replaying()) {
             let name = self.name.as_deref().expect("only named optimizers are replayed");
             let base = replay.asked(name).unwrap_or_default();
-            replay.ask(name, settings(op, base, options)?);
+            let asked = settings(op, base, options)?;
+            // What a step set is in the checkpoint, and no replay of a step that is done sets it again.
+            if replay.is_outermost() {
+                replay.ask(name, asked);
+            }
             return Ok(());
         }
         let mut held = self.lock();
         let script = settings(op, held.script, options)?;
         held.script = script;
-        if replay.is_some_and(|replay| replay.loop_depth() == 0) {
+        if replay.is_some_and(Replay::is_outermost) {
             held.asked = script;
         }
         Ok(held.apply()?)

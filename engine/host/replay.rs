@@ -145,6 +145,11 @@ impl Replay {
         self.frames().iter().filter(|frame| frame.is_iteration).count()
     }
 
+    /// Whether what runs is code above, between and behind the loops, which every replay executes again: no iteration, no step.
+    pub fn is_outermost(&self) -> bool {
+        self.depth() == 1
+    }
+
     /// A step begins, which may take `seconds`.
     pub fn enter_step(&self, key: &str, seconds: Option<f64>) {
         let deadline = seconds.map(|seconds| (Instant::now() + Duration::from_secs_f64(seconds), seconds));

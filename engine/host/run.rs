@@ -57,6 +57,9 @@ pub struct Origin {
     pub id: String,
     /// `LOOP=STEP` of the checkpoint; none for the beginning.
     pub at: Option<String>,
+    /// Whether the child has other arguments.
+    #[serde(default)]
+    pub other_arguments: bool,
 }
 
 impl Facts {
@@ -241,7 +244,7 @@ impl Run {
 
     /// The run in `folder` as its last process left it, with its newest checkpoint found but not loaded.
     ///
-    /// Errors: [`Error::Script`] if it is alive; those of reading its files.
+    /// Errors: [`Error::Script`] if it is alive, or finished; those of reading its files.
     pub fn open(folder: &Path, screen: Screen) -> Result<Self> {
         let folder = folder.canonicalize().map_err(|error| Error::io(folder, "find the run", error))?;
         let facts = read_facts(&folder)?;
@@ -251,6 +254,11 @@ impl Run {
             let what = "the store was damaged; what can be read of it and what the files of the run hold is recorded again";
             screen.note(&format!("{what}: {}", damaged.display()));
             super::rebuild::refill(&folder, &facts, damaged, &opened.store)?;
+        }
+        // Before anything is set back to the last checkpoint, which is not the end.
+        if opened.store.run().is_some_and(|record| record.status == Status::Finished) {
+            let what = "the run is finished; there is nothing to go on with, but a fork may go further";
+            return Err(Error::Script(format!("{id}: {what}: perilune runs fork {id} --arg NAME=VALUE", id = facts.id)));
         }
         let code = Code { number: 0, sources: Vec::new() };
         let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;
@@ -535,7 +543,7 @@ pub fn is_artifact(name: &str) -> bool {
 }
 
 /// What a run's folder holds besides artifacts.
-const OWN_FOLDERS: [&str; 7] = ["code", "checkpoints", "store", "steps", "tensorboard", "lock", "control.sock"];
+const OWN_FOLDERS: [&str; 8] = ["code", "checkpoints", "damaged", "store", "steps", "tensorboard", "lock", "control.sock"];
 
 /// A new id, a ULID: 48 bits of milliseconds, then 80 random bits, in 26 letters that sort by time.
 /// Source: github.com/ulid/spec.

@@ -80,37 +80,40 @@ pub fn step(call: &Call) -> Answer {
     record.fingerprint = hash(inputs.as_bytes());
     record.inputs = inputs;
     record.code = hash(&body.dump(true));
-
-    let known = run.store.step(&key);
+    let behind = is_behind(&run, &replay, &key);
+    let recorded = run.store.step(&key);
     if let Some(notes) = replay.notes() {
-        note(notes, &replay, known.as_ref(), &record)?;
+        note(notes, &replay, recorded.as_ref(), &record)?;
     }
-    match known {
-        Some(StepRecord { status: StepStatus::Done, output: Some(output), fingerprint, inputs, .. }) => {
-            check_inputs(&key, &fingerprint, &inputs, &record)?;
-            if replay.target() == Some(Target::Step(key.clone())) {
-                checkpoints::arrive(call.lua, &run, &replay)?;
-            }
-            results::read(call.lua, &run, &key, &output)
-        }
-        // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
-        Some(StepRecord { status: StepStatus::Failed, output: Some(output), fingerprint, inputs, .. })
-            if is_behind(&run, &replay, &key) =>
-        {
-            check_inputs(&key, &fingerprint, &inputs, &record)?;
-            let message = results::read(call.lua, &run, &key, &output)?;
-            let message = message.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
-            Err(mlua::Error::RuntimeError(message).into())
-        }
+    let known = recorded.filter(|known| known.status == StepStatus::Done || known.status == StepStatus::Failed && behind);
+    let Some((known, output)) = known.and_then(|known| known.output.clone().map(|output| (known, output))) else {
         // A step around the loop has not come to its end, and is entered again.
-        _ if replay.trial().is_some() && replay.is_replaying() && !is_around(&replay, &key) => Err(Error::Diverged {
-            what: format!("the step `{key}`"),
-            how: "the run has not done it, and a reload does nothing new above its loop".into(),
-            remedy: "put it into the loop or behind it, or stop the run and go on with: perilune resume RUN --code new".into(),
+        if replay.trial().is_some() && replay.is_replaying() && !is_around(&replay, &key) {
+            return Err(Error::Diverged {
+                what: format!("the step `{key}`"),
+                how: "the run has not done it, and a reload does nothing new above its loop".into(),
+                remedy: "put it into the loop or behind it, or stop the run and go on with: perilune resume RUN --code new".into(),
+            }
+            .into());
         }
-        .into()),
-        _ => execute(call, &run, &replay, &body, &policy, record),
+        return execute(call, &run, &replay, &body, &policy, record);
+    };
+    // On the way to a checkpoint the same code may come with other inputs: between two loops it sees the state as it was first
+    // made, not as the first loop left it. The record is what it got. Other code or arguments are another matter.
+    let other_arguments = run.facts.parent.as_ref().is_some_and(|parent| parent.other_arguments);
+    if !behind || known.generation != replay.generation || other_arguments {
+        check_inputs(&known, &record)?;
     }
+    if replay.target() == Some(Target::Step(key.clone())) {
+        checkpoints::arrive(call.lua, &run, &replay)?;
+    }
+    let values = results::read(call.lua, &run, &key, &output)?;
+    if known.status == StepStatus::Done {
+        return Ok(values);
+    }
+    // The script has caught this error and gone on to where the checkpoint was taken: it has to take the same way again.
+    let message = values.front().and_then(Value::as_string).map_or_else(String::new, |text| text.to_string_lossy());
+    Err(mlua::Error::RuntimeError(message).into())
 }
 
 /// Whether the loop that is come to is inside the step `key`.
@@ -152,13 +155,13 @@ fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..32].to_string()
 }
 
-fn check_inputs(key: &str, fingerprint: &str, inputs: &str, now: &StepRecord) -> Result<()> {
-    if fingerprint == now.fingerprint {
+fn check_inputs(known: &StepRecord, now: &StepRecord) -> Result<()> {
+    if known.fingerprint == now.fingerprint {
         return Ok(());
     }
     Err(Error::Diverged {
-        what: format!("the step `{key}`"),
-        how: format!("its inputs were {inputs} and are now {}", shorten(&now.inputs)),
+        what: format!("the step `{}`", known.key),
+        how: format!("its inputs were {} and are now {}", known.inputs, shorten(&now.inputs)),
         remedy: "give it another name, or fork the run before it: perilune runs fork".into(),
     })
 }

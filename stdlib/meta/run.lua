@@ -85,7 +85,8 @@ function Run:optimizer(kind, model, options) end
 function Run:save(name, model, options) end
 
 --- A table of plain data (numbers, strings, booleans, tensors, tables of these) that belongs to the run: checkpoints hold it,
---- and a resumed run finds it as it was. `initial` is what it is at first.
+--- and a resumed run finds it as it was. `initial` is what it is at first, and again for code above the loop in which the run is
+--- resumed: what such code makes of state or models belongs into run:step.
 ---
 --- Example: local best = run:state("best", { loss = math.huge, step = 0 })
 ---@param name string
@@ -95,7 +96,9 @@ function Run:state(name, initial) end
 
 --- Does `body` once and records its results, which must be plain data. Whenever the script comes here again, after a crash or a
 --- resume, it gets the recorded results and `body` does not run. Other `inputs` at a recorded step are an error. Random numbers
---- in the body are a stream of its own. A body that changes models, optimizers or data sets of the run ends with a checkpoint.
+--- in the body are a stream of its own. A body that changes models, optimizers or data sets of the run, or logs, ends with a
+--- checkpoint; inside a loop it is done again with its iteration. One that failed fails again where a resume repeats the way to
+--- its checkpoint.
 ---
 --- It is tried `attempts` times (1), `backoff` seconds (1, doubling) apart, each for `timeout` seconds at most; wrong arguments and
 --- errors that contain a text of `final` are not tried again.
