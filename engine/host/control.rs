@@ -225,6 +225,10 @@ fn owner(run: &Run, owner: &str) -> Result<(String, super::optim::OptimizerObjec
 ///
 /// Errors: as [`set`].
 pub fn apply_recorded(run: &Run, path: &str, step: u64, seen: u64) -> Result<u64> {
+    // Every step comes by here, and nearly always there is nothing.
+    if run.store.next_event_number() <= seen + 1 {
+        return Ok(seen);
+    }
     let here = |event: &EventRecord| event.number > seen && event.step == step && event.loop_path.as_deref() == Some(path);
     let mut last = seen;
     for event in run.store.events().into_iter().filter(here) {

@@ -495,7 +495,7 @@ impl Run {
     /// The generation that took over at the boundary of the loop `path` behind `step` iterations, if it does not lead yet.
     pub fn recorded_generation(&self, path: &str, step: u64) -> Option<GenerationRecord> {
         let leads = self.code().number;
-        self.store.generations().into_iter().find(|record| {
+        self.store.find_generation(|record| {
             let accepted = record.status == GenerationStatus::Accepted && record.number > leads;
             accepted && record.loop_path.as_deref() == Some(path) && record.step == step
         })

@@ -134,6 +134,11 @@ impl RunStore {
         self.held().generations.values().cloned().collect()
     }
 
+    /// The first generation that is `wanted`.
+    pub fn find_generation(&self, wanted: impl Fn(&GenerationRecord) -> bool) -> Option<GenerationRecord> {
+        self.held().generations.values().find(|record| wanted(record)).cloned()
+    }
+
     /// Durable when it returns. Errors: as [`Database::put`].
     pub fn put_generation(&self, record: GenerationRecord) -> Result<()> {
         let record = record.fitted();
