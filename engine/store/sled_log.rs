@@ -194,6 +194,7 @@ fn open_watched(folder: &Path) -> Result<sled::Db, OpenFailure> {
             Err(OpenFailure::Damaged(error.to_string()))
         }
         Ok(Ok(Err(sled::Error::Unsupported(what)))) => {
+            let what = format!("{what}; if no other engine wrote it, it is damaged: perilune store rebuild");
             Err(OpenFailure::Other(Error::format(folder, "conf", "a database of this version of the engine", what)))
         }
         // A file shorter than its log says is damage, an operating system that refuses is not.
