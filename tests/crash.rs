@@ -16,8 +16,13 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 /// The scripts that are killed, with arguments under which there is much to lose.
-const SCRIPTS: [(&str, &[&str]); 3] =
-    [("shapes.lua", &[]), ("resumable.lua", &["--every", "1", "--dtype", "bf16"]), ("resumable.lua", &["--every", "4", "--experts", "4"])];
+const SCRIPTS: [(&str, &[&str]); 4] = [
+    ("shapes.lua", &[]),
+    ("resumable.lua", &["--every", "1", "--dtype", "bf16"]),
+    ("resumable.lua", &["--every", "4", "--experts", "4"]),
+    // Without a checkpoint before the end of its loop.
+    ("resumable.lua", &["--every", "1000"]),
+];
 /// Where processes are slowed down so that kills fall there; the first gives them their usual speed.
 const SLOWED: [&str; 4] = [
     "",
@@ -125,7 +130,7 @@ fn sigkill_at_random_instants_loses_nothing_and_does_nothing_twice() {
     let mut total = Tally::default();
     std::thread::scope(|scope| {
         let workers = SCRIPTS.iter().zip(seeds);
-        let workers = workers.map(|((script, args), seed)| scope.spawn(move || kill_loop(script, args, 110, Random::from(seed))));
+        let workers = workers.map(|((script, args), seed)| scope.spawn(move || kill_loop(script, args, 80, Random::from(seed))));
         workers.collect::<Vec<_>>().into_iter().for_each(|worker| total.add(worker.join().unwrap()));
     });
     println!("{total:?}");
@@ -329,13 +334,13 @@ fn what_was_acknowledged_survives_power_losses_of_whole_runs() {
         let workers = SCRIPTS.iter().zip(seeds);
         let workers = workers.map(|((script, args), seed)| {
             let shim = &shim;
-            scope.spawn(move || lose_power(script, args, 20, shim, Random::from(seed)))
+            scope.spawn(move || lose_power(script, args, 15, shim, Random::from(seed)))
         });
         for worker in workers.collect::<Vec<_>>() {
             let (more_committed, more_returned) = worker.join().unwrap();
             (committed, returned) = (committed + more_committed, returned + more_returned);
         }
     });
-    println!("{} power losses, {committed} checkpoints committed and {returned} steps returned, none lost", SCRIPTS.len() * 20);
+    println!("{} power losses, {committed} checkpoints committed and {returned} steps returned, none lost", SCRIPTS.len() * 15);
     assert!(committed >= 60 && returned >= 60, "{committed} checkpoints and {returned} steps are too few to say anything");
 }

@@ -88,6 +88,12 @@ fn fill(lua: &Lua, table: &Table, content: &Plain) -> Failed<()> {
     Ok(())
 }
 
+/// The contents as texts that are equal when they are; none where a table holds what cannot be kept.
+pub fn fingerprints(lua: &Lua, waiting: &Waiting) -> Option<Vec<String>> {
+    let contents = contents(lua, waiting).ok()?;
+    Some(contents.iter().map(|(name, plain)| format!("{name} {}", plain.canonical())).collect())
+}
+
 /// The contents of all tables of `lua`, and of those that still wait.
 ///
 /// Errors: those of [`Plain::of`].

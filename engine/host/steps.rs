@@ -10,7 +10,7 @@ use super::raise::{explain, is_final, is_stop, is_timeout, message, place};
 use super::replay::{Replay, Target, must_end};
 use super::run::{Run, unix_seconds};
 use super::run_object::{check_name, standing};
-use super::{checkpoints, results};
+use super::{checkpoints, results, states};
 use crate::error::{Error, Result};
 use crate::store::Durability;
 use crate::store::records::{StepRecord, StepStatus};
@@ -177,7 +177,8 @@ fn shorten(text: &str) -> String {
 /// Runs `body`, as often as the policy allows, and records how it went.
 fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, policy: &Policy, mut record: StepRecord) -> Answer {
     let (lua, key) = (call.lua, record.key.clone());
-    let (before, resources_before) = (run.changes(), run.resources.version());
+    let resources_before = run.resources.version();
+    let before = (run.changes(), states::fingerprints(lua, &run.states));
     let began = Instant::now();
     for attempt in 1.. {
         record.attempts = attempt;
@@ -188,7 +189,7 @@ fn execute(call: &Call, run: &Arc<Run>, replay: &Replay, body: &mlua::Function, 
         record.ended = Some(unix_seconds());
         let error = match outcome {
             Ok(values) => {
-                let changed = run.changes() != before;
+                let changed = (run.changes(), states::fingerprints(lua, &run.states)) != before;
                 let values = finish(lua, run, replay, record, values, changed)?;
                 return Ok(values);
             }
@@ -230,13 +231,13 @@ fn attempt_once(lua: &Lua, replay: &Replay, body: &mlua::Function, policy: &Poli
     result
 }
 
-/// Records a step that has come to its end. What it changed in the resources, and what it logged, is made durable with it.
+/// Records a step that has come to its end. What it changed in resources or state, and what it logged, is made durable with it.
 fn finish(lua: &Lua, run: &Arc<Run>, replay: &Replay, mut record: StepRecord, values: MultiValue, changed: bool) -> Answer {
     let (output, values) = results::write(lua, run, &record.key, values)?;
     record.status = StepStatus::Done;
     record.error = None;
     if changed && replay.loop_depth() > 0 {
-        // A step in an iteration that changed weights or positions, or logged, is part of the iteration, and done again with it.
+        // A step in an iteration that changed weights, positions or state, or logged, is part of it, and done again with it.
         return Ok(values);
     }
     record.output = Some(output);

@@ -96,8 +96,8 @@ function Run:state(name, initial) end
 
 --- Does `body` once and records its results, which must be plain data. Whenever the script comes here again, after a crash or a
 --- resume, it gets the recorded results and `body` does not run. Other `inputs` at a recorded step are an error. Random numbers
---- in the body are a stream of its own. A body that changes models, optimizers or data sets of the run, or logs, ends with a
---- checkpoint; inside a loop it is done again with its iteration. One that failed fails again where a resume repeats the way to
+--- in the body are a stream of its own. A body that changes models, optimizers, data sets or state of the run, or logs, ends with
+--- a checkpoint; inside a loop it is done again with its iteration. One that failed fails again where a resume repeats the way to
 --- its checkpoint.
 ---
 --- It is tried `attempts` times (1), `backoff` seconds (1, doubling) apart, each for `timeout` seconds at most; wrong arguments and
