@@ -73,7 +73,7 @@ impl Manifest {
         let wrong = |place: String, expected: &str, found: &Value| Error::format(&path, place, expected, shown(&found.to_string()));
         // The format comes first: a newer one may have other keys.
         match keys.get("format") {
-            Some(format) if *format == Value::from(MANIFEST_FORMAT) => {}
+            Some(format) if format.as_u64() == Some(u64::from(MANIFEST_FORMAT)) => {}
             Some(format) => return Err(wrong("format".into(), &format!("{MANIFEST_FORMAT}, which this engine reads"), format)),
             None => return Err(Error::format(&path, "format", format!("the number {MANIFEST_FORMAT}"), "no such key")),
         }

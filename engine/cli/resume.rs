@@ -84,11 +84,11 @@ impl GoOn {
         if self.explain {
             screen.note(&explanation());
         }
+        let target = say_plan(&run, &screen);
+        run.set_resumed()?;
         if self.tensorboard {
             run.write_tensorboard()?;
         }
-        let target = say_plan(&run, &screen);
-        run.set_resumed()?;
         drop(workflow);
         perform(&Arc::new(run), vm, values, target, self.watch)
     }

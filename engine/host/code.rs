@@ -121,6 +121,15 @@ pub fn generation(folder: &Path, number: u32) -> Result<Generation> {
     serde_json::from_str(&text).map_err(|error| Error::format(&path, "generation", "a list of sources", error.to_string()))
 }
 
+/// The hash of the list of generation `number`, as [`save`] gave it.
+///
+/// Errors: [`Error::Io`].
+pub fn list_hash(folder: &Path, number: u32) -> Result<String> {
+    let path = path_of(folder, number);
+    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+    Ok(hash(text.trim_end_matches('\n')))
+}
+
 /// The files of generation `number`.
 ///
 /// Errors: as [`generation`]; [`Error::Format`] if the content of a file is not what its hash says.

@@ -130,7 +130,7 @@ impl Plain {
                 _ => {
                     let table = lua.create_table()?;
                     for (name, value) in fields {
-                        table.raw_set(if name.starts_with('$') { &name[1..] } else { name }, self.build(lua, value)?)?;
+                        table.raw_set(name.strip_prefix('$').unwrap_or(name), self.build(lua, value)?)?;
                     }
                     Value::Table(table)
                 }

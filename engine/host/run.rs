@@ -260,6 +260,19 @@ impl Run {
             let what = "the run is finished; there is nothing to go on with, but a fork may go further";
             return Err(Error::Script(format!("{id}: {what}: perilune runs fork {id} --arg NAME=VALUE", id = facts.id)));
         }
+        if opened.store.find_generation(|record| record.number == 0).is_none() {
+            // It was killed while it began.
+            let first = code::generation(&folder, 0)?;
+            opened.store.put_generation(GenerationRecord {
+                number: 0,
+                loop_path: None,
+                step: 0,
+                time: first.time,
+                hash: code::list_hash(&folder, 0)?,
+                status: GenerationStatus::Accepted,
+                reason: None,
+            })?;
+        }
         let code = Code { number: 0, sources: Vec::new() };
         let run = Self::assemble(facts, folder, screen, opened.store, lock, code)?;
         run.find_origin()?;
@@ -353,7 +366,12 @@ impl Run {
     ///
     /// Errors: [`Error::Io`].
     pub fn write_tensorboard(&self) -> Result<()> {
-        let board = EventFile::create(&self.folder.join("tensorboard"))?;
+        let mut board = EventFile::create(&self.folder.join("tensorboard"))?;
+        if self.store.run().is_some_and(|record| record.resumes > 0) {
+            // TensorBoard drops what an earlier process wrote behind the checkpoint.
+            let step = self.checkpoints.origin().map_or(0, |origin| origin.manifest.step);
+            board.resumed(step, unix_seconds())?;
+        }
         self.logs.lock().expect("no panic happens under this lock").board = Some(board);
         Ok(())
     }
