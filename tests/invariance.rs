@@ -41,6 +41,7 @@ fn models() -> Vec<(String, Model)> {
     }));
     let mixed = with(json!({
         "model_type": "qwen2_moe", "num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": 33, "decoder_sparse_step": 2,
+        "head_dim": 32,
         "shared_expert_intermediate_size": 65, "norm_topk_prob": false, "tie_word_embeddings": false,
     }));
     let mut models = Vec::new();

@@ -17,14 +17,16 @@ use std::sync::Arc;
 /// A label that is no target.
 pub const IGNORE: i32 = -100;
 
-/// Bytes that the f32 logits of one chunk may take: 288 rows of Qwen's vocabulary. Each chunk turns the head once and passes
-/// once over its gradient, so that a step
-/// of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384.
-const CHUNK_BYTES: usize = 192 << 20;
+/// Bytes that the f32 logits of one chunk may take: 576 rows of Qwen's vocabulary. Each chunk turns the head once and passes
+/// once over its gradient, so that a step of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384; on AMX these
+/// passes take longer than the products.
+const CHUNK_BYTES: usize = 384 << 20;
 
-/// Rows of a chunk: whole tiles of the product, so that no tile is wasted at its end.
-fn chunk_rows(vocab: usize) -> usize {
-    (CHUNK_BYTES / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016)
+/// Rows of a chunk, of `count` in all: as few chunks as fit, of about the same size, in whole tiles of the product, which have
+/// 12 or 32 rows; and a multiple of 32 is where the head's gradient may be cut without changing a bit.
+fn chunk_rows(vocab: usize, count: usize) -> usize {
+    let most = (CHUNK_BYTES / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
+    count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(96).clamp(96, most)
 }
 
 /// All logits, for looking and sampling: `[tokens, hidden]` times the head gives `[tokens, vocab]` f32. Not differentiable.
@@ -112,8 +114,8 @@ fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32)
 
 /// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
 fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: impl FnMut(std::ops::Range<usize>, &[E], &[i32])) {
-    let size = chunk_rows(vocab);
     let count = targets.rows.len();
+    let size = chunk_rows(vocab, count);
     for start in (0..count).step_by(size) {
         let range = start..(start + size).min(count);
         visit(range.clone(), &targets.x()[range.start * targets.hidden..range.end * targets.hidden], &targets.labels[range]);

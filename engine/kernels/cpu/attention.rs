@@ -46,7 +46,7 @@ pub fn attention<E: Float>(settings: &Attention, qkv: &[E], o: &mut [E], lse: &m
     let blocks = settings.blocks(op, qkv.len())?;
     settings.check_rows(op, "o", o.len(), blocks.tokens, settings.heads.heads * settings.heads.head_dim)?;
     settings.check_rows(op, "lse", lse.len(), blocks.tokens, settings.heads.heads)?;
-    with_form!(E, |form| forward(form, settings, &blocks, qkv, Shared::new(o), Shared::new(lse)));
+    with_form!(E, settings.heads.head_dim, |form| forward(form, settings, &blocks, qkv, Shared::new(o), Shared::new(lse)));
     Ok(())
 }
 
@@ -317,16 +317,8 @@ fn attend_block<F: Form, E: Float>(
     let walk = Visible::walk(visible);
     let left = Left { words: queries, row: depth };
     let scores = &mut work.scores.0;
-    for panel in 0..walk.div_ceil(COLUMNS) {
-        form.multiply::<1>(
-            left,
-            &keys[panel * depth * COLUMNS..],
-            depth,
-            &mut scores.as_flattened_mut()[panel * COLUMNS..],
-            BLOCK,
-            Start::Zero,
-        );
-    }
+    let panels = walk.div_ceil(COLUMNS);
+    form.multiply_panels(left, keys, depth * COLUMNS, panels, depth, scores.as_flattened_mut(), BLOCK, Start::Zero);
     let mut factors = [0.0; ROWS];
     for ((row, visible), maximum) in scores.iter_mut().zip(visible).zip(&mut factors) {
         visible.mask(row);
@@ -360,10 +352,8 @@ fn attend_block<F: Form, E: Float>(
     } else {
         Left { words: work.scores.0.as_flattened(), row: BLOCK }
     };
-    for (panel, values) in values.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
-        let outputs = &mut state.outputs[panel * COLUMNS..];
-        form.multiply::<1>(left, values, words::<F>(walk), outputs, padded, Start::Scaled(&factors));
-    }
+    let walk = words::<F>(walk).next_multiple_of(F::GROUP);
+    form.multiply_panels(left, values, words::<F>(BLOCK) * COLUMNS, padded / COLUMNS, walk, state.outputs, padded, Start::Scaled(&factors));
 }
 
 /// 8 rows, on cache lines of their own.

@@ -31,7 +31,7 @@ pub fn attention_backward<E: Float>(settings: &Attention, d_o: &[E], qkv: &[E], 
     settings.check_rows(op, "lse", lse.len(), blocks.tokens, heads.heads)?;
     settings.check_rows(op, "dqkv", dqkv.len(), blocks.tokens, heads.width())?;
     let dqkv = &Shared::new(dqkv);
-    with_form!(E, |form| backward(form, &Saved { settings, blocks: &blocks, d_o, qkv, o, lse, dqkv }));
+    with_form!(E, heads.head_dim, |form| backward(form, &Saved { settings, blocks: &blocks, d_o, qkv, o, lse, dqkv }));
     Ok(())
 }
 
@@ -246,6 +246,10 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
                     }
                 }
                 if part.of_keys {
+                    // What an earlier head left for queries that this block does not have.
+                    let missing = words::<F>(tiles * ROWS)..words::<F>(tiles * ROWS).next_multiple_of(F::GROUP);
+                    weights.p_words[missing.clone()].as_flattened_mut().fill(0.0);
+                    weights.ds_words[missing].as_flattened_mut().fill(0.0);
                     let sums = &mut key_sums[(key_block - part.keys.start) * key_sums_words..][..key_sums_words];
                     let (d_keys, d_values) = sums.split_at_mut(BLOCK * padded);
                     let key_tiles = (document.len - key_block * BLOCK).min(BLOCK).div_ceil(ROWS);
@@ -291,11 +295,9 @@ impl Weights {
         let depth = queries.queries.len() / BLOCK;
         let [queries_left, d_outputs_left] =
             [&*queries.queries, &*queries.d_outputs].map(|rows| Left { words: &rows[index * ROWS * depth..], row: depth });
-        for panel in 0..Visible::walk(visible).div_ceil(COLUMNS) {
-            let (from, column) = (panel * depth * COLUMNS, panel * COLUMNS);
-            form.multiply::<1>(queries_left, &keys[from..], depth, &mut self.p.as_flattened_mut()[column..], BLOCK, Start::Zero);
-            form.multiply::<1>(d_outputs_left, &values[from..], depth, &mut self.ds.as_flattened_mut()[column..], BLOCK, Start::Zero);
-        }
+        let (panels, panel_words) = (Visible::walk(visible).div_ceil(COLUMNS), depth * COLUMNS);
+        form.multiply_panels(queries_left, keys, panel_words, panels, depth, self.p.as_flattened_mut(), BLOCK, Start::Zero);
+        form.multiply_panels(d_outputs_left, values, panel_words, panels, depth, self.ds.as_flattened_mut(), BLOCK, Start::Zero);
         for (r, (p, ds)) in self.p.iter_mut().zip(&mut self.ds).enumerate() {
             let (lse, delta) = (queries.lse[index * ROWS + r], queries.delta[index * ROWS + r]);
             visible[r].mask(p);
@@ -335,9 +337,8 @@ impl Weights {
         } else {
             Left { words: self.ds.as_flattened(), row: BLOCK }
         };
-        for (panel, keys) in keys_rows.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
-            form.multiply::<1>(left, keys, words::<F>(walk), &mut out[panel * COLUMNS..], padded, Start::Keep);
-        }
+        let depth = words::<F>(walk).next_multiple_of(F::GROUP);
+        form.multiply_panels(left, keys_rows, words::<F>(BLOCK) * COLUMNS, padded / COLUMNS, depth, out, padded, Start::Keep);
     }
 }
 
@@ -352,6 +353,16 @@ fn add_queries<F: Form>(
     out: &mut [f32],
     padded: usize,
 ) {
+    if F::GROUP > 1 {
+        // Queries of a group that do not see these keys, or are none, have zeros for weights.
+        let (from, to) = (words::<F>(rows.start) / F::GROUP * F::GROUP, words::<F>(rows.end).next_multiple_of(F::GROUP));
+        let mut turned = [[0.0; BLOCK / 2]; ROWS];
+        form.turn(&weights[from..to], tile, &mut turned);
+        let left = Left { words: turned.as_flattened(), row: BLOCK / 2 };
+        let queries = &queries_rows[from * COLUMNS..];
+        form.multiply_panels(left, queries, words::<F>(BLOCK) * COLUMNS, padded / COLUMNS, to - from, out, padded, Start::Keep);
+        return;
+    }
     let (from, depth) = (words::<F>(rows.start), words::<F>(rows.len()));
     for (panel, queries) in queries_rows.chunks_exact(words::<F>(BLOCK) * COLUMNS).enumerate() {
         let weights = Left { words: &weights.as_flattened()[from * BLOCK + tile * ROWS..], row: 1 };

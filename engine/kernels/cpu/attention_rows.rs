@@ -138,7 +138,7 @@ mod tests {
         pair_columns(&first, &mut half);
         assert_eq!((max(&first), bits(&words), bits(&half)), (want_max, want_rows.clone(), want_columns.clone()));
         #[cfg(target_arch = "x86_64")]
-        if Isa::best() == Isa::Avx512Bf16 {
+        if Isa::best() >= Isa::Avx512Bf16 {
             let mut exponentials = first;
             // SAFETY: the processor has AVX-512 F, BW and BF16.
             let max = unsafe {

@@ -4,6 +4,7 @@
 //! Operands are made of 32-bit *words* kept in f32 memory. In most forms a word is one f32 (a bf16 is widened); in the
 //! form with `vdpbf16ps` it is the bits of two bf16 that neighbour each other along the reduction.
 
+use super::attention_amx::Amx;
 use super::attention_rows;
 use super::exp::exp;
 use super::isa::{Isa, isa};
@@ -41,11 +42,24 @@ pub trait Form: Copy + Send + Sync {
     /// Whether a word holds two bf16.
     const PAIRS: bool;
 
+    /// Words of a reduction that are multiplied together: walks begin and end at multiples of it, past what they need if they
+    /// must, with zeros there in the left operand. Where it is above 1, the left operand has its words side by side.
+    const GROUP: usize = 1;
+
     /// `c[r, j] = start + sum over k of a[r, k] * b[k * 32 + j]`, k ascending from 0 to `depth` words, for 8 rows r and 32
     /// columns j; row r of the tile is `c[r * stride..][..32]`.
     ///
-    /// Each element is one chain, so the depth at which a caller cuts the walk in two does not change a bit.
+    /// Each element is one chain, so the depth at which a caller cuts the walk in two, between groups, does not change a bit.
     fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start);
+
+    /// [`Self::multiply`] for `panels` neighbouring panels, `b_panel` words apart, whose columns are neighbours in `c`.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "those of multiply, and the panels")]
+    fn multiply_panels(self, a: Left, b: &[f32], b_panel: usize, panels: usize, depth: usize, c: &mut [f32], stride: usize, start: Start) {
+        for panel in 0..panels {
+            self.multiply::<1>(a, &b[panel * b_panel..], depth, &mut c[panel * COLUMNS..], stride, start);
+        }
+    }
 
     /// The largest of a row's numbers.
     #[inline(always)]
@@ -71,6 +85,14 @@ pub trait Form: Copy + Send + Sync {
         attention_rows::pair_columns(row, words);
     }
 
+    /// Row r of the left operand that column `8 * tile + r` of `rows` makes, word by word. For forms with groups.
+    #[inline(always)]
+    fn turn(self, rows: &[Row], tile: usize, turned: &mut [[f32; BLOCK / 2]; ROWS]) {
+        for (r, turned) in turned.iter_mut().enumerate() {
+            turned.iter_mut().zip(rows).for_each(|(word, row)| *word = row[tile * ROWS + r]);
+        }
+    }
+
     /// Runs `work` compiled for this form's instructions, where `work` is inlined.
     fn enter(self, work: impl FnOnce());
 }
@@ -88,8 +110,9 @@ pub struct Fused256(());
 #[derive(Clone, Copy)]
 pub struct Plain(());
 
-/// The form for an element type on this processor.
+/// The form for an element type and head_dim on this processor.
 pub enum Choice {
+    Amx(Amx),
     Fused512(Fused512),
     Pairs512(Pairs512),
     Fused256(Fused256),
@@ -97,26 +120,28 @@ pub enum Choice {
 }
 
 impl Choice {
-    pub fn of<E: Float>() -> Self {
-        Self::at::<E>(isa())
+    pub fn of<E: Float>(head_dim: usize) -> Self {
+        Self::at::<E>(isa(), head_dim)
     }
 
     /// The form for `isa`, which this processor must have.
-    fn at<E: Float>(isa: Isa) -> Self {
+    fn at<E: Float>(isa: Isa, head_dim: usize) -> Self {
         assert!(isa <= Isa::best());
         match isa {
-            Isa::Avx512Bf16 if E::DTYPE == Dtype::Bf16 => Self::Pairs512(Pairs512(())),
-            Isa::Avx512Bf16 | Isa::Avx512 => Self::Fused512(Fused512(())),
+            Isa::AmxBf16 if E::DTYPE == Dtype::Bf16 && head_dim.is_multiple_of(2 * Amx::GROUP) => Self::Amx(Amx::new(Pairs512(()))),
+            Isa::AmxBf16 | Isa::Avx512Bf16 if E::DTYPE == Dtype::Bf16 => Self::Pairs512(Pairs512(())),
+            Isa::AmxBf16 | Isa::Avx512Bf16 | Isa::Avx512 => Self::Fused512(Fused512(())),
             Isa::Avx2 => Self::Fused256(Fused256(())),
             Isa::Portable => Self::Plain(Plain(())),
         }
     }
 }
 
-/// Runs `$call` with `$form` bound to the form for `$element`.
+/// Runs `$call` with `$form` bound to the form for `$element` and `$head_dim`.
 macro_rules! with_form {
-    ($element:ty, |$form:ident| $call:expr) => {
-        match $crate::kernels::cpu::attention_tile::Choice::of::<$element>() {
+    ($element:ty, $head_dim:expr, |$form:ident| $call:expr) => {
+        match $crate::kernels::cpu::attention_tile::Choice::of::<$element>($head_dim) {
+            $crate::kernels::cpu::attention_tile::Choice::Amx($form) => $call,
             $crate::kernels::cpu::attention_tile::Choice::Fused512($form) => $call,
             $crate::kernels::cpu::attention_tile::Choice::Pairs512($form) => $call,
             $crate::kernels::cpu::attention_tile::Choice::Fused256($form) => $call,
@@ -127,7 +152,7 @@ macro_rules! with_form {
 pub(super) use with_form;
 
 #[inline(always)]
-fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f32], stride: usize) {
+pub(super) fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f32], stride: usize) {
     assert!(depth == 0 || a.words.len() > (ROWS - 1) * a.row + (depth - 1) * STEP);
     assert!(b.len() >= depth * COLUMNS);
     assert!(c.len() >= (ROWS - 1) * stride + COLUMNS);
@@ -330,7 +355,7 @@ mod tests {
 
     /// Packs two small matrices for one form and compares their product with f64.
     fn check_product<F: Form, E: Float>(form: F) {
-        for head_dim in [2, 16, 40, 64] {
+        for head_dim in [2, 16, 40, 64, 96].into_iter().filter(|head_dim| words::<F>(*head_dim).is_multiple_of(F::GROUP)) {
             for count in [1, 7, 33, 64] {
                 let stride = head_dim + 3;
                 let left: Vec<E> = (0..64 * stride).map(|i| E::from_f32(sample(i))).collect();
@@ -363,6 +388,11 @@ mod tests {
                 let mut c = vec![3.0; ROWS * COLUMNS];
                 form.multiply::<1>(ones, &panels, words::<F>(BLOCK), &mut c, COLUMNS, Start::Scaled(&[2.0; ROWS]));
                 form.multiply::<1>(ones, &panels, 0, &mut c, COLUMNS, Start::Keep);
+                // 64 words of which each row has its own, turned.
+                let rows: Vec<Row> = (0..BLOCK / 2).map(|k| std::array::from_fn(|column| (k * BLOCK + column) as f32)).collect();
+                let mut turned = [[f32::NAN; BLOCK / 2]; ROWS];
+                form.turn(&rows, 3, &mut turned);
+                assert!((0..ROWS * BLOCK / 2).all(|at| turned[at / 32][at % 32] == (at % 32 * BLOCK + 3 * ROWS + at / 32) as f32));
                 for (j, got) in c[..COLUMNS].iter().enumerate() {
                     let column: f64 = if j < head_dim { (0..count).map(|i| f64::from(b.row(i)[j].to_f32())).sum() } else { 0.0 };
                     assert!((f64::from(*got) - column - 6.0).abs() < 2e-5, "{head_dim} {count}: column {j}");
@@ -374,8 +404,9 @@ mod tests {
     #[test]
     fn every_form_multiplies_what_was_packed() {
         for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::best()) {
-            for choice in [Choice::at::<f32>(isa), Choice::at::<bf16>(isa)] {
+            for choice in [Choice::at::<f32>(isa, 64), Choice::at::<bf16>(isa, 64), Choice::at::<bf16>(isa, 16)] {
                 match choice {
+                    Choice::Amx(form) => check_product::<_, bf16>(form),
                     Choice::Fused512(form) => check_product::<_, f32>(form),
                     Choice::Pairs512(form) => check_product::<_, bf16>(form),
                     Choice::Fused256(form) => check_product::<_, bf16>(form),

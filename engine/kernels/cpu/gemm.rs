@@ -4,12 +4,14 @@
 //! Order of sums. An output element of [`forward`] and [`input_gradient`] is one chain along its reduction index, in one
 //! lane, whatever the number of rows, their neighbours, the threads and the blocking (tile.rs): a row alone and the same
 //! row in a batch agree in every bit. Bias and residual join in f32 after the whole sum, then the value is rounded once.
-//! [`weight_gradient`] and [`bias_gradient`] add tokens in their order; threads change nothing.
+//! [`weight_gradient`] and [`bias_gradient`] add tokens in their order; threads change nothing. Where a sum goes on in another
+//! call, slab or part, it is cut at a multiple of 32 of the reduction index: a group of AMX (tile.rs).
 
+use super::epilogue::{finish_forward, finish_gradient, streams};
 use super::isa::{Isa, isa};
-use super::product::{Carry, Finish, Panels, Product};
+use super::product::{AMX_BLOCK_BYTES, AMX_SLAB_UNITS, Carry, Finish, Panels, Product};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
+use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS_MAX, TileElement};
 use super::{pack, panels};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
@@ -24,7 +26,7 @@ const TOKEN_UNITS: usize = 1024;
 /// [`weight_gradient`] holds packed.
 const SLAB_BYTES: usize = 32 << 20;
 
-/// Most rows for which [`input_gradient`] turns the weight a panel at a time.
+/// Most rows for which [`input_gradient`] turns the weight a panel at a time; twice as many on AMX, which waits for memory.
 const FEW_ROWS: usize = 320;
 
 /// The weight of a linear layer, `[outputs, inputs]`, in panels of `E`.
@@ -101,6 +103,7 @@ fn forward_as<E: TileElement, O: Float>(
     assert!(residual.is_none_or(|residual| residual.len() == y.len()), "a residual of {}", y.len());
     let count = y.len() / outputs;
     let x = Rows::new(x, inputs, rows, count);
+    let streams = streams::<E, O>(isa, y);
     let y = Shared::new(y);
     let product =
         Product { isa, rows: count, units: E::units(inputs), panels: Panels::Stored(panels), columns: outputs.div_ceil(PANEL_COLUMNS) };
@@ -111,7 +114,7 @@ fn forward_as<E: TileElement, O: Float>(
             let left = panel * PANEL_COLUMNS;
             let width = PANEL_COLUMNS.min(outputs - left);
             let bias = bias.map(|bias| &bias[left..left + width]);
-            finish_forward(&y, top * outputs + left, outputs, width, sums, bias, residual);
+            finish_forward(&y, top * outputs + left, outputs, width, sums, bias, residual, streams);
         }),
     );
 }
@@ -122,7 +125,8 @@ fn forward_as<E: TileElement, O: Float>(
 /// - `dy`: `[m, outputs]`
 /// - `add`: add to `dx` (in f32, rounded once) instead of overwriting it
 pub fn input_gradient<E: TileElement, O: Float>(dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool) {
-    input_gradient_as(isa(), dx, dy, weight, add, SLAB_BYTES, FEW_ROWS);
+    let few_rows = if E::layout(isa()) == Layout::UNITS { FEW_ROWS } else { 2 * FEW_ROWS };
+    input_gradient_as(isa(), dx, dy, weight, add, SLAB_BYTES, few_rows);
 }
 
 fn input_gradient_as<E: TileElement, O: Float>(
@@ -149,10 +153,16 @@ fn input_gradient_as<E: TileElement, O: Float>(
     let few = count <= few_rows && columns >= threads();
     // Outputs, the reduction index, are taken a slab at a time: as many as fit, in whole panels.
     let panel_bytes = transposed_bytes / if few { 32 } else { columns };
-    let slab_panels = (panel_bytes / (PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
+    let mut slab_panels = (panel_bytes / (PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
+    if few && E::layout(isa) != Layout::UNITS {
+        // All rows of the slab meet each panel, and AMX waits for them unless they lie in the second cache.
+        let most = AMX_SLAB_UNITS.min(AMX_BLOCK_BYTES / (4 * count)).max(PANEL_COLUMNS);
+        slab_panels = slab_panels.min(most * E::UNIT / PANEL_COLUMNS);
+    }
     let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));
     let mut transposed = Buffer::<E>::scratch(if few { 0 } else { columns * slab * PANEL_COLUMNS });
     let mut carry = Buffer::<f32>::scratch(if slab < outputs { columns * count * PANEL_COLUMNS } else { 0 });
+    let streams = streams::<E, O>(isa, dx);
     let dx = Shared::new(dx);
     for start in (0..outputs).step_by(slab) {
         let taken = start..outputs.min(start + slab);
@@ -170,7 +180,7 @@ fn input_gradient_as<E: TileElement, O: Float>(
         let carry = (slab < outputs).then_some(Carry { sums: Shared::new(&mut carry), add: start > 0 });
         let finish = |top: usize, panel: usize, sums: &[f32]| {
             let left = panel * PANEL_COLUMNS;
-            finish_gradient(&dx, top * inputs + left, inputs, PANEL_COLUMNS.min(inputs - left), sums, add);
+            finish_gradient(&dx, top * inputs + left, inputs, PANEL_COLUMNS.min(inputs - left), sums, add, streams);
         };
         let pack = |rows: Range<usize>, out: &mut [E]| pack_rows(isa, &dy, taken.clone(), rows, out);
         let finish: Option<Finish> = if taken.end == outputs { Some(&finish) } else { None };
@@ -201,7 +211,7 @@ fn transpose_panel<E: TileElement>(isa: Isa, weight: Weight<E>, taken: Range<usi
 /// - `dw`: `[outputs, inputs]` in f32 panels, whatever E is
 /// - `dy`: `[m, outputs]`
 /// - `x`: `[m, inputs]`; with `rows`, token `i` uses row `rows[i]` of `x`
-/// - `add`: continue the sums in `dw`
+/// - `add`: continue the sums in `dw`; in two calls cut at a multiple of 32 tokens they have the bits of one call
 pub fn weight_gradient<E: TileElement>(dw: &mut [f32], dy: &[E], x: &[E], rows: Option<&[u32]>, outputs: usize, inputs: usize, add: bool) {
     weight_gradient_as(isa(), (dw, outputs, inputs), dy, x, rows, add, SLAB_BYTES);
 }
@@ -236,12 +246,12 @@ fn weight_gradient_as<E: TileElement>(
         for start in (0..count).step_by(TOKEN_UNITS * E::UNIT) {
             let tokens = start..count.min(start + TOKEN_UNITS * E::UNIT);
             let panels = &mut packed[..columns * panels::panel_len::<E>(tokens.len())];
-            pack_panels(&dy, tokens.clone(), taken.clone(), panels);
+            pack_panels(isa, &dy, tokens.clone(), taken.clone(), panels);
             // The sums of a product lie exactly as f32 panels of the weight do, inputs running down.
             let carry = Carry { sums: Shared::new(dw), add: add || start > 0 };
             let pack = |inputs: Range<usize>, out: &mut [E]| {
                 let token = |i: usize| &x.row(tokens.start + i)[inputs.clone()];
-                pack::columns_of_tokens::<E, TILE_ROWS>(token, tokens.len(), inputs.len(), false, out);
+                pack::tiles_of_columns(isa, token, tokens.len(), inputs.len(), out);
             };
             let product = Product { isa, rows: inputs, units: E::units(tokens.len()), panels: Panels::Stored(panels), columns };
             product.run(&pack, Some(&carry), None);
@@ -250,7 +260,7 @@ fn weight_gradient_as<E: TileElement>(
 }
 
 /// Packs outputs `taken` of `tokens` of `dy` into panels, tokens running down.
-fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, taken: Range<usize>, out: &mut [E]) {
+fn pack_panels<E: TileElement>(isa: Isa, dy: &Rows<E>, tokens: Range<usize>, taken: Range<usize>, out: &mut [E]) {
     let size = panels::panel_len::<E>(tokens.len());
     let out = Shared::new(out);
     parallel_ranges(taken.len().div_ceil(PANEL_COLUMNS), 4, |range| {
@@ -258,7 +268,7 @@ fn pack_panels<E: TileElement>(dy: &Rows<E>, tokens: Range<usize>, taken: Range<
         let out = unsafe { out.part(range.start * size..range.end * size) };
         let columns = taken.start + range.start * PANEL_COLUMNS..taken.end.min(taken.start + range.end * PANEL_COLUMNS);
         let token = |i: usize| &dy.row(tokens.start + i)[columns.clone()];
-        pack::columns_of_tokens::<E, PANEL_COLUMNS>(token, tokens.len(), columns.len(), true, out);
+        pack::columns_of_tokens::<E, PANEL_COLUMNS>(isa, token, tokens.len(), columns.len(), true, out);
     });
 }
 
@@ -291,56 +301,18 @@ vectorised! {
     }
 }
 
-/// Packs columns `taken` of `rows` into tiles of 12 rows.
+/// Packs columns `taken` of `rows` into tiles, as the form's [`Layout`] says.
 fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
-    let row_len = E::units(taken.len()) * E::UNIT;
-    for (i, tile) in out.chunks_mut((TILE_ROWS * row_len).max(1)).enumerate() {
-        let first = rows.start + i * TILE_ROWS;
-        let count = TILE_ROWS.min(rows.end - first);
-        let mut sources: [&[E]; TILE_ROWS] = [&[]; TILE_ROWS];
+    let layout = E::layout(isa);
+    let row_len = layout.padded(E::units(taken.len())) * E::UNIT;
+    for (i, tile) in out.chunks_mut((layout.rows * row_len).max(1)).enumerate() {
+        let first = rows.start + i * layout.rows;
+        let count = layout.rows.min(rows.end - first);
+        let mut sources: [&[E]; TILE_ROWS_MAX] = [&[]; TILE_ROWS_MAX];
         for (r, source) in sources.iter_mut().enumerate().take(count) {
             *source = &values.row(first + r)[taken.clone()];
         }
         pack::tile_of_rows_as(isa, &sources[..count], tile);
-    }
-}
-
-vectorised! {
-    /// Adds bias and residual to `sums` `[rows][32]` and rounds them to rows of `y`, from element `first` on.
-    #[allow(clippy::too_many_arguments)]
-    fn finish_forward<E: Float, O: Float>(
-        y: &Shared<O>, first: usize, stride: usize, width: usize, sums: &[f32], bias: Option<&[E]>, residual: Option<&[O]>,
-    ) {
-        for (r, sums) in sums.chunks_exact(PANEL_COLUMNS).enumerate() {
-            let at = first + r * stride;
-            let mut row = [0.0f32; PANEL_COLUMNS];
-            row.copy_from_slice(sums);
-            if let Some(bias) = bias {
-                row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
-            }
-            if let Some(residual) = residual {
-                row.iter_mut().zip(&residual[at..at + width]).for_each(|(sum, residual)| *sum += residual.to_f32());
-            }
-            // SAFETY: this piece of these rows belongs to the calling task alone, and one part is held at a time.
-            let out = unsafe { y.part(at..at + width) };
-            out.iter_mut().zip(&row).for_each(|(out, sum)| *out = O::from_f32(*sum));
-        }
-    }
-}
-
-vectorised! {
-    /// Rounds `sums` `[rows][32]` to rows of `dx`, from element `first` on, or adds them.
-    fn finish_gradient<O: Float>(dx: &Shared<O>, first: usize, stride: usize, width: usize, sums: &[f32], add: bool) {
-        for (r, sums) in sums.chunks_exact(PANEL_COLUMNS).enumerate() {
-            let at = first + r * stride;
-            // SAFETY: this piece of these rows belongs to the calling task alone, and one part is held at a time.
-            let out = unsafe { dx.part(at..at + width) };
-            if add {
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = O::from_f32(out.to_f32() + sum));
-            } else {
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = O::from_f32(*sum));
-            }
-        }
     }
 }
 
@@ -398,7 +370,7 @@ mod tests {
         (33, 100, 31),
         (37, 1, 65),
         (250, 67, 97),
-        (3, 0, 5),
+        (3, 0, 70),
         (1, 9, 900),
         (4, 5, 401),
     ];
@@ -461,16 +433,40 @@ mod tests {
 
     #[test]
     fn a_weight_gradient_in_two_calls_is_the_one_in_one_call() {
-        let (m, k, n) = (2 * TOKEN_UNITS + 77, 13, 40);
-        let (x, dy) = (values::<bf16>(m * k, 1), values::<bf16>(m * n, 2));
-        let (mut whole, mut parts) = (vec![0.0; panels::len_f32(n, k)], vec![0.0; panels::len_f32(n, k)]);
-        weight_gradient(&mut whole, &dy, &x, None, n, k, false);
-        let cut = 1000;
-        weight_gradient(&mut parts, &dy[..cut * n], &x[..cut * k], None, n, k, false);
-        weight_gradient(&mut parts, &dy[cut * n..], &x[cut * k..], None, n, k, true);
-        assert!(whole == parts);
-        let f = |v: bf16| f64::from(v.to_f32());
-        check(whole[0], (0..m).map(|t| (f(dy[t * n]), f(x[t * k]))), "dw[0]");
+        // With 300 inputs AMX cuts the tokens of one call into slabs.
+        for (m, k, n) in [(2 * TOKEN_UNITS + 77, 13, 40), (2 * TOKEN_UNITS + 77, 300, 40)] {
+            let (x, dy) = (values::<bf16>(m * k, 1), values::<bf16>(m * n, 2));
+            let (mut whole, mut parts) = (vec![0.0; panels::len_f32(n, k)], vec![0.0; panels::len_f32(n, k)]);
+            weight_gradient(&mut whole, &dy, &x, None, n, k, false);
+            let cut = 31 * 32;
+            weight_gradient(&mut parts, &dy[..cut * n], &x[..cut * k], None, n, k, false);
+            weight_gradient(&mut parts, &dy[cut * n..], &x[cut * k..], None, n, k, true);
+            assert!(whole == parts);
+            let f = |v: bf16| f64::from(v.to_f32());
+            check(whole[0], (0..m).map(|t| (f(dy[t * n]), f(x[t * k]))), "dw[0]");
+        }
+    }
+
+    #[test]
+    fn rows_whose_reduction_is_cut_into_slabs_are_those_of_one_row_alone() {
+        let (m, k, n) = (400, 3001, 45);
+        let (x, w) = (values::<bf16>(m * k, 1), values::<bf16>(n * k, 2));
+        let panels = packed(&w, n, k);
+        let weight = Weight { panels: &panels, outputs: n, inputs: k };
+        for isa in forms() {
+            let forward = |rows: usize| {
+                let mut y = vec![0.0f32; rows * n];
+                forward_as(isa, &mut y, &x[..rows * k], None, weight, None, None);
+                y
+            };
+            let all = forward(m);
+            for rows in [1, 17, 45] {
+                assert!(forward(rows) == all[..rows * n], "{isa:?}: {rows} rows");
+            }
+            let f = |v: bf16| f64::from(v.to_f32());
+            let last = (m - 1) * k;
+            check(all[m * n - 1], (0..k).map(|i| (f(x[last + i]), f(w[(n - 1) * k + i]))), "the last of y");
+        }
     }
 
     #[test]

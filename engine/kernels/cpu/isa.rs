@@ -13,10 +13,12 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with `vdpbf16ps`.
     Avx512Bf16,
+    /// The same, and AMX with bf16, which the system has granted to this process.
+    AmxBf16,
 }
 
 impl Isa {
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::AmxBf16];
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -24,11 +26,17 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512_bf16",
+            Self::AmxBf16 => "amx_bf16",
         }
     }
 
-    /// The best form that this processor can run.
+    /// The best form that this processor can run. The first call asks the system for AMX's registers.
     pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(Self::detect)
+    }
+
+    fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -38,7 +46,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             if avx512 && is_x86_feature_detected!("avx512bf16") {
-                return Self::Avx512Bf16;
+                return if super::amx::granted() { Self::AmxBf16 } else { Self::Avx512Bf16 };
             }
             if avx512 {
                 return Self::Avx512;
@@ -80,7 +88,9 @@ macro_rules! vectorised {
                 fn avx2 $(<$($generic: $bound),*>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 match $crate::kernels::cpu::isa::isa() {
                     // SAFETY: isa() answers Avx512 only on a processor that has all features named above.
-                    $crate::kernels::cpu::isa::Isa::Avx512 | $crate::kernels::cpu::isa::Isa::Avx512Bf16 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::cpu::isa::Isa::Avx512
+                    | $crate::kernels::cpu::isa::Isa::Avx512Bf16
+                    | $crate::kernels::cpu::isa::Isa::AmxBf16 => return unsafe { avx512($($arg),*) },
                     // SAFETY: isa() answers Avx2 only on a processor that has AVX2 and FMA.
                     $crate::kernels::cpu::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::kernels::cpu::isa::Isa::Portable => {}

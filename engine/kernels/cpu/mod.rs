@@ -3,7 +3,10 @@
 //! on threads or on the call's neighbours (architecture.md, "batch invariance").
 
 pub mod adamw;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
+mod attention_amx;
 pub mod attention_backward;
 pub mod attention_operands;
 pub mod attention_rows;
@@ -11,6 +14,7 @@ pub mod attention_tile;
 pub mod combine;
 pub mod cross_entropy;
 pub mod embedding;
+mod epilogue;
 pub mod exp;
 pub mod gemm;
 pub mod heads;

@@ -2,7 +2,7 @@
 //! panels into those of the transposed weight. Copies only; nothing is computed.
 
 use super::isa::{Isa, isa};
-use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileElement};
+use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS, TileElement};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -11,15 +11,18 @@ use std::arch::x86_64::*;
 ///
 /// - `out`: `units * rows * UNIT` elements
 pub fn tile_of_rows<E: TileElement>(rows: &[&[E]], out: &mut [E]) {
-    tile_of_rows_as(isa(), rows, out);
+    tile_of_rows_as(isa().min(Isa::Avx512Bf16), rows, out);
 }
 
-/// As [`tile_of_rows`], in form `isa`, which the processor must have.
+/// Packs `rows`, of equal length, as one tile for products in form `isa`, which the processor must have.
 pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut [E]) {
-    let (count, k) = (rows.len(), rows[0].len());
-    assert!((1..=TILE_ROWS).contains(&count), "a tile of {count} rows");
+    let (count, k, layout) = (rows.len(), rows[0].len(), E::layout(isa));
+    assert!((1..=layout.rows).contains(&count), "a tile of {count} rows");
     assert!(rows.iter().all(|row| row.len() == k), "rows of different lengths");
-    assert_eq!(out.len(), E::units(k) * count * E::UNIT, "a packed tile of {count} rows of {k}");
+    assert_eq!(out.len(), layout.padded(E::units(k)) * count * E::UNIT, "a packed tile of {count} rows of {k}");
+    if layout != Layout::UNITS {
+        return tile_in_groups(rows, out);
+    }
     let full_units = k / E::UNIT;
     let mut done = 0;
     if count == 1 {
@@ -38,6 +41,31 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
             let unit = &mut out[(u * count + r) * E::UNIT..][..E::UNIT];
             for (i, value) in unit.iter_mut().enumerate() {
                 *value = row.get(u * E::UNIT + i).copied().unwrap_or_default();
+            }
+        }
+    }
+}
+
+/// Values of a group of 16 units of bf16.
+const GROUP: usize = 32;
+
+/// Packs rows of bf16 group by group: 64 bytes of each row side by side.
+fn tile_in_groups<E: TileElement>(rows: &[&[E]], out: &mut [E]) {
+    // Some neighbouring groups of a row at a time: whole lines of the row are read one after the other, and the lines
+    // written do not all fall into the same set of the first cache.
+    const AT_ONCE: usize = 4 * GROUP;
+    let (count, k) = (rows.len(), rows[0].len());
+    for from in (0..k).step_by(AT_ONCE) {
+        for (r, row) in rows.iter().enumerate() {
+            for (g, values) in row[from..k.min(from + AT_ONCE)].chunks(GROUP).enumerate() {
+                let group: &mut [E; GROUP] = out[((from / GROUP + g) * count + r) * GROUP..].first_chunk_mut().expect("a whole group");
+                match values.first_chunk() {
+                    Some(whole) => *group = *whole,
+                    None => {
+                        group[..values.len()].copy_from_slice(values);
+                        group[values.len()..].fill(E::default());
+                    }
+                }
             }
         }
     }
@@ -79,7 +107,7 @@ unsafe fn tile_of_rows_avx512<E: TileElement>(rows: &[&[E]], units: usize, out: 
 /// The transpose of 16 x 16 values of 4 bytes.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     let mut pairs = rows;
     for i in 0..8 {
         pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -152,19 +180,112 @@ unsafe fn transposed_block_avx512<E: TileElement>(block: &[E], out: &mut [E]) {
                 }
                 continue;
             }
-            // Each of `columns` holds the 32 inputs of one output; outputs 2i and 2i + 1 are dealt out alternately.
-            let deal = _mm512_set_epi16(
-                47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0,
-            );
-            let deal_high = _mm512_add_epi16(deal, _mm512_set1_epi16(16));
+            // Each of `columns` holds the 32 inputs of one output.
             for (i, pair) in columns.chunks_exact(2).enumerate() {
-                let at = (left / 2 + i) * PANEL_COLUMNS;
+                let (at, [low, high]) = ((left / 2 + i) * PANEL_COLUMNS, dealt(pair[0], pair[1]));
                 // SAFETY: row `left / 2 + i` is one of the 16 rows of 32 units of `out`.
                 unsafe {
-                    _mm512_storeu_si512(target.add(at).cast(), _mm512_permutex2var_epi16(pair[0], deal, pair[1]));
-                    _mm512_storeu_si512(target.add(at + 16).cast(), _mm512_permutex2var_epi16(pair[0], deal_high, pair[1]));
+                    _mm512_storeu_si512(target.add(at).cast(), low);
+                    _mm512_storeu_si512(target.add(at + 16).cast(), high);
                 }
             }
+        }
+    }
+}
+
+/// Two rows of 32 values of 2 bytes dealt out alternately: 32 pairs.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn dealt(even: __m512i, odd: __m512i) -> [__m512i; 2] {
+    let low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0,
+    );
+    let high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    [_mm512_permutex2var_epi16(even, low, odd), _mm512_permutex2var_epi16(even, high, odd)]
+}
+
+/// Packs the columns of a row-major matrix, whose rows are tokens, as the rows of a product over tokens in form `isa`, which
+/// the processor must have: into tiles of its [`Layout`], one after the other.
+///
+/// - `token(i)`: the `width` wanted values of token `i`, for `i` below `count`
+pub(super) fn tiles_of_columns<'a, E: TileElement>(isa: Isa, token: impl Fn(usize) -> &'a [E], count: usize, width: usize, out: &mut [E]) {
+    let layout = E::layout(isa);
+    if layout == Layout::UNITS {
+        return columns_of_tokens::<E, TILE_ROWS>(isa, token, count, width, false, out);
+    }
+    let row_len = layout.padded(E::units(count)) * E::UNIT;
+    assert_eq!(out.len(), width * row_len, "{width} packed rows of {count}");
+    for from in (0..count).step_by(GROUP) {
+        let mut rows: [&[E]; GROUP] = [&[]; GROUP];
+        for (i, row) in rows.iter_mut().enumerate().take(count - from) {
+            *row = token(from + i);
+            assert_eq!(row.len(), width, "values of a token");
+        }
+        for left in (0..width).step_by(layout.rows) {
+            let columns = layout.rows.min(width - left);
+            let group = &mut out[left * row_len + from * columns..][..columns * GROUP];
+            #[cfg(target_arch = "x86_64")]
+            if size_of::<E>() == 2 {
+                // SAFETY: a form in groups has AVX-512 F and BW; `group` has `columns`, at most 32, rows of 32 values, and
+                // each token has `columns` values from `left`, or none.
+                unsafe { group_of_columns(&rows, left, columns, group) };
+                continue;
+            }
+            for (j, row) in group.chunks_exact_mut(GROUP).enumerate() {
+                row.iter_mut().zip(&rows).for_each(|(value, token)| *value = token.get(left + j).copied().unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// Turns `columns` values, from `left`, of up to 32 tokens into as many rows of 32 tokens.
+///
+/// # Safety
+/// The processor has AVX-512 F and BW; `E` has 2 bytes; `columns` is at most 32; each of `tokens` is empty, which counts as
+/// zeros, or holds `left + columns` values; `out` has `columns * 32` values.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn group_of_columns<E: TileElement>(tokens: &[&[E]; GROUP], left: usize, columns: usize, out: &mut [E]) {
+    let mask = if columns == GROUP { u32::MAX } else { (1 << columns) - 1 };
+    let load = |token: &[E]| match token.len() {
+        0 => _mm512_setzero_si512(),
+        // SAFETY: the mask lets `columns` values from `left` be read, which the token holds.
+        _ => unsafe { _mm512_maskz_loadu_epi16(mask, token.as_ptr().add(left).cast()) },
+    };
+    let mut halves = [[_mm512_setzero_si512(); 16]; 2];
+    for (u, pair) in tokens.chunks_exact(2).enumerate() {
+        let [low, high] = dealt(load(pair[0]), load(pair[1]));
+        halves[0][u] = low;
+        halves[1][u] = high;
+    }
+    for (half, rows) in halves.into_iter().zip(out.chunks_mut(16 * GROUP)) {
+        for (row, values) in rows.chunks_exact_mut(GROUP).zip(transposed(half)) {
+            // SAFETY: a row has 32 values of 2 bytes.
+            unsafe { _mm512_storeu_si512(row.as_mut_ptr().cast(), values) };
+        }
+    }
+}
+
+/// Pairs 32 values, from `left`, of each two tokens.
+///
+/// # Safety
+/// The processor has AVX-512 F and BW; `E` has 2 bytes; `out` is a number of units of 32 pairs; of the first tokens, two for
+/// each unit, each is empty, which counts as zeros, or holds `left + 32` values.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn panel_of_tokens<E: TileElement>(tokens: &[&[E]], left: usize, out: &mut [E]) {
+    let load = |token: &[E]| match token.len() {
+        0 => _mm512_setzero_si512(),
+        // SAFETY: the token holds 32 values from `left`.
+        _ => unsafe { _mm512_loadu_si512(token.as_ptr().add(left).cast()) },
+    };
+    for (unit, pair) in out.chunks_exact_mut(2 * PANEL_COLUMNS).zip(tokens.chunks_exact(2)) {
+        let [low, high] = dealt(load(pair[0]), load(pair[1]));
+        // SAFETY: a unit has 32 pairs of 4 bytes.
+        unsafe {
+            _mm512_storeu_si512(unit.as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(unit.as_mut_ptr().add(PANEL_COLUMNS).cast(), high);
         }
     }
 }
@@ -175,6 +296,7 @@ unsafe fn transposed_block_avx512<E: TileElement>(block: &[E], out: &mut [E]) {
 ///
 /// - `token(i)`: the `width` wanted values of token `i`, for `i` below `count`
 pub(super) fn columns_of_tokens<'a, E: TileElement, const WIDTH: usize>(
+    isa: Isa,
     token: impl Fn(usize) -> &'a [E],
     count: usize,
     width: usize,
@@ -182,6 +304,7 @@ pub(super) fn columns_of_tokens<'a, E: TileElement, const WIDTH: usize>(
     out: &mut [E],
 ) {
     const GROUP: usize = 16;
+    let _ = isa;
     let units = E::units(count);
     // A few tokens at a time, all columns of each: whole lines of the matrix are read once, and written in runs.
     for from in (0..units).step_by(GROUP) {
@@ -195,6 +318,13 @@ pub(super) fn columns_of_tokens<'a, E: TileElement, const WIDTH: usize>(
             let full = left + WIDTH <= width;
             let columns = if full || padded { WIDTH } else { width - left };
             let tile = &mut out[(left * units + from * columns) * E::UNIT..][..group * columns * E::UNIT];
+            #[cfg(target_arch = "x86_64")]
+            if E::UNIT == 2 && WIDTH == PANEL_COLUMNS && full && isa >= Isa::Avx512 {
+                // SAFETY: the processor has AVX-512 F and BW (`isa`); `tile` has `group` units of 32 pairs, and each of the
+                // `rows` before them is empty, which counts as zeros, or holds 32 values of 2 bytes from `left`.
+                unsafe { panel_of_tokens(&rows, left, tile) };
+                continue;
+            }
             for (unit, tokens) in tile.chunks_exact_mut(columns * E::UNIT).zip(rows.chunks_exact(E::UNIT)) {
                 match *tokens {
                     [only] if full => {
@@ -237,15 +367,17 @@ mod tests {
 
     fn tiles<E: TileElement>() {
         for isa in forms() {
-            for count in 1..=TILE_ROWS {
-                for k in [1, 2, 15, 33, 64, 101] {
+            let layout = E::layout(isa);
+            let group = layout.units * E::UNIT;
+            for count in 1..=layout.rows {
+                for k in [1, 2, 15, 33, 64, 101, 160] {
                     let rows: Vec<Vec<E>> = (0..count).map(|r| (0..k).map(|i| value(r * 31 + i)).collect()).collect();
                     let rows: Vec<&[E]> = rows.iter().map(Vec::as_slice).collect();
-                    let mut out = vec![value::<E>(7); E::units(k) * count * E::UNIT];
+                    let mut out = vec![value::<E>(7); layout.padded(E::units(k)) * count * E::UNIT];
                     tile_of_rows_as(isa, &rows, &mut out);
                     for (at, got) in out.iter().enumerate() {
-                        let (u, r, i) = (at / E::UNIT / count, at / E::UNIT % count, at % E::UNIT);
-                        assert_eq!(*got, rows[r].get(u * E::UNIT + i).copied().unwrap_or_default(), "{isa:?} {count} x {k} at {at}");
+                        let (g, r, i) = (at / group / count, at / group % count, at % group);
+                        assert_eq!(*got, rows[r].get(g * group + i).copied().unwrap_or_default(), "{isa:?} {count} x {k} at {at}");
                     }
                 }
             }
@@ -284,12 +416,36 @@ mod tests {
         blocks::<bf16>();
     }
 
-    fn columns<E: TileElement, const WIDTH: usize>(padded: bool) {
+    /// The columns of a matrix as rows of a product are what packing the rows of its transpose gives.
+    fn turned<E: TileElement>() {
+        for isa in forms() {
+            let layout = E::layout(isa);
+            for (count, width) in [(1, 1), (2, 12), (33, 40), (7, 64), (50, 25), (64, 33), (95, 100)] {
+                let matrix: Vec<E> = (0..count * width).map(value).collect();
+                let row_len = layout.padded(E::units(count)) * E::UNIT;
+                let (mut got, mut want) = (vec![value::<E>(7); width * row_len], vec![value::<E>(9); width * row_len]);
+                tiles_of_columns(isa, |t| &matrix[t * width..(t + 1) * width], count, width, &mut got);
+                let rows: Vec<Vec<E>> = (0..width).map(|j| (0..count).map(|t| matrix[t * width + j]).collect()).collect();
+                for (tile, rows) in want.chunks_mut(layout.rows * row_len).zip(rows.chunks(layout.rows)) {
+                    tile_of_rows_as(isa, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), tile);
+                }
+                assert!(got == want, "{isa:?} {} {count} x {width}", E::DTYPE);
+            }
+        }
+    }
+
+    #[test]
+    fn every_form_turns_columns_into_rows() {
+        turned::<f32>();
+        turned::<bf16>();
+    }
+
+    fn columns<E: TileElement, const WIDTH: usize>(isa: Isa, padded: bool) {
         for (count, width) in [(1, 1), (2, 12), (33, 40), (7, 64), (50, 25)] {
             let matrix: Vec<E> = (0..count * width).map(value).collect();
             let (units, last) = (E::units(count), if padded { width.next_multiple_of(WIDTH) } else { width });
             let mut out = vec![value::<E>(7); units * last * E::UNIT];
-            columns_of_tokens::<E, WIDTH>(|t| &matrix[t * width..(t + 1) * width], count, width, padded, &mut out);
+            columns_of_tokens::<E, WIDTH>(isa, |t| &matrix[t * width..(t + 1) * width], count, width, padded, &mut out);
             for (t, j) in (0..units * E::UNIT).flat_map(|t| (0..last).map(move |j| (t, j))) {
                 let left = j / WIDTH * WIDTH;
                 let tile_width = WIDTH.min(last - left);
@@ -302,9 +458,11 @@ mod tests {
 
     #[test]
     fn tokens_become_the_reduction_index() {
-        columns::<f32, 12>(false);
-        columns::<bf16, 12>(false);
-        columns::<f32, 32>(true);
-        columns::<bf16, 32>(true);
+        for isa in forms() {
+            columns::<f32, 12>(isa, false);
+            columns::<bf16, 12>(isa, false);
+            columns::<f32, 32>(isa, true);
+            columns::<bf16, 32>(isa, true);
+        }
     }
 }

@@ -4,7 +4,7 @@
 
 use super::isa::Isa;
 use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{PANEL_COLUMNS, TILE_ROWS, TileArgs, TileElement, panels_abreast};
+use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement};
 use crate::kernels::buffer::Buffer;
 use std::ops::Range;
 
@@ -13,6 +13,21 @@ const BLOCK_UNITS: usize = 384;
 
 /// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
 const BLOCK_TILES: usize = 16;
+
+/// The like for AMX, which is so fast that packed rows must lie in the second cache, and be many, while panels come from
+/// beyond it: one core made 2.0 TFLOP/s with 512 rows of 448 units, 1.4 with 1024 (more than the cache holds) and 1.0 with 96
+/// rows of 2432 units. So a long reduction is cut into slabs of at most this many units, and all panels pass by for each.
+pub(super) const AMX_SLAB_UNITS: usize = 768;
+
+/// Bytes of packed rows of a slab that one task multiplies by all panels.
+pub(super) const AMX_BLOCK_BYTES: usize = 1 << 20;
+
+/// Panels that AMX multiplies before their sums are finished together, so that results are written in runs of 256 bytes and
+/// more: a panel at a time took as long to finish as to multiply (512 rows of 9728 outputs).
+const AMX_PANELS: usize = 4;
+
+/// Rows that are finished at a time.
+const FINISH_ROWS: usize = 16;
 
 /// The panels of a product.
 #[derive(Clone, Copy)]
@@ -46,21 +61,24 @@ pub(super) type Finish<'a> = &'a (dyn Fn(usize, usize, &[f32]) + Sync);
 impl<E: TileElement> Product<'_, E> {
     /// Splits rows and panels over the threads, never the reduction.
     pub(super) fn run(&self, pack: &(impl Fn(Range<usize>, &mut [E]) + Sync), carry: Option<&Carry>, finish: Option<Finish>) {
-        let row_len = self.units * E::UNIT;
+        let layout = E::layout(self.isa);
+        let row_len = layout.padded(self.units) * E::UNIT;
         let panels = self.columns;
-        let tiles = self.rows.div_ceil(TILE_ROWS);
+        let tiles = self.rows.div_ceil(layout.rows);
         if tiles == 0 || panels == 0 {
             return;
         }
         let threads = threads();
-        let whole = tiles <= BLOCK_TILES || matches!(self.panels, Panels::Made(_));
-        let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * BLOCK_TILES)).min(tiles / 8) };
+        let block_tiles = if layout == Layout::UNITS { BLOCK_TILES } else { (AMX_BLOCK_BYTES / (self.slab() * 4 * layout.rows)).max(1) };
+        let whole = tiles <= block_tiles || matches!(self.panels, Panels::Made(_));
+        let least_tiles = 96 / layout.rows;
+        let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * block_tiles)).min(tiles / least_tiles) };
         let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
-        let rows_of = |part: usize| tiles * part / row_parts * TILE_ROWS..self.rows.min(tiles * (part + 1) / row_parts * TILE_ROWS);
+        let rows_of = |part: usize| tiles * part / row_parts * layout.rows..self.rows.min(tiles * (part + 1) / row_parts * layout.rows);
         if panel_parts == 1 {
             parallel(row_parts, |part| {
                 let rows = rows_of(part);
-                let mut packed = Buffer::<E>::scratch(tiles.div_ceil(row_parts) * TILE_ROWS * row_len);
+                let mut packed = Buffer::<E>::scratch(tiles.div_ceil(row_parts) * layout.rows * row_len);
                 let packed = &mut packed[..rows.len() * row_len];
                 pack(rows.clone(), packed);
                 self.sweep(packed, rows, 0..panels, carry, finish);
@@ -71,7 +89,7 @@ impl<E: TileElement> Product<'_, E> {
         let mut packed = Buffer::<E>::scratch(self.rows * row_len);
         let shared = Shared::new(&mut packed);
         parallel_ranges(tiles, 2, |range| {
-            let rows = range.start * TILE_ROWS..self.rows.min(range.end * TILE_ROWS);
+            let rows = range.start * layout.rows..self.rows.min(range.end * layout.rows);
             // SAFETY: parallel_ranges hands out disjoint ranges of tiles.
             pack(rows.clone(), unsafe { shared.part(rows.start * row_len..rows.end * row_len) });
         });
@@ -82,71 +100,110 @@ impl<E: TileElement> Product<'_, E> {
         });
     }
 
+    /// Units of the reduction that many rows go through before the next: all, or on AMX equal parts of whole groups.
+    fn slab(&self) -> usize {
+        let layout = E::layout(self.isa);
+        if layout == Layout::UNITS {
+            return self.units.max(1);
+        }
+        let groups = self.units.div_ceil(layout.units).max(1);
+        let slabs = groups.div_ceil(AMX_SLAB_UNITS / layout.units);
+        groups.div_ceil(slabs) * layout.units
+    }
+
     /// Multiplies packed `rows` by the panels of `taken`.
     fn sweep(&self, packed: &[E], rows: Range<usize>, taken: Range<usize>, carry: Option<&Carry>, finish: Option<Finish>) {
+        #[cfg(target_arch = "x86_64")]
+        let _release = super::amx::Release;
         let panel_len = self.units * PANEL_COLUMNS * E::UNIT;
-        let step = if carry.is_some() { 1 } else { panels_abreast(rows.len()) };
+        let is_made = matches!(self.panels, Panels::Made(_));
+        // Few rows stay in the cache whatever their length, and a panel is made but once.
+        let slab = if is_made || size_of_val(packed) <= AMX_BLOCK_BYTES { self.units.max(1) } else { self.slab() };
+        let slabs = self.units.div_ceil(slab).max(1);
+        let step = if carry.is_some() {
+            1
+        } else if E::layout(self.isa) == Layout::UNITS || is_made {
+            E::layout(self.isa).panels_abreast(rows.len())
+        } else {
+            AMX_PANELS
+        };
         let size = rows.len() * PANEL_COLUMNS;
-        let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { step * size });
-        let mut made = Buffer::<E>::scratch(if matches!(self.panels, Panels::Made(_)) { step * panel_len } else { 0 });
-        for p in taken.clone().step_by(step) {
-            let some = p..taken.end.min(p + step);
-            let b = match self.panels {
-                Panels::Stored(panels) => &panels[p * panel_len..some.end * panel_len],
-                Panels::Made(make) => {
-                    some.clone().zip(made.chunks_exact_mut(panel_len.max(1))).for_each(|(p, panel)| make(p, panel));
-                    &made[..some.len() * panel_len]
-                }
-            };
-            let sums = match carry {
-                Some(carry) => {
-                    let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
-                    // SAFETY: tasks have disjoint pairs of rows and panels, and this one holds one part at a time.
-                    unsafe { carry.sums.part(first..first + size) }
-                }
-                None => &mut own[..some.len() * size],
-            };
-            multiply(self.isa, packed, rows.len(), b, self.units, sums, carry.is_some_and(|carry| carry.add));
-            if let Some(finish) = finish {
-                for (p, sums) in some.zip(sums.chunks_exact(size)) {
-                    finish(rows.start, p, sums);
+        let kept = if slabs > 1 { taken.len() } else { step };
+        let mut own = Buffer::<f32>::scratch(if carry.is_some() { 0 } else { kept * size });
+        let mut made = Buffer::<E>::scratch(if is_made { step * panel_len } else { 0 });
+        for from in (0..slabs).map(|index| index * slab) {
+            let units = from..self.units.min(from + slab);
+            for p in taken.clone().step_by(step) {
+                let some = p..taken.end.min(p + step);
+                let b = match self.panels {
+                    Panels::Stored(panels) => &panels[p * panel_len..some.end * panel_len],
+                    Panels::Made(make) => {
+                        some.clone().zip(made.chunks_exact_mut(panel_len.max(1))).for_each(|(p, panel)| make(p, panel));
+                        &made[..some.len() * panel_len]
+                    }
+                };
+                let sums = match carry {
+                    Some(carry) => {
+                        let first = (p * self.rows + rows.start) * PANEL_COLUMNS;
+                        // SAFETY: tasks have disjoint pairs of rows and panels, and this one holds one part at a time.
+                        unsafe { carry.sums.part(first..first + size) }
+                    }
+                    None if slabs > 1 => &mut own[(p - taken.start) * size..][..some.len() * size],
+                    None => &mut own[..some.len() * size],
+                };
+                let add = from > 0 || carry.is_some_and(|carry| carry.add);
+                multiply(self.isa, packed, rows.len(), b, self.units, units.clone(), sums, add);
+                let Some(finish) = finish.filter(|_| units.end == self.units) else { continue };
+                // The rows of a result may be pages apart: some of them at a time, and of each all that there is.
+                for top in (0..rows.len()).step_by(FINISH_ROWS) {
+                    let part = top * PANEL_COLUMNS..rows.len().min(top + FINISH_ROWS) * PANEL_COLUMNS;
+                    for (p, sums) in some.clone().zip(sums.chunks_exact(size)) {
+                        finish(rows.start + top, p, &sums[part.clone()]);
+                    }
                 }
             }
         }
     }
 }
 
-/// Packed tiles of `rows` rows times neighbouring panels, each of `units`; sums are `[panels][rows][32]`.
-fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usize, sums: &mut [f32], add: bool) {
+/// Units `part` of packed tiles of `rows` rows times those of neighbouring panels, each of `units`; sums are
+/// `[panels][rows][32]`.
+#[allow(clippy::too_many_arguments, reason = "the operands of one block")]
+fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usize, part: Range<usize>, sums: &mut [f32], add: bool) {
+    let layout = E::layout(isa);
     let panels = sums.len() / (rows * PANEL_COLUMNS);
     assert!(isa <= Isa::best(), "{isa:?} is beyond this processor");
     assert_eq!(sums.len(), panels * rows * PANEL_COLUMNS, "sums of {panels} panels and {rows} rows");
-    assert_eq!(a.len(), rows * units * E::UNIT, "{rows} packed rows of {units} units");
+    assert_eq!(a.len(), rows * layout.padded(units) * E::UNIT, "{rows} packed rows of {units} units");
     assert_eq!(b.len(), panels * units * PANEL_COLUMNS * E::UNIT, "{panels} panels of {units} units");
+    assert!(part.start <= part.end && part.end <= units, "units {part:?} of {units}");
+    assert_eq!(part.start % layout.units, 0, "a reduction cut inside a group");
+    assert!(part.end == units || part.end.is_multiple_of(layout.units), "a reduction cut inside a group");
     let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
-    let abreast = panels_abreast(rows);
-    // One tile meets each panel once, so nothing is gained by cutting its reduction.
-    let block = if rows <= TILE_ROWS { units.max(1) } else { BLOCK_UNITS };
+    let abreast = layout.panels_abreast(rows);
+    // One tile meets each panel once, so nothing is gained by cutting its reduction; and AMX's slabs are cut already.
+    let block = if rows <= layout.rows || layout != Layout::UNITS { part.len().max(1) } else { BLOCK_UNITS };
     for p in (0..panels).step_by(abreast) {
-        for from in (0..units.max(1)).step_by(block) {
-            for top in (0..rows).step_by(TILE_ROWS) {
-                let height = TILE_ROWS.min(rows - top);
+        for from in (part.start..part.end.max(part.start + 1)).step_by(block) {
+            for top in (0..rows).step_by(layout.rows) {
+                let height = layout.rows.min(rows - top);
                 let args = TileArgs {
-                    a: a.as_ptr().wrapping_add((top * units + from * height) * E::UNIT),
-                    a_row: E::UNIT,
-                    a_unit: height * E::UNIT,
+                    a: a.as_ptr().wrapping_add((top * layout.padded(units) + from * height) * E::UNIT),
+                    a_row: layout.units * E::UNIT,
+                    a_unit: height * layout.units * E::UNIT,
                     b: b.as_ptr().wrapping_add(p * b_panel + from * b_unit),
                     b_unit,
                     b_panel,
                     c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS),
                     c_row: PANEL_COLUMNS,
                     c_panel,
-                    units: block.min(units - from),
-                    add: add || from > 0,
+                    units: block.min(part.end - from),
+                    add: add || from > part.start,
                 };
-                // SAFETY: the processor has `isa`. The tile's `units` from `from` lie inside its `height` packed rows
-                // and inside panels `p..`, of which there are at most `abreast`, the height's own limit when there is
-                // one tile and 1 otherwise; its sums lie inside `sums`. The lengths are asserted above.
+                // SAFETY: the processor has `isa`. The tile's `units` from `from`, a multiple of a group, lie inside its
+                // `height` packed rows, whose last group is whole, and inside panels `p..`, of which there are at most
+                // `abreast`: the height's own limit when there is one tile, and 1 when there are more. Its sums lie
+                // inside `sums`. The lengths are asserted above.
                 unsafe { E::tile(isa, height, abreast.min(panels - p), &args) }
             }
         }

@@ -1,16 +1,20 @@
-//! The innermost step of every matrix product: a tile of up to 12 rows times a panel of 32 columns, added up in
-//! registers. Knows addresses and strides, not matrices; gemm.rs and attention choose what to multiply.
+//! The innermost step of every matrix product: a tile of up to 12 rows (AMX: 32) times a panel of 32 columns, added up in
+//! registers. Knows addresses and strides, not matrices; gemm.rs chooses what to multiply.
 //!
-//! Each of the tile's elements is one chain of fused multiply-adds along the reduction index, in one lane, from zero or
-//! from the value already in `c`. So its bits depend neither on the height of the tile nor on where a long reduction is
-//! cut into several calls. The forms differ from each other in rounding (the portable one does not fuse, `vdpbf16ps`
-//! takes two products at a time), but every form keeps this law.
+//! Each of the tile's elements is one chain along the reduction index, in one lane, from zero or from the value already in
+//! `c`: of fused multiply-adds unit by unit, or, on AMX, of groups of 16 units (amx.rs). So its bits depend neither on the
+//! height of the tile nor on where a long reduction is cut into several calls, provided that it is cut between groups. The
+//! forms differ from each other in rounding (the portable one does not fuse, `vdpbf16ps` takes two products at a time, AMX
+//! 32), but every form keeps this law.
 
 use super::isa::{Isa, isa};
 use crate::kernels::element::Float;
 
-/// Most rows of a tile: 12 x 2 sums, 2 vectors of the panel and a broadcast fill the 32 registers of AVX-512.
+/// Most rows of a tile on vector registers: 12 x 2 sums, 2 vectors of the panel and a broadcast fill the 32 of AVX-512.
 pub const TILE_ROWS: usize = 12;
+
+/// Most rows of a tile in any form.
+pub(super) const TILE_ROWS_MAX: usize = 32;
 
 /// Columns of a panel and of a tile: two AVX-512 vectors of f32.
 pub const PANEL_COLUMNS: usize = 32;
@@ -27,20 +31,53 @@ pub trait TileElement: Float {
         count.div_ceil(Self::UNIT)
     }
 
+    /// How rows lie for form `isa`.
+    fn layout(_isa: Isa) -> Layout {
+        Layout::UNITS
+    }
+
     /// Computes `panels` neighbouring tiles of `rows` rows in form `isa`.
     ///
     /// # Safety
-    /// The processor has `isa`; `rows` is 1 to [`TILE_ROWS`]; `panels` is 1, or at most [`panels_abreast`] of `rows`;
-    /// every address that `args` describes is valid, that of `c` for writing by this thread alone.
+    /// The processor has `isa`; `rows` is 1 to the most of its [`Layout`], `panels` 1, or at most the layout's
+    /// [`panels_abreast`](Layout::panels_abreast) of `rows`; every address that `args` describes is valid, that of `c` for
+    /// writing by this thread alone. Where groups have more than one unit, those of `a` are whole, with zeros past the last
+    /// unit, and a unit of the panel follows the one before.
     unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>);
 }
 
-/// Panels that a tile of `rows` rows computes side by side: enough sums to hide the latency of an addition.
-pub(super) const fn panels_abreast(rows: usize) -> usize {
-    match rows {
-        1 | 2 => 4,
-        3 | 4 => 2,
-        _ => 1,
+/// How the packed rows of a product lie: in tiles of `rows` rows, one after the other, the last as high as what is left;
+/// each tile is `[groups of the reduction][its rows][units of a group]`. Units past the last, in its group, are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub(super) rows: usize,
+    /// Units of a group. A reduction may be cut between groups and nowhere else.
+    pub(super) units: usize,
+}
+
+impl Layout {
+    /// For vector registers, which take the units of all rows one after the other.
+    pub(super) const UNITS: Self = Self { rows: TILE_ROWS, units: 1 };
+
+    /// For AMX, whose tile registers hold 16 units of a row side by side.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const AMX: Self = Self { rows: super::amx::TILE_ROWS, units: super::amx::GROUP_UNITS };
+
+    /// `units` rounded up to whole groups.
+    pub(super) const fn padded(self, units: usize) -> usize {
+        units.next_multiple_of(self.units)
+    }
+
+    /// Panels that a tile of `rows` rows computes side by side: enough sums to hide the latency of an addition.
+    pub(super) const fn panels_abreast(self, rows: usize) -> usize {
+        match rows {
+            // Two registers of rows, or of panels, fill the eight of AMX.
+            1..=16 if self.units > 1 => 2,
+            _ if self.units > 1 => 1,
+            1 | 2 => 4,
+            3 | 4 => 2,
+            _ => 1,
+        }
     }
 }
 
@@ -49,7 +86,7 @@ pub struct TileArgs<E> {
     pub(super) a: *const E,
     /// From a row of `a` to the next.
     pub(super) a_row: usize,
-    /// From a unit of `a` to the next.
+    /// From a group of units of `a` to the next; in most forms a group is one unit ([`Layout`]).
     pub(super) a_unit: usize,
     pub(super) b: *const E,
     /// From a unit of the panel (32 columns of [`TileElement::UNIT`] values) to the next.
@@ -89,9 +126,11 @@ impl<E: TileElement> TileProduct<'_, E> {
         self.run_as(isa(), c, c_row, add);
     }
 
-    /// As [`Self::run`], in form `isa`, which the processor must have.
+    /// As [`Self::run`], in form `isa`, which the processor must have. AMX wants groups of units, and products this small
+    /// gain little by it: they run on vector registers.
     #[inline]
     pub(super) fn run_as(&self, isa: Isa, c: &mut [f32], c_row: usize, add: bool) {
+        let isa = isa.min(Isa::Avx512Bf16);
         let Self { rows, units, a, a_row, a_unit, panel, panel_unit } = *self;
         assert!((1..=TILE_ROWS).contains(&rows), "a tile of {rows} rows");
         assert!(c_row >= PANEL_COLUMNS, "rows of c overlap: {c_row} apart");

@@ -1,9 +1,11 @@
 //! The tile product of bf16 operands with sums in f32, for each instruction set. `vdpbf16ps` takes a pair of products at
-//! a time, and denormal numbers for zero; the other forms widen both values of a pair to f32, which is a shift or a mask,
+//! a time, and denormal numbers for zero; AMX takes 16 pairs (amx.rs); the other forms widen both values of a pair to f32, which is a shift or a mask,
 //! and add the even one first.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::isa::Isa;
-use super::tile::{PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
+use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{for_rows, tile_avx2, tile_avx512};
 use half::bf16;
@@ -13,11 +15,21 @@ use std::arch::x86_64::*;
 impl TileElement for bf16 {
     const UNIT: usize = 2;
 
+    fn layout(isa: Isa) -> Layout {
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::AmxBf16 {
+            return Layout::AMX;
+        }
+        let _ = isa;
+        Layout::UNITS
+    }
+
     unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>) {
         // SAFETY: the caller's promise, passed on: the processor has `isa`, which includes the features of the form.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
+                Isa::AmxBf16 => return amx::tile(rows, panels, args),
                 Isa::Avx512Bf16 => return dot_pairs(rows, panels, args),
                 Isa::Avx512 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),

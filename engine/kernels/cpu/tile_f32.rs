@@ -15,7 +15,7 @@ impl TileElement for f32 {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
-                Isa::Avx512 | Isa::Avx512Bf16 => return avx512(rows, panels, args),
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),
                 Isa::Portable => {}
             }

@@ -1,0 +1,291 @@
+//! Matrix products of bf16 on the tile registers of AMX: up to 32 rows times a panel of 32 columns, 16 units of the
+//! reduction at a time. Also whether this process may use them. Knows addresses and strides, not matrices; which product
+//! runs in which form is tile_bf16.rs's and isa.rs's choice.
+//!
+//! `tdpbf16ps` adds to a tile of f32 sums, `[16 rows][16 columns]`, the product of `[16 rows][16 units]` and `[16 units][16
+//! columns]`; for each sum it adds the even products of the 16 units from zero, likewise the odd ones, then both together,
+//! then those to the sum. Denormal numbers count as zero. So a sum is one chain of groups of 16 units, and its bits depend
+//! on where groups begin, but not on how many rows a tile has. Source: Intel 64 and IA-32 Architectures Software
+//! Developer's Manual, volume 2, TDPBF16PS.
+//!
+//! Tile registers belong to a thread and the compiler never touches them. Nothing stays in them between two calls of
+//! [`tile`]; only their shapes do, which is remembered for each thread.
+
+use super::isa::Isa;
+use super::tile::TileArgs;
+use half::bf16;
+use std::arch::asm;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
+use std::cell::Cell;
+
+/// Units of a group: a row of a tile register, 64 bytes.
+pub(super) const GROUP_UNITS: usize = 16;
+
+/// Rows of a tile: two registers of 16. With the panel's two registers they leave four for sums.
+pub(super) const TILE_ROWS: usize = 32;
+
+/// Most rows for which [`tile`] computes two panels side by side.
+pub(super) const FEW_ROWS: usize = 16;
+
+/// Bytes between the units of a panel.
+const PANEL_STRIDE: usize = 128;
+
+/// Whether the processor has AMX with bf16 and the system lets this process use it. Linux grants the registers to those who
+/// ask, since they make a thread's saved state 8 KiB larger; other systems are not asked.
+pub(super) fn granted() -> bool {
+    has_amx() && request_tiles()
+}
+
+#[allow(unused_unsafe, reason = "newer compilers call the instruction safe")]
+fn has_amx() -> bool {
+    const XTILE: u64 = 0b11 << 17;
+    // SAFETY: every processor of 64 bits has the instruction; leaves beyond the highest one are not asked for.
+    let leaf = |leaf, part| unsafe { __cpuid_count(leaf, part) };
+    if leaf(0, 0).eax < 0x1d || !is_x86_feature_detected!("xsave") {
+        return false;
+    }
+    let has = |bit: u32| leaf(7, 0).edx >> bit & 1 == 1;
+    let (has_bf16, has_tile) = (has(22), has(24));
+    if !(has_bf16 && has_tile) {
+        return false;
+    }
+    // SAFETY: the detection of `xsave` includes that the system has switched xgetbv on.
+    let saved = unsafe { _xgetbv(0) };
+    // Palette 1: 8 registers of 16 rows of 64 bytes.
+    let palette = leaf(0x1d, 1);
+    let (row_bytes, registers, rows) = (palette.ebx & 0xffff, palette.ebx >> 16, palette.ecx & 0xffff);
+    saved & XTILE == XTILE && registers >= 8 && row_bytes >= 64 && rows >= 16
+}
+
+#[cfg(target_os = "linux")]
+fn request_tiles() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const XFEATURE_XTILEDATA: u64 = 18;
+    let mut result = ARCH_PRCTL;
+    // SAFETY: this system call reads two integers and no memory; it asks for a right and changes nothing if refused. The
+    // instruction overwrites rcx and r11, which are named.
+    unsafe {
+        asm!("syscall", inlateout("rax") result, in("rdi") ARCH_REQ_XCOMP_PERM, in("rsi") XFEATURE_XTILEDATA,
+            lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn request_tiles() -> bool {
+    false
+}
+
+thread_local! {
+    /// Rows that this thread's registers are configured for; 0 when they are released.
+    static CONFIGURED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// Shapes the registers for tiles of `rows`: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns. Takes about 70 ns, so that it
+/// is done only when the height changes.
+///
+/// # Safety
+/// [`granted`] has said yes; `rows` is 1 to [`TILE_ROWS`].
+unsafe fn configure(rows: usize) {
+    if CONFIGURED.get() == rows {
+        return;
+    }
+    let upper = rows.min(FEW_ROWS) as u8;
+    // With few rows the sums 2 and 3 belong to the second panel and the same rows.
+    let lower = if rows > FEW_ROWS { (rows - FEW_ROWS) as u8 } else { upper };
+    let mut configuration = Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    configuration.row_bytes[..8].fill(64);
+    configuration.rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, 16, 16]);
+    // SAFETY: the process may use the registers; the configuration is 64 bytes long and valid for palette 1, whose
+    // registers have at most 16 rows of 64 bytes.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &configuration, options(nostack, readonly)) };
+    CONFIGURED.set(rows);
+}
+
+/// Releases this thread's tile registers when it goes out of scope, if [`tile`] has used them: as long as they are in use,
+/// every switch to another thread saves 8 KiB more. Also orders what was written past the caches before all that follows.
+pub(super) struct Release;
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        if CONFIGURED.replace(0) != 0 {
+            // SAFETY: the registers were configured, so the process may use them; nobody wants their content.
+            unsafe { asm!("sfence", "tilerelease", options(nostack)) };
+        }
+    }
+}
+
+/// The tile of `rows` rows and one panel, or two if there are few rows.
+///
+/// # Safety
+/// As [`super::tile::TileElement::tile`] for [`Isa::AmxBf16`]: groups of `a` are whole, with zeros past the last unit.
+pub(super) unsafe fn tile(rows: usize, panels: usize, args: &TileArgs<bf16>) {
+    debug_assert!(Isa::best() == Isa::AmxBf16);
+    // SAFETY: the caller's promise: the processor has the form, and the addresses are valid.
+    unsafe {
+        configure(rows);
+        if args.units.is_multiple_of(GROUP_UNITS) {
+            whole_groups(rows, panels, args, args.units / GROUP_UNITS);
+        } else {
+            tile_with_rest(rows, panels, args);
+        }
+    }
+}
+
+/// [`tile`], when the panel ends inside a group: its last units go through a copy with zeros after them.
+///
+/// # Safety
+/// As [`tile`]; the registers have the right shape.
+#[cold]
+unsafe fn tile_with_rest(rows: usize, panels: usize, args: &TileArgs<bf16>) {
+    let (groups, rest) = (args.units / GROUP_UNITS, args.units % GROUP_UNITS);
+    let mut padded = [[bf16::ZERO; GROUP_UNITS * PANEL_STRIDE / 2]; 2];
+    // SAFETY: the caller's promise. The copies hold the last `rest` units of each panel, and as many groups are left of `a`:
+    // one.
+    unsafe {
+        if groups > 0 {
+            whole_groups(rows, panels, args, groups);
+        }
+        for (panel, copy) in padded.iter_mut().enumerate().take(panels) {
+            let from = args.b.add(panel * args.b_panel + groups * GROUP_UNITS * args.b_unit);
+            std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), rest * PANEL_STRIDE / 2);
+        }
+        let last = TileArgs {
+            a: args.a.add(groups * args.a_unit),
+            b: padded.as_ptr().cast(),
+            b_panel: padded[0].len(),
+            add: args.add || groups > 0,
+            ..*args
+        };
+        whole_groups(rows, panels, &last, 1);
+    }
+}
+
+/// [`tile`], for a number of whole groups and registers of the right shape.
+///
+/// # Safety
+/// As [`tile`].
+unsafe fn whole_groups(rows: usize, panels: usize, args: &TileArgs<bf16>, groups: usize) {
+    let TileArgs { a, a_row, a_unit, b, b_unit, b_panel, c, c_row, c_panel, add, .. } = *args;
+    debug_assert!(b_unit * 2 == PANEL_STRIDE);
+    let (second_rows, second_panel) = (rows > FEW_ROWS, panels > 1);
+    debug_assert!(!(second_rows && second_panel) && panels <= 2);
+    // Bytes from here on.
+    let (a_row, a_group, c_row) = (a_row * 2, a_unit * 2, c_row * 4);
+    // SAFETY: the registers are configured for `rows` (`tile`), so that what is loaded and stored is what the caller
+    // vouches for: `rows` rows of `groups` groups of `a`, as many units of the panels, and the tile `c` of each panel. No
+    // other code uses tile registers, and nothing is expected of them afterwards.
+    unsafe {
+        if second_rows {
+            let (a_second, c_second) = (a.wrapping_add(FEW_ROWS * a_row / 2), c.wrapping_add(FEW_ROWS * c_row / 4));
+            asm!(
+                "test {add:e}, {add:e}",
+                "jz 2f",
+                "tileloadd tmm0, [{c} + {c_row}]",
+                "tileloadd tmm1, [{c} + {c_row} + 64]",
+                "tileloadd tmm2, [{c_second} + {c_row}]",
+                "tileloadd tmm3, [{c_second} + {c_row} + 64]",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "3:",
+                "test {groups}, {groups}",
+                "jz 5f",
+                "4:",
+                "tileloadd tmm6, [{b} + {b_row}]",
+                "tileloadd tmm4, [{a} + {a_row}]",
+                "tileloadd tmm7, [{b} + {b_row} + 64]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{a_second} + {a_row}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a}, {a_group}",
+                "add {a_second}, {a_group}",
+                "add {b}, 2048",
+                "dec {groups}",
+                "jnz 4b",
+                "5:",
+                "tilestored [{c} + {c_row}], tmm0",
+                "tilestored [{c} + {c_row} + 64], tmm1",
+                "tilestored [{c_second} + {c_row}], tmm2",
+                "tilestored [{c_second} + {c_row} + 64], tmm3",
+                add = in(reg) u32::from(add),
+                a = inout(reg) a => _, a_second = inout(reg) a_second => _, a_row = in(reg) a_row, a_group = in(reg) a_group,
+                b = inout(reg) b => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
+                c = in(reg) c, c_second = in(reg) c_second, c_row = in(reg) c_row,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+            return;
+        }
+        // With one panel the addresses of the second are those of the first, by which the instructions below know.
+        // Panels without units lie at one place, and nothing is read of them.
+        let (b_second, c_second) = if second_panel { (b.wrapping_add(b_panel.max(1)), c.wrapping_add(c_panel)) } else { (b, c) };
+        asm!(
+            "test {add:e}, {add:e}",
+            "jz 2f",
+            "tileloadd tmm0, [{c} + {c_row}]",
+            "tileloadd tmm1, [{c} + {c_row} + 64]",
+            "cmp {b}, {b_second}",
+            "je 3f",
+            "tileloadd tmm2, [{c_second} + {c_row}]",
+            "tileloadd tmm3, [{c_second} + {c_row} + 64]",
+            "jmp 3f",
+            "2:",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "3:",
+            "test {groups}, {groups}",
+            "jz 5f",
+            "4:",
+            "tileloadd tmm4, [{a} + {a_row}]",
+            "tileloadd tmm6, [{b} + {b_row}]",
+            "tileloadd tmm7, [{b} + {b_row} + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "cmp {b}, {b_second}",
+            "je 6f",
+            "tileloadd tmm6, [{b_second} + {b_row}]",
+            "tileloadd tmm7, [{b_second} + {b_row} + 64]",
+            "tdpbf16ps tmm2, tmm4, tmm6",
+            "tdpbf16ps tmm3, tmm4, tmm7",
+            "6:",
+            "add {a}, {a_group}",
+            "add {b}, 2048",
+            "add {b_second}, 2048",
+            "dec {groups}",
+            "jnz 4b",
+            "5:",
+            "tilestored [{c} + {c_row}], tmm0",
+            "tilestored [{c} + {c_row} + 64], tmm1",
+            "cmp {b}, {b_second}",
+            "je 7f",
+            "tilestored [{c_second} + {c_row}], tmm2",
+            "tilestored [{c_second} + {c_row} + 64], tmm3",
+            "7:",
+            add = in(reg) u32::from(add),
+            a = inout(reg) a => _, a_row = in(reg) a_row, a_group = in(reg) a_group,
+            b = inout(reg) b => _, b_second = inout(reg) b_second => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
+            c = in(reg) c, c_second = in(reg) c_second, c_row = in(reg) c_row,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+}
