@@ -150,7 +150,7 @@ fn words_of_the_commands() {
             (&["run", "s.lua", "--seed"], &["--seed needs an integer"]),
             (&["run", "s.lua", "stray"], &["s.lua: `stray` is not an argument"]),
             (&["run", "s.lua", "--steps", "3"], &["s.lua: no argument --steps"]),
-            (&["run", "s.lua", "--runs", "t.txt"], &["t.txt/", "cannot make the folder"]),
+            (&["run", "s.lua", "--runs", "t.txt"], &["t.txt: cannot create"]),
             (&["types", "t.txt"], &["t.txt/.luarc.json: cannot read"]),
             (&["doctor", "x"], &["unexpected argument 'x'"]),
             (&["params"], &["MODEL|PRESET"]),
