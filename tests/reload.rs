@@ -410,6 +410,84 @@ fn a_run_that_dies_in_a_reload_goes_on_as_if_it_had_not() {
     }
 }
 
+/// Points of a reload where a process is held up, so that kills fall there.
+const SLOW: &str = "reload.begin=sleep(15),reload.arrive=sleep(15),reload.accept=sleep(15),reload.accepted=sleep(15)";
+
+#[test]
+fn kills_amid_edits_and_tidying_lose_no_generation() {
+    let place = Place::new();
+    let mut random = Random::new();
+    let mut script = Script::new(2500);
+    script.write(&place);
+    let (mut kills, mut in_reload, mut gc_kills, mut acknowledged) = (0, 0, 0, Vec::new());
+    let begin = |resumes: bool, slow: bool| {
+        let run = ["run", "--quiet", "--seed", "3", "--runs", "killed", "s.lua", "--every", "20"];
+        let mut command = if resumes { place.resume("killed") } else { place.command(&run) };
+        command.env("PERILUNE_FAILPOINT", if slow { SLOW } else { "" }).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    while kills < 60 {
+        let mut child = begin(place.run_of("killed").is_some(), random.below(2) == 0);
+        let began = Instant::now();
+        // Once it answers, an edit is asked for; the kill comes while it is tried, before, or behind it.
+        let edit = std::thread::scope(|scope| {
+            let asks = scope.spawn(|| {
+                while began.elapsed() < Duration::from_secs(20) {
+                    let Some(folder) = place.run_of("killed") else { continue };
+                    match ask(&folder, &json!({ "do": "reload" })) {
+                        Ok(answer) => return answer["generation"].as_u64(),
+                        // Nobody listens yet: the process is on its way up. Anything else is the end of this try.
+                        Err(error) if error.to_string().contains("cannot ask") && !error.to_string().contains("without an answer") => {
+                            std::thread::sleep(Duration::from_millis(1));
+                            if began.elapsed() > Duration::from_secs(1) {
+                                return None;
+                            }
+                        }
+                        Err(_) => return None,
+                    }
+                }
+                None
+            });
+            match random.below(4) {
+                0 => script.lr = 1e-4 * (1 + random.below(40)) as f64,
+                1 => script.rows = 1 + random.below(3),
+                2 => script.extra = !script.extra,
+                _ => script.part = random.below(100) as f64 / 8.0,
+            }
+            script.write(&place);
+            std::thread::sleep(Duration::from_millis(20 + random.below(120)));
+            in_reload += u64::from(!asks.is_finished());
+            child.kill().unwrap();
+            child.wait().unwrap();
+            asks.join().unwrap()
+        });
+        kills += 1;
+        acknowledged.extend(edit);
+        let Some(folder) = place.run_of("killed") else { continue };
+        let mut gc = place.command(&["runs", "gc", "--runs", "killed"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if random.below(2) == 0 {
+            std::thread::sleep(Duration::from_millis(random.below(15)));
+            gc.kill().unwrap();
+            gc_kills += 1;
+        }
+        gc.wait().unwrap();
+        let known: Vec<u32> = generations(&folder, GenerationStatus::Accepted).iter().map(|record| record.number).collect();
+        assert!(
+            acknowledged.iter().all(|number| known.contains(&(*number as u32))),
+            "{acknowledged:?} were acknowledged, {known:?} are there"
+        );
+        if String::from_utf8_lossy(&place.resume("killed").env("PERILUNE_FAILPOINT", "loop.boundary=1*exit").output().unwrap().stderr)
+            .contains("the run is finished")
+        {
+            break;
+        }
+    }
+    let folder = place.folder("killed");
+    place.finish("killed");
+    println!("{kills} kills, {in_reload} while an edit waited or was tried, {gc_kills} of gc, {} edits acknowledged", acknowledged.len());
+    assert!(kills >= 20 && acknowledged.len() >= 5, "{kills} kills, {} edits", acknowledged.len());
+    Outcome::of(&folder).check(&fork(&place, &folder, "again", &["--at", "train=0"]), "the same generations without a kill");
+}
+
 #[test]
 fn forks_equal_their_parent_up_to_what_is_changed() {
     let place = Place::new();
