@@ -1,23 +1,13 @@
 //! Commands that steer a run while it lives: `pause`, `continue`, `stop`, `checkpoint`, `set`, `reload`. Each asks the run's process,
 //! which answers at the end of its step.
 
-use super::run::runs_folder;
+use super::runs::Which;
 use crate::error::{Error, Result};
 use crate::host::control::{ask, setting};
 use crate::host::run::{is_alive, read_facts};
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-/// Which run is meant.
-#[derive(clap::Args)]
-pub struct Which {
-    /// Id of the run, the beginning of one, `latest`, or its folder.
-    run: String,
-    /// Where runs are kept.
-    #[arg(long, value_name = "FOLDER", default_value = "checkpoints/runs")]
-    runs: PathBuf,
-}
 
 /// Hold a run at the end of its step until `continue`.
 #[derive(clap::Args)]
@@ -72,31 +62,29 @@ const LOOK: Duration = Duration::from_millis(20);
 /// When a line says what is being waited for.
 const NOTE_AFTER: Duration = Duration::from_secs(2);
 
-impl Which {
-    /// The folder of the run, which must be alive.
-    fn living(&self) -> Result<PathBuf> {
-        let folder = runs_folder(&self.runs, &self.run)?;
-        if is_alive(&folder) {
-            return Ok(folder);
-        }
-        let id = read_facts(&folder)?.id;
-        Err(Error::Script(format!("{id}: no process runs this run; go on with it by: perilune resume {id}")))
+/// The folder of the run, which must be alive.
+fn living(which: &Which) -> Result<PathBuf> {
+    let folder = which.folder()?;
+    if is_alive(&folder) {
+        return Ok(folder);
     }
+    let id = read_facts(&folder)?.id;
+    Err(Error::Script(format!("{id}: no process runs this run; go on with it by: perilune resume {id}")))
+}
 
-    fn ask(&self, question: &Json) -> Result<(PathBuf, Json)> {
-        let folder = self.living()?;
-        let (done, waiting) = std::sync::mpsc::channel::<()>();
-        // The answer comes at the end of a step, which may take long.
-        let note = std::thread::spawn(move || {
-            if waiting.recv_timeout(NOTE_AFTER).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout) {
-                eprintln!("waiting for the end of the step");
-            }
-        });
-        let answer = ask(&folder, question);
-        drop(done);
-        note.join().expect("the thread prints a line at most");
-        answer.map(|answer| (folder, answer))
-    }
+fn ask_living(which: &Which, question: &Json) -> Result<(PathBuf, Json)> {
+    let folder = living(which)?;
+    let (done, waiting) = std::sync::mpsc::channel::<()>();
+    // The answer comes at the end of a step, which may take long.
+    let note = std::thread::spawn(move || {
+        if waiting.recv_timeout(NOTE_AFTER).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("waiting for the end of the step");
+        }
+    });
+    let answer = ask(&folder, question);
+    drop(done);
+    note.join().expect("the thread prints a line at most");
+    answer.map(|answer| (folder, answer))
 }
 
 fn place(answer: &Json) -> String {
@@ -105,7 +93,7 @@ fn place(answer: &Json) -> String {
 
 impl Pause {
     pub fn run(self) -> Result<()> {
-        let (_, answer) = self.which.ask(&json!({ "do": "pause" }))?;
+        let (_, answer) = ask_living(&self.which, &json!({ "do": "pause" }))?;
         println!("paused after {}", place(&answer));
         Ok(())
     }
@@ -113,7 +101,7 @@ impl Pause {
 
 impl Continue {
     pub fn run(self) -> Result<()> {
-        let (_, answer) = self.which.ask(&json!({ "do": "continue" }))?;
+        let (_, answer) = ask_living(&self.which, &json!({ "do": "continue" }))?;
         println!("goes on from {}", place(&answer));
         Ok(())
     }
@@ -121,7 +109,7 @@ impl Continue {
 
 impl Stop {
     pub fn run(self) -> Result<()> {
-        let (folder, _) = self.which.ask(&json!({ "do": "stop" }))?;
+        let (folder, _) = ask_living(&self.which, &json!({ "do": "stop" }))?;
         let (id, began) = (read_facts(&folder)?.id, Instant::now());
         let mut noted = false;
         while is_alive(&folder) {
@@ -138,7 +126,7 @@ impl Stop {
 
 impl Checkpoint {
     pub fn run(self) -> Result<()> {
-        let (folder, answer) = self.which.ask(&json!({ "do": "checkpoint" }))?;
+        let (folder, answer) = ask_living(&self.which, &json!({ "do": "checkpoint" }))?;
         let name = answer.as_str().unwrap_or_default();
         println!("{}", Path::new(&folder).join("checkpoints").join(name).display());
         Ok(())
@@ -147,7 +135,7 @@ impl Checkpoint {
 
 impl Reload {
     pub fn run(self) -> Result<()> {
-        let (_, answer) = self.which.ask(&json!({ "do": "reload" }))?;
+        let (_, answer) = ask_living(&self.which, &json!({ "do": "reload" }))?;
         match answer["generation"].as_u64() {
             Some(number) => {
                 println!("generation {number} leads from {} on ({:.0} ms)", place(&answer), answer["ms"].as_f64().unwrap_or(0.0))
@@ -162,7 +150,7 @@ impl Set {
     pub fn run(self) -> Result<()> {
         // Mistakes of form are told at once, not at the end of a step.
         self.settings.iter().try_for_each(|word| setting(word).map(drop))?;
-        let (_, answer) = self.which.ask(&json!({ "do": "set", "settings": self.settings }))?;
+        let (_, answer) = ask_living(&self.which, &json!({ "do": "set", "settings": self.settings }))?;
         println!("set from {} on: {}", place(&answer), self.settings.join(" "));
         Ok(())
     }

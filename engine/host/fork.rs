@@ -3,7 +3,7 @@
 
 use super::code;
 use super::modules::Source;
-use super::rebuild::adopted;
+use super::rebuild::{Remembered, adopted, remembered};
 use super::run::{Facts, Origin as Parentage, lock, unix_seconds, write_facts};
 use crate::checkpoint::catalog::{checkpoint_name, list};
 use crate::checkpoint::commit::link_from;
@@ -135,7 +135,7 @@ impl Parent<'_> {
             Start::Checkpoint(manifest) => {
                 let name = checkpoint_name(&manifest.loop_path, manifest.step);
                 let from = self.folder.join("checkpoints").join(&name);
-                Some((link_from(&from, &folder.join("checkpoints"), &name, |_| {})?, read_state(&from)?))
+                Some((link_from(&from, &folder.join("checkpoints"), &name, |_| {})?, remembered(&from)?))
             }
         };
         let mut records = self.records_at(start, state.as_ref().map(|(_, state)| state), later);
@@ -178,7 +178,7 @@ impl Parent<'_> {
     }
 
     /// What the child knows from the start.
-    fn records_at(&self, start: &Start, state: Option<&StateAtFork>, later: bool) -> Records {
+    fn records_at(&self, start: &Start, state: Option<&Remembered>, later: bool) -> Records {
         let mut records = self.records.clone();
         records.run = None;
         records.checkpoints.clear();
@@ -230,22 +230,6 @@ impl Parent<'_> {
         }
         Ok(())
     }
-}
-
-/// What a fork needs of a checkpoint's `state.json`.
-#[derive(serde::Deserialize)]
-struct StateAtFork {
-    after: Option<StepRecord>,
-    steps: BTreeSet<String>,
-    #[serde(default)]
-    events: u64,
-    log_offsets: (u64, u64),
-}
-
-fn read_state(checkpoint: &Path) -> Result<StateAtFork> {
-    let path = checkpoint.join("state.json");
-    let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
-    serde_json::from_str(&text).map_err(|error| Error::format(&path, "state", "the state of a run", error.to_string()))
 }
 
 /// A file or a folder with all in it, by hard links; copied where links do not work.

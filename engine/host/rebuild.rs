@@ -30,6 +30,9 @@ pub struct Remembered {
     /// Number of the last event by then.
     #[serde(default)]
     pub events: u64,
+    /// Ends of `metrics.jsonl` and `timing.jsonl` then.
+    #[serde(default)]
+    pub log_offsets: (u64, u64),
 }
 
 /// Reads what the checkpoint in `folder` remembers. Errors: [`Error::Io`]; [`Error::Format`].
