@@ -417,7 +417,7 @@ const SLOW: &str = "reload.begin=sleep(15),reload.arrive=sleep(15),reload.accept
 fn kills_amid_edits_and_tidying_lose_no_generation() {
     let place = Place::new();
     let mut random = Random::new();
-    let mut script = Script::new(2500);
+    let mut script = Script::new(5000);
     script.write(&place);
     let (mut kills, mut in_reload, mut gc_kills, mut acknowledged) = (0, 0, 0, Vec::new());
     let begin = |resumes: bool, slow: bool| {
