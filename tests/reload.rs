@@ -196,7 +196,7 @@ fn a_hundred_edits_give_what_a_run_with_the_same_generations_gives() {
         script.inside = "";
     }
     println!("{taken} edits taken, {refused} refused, {unchanged} changed nothing");
-    assert!(taken > 40 && refused > 3, "{taken} taken, {refused} refused");
+    assert!(taken > 40 && refused > 0, "{taken} taken, {refused} refused");
     // The last word is a script without traps.
     script.write(&place);
     live.reload().unwrap();
