@@ -171,7 +171,8 @@ fn a_hundred_edits_give_what_a_run_with_the_same_generations_gives() {
         let lines = live.lines();
         live.wait("another step", |live| live.lines() > lines + 3);
         let before = script.clone();
-        match random.below(8) {
+        // Every tenth is one that must be refused.
+        match if edit % 10 == 9 { 6 } else { random.below(8) } {
             0 => script.lr = 1e-4 * (1 + random.below(40)) as f64,
             1 => script.rows = 1 + random.below(3),
             2 => script.scale = [0.5, 1.0, 2.0][random.below(3) as usize],
@@ -196,7 +197,7 @@ fn a_hundred_edits_give_what_a_run_with_the_same_generations_gives() {
         script.inside = "";
     }
     println!("{taken} edits taken, {refused} refused, {unchanged} changed nothing");
-    assert!(taken > 40 && refused > 0, "{taken} taken, {refused} refused");
+    assert!(taken > 40 && refused >= 10, "{taken} taken, {refused} refused");
     // The last word is a script without traps.
     script.write(&place);
     live.reload().unwrap();

@@ -188,6 +188,12 @@ impl Trial {
     /// Errors: those of [`Snapshot::hand_over`].
     pub fn arrive(&self, lua: &Lua, run: &Arc<Run>, replay: &Replay) -> super::call::Failed<()> {
         failpoint("reload.arrive").map_err(|error| Error::io(&run.folder, "hand over", error))?;
+        {
+            // Under one lock with the look that gives it up: either it is in time, or it never leads.
+            let mut phase = self.phase();
+            let Phase::Replaying(_) = *phase else { return Err(Error::Superseded.into()) };
+            *phase = Phase::Trying;
+        }
         if let Some(base) = &*self.base() {
             base.hand_over(lua, run)?;
         }
@@ -197,7 +203,6 @@ impl Trial {
             }
         }
         replay.arrive();
-        *self.phase() = Phase::Trying;
         // A closed channel is noticed by `must_end`.
         let _ = self.verdict.send(Verdict::Arrived);
         Ok(())
@@ -306,11 +311,18 @@ fn judge(trial: &Trial, verdicts: &Receiver<Verdict>) -> Result<Duration> {
             match verdicts.recv_timeout(left) {
                 Ok(Verdict::Failed(error)) => return Err(error),
                 Ok(Verdict::Accepted) => return Ok(pause.unwrap_or_default()),
-                _ => {}
+                Ok(Verdict::Arrived) => {
+                    pause = Some(trial.began.elapsed());
+                    break;
+                }
+                Err(_) => {}
             }
         }
-        *trial.phase() = Phase::GivenUp;
-        return Err(error);
+        let mut phase = trial.phase();
+        if *phase != Phase::Trying && *phase != Phase::Accepted {
+            *phase = Phase::GivenUp;
+            return Err(error);
+        }
     }
 }
 
