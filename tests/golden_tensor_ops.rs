@@ -118,6 +118,7 @@ fn run(op: &str, x: &[AnyTensor], args: &Args) -> Result<Vec<AnyTensor>> {
         "matmul" => matmul::matmul(&x[0], &x[1]),
         "gather" => gather::gather(&x[0], axis, &x[1]),
         "index_select" => gather::index_select(&x[0], axis, &x[1]),
+        "segment_sum" => gather::segment_sum(&x[0], &x[1], args.int("count").unwrap() as usize),
         "concat" => gather::concat(x, axis),
         "stack" => gather::stack(x, axis),
         "slice" => index::slice(&x[0], axis, args.int("start").unwrap(), args.int("stop"), args.int("step").unwrap() as usize),

@@ -134,6 +134,17 @@ impl TokenBatch {
         self.row_starts.len().saturating_sub(1)
     }
 
+    /// Documents in the batch.
+    pub fn documents(&self) -> usize {
+        self.cu_seqlens.len().saturating_sub(1)
+    }
+
+    /// `[tokens]`: the index of the document to which each token belongs.
+    pub fn sequence(&self) -> Vec<i32> {
+        let lengths = self.cu_seqlens.windows(2).map(|border| (border[1] - border[0]) as usize);
+        lengths.enumerate().flat_map(|(index, length)| std::iter::repeat_n(index as i32, length)).collect()
+    }
+
     /// Positions that a loss counts.
     pub fn supervised(&self) -> usize {
         self.labels.iter().filter(|label| **label != IGNORED).count()
@@ -320,7 +331,8 @@ mod tests {
         assert_eq!(batch.labels, [1, 2, -100, 4, 5, 6, 7, 8, -100, -100]);
         assert_eq!(batch.position_ids, [0, 1, 2, 0, 0, 1, 2, 3, 0, 0]);
         assert_eq!((batch.cu_seqlens.clone(), batch.row_starts.clone()), (vec![0, 3, 4, 8, 9, 10], vec![0, 4, 8, 10]));
-        assert_eq!((batch.supervised(), batch.rows()), (7, 3));
+        assert_eq!((batch.supervised(), batch.rows(), batch.documents()), (7, 3, 5));
+        assert_eq!(batch.sequence(), [0, 0, 0, 1, 2, 2, 2, 2, 3, 4]);
     }
 
     #[test]

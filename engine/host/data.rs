@@ -418,6 +418,7 @@ impl Class for BatchObject {
             name: "cu_seqlens",
             get: |lua, batch| integers(lua, &batch.0.cu_seqlens.iter().map(|border| *border as i32).collect::<Vec<_>>()),
         },
+        Field { name: "documents", get: |_, batch| Ok(Value::Integer(batch.0.documents() as i64)) },
         Field { name: "labels", get: |lua, batch| integers(lua, &batch.0.labels) },
         Field {
             name: "mask",
@@ -428,6 +429,7 @@ impl Class for BatchObject {
         },
         Field { name: "position_ids", get: |lua, batch| integers(lua, &batch.0.position_ids) },
         Field { name: "rows", get: |_, batch| Ok(Value::Integer(batch.0.rows() as i64)) },
+        Field { name: "sequence", get: |lua, batch| integers(lua, &batch.0.sequence()) },
         Field { name: "supervised", get: |_, batch| Ok(Value::Integer(batch.0.supervised() as i64)) },
         Field { name: "tokens", get: |lua, batch| integers(lua, &batch.0.tokens) },
     ];

@@ -131,6 +131,11 @@ pub const OTHERS: &[Function] = &[
         },
     },
     Function {
+        op: "Tensor:segment_sum",
+        params: &["ids", "count"],
+        call: |call| tensor(call, gather::segment_sum(&call.this()?, &call.tensor(0)?, call.count(1)?)?),
+    },
+    Function {
         op: "Tensor:select",
         params: &["axis", "index"],
         call: |call| tensor(call, index::select(&call.this()?, axis(call, 0)?, axis(call, 1)?)?),

@@ -1,10 +1,11 @@
-//! Elements chosen by an i32 tensor of indices: gather and index_select; and parts put together: concat and stack.
+//! Elements chosen by an i32 tensor of indices: gather and index_select; rows added up by such a tensor: segment_sum; and
+//! parts put together: concat and stack.
 //! Any element type; float tensors stay in the graph. Plain loops of ours: dfdx gathers only along axes known when it is
 //! compiled, and concatenates two tensors at a time, which must differ. Indices count from 0; none may be negative.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
 use super::index::unsqueeze;
-use super::operation::{map_elements, record, require_i32, require_same};
+use super::operation::{as_f32, map_elements, record, record_float, require_float, require_i32, require_same};
 use super::shape::{Around, axis_index, room_for};
 use super::typed::Data;
 use crate::error::{Error, Result};
@@ -99,6 +100,48 @@ pub fn index_select(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<Any
         }
     }
     Ok(taken(x, shape, source))
+}
+
+/// The rows of `x` added up by number: out[s] is the sum of x[i] over all i with ids[i] = s, in the order of i, in f64 and
+/// rounded once. A number without a row gives zeros. The gradient of a row is that of its sum.
+///
+/// - `x`: `[rows, ...]`, f32 or bf16
+/// - `ids`: `[rows]`, i32, from 0 to below `count`
+/// - returns `[count, ...]`, of the element type of `x`
+///
+/// Errors: [`Error::Dtype`]; [`Error::Shape`] if `x` has rank 0, or `ids` is not one number a row; [`Error::Argument`] for
+/// a number outside the range.
+pub fn segment_sum(x: &AnyTensor, ids: &AnyTensor, count: usize) -> Result<AnyTensor> {
+    let op = "segment_sum";
+    let dtype = require_float(op, "x", x)?;
+    let segments = require_i32(op, "ids", ids)?;
+    let Some(rows) = x.shape().first().copied() else {
+        return Err(Error::Shape { op, arg: "x", expected: "[rows, ...]".into(), got: "rank 0".into() });
+    };
+    if ids.shape() != [rows] {
+        return Err(Error::Shape { op, arg: "ids", expected: format!("[{rows}], one a row of x"), got: format!("{:?}", ids.shape()) });
+    }
+    let place = |id: &i32| usize::try_from(*id).ok().filter(|place| *place < count);
+    let wrong = |id: &i32| Error::argument(op, "ids", format!("from 0 to below {count}, the count"), id);
+    let places = segments.iter().map(|id| place(id).ok_or_else(|| wrong(id))).collect::<Result<Vec<_>>>()?;
+    let mut shape = x.shape().to_vec();
+    shape[0] = count;
+    let (len, width) = (room_for(op, &shape)?, x.shape()[1..].iter().product::<usize>());
+    let mut sums = vec![0f64; len];
+    let values = as_f32(x.data());
+    for (place, row) in places.iter().zip(values.chunks_exact(width.max(1))) {
+        sums[place * width..][..width].iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+    }
+    let mut out = Buffer::scratch(len);
+    out.iter_mut().zip(&sums).for_each(|(out, sum)| *out = *sum as f32);
+    Ok(record_float(shape, dtype, out, &[x], move |gradient, sink| {
+        let mut rows = Buffer::scratch(places.len() * width);
+        for (row, place) in rows.chunks_exact_mut(width.max(1)).zip(&places) {
+            row.copy_from_slice(&gradient[place * width..][..width]);
+        }
+        sink.add(0, rows);
+        Ok(())
+    }))
 }
 
 /// The tensors one after the other along `axis`. A tensor may appear more than once.
@@ -213,6 +256,12 @@ mod tests {
             |x| index_select(&x[0], -2, &rows),
             |x| (0..18).map(|n| x[0][(n / 9 * 2 + [1, 0, 1][n / 3 % 3]) * 3 + n % 3]).collect(),
         );
+        let (segments, owner) = (integers(&[5], &[2, 0, 2, 3, 2]), [2, 0, 2, 3, 2]);
+        let by_segment = |x: &[f64], width: usize| -> Vec<f64> {
+            (0..4 * width).map(|n| (0..5).filter(|row| owner[*row] == n / width).map(|row| x[row * width + n % width]).sum()).collect()
+        };
+        check("segment_sum", &[numbers(&[5])], |x| segment_sum(&x[0], &segments, 4), |x| by_segment(&x[0], 1));
+        check("segment_sum", &[numbers(&[5, 2, 3])], |x| segment_sum(&x[0], &segments, 4), |x| by_segment(&x[0], 6));
         check(
             "concat",
             &[numbers(&[2, 1, 3]), numbers(&[2, 2, 3])],
@@ -241,6 +290,10 @@ mod tests {
         assert_eq!(index_select(&numbers(&[2, 3]), 0, &integers(&[0], &[])).unwrap().shape(), [0, 3]);
         assert_eq!(index_select(&numbers(&[2, 3]), 1, &integers(&[], &[2])).unwrap().shape(), [2]);
         assert_eq!(gather(&numbers(&[2, 3]), 1, &integers(&[2, 0], &[])).unwrap().shape(), [2, 0]);
+        assert_eq!(segment_sum(&tensor(&[0], &[]), &integers(&[0], &[]), 2).unwrap().to_f32_vec(), [0., 0.]);
+        assert_eq!(segment_sum(&tensor(&[2, 0], &[]), &integers(&[2], &[0, 0]), 3).unwrap().shape(), [3, 0]);
+        // 1 is lost in one f32 chain: it is half a unit of the last place of 2^24.
+        assert_eq!(segment_sum(&tensor(&[3], &[16777216., 1., 1.]), &integers(&[3], &[0; 3]), 1).unwrap().to_f32_vec(), [16777218.]);
     }
 
     #[test]
@@ -254,6 +307,12 @@ mod tests {
             (gather(&numbers(&[]), 0, &integers(&[], &[0])), "rank 0"),
             (index_select(&x, 0, &integers(&[1], &[2])), "below 2"),
             (index_select(&x, 0, &integers(&[1, 1], &[0])), "rank 0 or 1"),
+            (segment_sum(&x, &numbers(&[2]), 2), "should be i32"),
+            (segment_sum(&x, &integers(&[3], &[0; 3]), 2), "[2], one a row"),
+            (segment_sum(&x, &integers(&[2], &[0, 2]), 2), "below 2"),
+            (segment_sum(&x, &integers(&[2], &[0, -1]), 2), "got -1"),
+            (segment_sum(&integers(&[2], &[0, 1]), &integers(&[2], &[0, 1]), 2), "f32"),
+            (segment_sum(&numbers(&[]), &integers(&[0], &[]), 2), "rank 0"),
             (concat(&[], 0), "at least one"),
             (concat(&[x.clone(), integers(&[1, 3], &[0; 3])], 0), "should be f32"),
             (concat(&[x.clone(), numbers(&[2, 2])], 0), "but at axis 0"),

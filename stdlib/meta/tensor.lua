@@ -466,6 +466,14 @@ function Tensor:reshape(shape) end
 ---@return engine.Tensor result
 function Tensor:round() end
 
+--- Rows added up by number: row s of the result is the sum of the rows whose id is s, zeros where there is none.
+---
+--- Example: local per_document = policy:logprobs(batch):segment_sum(batch.sequence, batch.documents)
+---@param ids engine.Tensor [rows], i32, from 0
+---@param count integer rows of the result
+---@return engine.Tensor result [count, ...]
+function Tensor:segment_sum(ids, count) end
+
 --- One slice along an axis, which is gone.
 ---
 --- Example: x:select(0, 2)

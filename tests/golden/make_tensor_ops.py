@@ -202,6 +202,11 @@ case("to", [r(7)], lambda x: x.to(torch.bfloat16), {"dtype": "bf16"})
 case("to", [r(7, dtype="bf16")], lambda x: x.to(torch.float32), {"dtype": "f32"})
 case("to", [torch.tensor([1.7, -1.7, 0.2])], lambda x: x.to(torch.int32), {"dtype": "i32"}, grad=False)
 
+def segments(x, i):
+    return torch.zeros(4, *x.shape[1:]).index_add(0, i.long(), x)
+for shape in [(5,), (5, 3)]:
+    case("segment_sum", [r(*shape), torch.tensor([3, 0, 3, 1, 3], dtype=torch.int32)], segments, {"count": 4})
+
 path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tensor_ops.json")
 with open(path, "w") as file:
     head = {"torch": torch.__version__.split("+")[0], "numpy": numpy.__version__, "seed": SEED}
