@@ -5,10 +5,14 @@
 mod fixtures;
 
 use fixtures::{Batch, clear_gradients, targets};
+use perilune::infer::generate::generate;
+use perilune::infer::sampler::Rules;
+use perilune::infer::scheduler::Job;
 use perilune::kernels::cpu::threads::set_threads;
 use perilune::kernels::element::Dtype;
 use perilune::model::Model;
 use perilune::model::config::Config;
+use perilune::model::paged::NewTokens;
 use perilune::train::optimizer::{AdamW, Settings};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -74,6 +78,73 @@ fn logprobs(model: &Model, documents: &[Vec<i32>]) -> Vec<Vec<u32>> {
     let batch = Batch::new(documents);
     let logprobs = model.logprobs(&batch.packed(), &batch.next_tokens(), 1.0).unwrap();
     batch.documents().map(|range| bits(&logprobs.values()[range])).collect()
+}
+
+/// Jobs of every kind: long and short prompts, groups and single texts, several temperatures, more than a block of output.
+fn jobs() -> Vec<Job> {
+    let job = |(number, len): (usize, usize)| Job {
+        members: 1 + number % 3,
+        rules: Rules { temperature: [1.0, 0.7, 0.0][number % 3], top_k: number % 2 * 50, ..Rules::GREEDY },
+        ..Job::new(document(number, len), 5 + number * 17, Rules::GREEDY, number as u64)
+    };
+    [1, 200, 63, 64, 65, 7, 129].into_iter().enumerate().map(job).collect()
+}
+
+#[test]
+fn generation_reports_the_log_probabilities_of_the_training_forward() {
+    let _alone = alone();
+    for (name, model) in models() {
+        for threads in [1, 2] {
+            set_threads(threads);
+            for texts_max in [256, 3] {
+                let jobs = jobs();
+                let texts = generate(&model, None, jobs.clone(), Some(texts_max), &mut |_| Ok(())).unwrap();
+                for temperature in [1.0f32, 0.7] {
+                    let (mut documents, mut sampled) = (Vec::new(), Vec::new());
+                    for (job, texts) in jobs.iter().zip(&texts).filter(|(job, _)| job.rules.reported_temperature() == temperature) {
+                        for text in texts {
+                            assert_eq!(text.tokens.len(), job.max_tokens, "{name}");
+                            documents.push([&job.prompt[..], &text.tokens].concat());
+                            sampled.push((job.prompt.len() - 1, bits(&text.logprobs)));
+                        }
+                    }
+                    let batch = Batch::new(&documents);
+                    let trained = model.logprobs(&batch.packed(), &batch.next_tokens(), temperature).unwrap();
+                    for ((range, (first, sampled)), number) in batch.documents().zip(sampled).zip(0..) {
+                        let trained = bits(&trained.values()[range.start + first..range.end - 1]);
+                        assert_eq!(sampled, trained, "{name}: text {number}, {texts_max} at a time, {threads} threads");
+                    }
+                }
+            }
+        }
+    }
+    set_threads(2);
+}
+
+#[test]
+fn cached_logits_are_those_of_the_whole_text_over_the_whole_vocabulary() {
+    let _alone = alone();
+    for (name, model) in models() {
+        let text = document(5, 150);
+        let batch = Batch::new(std::slice::from_ref(&text));
+        let whole = model.logits(&batch.packed()).unwrap();
+        let (cache, blocks) = (model.cache(), [4, 2, 9]);
+        blocks.iter().for_each(|id| cache.lock().unwrap().make(*id));
+        let mut done = 0;
+        for count in [70, 1, 1, 3, 60, 15] {
+            let mut input = NewTokens::default();
+            input.push(&text[done..done + count], done, &blocks);
+            input.rows = (0..count).collect();
+            model
+                .logits_paged(input, &cache, &mut |rows, logits| {
+                    let wanted = &whole.values()[(done + rows.start) * VOCAB..(done + rows.end) * VOCAB];
+                    assert_eq!(bits(logits), bits(wanted), "{name}: {count} tokens from {done}");
+                    Ok(())
+                })
+                .unwrap();
+            done += count;
+        }
+    }
 }
 
 #[test]

@@ -4,8 +4,9 @@
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
-use crate::infer::generate::{Request, Text, generate_text};
+use crate::infer::generate::generate_text;
 use crate::infer::sampler::Rules;
+use crate::infer::scheduler::{Job, Text};
 use crate::kernels::element::Dtype;
 use crate::model::Model;
 use crate::model::generation_config::GenerationConfig;
@@ -44,6 +45,12 @@ pub struct GenerateArgs {
     /// Divide positive and multiply negative logits of tokens already there; 1 is off.
     #[arg(long, value_name = "R")]
     repetition_penalty: Option<f64>,
+    /// Taken from logits of tokens that were generated; 0 is off.
+    #[arg(long, value_name = "R", allow_hyphen_values = true)]
+    presence_penalty: Option<f64>,
+    /// The same for each time that a token was generated; 0 is off.
+    #[arg(long, value_name = "R", allow_hyphen_values = true)]
+    frequency_penalty: Option<f64>,
     /// Start of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -72,22 +79,17 @@ pub fn generate(args: GenerateArgs) -> Result<()> {
     let model = Model::load(&args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
     tokenizer.check_fits(model.config().vocab)?;
     let stop_ids = stop_ids(&args, &defaults, &model.config().eos, &tokenizer);
-    let request = Request {
-        prompt: &prompt,
-        max_tokens: args.max_tokens.or(defaults.max_new_tokens).unwrap_or(256),
-        rules,
-        seed: args.seed,
-        stop_ids: &stop_ids,
-        vocab: None,
-    };
+    let prompt_tokens = prompt.len();
+    let max_tokens = args.max_tokens.or(defaults.max_new_tokens).unwrap_or(256);
+    let job = Job { stop_ids, stops: args.stop.clone(), ..Job::new(prompt, max_tokens, rules, args.seed) };
     let start = Instant::now();
     let mut out = std::io::stdout();
-    let text = generate_text(&model, &tokenizer, &request, &args.stop, &|| false, &mut |piece| {
+    let text = generate_text(&model, &tokenizer, job, &mut |piece| {
         if args.json { Ok(()) } else { show(&mut out, piece) }
     })?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
-        return show(&mut out, &format!("{}\n", report(&text, prompt.len(), seconds)));
+        return show(&mut out, &format!("{}\n", report(&text, prompt_tokens, seconds)));
     }
     show(&mut out, "\n")
 }
@@ -135,6 +137,8 @@ fn rules(args: &GenerateArgs, defaults: &GenerationConfig) -> Rules {
         top_k: args.top_k.or(defaults.top_k.filter(|_| defaults.do_sample)).unwrap_or(0),
         top_p: args.top_p.unwrap_or(sampled(defaults.top_p, 1.0)),
         min_p: args.min_p.unwrap_or(sampled(defaults.min_p, 0.0)),
+        presence_penalty: args.presence_penalty.unwrap_or(0.0),
+        frequency_penalty: args.frequency_penalty.unwrap_or(0.0),
     }
 }
 
@@ -184,9 +188,9 @@ mod tests {
     fn the_command_line_wins_over_the_file() {
         let samples = file(r#"{"do_sample": true, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}"#);
         let got = rules(&args(""), &samples);
-        assert_eq!(got, Rules { repetition_penalty: 1.05, temperature: 0.7, top_k: 20, top_p: 0.8, min_p: 0.0 });
+        assert_eq!(got, Rules { repetition_penalty: 1.05, temperature: 0.7, top_k: 20, top_p: 0.8, ..Rules::GREEDY });
         let got = rules(&args("--temperature 0 --top-k 3 --repetition-penalty 1"), &samples);
-        assert_eq!(got, Rules { repetition_penalty: 1.0, temperature: 0.0, top_k: 3, top_p: 0.8, min_p: 0.0 });
+        assert_eq!(got, Rules { repetition_penalty: 1.0, temperature: 0.0, top_k: 3, top_p: 0.8, ..Rules::GREEDY });
     }
 
     #[test]

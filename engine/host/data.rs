@@ -4,6 +4,7 @@
 use super::args::json_to_lua;
 use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, describe, register};
 use super::globals::seed;
+use super::rollouts::Sampled;
 use super::tensor::tensor_value;
 use super::tokenizer::{TokenizerObject, token_ids};
 use crate::data::cursor::Cursor;
@@ -204,7 +205,7 @@ pub const FUNCTIONS: &[Function] = &[
             for value in call.list(0, "a list of documents, each a list of token ids", &table)? {
                 documents.push(Document::all(token_ids(call, 0, &value)?));
             }
-            call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents))))
+            call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents)), None))
         },
     },
     Function {
@@ -379,7 +380,7 @@ impl Class for DataObject {
                 let taken = call.subject::<DataObject>()?.lock().take(count)?;
                 match taken {
                     None => call.give(Value::Nil),
-                    Some(Taken::Batch(batch)) => call.give(BatchObject(Arc::new(batch))),
+                    Some(Taken::Batch(batch)) => call.give(BatchObject(Arc::new(batch), None)),
                     Some(Taken::Records(records)) => {
                         let rows = records.into_iter().map(|record| json_to_lua(call.lua, &serde_json::Value::Object(record)));
                         call.give(call.lua.create_sequence_from(rows.collect::<mlua::Result<Vec<_>>>()?)?)
@@ -405,9 +406,9 @@ impl UserData for DataObject {
     }
 }
 
-/// Tokens of several documents laid end to end, with what each position should predict.
+/// Tokens of several documents laid end to end, with what each position should predict; of rollouts, how they were sampled.
 #[derive(Clone)]
-pub struct BatchObject(pub Arc<TokenBatch>);
+pub struct BatchObject(pub Arc<TokenBatch>, pub Option<Arc<Sampled>>);
 
 impl Class for BatchObject {
     const NAME: &'static str = "Batch";
@@ -421,6 +422,13 @@ impl Class for BatchObject {
         Field { name: "documents", get: |_, batch| Ok(Value::Integer(batch.0.documents() as i64)) },
         Field { name: "labels", get: |lua, batch| integers(lua, &batch.0.labels) },
         Field {
+            name: "logprobs",
+            get: |lua, batch| match &batch.1 {
+                Some(sampled) => tensor_value(lua, AnyTensor::new(&[sampled.logprobs.len()], Buffer::copy_of(&sampled.logprobs))?),
+                None => Ok(Value::Nil),
+            },
+        },
+        Field {
             name: "mask",
             get: |lua, batch| {
                 let mask: Vec<f32> = batch.0.labels.iter().map(|label| if *label >= 0 { 1.0 } else { 0.0 }).collect();
@@ -429,7 +437,13 @@ impl Class for BatchObject {
         },
         Field { name: "position_ids", get: |lua, batch| integers(lua, &batch.0.position_ids) },
         Field { name: "rows", get: |_, batch| Ok(Value::Integer(batch.0.rows() as i64)) },
-        Field { name: "sequence", get: |lua, batch| integers(lua, &batch.0.sequence()) },
+        Field {
+            name: "sequence",
+            get: |lua, batch| match &batch.1 {
+                Some(sampled) => integers(lua, &sampled.sequence),
+                None => integers(lua, &batch.0.sequence()),
+            },
+        },
         Field { name: "supervised", get: |_, batch| Ok(Value::Integer(batch.0.supervised() as i64)) },
         Field { name: "tokens", get: |lua, batch| integers(lua, &batch.0.tokens) },
     ];

@@ -2,8 +2,8 @@
 
 use super::args::json_to_lua;
 use super::call::{Answer, Call, Class, Failed, Field, Function, describe, register};
-use super::completion;
 use super::data::BatchObject;
+use super::generation;
 use super::globals::seed;
 use super::options::Options;
 use super::progress::Screen;
@@ -218,7 +218,7 @@ fn temperature(options: &Options) -> Failed<f32> {
 impl Class for ModelObject {
     const NAME: &'static str = "Model";
     const METHODS: &'static [&'static [Function]] = &[&[
-        Function { op: "Model:complete", params: &["prompt", "options?"], call: completion::complete },
+        Function { op: "Model:complete", params: &["prompt", "options?"], call: generation::complete },
         Function {
             op: "Model:cross_entropy",
             params: &["batch", "options?"],
@@ -243,6 +243,7 @@ impl Class for ModelObject {
                 })
             },
         },
+        Function { op: "Model:generate", params: &["prompts", "options?"], call: generation::generate_all },
         Function {
             op: "Model:gradient",
             params: &["name"],

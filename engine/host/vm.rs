@@ -7,6 +7,7 @@ use super::modules::{self, Modules, Source};
 use super::nearest::suggestion;
 use super::progress::Screen;
 use super::raise::{Failure, explain, raise};
+use super::rollouts::Rollouts;
 use super::work::Work;
 use super::workflow::{Declared, Workflow};
 use super::{args, data, globals, loops, model, optim, run_object, steps, tensor, tensor_operations, tokenizer, workflow};
@@ -46,6 +47,7 @@ pub fn classes() -> Vec<ClassListing> {
         listing::<loops::Step>(),
         listing::<model::ModelObject>(),
         listing::<optim::OptimizerObject>(),
+        listing::<Rollouts>(),
         listing::<run_object::RunObject>(),
         listing::<steps::StepContext>(),
         listing::<tensor::TensorObject>(),

@@ -57,6 +57,14 @@ impl Work {
         self.operations.fetch_add(passes * once as u64, Relaxed);
     }
 
+    /// Texts that `model` generated: lengths of prompt and output, each text counted as one forward pass.
+    pub fn generation(&self, model: &Model, lengths: &[(usize, usize)]) {
+        let once: f64 = lengths.iter().map(|(prompt, output)| forward_flops(model.config(), prompt + output)).sum();
+        self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
+        self.tokens.fetch_add(lengths.iter().map(|(prompt, output)| (prompt + output) as u64).sum(), Relaxed);
+        self.operations.fetch_add(once as u64, Relaxed);
+    }
+
     /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The rate is
     /// measured once, when the script has done as much work as that takes, about a tenth of a second; before, there is none.
     pub fn share_of_peak(&self, operations_per_second: f64) -> Option<f64> {

@@ -1,149 +1,58 @@
-//! The generation loop: the model's logits for the last token, a choice, and again, until a stop token, a stop string, the
-//! wanted length or a wish to stop. Every token runs the whole text through the model again: there is no cache of earlier
-//! keys yet, so the cost of a text grows with the square of its length.
+//! Whole texts from prompts, over the scheduler: many at once, or one with its pieces shown as they come.
 
-use super::sampler::{Rules, choose};
-use super::stop_text::StopText;
-use crate::data::tokenizer::{StreamDecoder, Tokenizer};
+use super::scheduler::{Event, Job, Scheduler, TEXTS_MAX, Text};
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
-use crate::kernels::random::Stream;
-use crate::model::{Model, Packed};
-use std::ops::ControlFlow;
+use crate::model::Model;
 
-/// What to generate.
-#[derive(Clone, Debug)]
-pub struct Request<'a> {
-    /// `[tokens]`, at least one
-    pub prompt: &'a [i32],
-    /// Most tokens to generate; fewer if the model's positions end.
-    pub max_tokens: usize,
-    pub rules: Rules,
-    /// The choice of token n depends on the seed, on n and on the logits alone.
-    pub seed: u64,
-    /// Ids that end the text; the one that did is kept in the tokens.
-    pub stop_ids: &'a [u32],
-    /// Ids from here on are never chosen: rows of padded embeddings have no text. None: all may be.
-    pub vocab: Option<usize>,
-}
-
-/// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// At a stop id.
-    StopToken,
-    /// At a stop string, or because the receiver of tokens wanted no more.
-    StopText,
-    /// At `max_tokens`, or at the model's last position.
-    Length,
-    /// Because `cancelled` said so.
-    Cancelled,
-}
-
-impl Finish {
-    /// As reports spell it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::StopToken => "stop_token",
-            Self::StopText => "stop_text",
-            Self::Length => "length",
-            Self::Cancelled => "cancelled",
-        }
-    }
-}
-
-/// Generates tokens, each given to `each` as it comes, which may end the text by `Break`.
+/// Generates the texts of all jobs: for each job its members, in order.
 ///
-/// - `cancelled`: asked before every token
-/// - returns the tokens after the prompt, and why they end
+/// - `tokenizer`: for texts and stop strings; without it there are only tokens
+/// - `texts_max`: texts that are continued at a time; none for the default
+/// - `watch`: sees every event, and is asked with none before each step; its error ends the work
 ///
-/// Errors: [`Error::Argument`] for an empty prompt, one longer than the model's positions, tokens outside its vocabulary,
-/// and rules that cannot be meant; those of `each`.
+/// Errors: those of [`Scheduler::add`] and [`Scheduler::step`], and of `watch`: [`Error::Interrupted`] to end early.
 pub fn generate(
     model: &Model,
-    request: &Request,
-    cancelled: &dyn Fn() -> bool,
-    each: &mut dyn FnMut(i32) -> Result<ControlFlow<()>>,
-) -> Result<(Vec<i32>, Finish)> {
-    let positions = model.config().max_positions;
-    request.rules.check()?;
-    if request.prompt.is_empty() || request.prompt.len() > positions {
-        let expected = format!("1 to {positions} tokens, the model's positions");
-        return Err(Error::argument("generate", "prompt", expected, format!("{} tokens", request.prompt.len())));
+    tokenizer: Option<&Tokenizer>,
+    jobs: Vec<Job>,
+    texts_max: Option<usize>,
+    watch: &mut dyn FnMut(Option<&Event>) -> Result<()>,
+) -> Result<Vec<Vec<Text>>> {
+    let mut texts: Vec<Vec<Option<Text>>> = jobs.iter().map(|job| vec![None; job.members]).collect();
+    let mut scheduler = Scheduler::new(model, tokenizer, texts_max.unwrap_or(TEXTS_MAX));
+    for job in jobs {
+        scheduler.add(job)?;
     }
-    let vocab = request.vocab.unwrap_or(usize::MAX).min(model.config().vocab);
-    let stream = Stream::new(request.seed, "generate");
-    let mut tokens = request.prompt.to_vec();
-    let mut position_ids: Vec<i32> = (0..tokens.len() as i32).collect();
-    let generated = |tokens: Vec<i32>| tokens[request.prompt.len()..].to_vec();
-    for index in 0..request.max_tokens.min(positions - request.prompt.len()) {
-        if cancelled() {
-            return Ok((generated(tokens), Finish::Cancelled));
-        }
-        let input = Packed { tokens: &tokens, position_ids: &position_ids, cu_seqlens: &[0, tokens.len() as u32] };
-        let logits = model.logits_at(&input, &[tokens.len() - 1])?;
-        let mut logits = logits.values().to_vec();
-        logits[vocab..].fill(f32::NEG_INFINITY);
-        let token = choose(&request.rules, &logits, &tokens, stream.f64(index as u64))?;
-        tokens.push(token as i32);
-        position_ids.push(position_ids.len() as i32);
-        if request.stop_ids.contains(&token) {
-            return Ok((generated(tokens), Finish::StopToken));
-        }
-        if each(token as i32)?.is_break() {
-            return Ok((generated(tokens), Finish::StopText));
+    while !scheduler.is_idle() {
+        watch(None)?;
+        for mut event in scheduler.step()? {
+            watch(Some(&event))?;
+            if let Some(text) = event.finished.take() {
+                texts[event.job][event.member] = Some(text);
+            }
         }
     }
-    Ok((generated(tokens), Finish::Length))
+    Ok(texts.into_iter().map(|job| job.into_iter().map(|text| text.expect("an idle scheduler has ended all texts")).collect()).collect())
 }
 
-/// A generated text.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Text {
-    /// Without the stop string, and without special tokens.
-    pub text: String,
-    /// All tokens after the prompt, those of the stop string too.
-    pub tokens: Vec<i32>,
-    pub finish: Finish,
-}
-
-/// Generates text, given to `show` in pieces of whole characters as it comes. Ids without a text are never chosen.
+/// Generates one text and gives it to `show` in pieces of whole characters as it comes. `show` says no more by
+/// [`Error::Interrupted`].
 ///
-/// - `stops`: strings that end the text; they are not shown
-///
-/// Errors: those of [`generate`], [`StopText::new`] and `show`.
-pub fn generate_text(
-    model: &Model,
-    tokenizer: &Tokenizer,
-    request: &Request,
-    stops: &[String],
-    cancelled: &dyn Fn() -> bool,
-    show: &mut dyn FnMut(&str) -> Result<()>,
-) -> Result<Text> {
-    let (mut decoder, mut stop, mut text) = (StreamDecoder::new(true), StopText::new(stops)?, String::new());
-    let vocab = request.vocab.unwrap_or(usize::MAX).min(tokenizer.vocab_size());
-    let request = Request { vocab: Some(vocab), ..request.clone() };
-    let mut say = |piece: String| {
-        text.push_str(&piece);
-        if piece.is_empty() { Ok(()) } else { show(&piece) }
+/// Errors: as [`generate`].
+pub fn generate_text(model: &Model, tokenizer: &Tokenizer, job: Job, show: &mut dyn FnMut(&str) -> Result<()>) -> Result<Text> {
+    let mut watch = |event: Option<&Event>| match event {
+        Some(event) if !event.piece.is_empty() => show(&event.piece),
+        _ => Ok(()),
     };
-    let (tokens, finish) = generate(model, &request, cancelled, &mut |token| {
-        let id = token as u32;
-        // A tokenizer may have gaps between its ids.
-        let piece = if tokenizer.id_to_bytes(id).is_some() { decoder.push(tokenizer, id)? } else { String::new() };
-        let (piece, ended) = stop.push(&piece);
-        say(piece)?;
-        Ok(if ended { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    })?;
-    if finish != Finish::StopText {
-        let (piece, _) = stop.push(&decoder.finish());
-        say(piece)?;
-        say(stop.finish())?;
-    }
-    Ok(Text { text, tokens, finish })
+    let texts = generate(model, Some(tokenizer), vec![Job { members: 1, ..job }], None, &mut watch)?;
+    texts.into_iter().flatten().next().ok_or(Error::Interrupted)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::sampler::Rules;
+    use super::super::scheduler::Finish;
     use super::*;
     use crate::checkpoint::safetensors::SafetensorsFile;
     use crate::kernels::element::Dtype;
@@ -151,14 +60,17 @@ mod tests {
     use serde_json::json;
     use std::path::{Path, PathBuf};
 
-    const NEVER: &dyn Fn() -> bool = &|| false;
-
     fn golden(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
     }
 
-    fn tokens_of(model: &Model, request: &Request) -> (Vec<i32>, Finish) {
-        generate(model, request, NEVER, &mut |_| Ok(ControlFlow::Continue(()))).unwrap()
+    fn run(model: &Model, jobs: Vec<Job>, texts_max: usize) -> Vec<Vec<Text>> {
+        generate(model, None, jobs, Some(texts_max), &mut |_| Ok(())).unwrap()
+    }
+
+    fn tokens_of(model: &Model, job: Job) -> (Vec<i32>, Finish) {
+        let text = run(model, vec![job], 1).remove(0).remove(0);
+        (text.tokens, text.finish)
     }
 
     fn greedy_tokens_are_the_golden_ones(name: &str, prompts: usize) {
@@ -167,18 +79,24 @@ mod tests {
         let model = Model::load(&folder.join(meta["checkpoint"].as_str().unwrap()), None, false, &mut |_| {}).unwrap();
         let file = SafetensorsFile::open(&folder.join("expected.safetensors")).unwrap();
         let integers = |name: &str| file.read_integers(name).unwrap().iter().map(|id| *id as i32).collect::<Vec<_>>();
+        let penalised = Rules { repetition_penalty: 1.3, ..Rules::GREEDY };
+        let (mut jobs, mut wanted) = (Vec::new(), Vec::new());
         for prompt in 0..prompts {
             let ids = integers(&format!("prompt{prompt}.input_ids"));
-            let request = Request { prompt: &ids, max_tokens: 64, rules: Rules::GREEDY, seed: 0, stop_ids: &[], vocab: None };
-            assert_eq!(tokens_of(&model, &request), (integers(&format!("prompt{prompt}.greedy")), Finish::Length), "{name} {prompt}");
-            let rules = Rules { repetition_penalty: 1.3, ..Rules::GREEDY };
-            let (penalised, _) = tokens_of(&model, &Request { rules, ..request.clone() });
-            assert_eq!(penalised, integers(&format!("prompt{prompt}.greedy_rep1.3")), "{name} {prompt}");
+            for (rules, want) in [(Rules::GREEDY, "greedy"), (penalised, "greedy_rep1.3")] {
+                jobs.push(Job::new(ids.clone(), 64, rules, 0));
+                wanted.push((integers(&format!("prompt{prompt}.{want}")), Finish::Length));
+            }
             if prompt == 0 {
                 let stop_ids: Vec<u32> = integers("stop.eos_ids").iter().map(|id| *id as u32).collect();
-                let stopped = tokens_of(&model, &Request { stop_ids: &stop_ids, ..request });
-                assert_eq!(stopped, (integers("stop.greedy"), Finish::StopToken), "{name}");
+                jobs.push(Job { stop_ids, ..Job::new(ids, 64, Rules::GREEDY, 0) });
+                wanted.push((integers("stop.greedy"), Finish::StopToken));
             }
+        }
+        for texts_max in [1, 3, 256] {
+            let texts = run(&model, jobs.clone(), texts_max);
+            let got: Vec<_> = texts.into_iter().flatten().map(|text| (text.tokens, text.finish)).collect();
+            assert_eq!(got, wanted, "{name}, {texts_max} at a time");
         }
     }
 
@@ -204,52 +122,84 @@ mod tests {
     #[test]
     fn sampled_text_streams_repeats_by_seed_and_ends_at_the_last_position() {
         let (model, tokenizer) = (byte_model(), Tokenizer::bytes_with_chat());
-        let request = Request { prompt: &[72, 105], max_tokens: 100, rules: WARM, seed: 1, stop_ids: &[], vocab: None };
-        let run = |request: &Request| {
+        let job = Job::new(vec![72, 105], 100, WARM, 1);
+        let run = |job: &Job| {
             let mut streamed = String::new();
             let mut show = |piece: &str| {
                 streamed.push_str(piece);
                 Ok(())
             };
-            let text = generate_text(&model, &tokenizer, request, &[], NEVER, &mut show).unwrap();
+            let text = generate_text(&model, &tokenizer, job.clone(), &mut show).unwrap();
             assert_eq!(streamed, text.text);
             text
         };
-        let first = run(&request);
+        let first = run(&job);
         assert_eq!((first.tokens.len(), first.finish), (38, Finish::Length));
         assert!(first.tokens.iter().all(|token| *token < 259), "padding rows have no text: {:?}", first.tokens);
         let ids: Vec<u32> = first.tokens.iter().map(|token| *token as u32).collect();
         assert_eq!(first.text, tokenizer.decode(&ids, true).unwrap());
-        assert_eq!(first, run(&request));
-        assert_ne!(first.tokens, run(&Request { seed: 2, ..request.clone() }).tokens);
+        assert_eq!(first, run(&job));
+        assert_ne!(first.tokens, run(&Job { seed: 2, ..job.clone() }).tokens);
         // A shorter text is the beginning of the longer one: the choice of a token depends on its index alone.
-        assert_eq!(run(&Request { max_tokens: 5, ..request }).tokens, first.tokens[..5]);
+        assert_eq!(run(&Job { max_tokens: 5, ..job }).tokens, first.tokens[..5]);
     }
 
     #[test]
     fn stop_strings_and_wishes_end_a_text() {
         let (model, tokenizer) = (byte_model(), Tokenizer::bytes_with_chat());
-        let request = Request { prompt: &[72, 105], max_tokens: 30, rules: WARM, seed: 1, stop_ids: &[], vocab: None };
-        let whole = generate_text(&model, &tokenizer, &request, &[], NEVER, &mut |_| Ok(())).unwrap().text;
+        let job = Job::new(vec![72, 105], 30, WARM, 1);
+        let whole = generate_text(&model, &tokenizer, job.clone(), &mut |_| Ok(())).unwrap().text;
         let stop: String = whole.chars().filter(|c| *c != '\u{fffd}').nth(4).unwrap().into();
-        let cut = generate_text(&model, &tokenizer, &request, std::slice::from_ref(&stop), NEVER, &mut |_| Ok(())).unwrap();
+        let cut = generate_text(&model, &tokenizer, Job { stops: vec![stop.clone()], ..job.clone() }, &mut |_| Ok(())).unwrap();
         assert_eq!((cut.text.as_str(), cut.finish), (whole.split(&stop).next().unwrap(), Finish::StopText));
-        let asked = std::cell::Cell::new(0);
-        let cancelled = || asked.replace(asked.get() + 1) == 3;
-        let text = generate_text(&model, &tokenizer, &request, &[], &cancelled, &mut |_| Ok(())).unwrap();
-        assert_eq!((text.tokens.len(), text.finish), (3, Finish::Cancelled));
+        let mut shown = 0;
+        let mut show = |_: &str| {
+            shown += 1;
+            if shown == 3 { Err(Error::Interrupted) } else { Ok(()) }
+        };
+        assert!(matches!(generate_text(&model, &tokenizer, job, &mut show), Err(Error::Interrupted)));
+    }
+
+    #[test]
+    fn texts_are_what_they_are_alone_in_any_company() {
+        let (model, tokenizer) = (byte_model(), Tokenizer::bytes_with_chat());
+        let job = |index: usize| Job {
+            members: 1 + index % 3,
+            stops: if index % 2 == 0 { vec!["e".into()] } else { vec![] },
+            top_logprobs: index % 2 * 4,
+            rules: if index % 4 == 3 { Rules::GREEDY } else { Rules { top_k: index, temperature: 0.8, ..WARM } },
+            ..Job::new((0..1 + index * 3).map(|i| (i * 7 % 250) as i32).collect(), 3 + index * 2, WARM, index as u64)
+        };
+        let run = |jobs: Vec<Job>, most| generate(&model, Some(&tokenizer), jobs, Some(most), &mut |_| Ok(())).unwrap();
+        let together = run((0..9).map(job).collect(), 256);
+        assert_eq!(together, run((0..9).map(job).collect(), 4));
+        for (index, texts) in together.iter().enumerate() {
+            assert_eq!(*texts, run(vec![job(index)], 256)[0], "job {index}");
+            for text in texts.iter().filter(|_| index % 2 == 1) {
+                for ((token, logprob), top) in text.tokens.iter().zip(&text.logprobs).zip(&text.top_logprobs) {
+                    assert!(top.len() == 4 && top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
+                    let same = top.iter().find(|(id, _)| *id as i32 == *token).is_none_or(|(_, top)| (top - logprob).abs() < 1e-5);
+                    assert!(same && logprob <= &(top[0].1 + 1e-5), "{token} {logprob} {top:?}");
+                }
+            }
+        }
+        // Members differ, and the first of a group is the text that it is alone.
+        let group = run(vec![Job { members: 4, ..Job::new(vec![1, 2, 3], 20, WARM, 5) }], 256).remove(0);
+        assert_eq!(group[0], run(vec![Job::new(vec![1, 2, 3], 20, WARM, 5)], 1)[0][0]);
+        assert!(group[1..].iter().all(|text| text.tokens != group[0].tokens));
     }
 
     #[test]
     fn prompts_that_cannot_be_continued_are_refused() {
         let model = byte_model();
-        let long = [65; 41];
-        for (prompt, wanted) in [(&[][..], "1 to 40 tokens"), (&long[..], "41 tokens"), (&[320][..], "an id from 0 to 319")] {
-            let request = Request { prompt, max_tokens: 1, rules: WARM, seed: 0, stop_ids: &[], vocab: None };
-            let message = generate(&model, &request, NEVER, &mut |_| Ok(ControlFlow::Continue(()))).unwrap_err().to_string();
+        let long = vec![65; 41];
+        for (prompt, wanted) in [(vec![], "1 to 40 tokens"), (long.clone(), "41 tokens"), (vec![320], "an id from 0 to 319")] {
+            let jobs = vec![Job::new(prompt, 1, WARM, 0)];
+            let message = generate(&model, None, jobs, None, &mut |_| Ok(())).unwrap_err().to_string();
             assert!(message.contains(wanted), "{message}");
         }
-        let full = Request { prompt: &long[..40], max_tokens: 9, rules: WARM, seed: 0, stop_ids: &[], vocab: None };
-        assert_eq!(tokens_of(&model, &full), (vec![], Finish::Length));
+        let message = generate(&model, None, vec![Job { stops: vec!["x".into()], ..Job::new(vec![1], 1, WARM, 0) }], None, &mut |_| Ok(()));
+        assert!(message.unwrap_err().to_string().contains("tokenizer"));
+        assert_eq!(tokens_of(&model, Job::new(long[..40].to_vec(), 9, WARM, 0)), (vec![], Finish::Length));
     }
 }

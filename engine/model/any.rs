@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// A graph in the element type that was chosen when the model was made.
 #[derive(Clone)]
-enum AnyGraph {
+pub(super) enum AnyGraph {
     F32(Arc<Graph<f32>>),
     Bf16(Arc<Graph<bf16>>),
 }
@@ -31,15 +31,15 @@ enum AnyGraph {
 macro_rules! on_graph {
     ($model:expr, $graph:ident => $body:expr) => {
         match &$model.graph {
-            AnyGraph::F32($graph) => $body,
-            AnyGraph::Bf16($graph) => $body,
+            $crate::model::any::AnyGraph::F32($graph) => $body,
+            $crate::model::any::AnyGraph::Bf16($graph) => $body,
         }
     };
 }
 
 /// A Qwen2.5 model.
 pub struct Model {
-    graph: AnyGraph,
+    pub(super) graph: AnyGraph,
     recompute: AtomicBool,
 }
 

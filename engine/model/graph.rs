@@ -8,10 +8,11 @@ use crate::tensor::attention::{Heads, Rope, attention};
 use crate::tensor::embedding::embedding;
 use crate::tensor::experts::{Expert, Routing, mixture, routing};
 use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
+use crate::tensor::paged_attention::{KvBlocks, Span, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
 use crate::tensor::{ModelElement, Parameter, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Documents laid end to end: `tokens` and `position_ids` of `[tokens]`, and the borders of the documents, from 0 to
 /// the number of tokens. Attention stays inside a document.
@@ -129,17 +130,42 @@ impl<E: ModelElement> Graph<E> {
         let tables = Arc::new(self.rope.tables::<E>(input.position_ids)?);
         let borders: Arc<[i32]> = input.cu_seqlens.iter().map(|border| *border as i32).collect();
         let heads = self.heads();
-        self.forward_with(input.tokens, recompute_layers, observe, move |qkv, window| attention(qkv, heads, &tables, &borders, window))
+        let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &borders, window);
+        self.forward_with(input.tokens, recompute_layers, observe, attend)
+    }
+
+    /// Runs the layers over new tokens of texts whose earlier keys and values lie in `cache`, which takes those of the new
+    /// ones. Each row has the bits that [`Graph::forward`] gives it over its whole text. Not differentiable.
+    ///
+    /// - `tokens`, `position_ids`: `[tokens]`, of all new tokens
+    /// - `spans`: the texts that they belong to
+    ///
+    /// Errors: [`Error::Argument`] for a token outside the vocabulary.
+    pub fn forward_paged(
+        self: &Arc<Self>,
+        tokens: &[i32],
+        position_ids: &[i32],
+        spans: Vec<Span>,
+        cache: &Arc<Mutex<KvBlocks>>,
+    ) -> Result<Forward<E>> {
+        Packed { tokens, position_ids, cu_seqlens: &[0, tokens.len() as u32] }.check("generate", self.config.vocab)?;
+        let tables = Arc::new(self.rope.tables::<E>(position_ids)?);
+        let (heads, spans, cache) = (self.heads(), Arc::new(spans), cache.clone());
+        let attend = move |layer, qkv: &Tensor<E, 2>, window| {
+            let mut cache = cache.lock().expect("attention does not panic under this lock");
+            paged_attention(qkv, heads, &tables, &spans, &mut cache, layer, window)
+        };
+        self.forward_with(tokens, false, |_| {}, attend)
     }
 
     /// Runs the layers; `attend` turns `[tokens, (heads + 2 * kv_heads) * head_dim]` before rope into
-    /// `[tokens, heads * head_dim]` for a layer with that window.
+    /// `[tokens, heads * head_dim]` for the layer of that number, with that window.
     fn forward_with(
         self: &Arc<Self>,
         tokens: &[i32],
         recompute_layers: bool,
         mut observe: impl FnMut(&Tensor<E, 2>),
-        attend: impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>> + Clone + Send + 'static,
+        attend: impl Fn(usize, &Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>> + Clone + Send + 'static,
     ) -> Result<Forward<E>> {
         let mut x = embedding(tokens, &self.embed)?;
         let mut routings = Vec::new();
@@ -150,21 +176,23 @@ impl<E: ModelElement> Graph<E> {
                     let (graph, attend) = (self.clone(), attend.clone());
                     x = recompute(&x, layer.trains(), move |x| {
                         let layer = &graph.layers[index];
-                        let x = layer.attend(x, graph.eps(), &attend)?;
+                        let x = layer.attend(x, graph.eps(), |qkv, window| attend(index, qkv, window))?;
                         layer.dense(&x, graph.eps())
                     })?;
                 }
                 Mlp::Dense(_) => {
-                    x = layer.attend(&x, self.eps(), &attend)?;
+                    x = layer.attend(&x, self.eps(), |qkv, window| attend(index, qkv, window))?;
                     x = layer.dense(&x, self.eps())?;
                 }
                 Mlp::Sparse(sparse) => {
                     // Routing gives several results, so only the attention half is computed again.
                     if recompute_layers {
                         let (graph, attend) = (self.clone(), attend.clone());
-                        x = recompute(&x, layer.trains(), move |x| graph.layers[index].attend(x, graph.eps(), &attend))?;
+                        x = recompute(&x, layer.trains(), move |x| {
+                            graph.layers[index].attend(x, graph.eps(), |qkv, window| attend(index, qkv, window))
+                        })?;
                     } else {
-                        x = layer.attend(&x, self.eps(), &attend)?;
+                        x = layer.attend(&x, self.eps(), |qkv, window| attend(index, qkv, window))?;
                     }
                     let (next, routing) = sparse.forward(&x, layer, self)?;
                     x = next;
@@ -194,7 +222,7 @@ impl<E: ModelElement> Layer<E> {
         &self,
         x: &Tensor<E, 2>,
         eps: f32,
-        attend: &impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>>,
+        attend: impl Fn(&Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>>,
     ) -> Result<Tensor<E, 2>> {
         let qkv = norm_linear(x, &self.input_norm, eps, &self.qkv, Some(&self.qkv_bias))?;
         let mixed = attend(&qkv, self.window)?;

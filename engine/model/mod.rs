@@ -1,5 +1,6 @@
 //! The Qwen2.5 graph: configuration, parameter names, layers, dense and mixture of experts.
 
+#[macro_use]
 mod any;
 pub mod config;
 pub mod fields;
@@ -7,6 +8,7 @@ pub mod flops;
 pub mod generation_config;
 pub mod graph;
 pub mod names;
+pub mod paged;
 pub mod presets;
 pub mod rope_scaling;
 pub mod sizes;

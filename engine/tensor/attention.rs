@@ -27,6 +27,16 @@ pub struct RopeTables {
     sin: Buffer<f32>,
 }
 
+impl RopeTables {
+    pub(super) fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    pub(super) fn sin(&self) -> &[f32] {
+        &self.sin
+    }
+}
+
 impl Rope {
     /// The tables for tokens at `positions`; computed once and read by every layer.
     pub fn tables<E: ModelElement>(&self, positions: &[i32]) -> Result<RopeTables> {

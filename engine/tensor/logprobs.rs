@@ -40,6 +40,26 @@ pub fn logits<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>) -> Re
     Tensor::new([tokens, head.rows()], y)
 }
 
+/// Log-probabilities of chosen tokens from logits that are there already: the bits of [`logprobs`] over the same rows.
+///
+/// - `rows`: `[rows, vocab]`, f32, as [`logits`] gives them
+/// - `labels`: `[rows]`, the chosen tokens
+/// - `temperatures`: `[rows]`, each above 0; a row's logits are divided by its own
+/// - returns the log-probabilities, and each row's logarithm of the sum of exponentials
+pub fn logprobs_of_logits(rows: &[f32], vocab: usize, labels: &[i32], temperatures: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let (mut lse, mut logprobs) = (vec![0.0; labels.len()], vec![0.0; labels.len()]);
+    if temperatures.iter().all(|temperature| *temperature == 1.0) {
+        kernel::logprobs(rows, vocab, labels, &mut lse, &mut logprobs, None);
+    } else {
+        let mut scaled = Buffer::copy_of(rows);
+        for (row, temperature) in scaled.chunks_exact_mut(vocab).zip(temperatures).filter(|(_, temperature)| **temperature != 1.0) {
+            norm::scale(row, temperature.recip());
+        }
+        kernel::logprobs(&scaled, vocab, labels, &mut lse, &mut logprobs, None);
+    }
+    (logprobs, lse)
+}
+
 /// The rows that have a label, their hidden states side by side, and what each contributes.
 struct Targets<E: ModelElement> {
     /// Index in the whole of each row that has a label.

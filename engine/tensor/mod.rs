@@ -21,6 +21,7 @@ pub mod matmul;
 mod model_element;
 mod operation;
 pub mod order;
+pub mod paged_attention;
 pub mod parameter;
 pub mod recompute;
 pub mod reduce;

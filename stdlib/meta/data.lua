@@ -15,6 +15,7 @@ local Data = {}
 ---@field cu_seqlens engine.Tensor [documents + 1], i32: where each document begins, and the end
 ---@field documents integer
 ---@field labels engine.Tensor [tokens], i32: what each position should predict, or -100
+---@field logprobs engine.Tensor? [tokens], f32: of rollouts, what each label was sampled with, or 0
 ---@field mask engine.Tensor [tokens], f32: 1 where there is a label
 ---@field position_ids engine.Tensor [tokens], i32: from 0 in each document
 ---@field rows integer

@@ -46,12 +46,11 @@ function model.new(fields, options) end
 ---@return string[] names
 function model.presets() end
 
---- Continues a text: sampled, or with temperature 0 the most likely token each time. Each token runs the whole text through
---- the model again, so this is for samples of a few hundred tokens.
+--- Continues a text: sampled, or with temperature 0 the most likely token each time. Options as in `generate`.
 ---
 --- Example: print(model:complete("Once", { max_tokens = 100, temperature = 0.8 }))
 ---@param prompt string
----@param options? { max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, seed?: integer, stop?: string[] }
+---@param options? { max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, presence_penalty?: number, frequency_penalty?: number, logit_bias?: table<integer, number>, seed?: integer, stop?: string[], stop_ids?: integer[] }
 ---@return string text without the prompt
 function Model:complete(prompt, options) end
 
@@ -71,6 +70,22 @@ function Model:cross_entropy(batch, options) end
 ---@param options? { temperature?: number }
 ---@return engine.Tensor entropy [tokens], f32
 function Model:entropy(batch, options) end
+
+--- Continues every prompt `n` times, all together: from the weights as they stand, by the kernels that train them. A prompt
+--- is a text, a list of messages (written by the chat template, up to the assistant's turn), a record with `prompt` or
+--- `messages` (and `tools`), or a list of token ids.
+---
+--- Rules act in this order: logit_bias, repetition_penalty (on all tokens so far), presence_penalty and frequency_penalty (on
+--- generated ones), temperature (0: the most likely token), top_k, top_p, min_p. What a text becomes depends on its seed
+--- alone, not on the others; without `seed` each call draws another, the same when the run is run again. Defaults:
+--- max_tokens 128, temperature 1, the rest off; stop_ids are those of the model. `together` limits the texts that are
+--- continued at a time (256).
+---
+--- Example: local rollouts = policy:generate(prompts:take(16), { n = 8, max_tokens = 64 })
+---@param prompts any[]
+---@param options? { n?: integer, max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, presence_penalty?: number, frequency_penalty?: number, logit_bias?: table<integer, number>, seed?: integer, stop?: string[], stop_ids?: integer[], top_logprobs?: integer, tools?: table[], together?: integer }
+---@return engine.Rollouts rollouts the texts of the first prompt, then of the second, and so on
+function Model:generate(prompts, options) end
 
 --- The gradient of the parameter of that Hugging Face name; nil if there is none.
 ---

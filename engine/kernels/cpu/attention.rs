@@ -1,5 +1,5 @@
 //! Causal attention with grouped query heads over packed documents, forward: training and prefill.
-//! Keeps no scores beyond one tile. Knows no caches; a decode step is [`attend_block`] over packed blocks of 64 keys.
+//! Keeps no scores beyond one tile. Knows no caches: attention_paged.rs walks over cached blocks by [`attend_block`].
 //! Source: Dao, arXiv 2307.08691 (online softmax over blocks of keys).
 //!
 //! Batch invariance: a row's bits depend on its document up to its position and on nothing else. Keys are walked in
@@ -182,29 +182,42 @@ fn forward<F: Form, E: Float>(form: F, settings: &Attention, blocks: &Blocks, qk
 }
 
 /// State of 8 rows while they walk over their keys: `[8, padded(head_dim)]` outputs, `[8]` maxima, `[8, LANES]` sums.
-struct State<'a> {
+pub(super) struct State<'a> {
     outputs: &'a mut [f32],
     maxima: &'a mut [f32],
     sums: &'a mut [f32],
 }
 
 impl<'a> State<'a> {
-    const fn words(padded: usize) -> usize {
+    pub const fn words(padded: usize) -> usize {
         ROWS * (padded + 1 + LANES)
     }
 
     #[inline(always)]
-    fn of(memory: &'a mut [f32], padded: usize) -> Self {
+    pub fn of(memory: &'a mut [f32], padded: usize) -> Self {
         let (outputs, rest) = memory.split_at_mut(ROWS * padded);
         let (maxima, sums) = rest.split_at_mut(ROWS);
         Self { outputs, maxima, sums }
     }
 
     #[inline(always)]
-    fn begin(&mut self) {
+    pub fn begin(&mut self) {
         self.outputs.fill(0.0);
         self.maxima.fill(f32::NEG_INFINITY);
         self.sums.fill(0.0);
+    }
+
+    /// The lanes of row `r`'s sum.
+    #[inline(always)]
+    pub fn sums_of(&self, r: usize) -> &[f32; LANES] {
+        self.sums[r * LANES..][..LANES].try_into().expect("the slice has this length")
+    }
+
+    /// Row `r`'s output, divided by `sum`, the row's sum of probabilities.
+    #[inline(always)]
+    pub fn write_row<E: Float>(&self, r: usize, sum: f32, o: &mut [E]) {
+        let (factor, padded) = (1.0 / sum, self.outputs.len() / ROWS);
+        o.iter_mut().zip(&self.outputs[r * padded..]).for_each(|(o, output)| *o = E::from_f32(output * factor));
     }
 }
 
@@ -227,7 +240,7 @@ fn attend<F: Form, E: Float>(
     let (tiles, tile_words) = (block.count().div_ceil(ROWS), ROWS * words::<F>(head_dim));
     let mut queries = Buffer::<f32>::scratch(group * tiles * tile_words);
     let mut states = Buffer::<f32>::scratch(group * tiles * State::words(padded));
-    let mut work = Work { scores: Tile([[0.0; BLOCK]; ROWS]), pairs: Tile([[0.0; BLOCK / 2]; ROWS]) };
+    let mut work = Work::new();
     let first_row = block.document + block.first;
     for (member, tiles) in queries.chunks_exact_mut(tiles * tile_words).enumerate() {
         let column = heads.query(kv_head * group + member);
@@ -250,12 +263,11 @@ fn attend<F: Form, E: Float>(
         let (head, from) = (kv_head * group + index / tiles, index % tiles * ROWS);
         for r in 0..ROWS.min(block.count() - from) {
             let row = (first_row + from + r) * heads.heads + head;
-            let sum = sum_lanes(state.sums[r * LANES..][..LANES].try_into().expect("the slice has this length"));
+            let sum = sum_lanes(state.sums_of(r));
             // SAFETY: each (row, head) belongs to one tile of one task, which makes one part of each output for it.
             let (o, lse) = unsafe { (o.part(row * head_dim..(row + 1) * head_dim), lse.part(row..row + 1)) };
             lse[0] = state.maxima[r] + sum.ln();
-            let factor = 1.0 / sum;
-            o.iter_mut().zip(&state.outputs[r * padded..]).for_each(|(o, output)| *o = E::from_f32(output * factor));
+            state.write_row(r, sum, o);
         }
     }
 }
@@ -303,7 +315,7 @@ impl Visible {
 /// - `visible`: the keys that each row sees; rows in one call have positions between two multiples of 8
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the operands of one step")]
-fn attend_block<F: Form, E: Float>(
+pub(super) fn attend_block<F: Form, E: Float>(
     form: F,
     scale: f32,
     queries: &[f32],
@@ -361,9 +373,16 @@ fn attend_block<F: Form, E: Float>(
 pub(super) struct Tile<const WIDTH: usize>(pub [[f32; WIDTH]; ROWS]);
 
 /// Room for one tile of scores and, in a form with pairs, of its rounded probabilities.
-struct Work {
+pub(super) struct Work {
     scores: Tile<BLOCK>,
     pairs: Tile<{ BLOCK / 2 }>,
+}
+
+impl Work {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self { scores: Tile([[0.0; BLOCK]; ROWS]), pairs: Tile([[0.0; BLOCK / 2]; ROWS]) }
+    }
 }
 
 #[inline(always)]

@@ -1,0 +1,138 @@
+//! Which text has which blocks of cached keys and values: tables, shared beginnings, and what is free. The blocks' memory
+//! and layout are kernels/cpu/attention_paged.rs's.
+
+use crate::model::Model;
+use crate::model::paged::{BLOCK_POSITIONS, Cache};
+
+/// The blocks of one text and how many of its positions are cached.
+#[derive(Debug, Default)]
+pub struct Table {
+    blocks: Vec<u32>,
+    len: usize,
+}
+
+impl Table {
+    pub fn blocks(&self) -> &[u32] {
+        &self.blocks
+    }
+
+    /// Cached positions.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// Blocks for `positions` of one text.
+pub fn blocks_for(positions: usize) -> usize {
+    positions.div_ceil(BLOCK_POSITIONS)
+}
+
+/// All blocks of a model's cache, by how many tables name each.
+pub struct KvCache {
+    memory: Cache,
+    names: Vec<u32>,
+    free: Vec<u32>,
+    block_bytes: usize,
+}
+
+impl KvCache {
+    pub fn new(model: &Model) -> Self {
+        let memory = model.cache();
+        let block_bytes = memory.lock().expect("a new lock").block_bytes();
+        Self { memory, names: Vec::new(), free: Vec::new(), block_bytes }
+    }
+
+    pub fn memory(&self) -> &Cache {
+        &self.memory
+    }
+
+    /// Bytes of one block, all layers together.
+    pub fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    /// Blocks that some table names.
+    pub fn used(&self) -> usize {
+        self.names.len() - self.free.len()
+    }
+
+    /// Counts `count` more positions as cached, with blocks for them.
+    pub fn extend(&mut self, table: &mut Table, count: usize) {
+        table.len += count;
+        while table.blocks.len() < blocks_for(table.len) {
+            let id = self.take();
+            self.lock().make(id);
+            table.blocks.push(id);
+        }
+    }
+
+    /// Another table over the same positions: whole blocks are shared, and the last one, which both will write into, copied.
+    pub fn fork(&mut self, table: &Table) -> Table {
+        let mut fork = Table { blocks: table.blocks.clone(), len: table.len };
+        let whole = table.len / BLOCK_POSITIONS;
+        for id in &fork.blocks[..whole] {
+            self.names[*id as usize] += 1;
+        }
+        if let Some(last) = fork.blocks.get_mut(whole) {
+            let id = self.take();
+            self.lock().copy(*last, id);
+            *last = id;
+        }
+        fork
+    }
+
+    /// Forgets a text; blocks that no other one names are free.
+    pub fn release(&mut self, table: Table) {
+        for id in table.blocks {
+            let names = &mut self.names[id as usize];
+            *names -= 1;
+            if *names == 0 {
+                self.lock().drop_block(id);
+                self.free.push(id);
+            }
+        }
+    }
+
+    fn take(&mut self) -> u32 {
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.names.push(0);
+            u32::try_from(self.names.len() - 1).expect("memory ends before ids do")
+        });
+        self.names[id as usize] = 1;
+        id
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, crate::tensor::paged_attention::KvBlocks> {
+        self.memory.lock().expect("attention does not panic under this lock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::element::Dtype;
+    use crate::model::presets::preset;
+
+    #[test]
+    fn forks_share_whole_blocks_and_copy_the_last() {
+        let model = Model::random(preset("tiny").unwrap(), Dtype::F32, 1).unwrap();
+        let mut cache = KvCache::new(&model);
+        let mut table = Table::default();
+        cache.extend(&mut table, 2 * BLOCK_POSITIONS + 1);
+        let mut fork = cache.fork(&table);
+        assert_eq!((cache.used(), table.blocks()), (4, &[0, 1, 2][..]));
+        assert_eq!(fork.blocks(), [0, 1, 3]);
+        cache.extend(&mut fork, BLOCK_POSITIONS);
+        assert_eq!((cache.used(), fork.len()), (5, 3 * BLOCK_POSITIONS + 1));
+        let even = cache.fork(&Table { blocks: vec![0, 1], len: 2 * BLOCK_POSITIONS });
+        assert_eq!((cache.used(), even.blocks()), (5, &[0, 1][..]));
+        cache.release(even);
+        cache.release(table);
+        assert_eq!(cache.used(), 4, "the fork still names blocks 0 and 1");
+        cache.release(fork);
+        assert_eq!(cache.used(), 0);
+        let mut again = Table::default();
+        cache.extend(&mut again, 1);
+        assert_eq!((cache.used(), again.blocks().len()), (1, 1));
+    }
+}

@@ -1,0 +1,77 @@
+//! A model over texts whose earlier keys and values are cached: what generation asks of it. The same graph and the same
+//! weights as training, in place.
+
+use super::any::Model;
+use crate::error::Result;
+use crate::kernels::buffer::Buffer;
+use crate::tensor::autograd::with_recording;
+use crate::tensor::paged_attention::KvBlocks;
+pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
+use crate::tensor::{ModelElement, Tensor, logprobs};
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+/// Most bytes of logits that exist together.
+const LOGITS_BYTES: usize = 64 << 20;
+
+/// Cached keys and values of a model's texts.
+pub type Cache = Arc<Mutex<KvBlocks>>;
+
+/// The new tokens of some texts, end to end.
+#[derive(Debug, Default)]
+pub struct NewTokens {
+    /// `[tokens]`
+    pub tokens: Vec<i32>,
+    /// `[tokens]`: the place of each in its text.
+    pub position_ids: Vec<i32>,
+    pub spans: Vec<Span>,
+    /// Indices of the tokens whose logits are wanted.
+    pub rows: Vec<usize>,
+}
+
+impl NewTokens {
+    /// Adds the next tokens of a text at `position`, whose `blocks` have room for them.
+    pub fn push(&mut self, tokens: &[i32], position: usize, blocks: &[u32]) {
+        self.spans.push(Span { row: self.tokens.len(), count: tokens.len(), position, blocks: blocks.to_vec() });
+        self.position_ids.extend(position as i32..(position + tokens.len()) as i32);
+        self.tokens.extend_from_slice(tokens);
+    }
+}
+
+impl Model {
+    /// A cache for this model's keys and values, without blocks.
+    pub fn cache(&self) -> Cache {
+        on_graph!(self, graph => Arc::new(Mutex::new(blocks_of(graph))))
+    }
+
+    /// Runs new tokens and hands the logits of the wanted rows to `each`, some rows at a time: the range among
+    /// `input.rows`, and `[rows, vocab]` f32. They have the bits that [`Model::logits`] gives for the whole text.
+    ///
+    /// Errors: [`crate::error::Error::Argument`] for a token outside the vocabulary; those of `each`.
+    pub fn logits_paged(&self, input: NewTokens, cache: &Cache, each: &mut dyn FnMut(Range<usize>, &[f32]) -> Result<()>) -> Result<()> {
+        let NewTokens { tokens, position_ids, spans, rows } = input;
+        on_graph!(self, graph => with_recording(false, || {
+            let forward = graph.forward_paged(&tokens, &position_ids, spans, cache)?;
+            let hidden = forward.hidden.shape()[1];
+            let chunk = (LOGITS_BYTES / (4 * graph.config.vocab)).max(1);
+            for start in (0..rows.len()).step_by(chunk) {
+                let range = start..rows.len().min(start + chunk);
+                let wanted = rows_of(&forward.hidden, &rows[range.clone()], hidden)?;
+                each(range, logprobs::logits(&graph.final_norm(&wanted)?, &graph.head)?.values())?;
+            }
+            Ok(())
+        }))
+    }
+}
+
+fn blocks_of<E: ModelElement>(graph: &super::graph::Graph<E>) -> KvBlocks {
+    KvBlocks::new::<E>(graph.heads(), graph.config.layers)
+}
+
+fn rows_of<E: ModelElement>(x: &Tensor<E, 2>, rows: &[usize], width: usize) -> Result<Tensor<E, 2>> {
+    let mut some = Buffer::scratch(rows.len() * width);
+    for (to, row) in some.chunks_exact_mut(width).zip(rows) {
+        to.copy_from_slice(&x.values()[row * width..][..width]);
+    }
+    Tensor::new([rows.len(), width], some)
+}
