@@ -52,6 +52,31 @@ fn doctor_reports_in_text_and_json() {
 }
 
 #[test]
+fn a_chat_answers_line_by_line_and_knows_its_commands() {
+    let (_folder, path) = model_folder();
+    let chat = |lines: &str| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_perilune"))
+            .args(["chat", &path, "--max-tokens", "5", "--system", "Be brief."])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success());
+        text(&output.stdout)
+    };
+    let once = chat("Hello\n");
+    assert!(!once.trim().is_empty(), "an answer");
+    // The same questions, the same answers; what was taken back is as if it had not been.
+    assert_eq!(once, chat("Hello\n"));
+    assert!(chat("/undo\n").contains("nothing to take back"));
+    assert!(chat("/help\n/exit\nHello\n").ends_with("Ctrl-D)\n"));
+    assert!(chat("/rest\n").contains("no command /rest"));
+    assert!(refusal(&["chat", "no_such_folder"]).contains("no_such_folder"));
+}
+
+#[test]
 fn params_knows_presets_and_folders() {
     let report: serde_json::Value = serde_json::from_str(&printed(&["params", "7B", "--json"])).unwrap();
     assert_eq!(report["parameters"]["total"], 7_615_616_512u64);
@@ -85,6 +110,8 @@ fn what_cannot_be_done_is_one_line_that_says_why() {
     assert!(refusal(&["bench", "train", "--config", "huge"]).contains("tiny"));
     assert!(refusal(&["bench", "ops", "--seconds", "0"]).contains("--seconds"));
     assert!(refusal(&["bench", "train", "--dtype", "f16"]).contains("bf16"));
+    let report = printed(&["bench", "decode", "--config", "tiny", "--seconds", "0.1"]);
+    assert!(["batch 1", "batch 8", "prefill 512", "tokens/s"].iter().all(|part| report.contains(part)), "{report}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
-//! `perilune bench ceilings|train|ops|durability`: what this machine can do at most, and what share of it the engine reaches. The
+//! `perilune bench ceilings|train|ops|decode|durability`: what this machine can do at most, and what share of it the engine reaches. The
 //! ceiling is measured in the same run as what is held against it, since a shared machine is not the same an hour later.
 
-use super::{bench_ceilings, bench_durability, bench_ops, bench_train};
+use super::{bench_ceilings, bench_decode, bench_durability, bench_ops, bench_train};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::isa::isa;
 use crate::kernels::cpu::threads::threads;
@@ -12,7 +12,7 @@ use crate::model::{Packed, flops};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-/// Measure this machine's ceilings, a training step, every operation of one, or what it costs that a run survives.
+/// Measure this machine's ceilings, a training step, every operation of one, generation, or what it costs that a run survives.
 #[derive(clap::Args)]
 pub struct BenchArgs {
     #[arg(value_enum)]
@@ -23,7 +23,7 @@ pub struct BenchArgs {
     /// f32 or bf16.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, durability 180].
+    /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, decode 30, durability 180].
     #[arg(long, value_name = "N")]
     seconds: Option<f64>,
     /// With train: time the phases of the step too.
@@ -45,6 +45,8 @@ enum What {
     Train,
     /// Each fused operation, forward and backward, at the shapes of that step.
     Ops,
+    /// Decoding 1 and 8 texts, and prefill of 512 and 4096 tokens.
+    Decode,
     /// That step with and without checkpoints; the resume of a run with 10,000 recorded steps; the room of its records.
     Durability,
 }
@@ -71,6 +73,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         What::Ceilings => 3.0,
         What::Train => 20.0,
         What::Ops => 1.0,
+        What::Decode => 30.0,
         What::Durability => 180.0,
     };
     let seconds = args.seconds.unwrap_or(default);
@@ -87,6 +90,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         What::Ceilings => bench_ceilings::run(&case)?,
         What::Train => bench_train::run(&case)?,
         What::Ops => bench_ops::run(&case)?,
+        What::Decode => bench_decode::run(&case)?,
         What::Durability => bench_durability::run(&case)?,
     };
     if args.json {

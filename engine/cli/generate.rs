@@ -95,7 +95,7 @@ pub fn generate(args: GenerateArgs) -> Result<()> {
 }
 
 /// Writes at once. A reader that has gone away (`| head`) is a wish to stop.
-fn show(out: &mut impl Write, text: &str) -> Result<()> {
+pub(super) fn show(out: &mut impl Write, text: &str) -> Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(Error::Interrupted),
@@ -103,7 +103,7 @@ fn show(out: &mut impl Write, text: &str) -> Result<()> {
     }
 }
 
-fn parse_dtype(name: &str) -> Result<Dtype> {
+pub(super) fn parse_dtype(name: &str) -> Result<Dtype> {
     match Dtype::parse(name) {
         Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => Ok(dtype),
         _ => Err(Error::argument("generate", "--dtype", "f32 or bf16", format!("{name:?}"))),

@@ -2,9 +2,11 @@
 
 pub mod bench;
 mod bench_ceilings;
+mod bench_decode;
 mod bench_durability;
 mod bench_ops;
 mod bench_train;
+mod chat;
 pub mod doctor;
 pub mod generate;
 mod live;
@@ -48,6 +50,7 @@ enum Command {
     Types(types::Types),
     Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
+    Chat(chat::ChatArgs),
     Generate(generate::GenerateArgs),
     Params(params::ParamsArgs),
 }
@@ -76,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),
         Command::Doctor(args) => doctor::doctor(args),
+        Command::Chat(args) => chat::chat(args),
         Command::Generate(args) => generate::generate(args),
         Command::Params(args) => params::params(args),
     };

@@ -36,6 +36,11 @@ pub fn request() {
     PENDING.store(true, SeqCst);
 }
 
+/// Forgets a wish to stop that was followed: what it ended is not all that the program does.
+pub fn clear() {
+    PENDING.store(false, SeqCst);
+}
+
 /// Whether the user asked to stop.
 pub fn is_pending() -> bool {
     PENDING.load(SeqCst)

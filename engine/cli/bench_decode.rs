@@ -1,0 +1,136 @@
+//! `perilune bench decode`: tokens a second of prefill and of decoding, and the share of the memory's bandwidth that decoding
+//! one text reaches: each token reads every weight once.
+
+use super::bench::{Case, Times, clocked, timed};
+use super::bench_ceilings::{self, filled};
+use super::units;
+use crate::error::Result;
+use crate::infer::sampler::Rules;
+use crate::infer::scheduler::{Job, Scheduler};
+use crate::kernels::cpu::threads::threads;
+use crate::kernels::random::Stream;
+use crate::model::{Model, flops};
+use serde_json::{Value, json};
+use std::time::Instant;
+
+const PROMPT_TOKENS: usize = 64;
+const DECODED_TOKENS: usize = 64;
+const BATCHES: [usize; 2] = [1, 8];
+const PREFILLS: [usize; 2] = [512, 4096];
+const READ_BYTES: usize = 512 << 20;
+
+/// Report and text. Errors: those of the model.
+pub fn run(case: &Case) -> Result<(Value, String)> {
+    let model = Model::random(case.config.clone(), case.dtype, 0)?;
+    model.set_trains(false);
+    let read = read_rate(case.seconds / 10.0)?;
+    let bytes = weight_bytes(&model);
+    let (mut report, mut text) = (json!({}), String::new());
+    text += &format!(
+        "decode {} ({} parameters), {}, prompts of {PROMPT_TOKENS} tokens, {DECODED_TOKENS} tokens each\nceiling   {read:.1} GB/s read by {} threads\n",
+        case.name,
+        units::count(model.count() as f64),
+        case.dtype,
+        threads()
+    );
+    for batch in BATCHES {
+        let mut steps = Vec::new();
+        timed(case.seconds / 5.0, || {
+            let (took, result) = clocked(|| decode(&model, batch, &mut steps));
+            result.map(|()| took)
+        })?;
+        let times = Times::new(steps);
+        let rate = batch as f64 / times.median();
+        let gbs = bytes as f64 / times.median() / 1e9;
+        text += &format!(
+            "batch {batch:<4}{rate:>9.1} tokens/s, {:.2} ms a step, weights at {gbs:.1} GB/s, {:.0}% of the ceiling\n",
+            times.median() * 1e3,
+            100.0 * gbs / read
+        );
+        report[format!("decode_{batch}")] = json!({ "tokens_per_s": rate, "best": batch as f64 / times.best(), "weights_gb_s": gbs, "share_of_read": gbs / read, "step": times.to_json() });
+    }
+    let matrix = bench_ceilings::matrix_product(case.dtype, (case.seconds / 10.0).min(2.0))?;
+    for tokens in PREFILLS.into_iter().filter(|tokens| *tokens <= case.config.max_positions) {
+        let times = timed(case.seconds / 5.0, || {
+            let (took, result) = clocked(|| prefill(&model, tokens));
+            result.map(|()| took)
+        })?;
+        let rate = tokens as f64 / times.median();
+        let gflops = (flops::forward_flops(&case.config, tokens) - head_flops(&case.config, tokens - 1)) / times.median() / 1e9;
+        text += &format!(
+            "prefill {tokens:<5}{rate:>7.0} tokens/s, {gflops:.0} GFLOP/s, {:.0}% of {:.0}\n",
+            100.0 * gflops / matrix.best,
+            matrix.best
+        );
+        report[format!("prefill_{tokens}")] = json!({ "tokens_per_s": rate, "best": tokens as f64 / times.best(), "gflops": gflops, "share": gflops / matrix.best, "times": times.to_json() });
+    }
+    report["read_gb_s"] = json!(read);
+    report["weight_bytes"] = json!(bytes);
+    Ok((report, text))
+}
+
+/// Bytes of the weights that one token reads: all but an embedding that is not the head.
+fn weight_bytes(model: &Model) -> usize {
+    let config = model.config();
+    let looked_up = if config.tied { 0 } else { config.vocab * config.hidden };
+    (model.count() - looked_up) * model.dtype().size()
+}
+
+/// The head's part of [`flops::forward_flops`] for `tokens` tokens.
+fn head_flops(config: &crate::model::config::Config, tokens: usize) -> f64 {
+    2.0 * (config.vocab * config.hidden * tokens) as f64
+}
+
+fn prompt(model: &Model, tokens: usize, number: usize) -> Vec<i32> {
+    let stream = Stream::new(number as u64, "bench");
+    (0..tokens as u64).map(|counter| stream.below(counter, model.config().vocab as u64) as i32).collect()
+}
+
+/// Decodes `batch` texts together; adds the time of each step after the prompts'.
+fn decode(model: &Model, batch: usize, steps: &mut Vec<f64>) -> Result<()> {
+    let mut scheduler = Scheduler::new(model, None, batch);
+    for number in 0..batch {
+        scheduler.add(Job::new(prompt(model, PROMPT_TOKENS, number), DECODED_TOKENS + 1, Rules::GREEDY, 0))?;
+    }
+    scheduler.step()?;
+    while !scheduler.is_idle() {
+        let start = Instant::now();
+        scheduler.step()?;
+        steps.push(start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+fn prefill(model: &Model, tokens: usize) -> Result<()> {
+    let mut scheduler = Scheduler::new(model, None, 1);
+    scheduler.add(Job::new(prompt(model, tokens, 0), 1, Rules::GREEDY, 0))?;
+    while !scheduler.is_idle() {
+        scheduler.step()?;
+    }
+    Ok(())
+}
+
+/// GB/s at which all threads together read memory that no cache holds.
+fn read_rate(seconds: f64) -> Result<f64> {
+    let values = filled::<f32>(READ_BYTES / 4);
+    let part = values.len().div_ceil(threads());
+    let times = timed(seconds, || {
+        let (took, sum) = clocked(|| {
+            std::thread::scope(|scope| {
+                let parts: Vec<_> = values.chunks(part).map(|part| scope.spawn(|| sum_of(part))).collect();
+                parts.into_iter().map(|part| part.join().expect("a sum does not panic")).sum::<f32>()
+            })
+        });
+        assert!(sum.is_finite());
+        Ok(took)
+    })?;
+    Ok(READ_BYTES as f64 / times.best() / 1e9)
+}
+
+fn sum_of(values: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 64];
+    for chunk in values.as_chunks::<64>().0 {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
+    }
+    lanes.iter().sum()
+}
