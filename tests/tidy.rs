@@ -29,11 +29,12 @@ const FLOORS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crates that one place alone may name: a folder, or a file.
-const DOORS: [(&str, &[&str]); 17] = [
+const DOORS: [(&str, &[&str]); 18] = [
     ("cudarc", &["engine/kernels/"]),
     ("dfdx", &["engine/tensor/"]),
     ("tokenizers", &["engine/data/"]),
     ("minijinja", &["engine/data/"]),
+    ("parquet", &["engine/data/parquet.rs"]),
     ("rustix", &["engine/checkpoint/", "engine/store/"]),
     ("similar", &["engine/host/code_diff.rs"]),
     ("console", &["engine/cli/output.rs"]),

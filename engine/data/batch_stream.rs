@@ -4,12 +4,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::chat_template::{ChatTemplate, Rendering};
+use super::conversation::{Chat, Form, Made, documents, prompt_fits};
 use super::cursor::{PackerPosition, StreamPosition};
 use super::jsonl::Record;
 use super::mix::Mix;
-use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, window};
-use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
+use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, whole_row, window};
+use super::source::{OnError, Source, SourcePlan, Tally};
 use super::tokenizer::{Specials, Tokenizer, in_parallel};
 use crate::error::{Error, Result};
 use crate::kernels::random::Stream;
@@ -26,7 +26,7 @@ pub(super) struct Plan {
     pub weights: Vec<f64>,
     pub mix_seed: u64,
     pub tokenizer: Option<Arc<Tokenizer>>,
-    pub chat: Option<Arc<ChatTemplate>>,
+    pub chat: Option<Chat>,
     pub specials: Specials,
     pub end_of_document: bool,
     pub packing: Option<Packing>,
@@ -38,8 +38,8 @@ pub(super) struct BatchStream {
     pub sources: Vec<Source>,
     mix: Mix,
     draws: u64,
-    /// Tokenised ahead, each with the stream's position behind it.
-    ahead: VecDeque<(Document, StreamPosition)>,
+    /// Tokenised ahead: the documents of each record, with the stream's position behind it.
+    ahead: VecDeque<(Vec<Document>, StreamPosition)>,
     /// The stream's position behind the last document that the packer took.
     pub taken: StreamPosition,
     packer: Packer,
@@ -60,6 +60,7 @@ pub(super) enum Packer {
         tokens: Option<Vec<u32>>,
         rows: u64,
     },
+    Whole,
 }
 
 pub(super) fn text_of(record: &Record, field: &str) -> String {
@@ -72,26 +73,47 @@ impl Plan {
         self.tokenizer.as_deref().ok_or_else(missing)
     }
 
-    /// The tokens of a record of source `which`.
-    pub(super) fn document(&self, which: usize, record: &Record) -> Result<Document> {
+    /// The documents of a record of source `which`.
+    pub(super) fn documents(&self, which: usize, record: &Record) -> Result<Made> {
         let tokenizer = self.tokenizer()?;
-        if let Some(template) = &self.chat {
-            let array = |field: &str| record.get(field).and_then(|value| value.as_array()).cloned().unwrap_or_default();
-            let rendering = Rendering { tools: array("tools"), ..Rendering::default() };
-            let chat = template.tokens(tokenizer, &array(MESSAGES_FIELD), &rendering, self.specials)?;
-            return Ok(Document { tokens: chat.ids, supervised: Some(chat.supervised) });
+        if let Some(Chat { template, rules }) = &self.chat {
+            return documents(record, rules, template, tokenizer, self.specials);
         }
         let mut tokens = tokenizer.encode(&text_of(record, &self.sources[which].field), self.specials);
         tokens.extend(tokenizer.end_of_text().filter(|_| self.end_of_document));
-        Ok(Document::all(tokens))
+        Ok(Made { documents: vec![Document::all(tokens)], cut: 0 })
+    }
+
+    /// Whether a record is given out as it is.
+    fn admits(&self, record: &Record) -> Result<bool> {
+        match &self.chat {
+            Some(Chat { template, rules }) if rules.form == Form::Prompts => prompt_fits(record, rules, template, self.tokenizer()?),
+            _ => Ok(true),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let form = self.chat.as_ref().map(|chat| chat.rules.form);
+        match (form, self.packing) {
+            (Some(Form::Pairs), Some(packing)) if packing != Packing::Whole => {
+                let got = format!("{packing:?}");
+                Err(Error::argument("data.pack", "how", "left out: a batch of pairs has two documents a pair", got))
+            }
+            (Some(Form::Prompts), Some(packing)) => {
+                Err(Error::argument("data.pack", "how", "left out: prompts are records", format!("{packing:?}")))
+            }
+            (Some(_), Some(Packing::Windows { .. })) => {
+                Err(Error::argument("data.pack", "how", "concat, best_fit or whole: conversations are no long text", "windows"))
+            }
+            (_, Some(packing)) => packing.check(),
+            _ => Ok(()),
+        }
     }
 }
 
 impl BatchStream {
     pub(super) fn open(plan: &Plan) -> Result<Self> {
-        if let Some(packing) = &plan.packing {
-            packing.check()?;
-        }
+        plan.check()?;
         for source in &plan.sources {
             if source.epochs == Some(0) {
                 return Err(Error::argument("data.epochs", "count", "at least 1, or forever", 0));
@@ -113,6 +135,7 @@ impl BatchStream {
                 return Err(Error::argument("data.pack", "windows", "one source: windows cut one long text", got));
             }
             Some(Packing::Windows { .. }) => Packer::Windows { tokens: None, rows: 0 },
+            Some(Packing::Whole) => Packer::Whole,
         };
         let mut running = Self { sources, mix, draws: 0, ahead: VecDeque::new(), taken: StreamPosition::default(), packer, batches: 0 };
         running.taken = running.stream();
@@ -134,7 +157,7 @@ impl BatchStream {
     pub(super) fn position(&self) -> (StreamPosition, PackerPosition) {
         let taken = || self.taken.clone();
         match &self.packer {
-            Packer::None => (taken(), PackerPosition::None),
+            Packer::None | Packer::Whole => (taken(), PackerPosition::None),
             Packer::Concat(packer) => {
                 let carry = packer.carry();
                 (taken(), PackerPosition::Concat { tokens: carry.tokens, supervised: carry.supervised })
@@ -158,13 +181,13 @@ impl BatchStream {
             return damaged("stream.sources", format!("{} positions", self.sources.len()), stream.sources.len().to_string());
         }
         for (source, position) in self.sources.iter().zip(&stream.sources) {
-            if position.record >= source.index().count() {
-                return damaged("record", format!("below {}", source.index().count()), position.record.to_string());
+            if position.record >= source.count() {
+                return damaged("record", format!("below {}", source.count()), position.record.to_string());
             }
         }
         self.seek(stream);
         match (&mut self.packer, packer) {
-            (Packer::None, PackerPosition::None) => {}
+            (Packer::None | Packer::Whole, PackerPosition::None) => {}
             (Packer::Concat(packer), PackerPosition::Concat { tokens, supervised }) => {
                 if let Some(mask) = supervised.as_ref().filter(|mask| mask.len() != tokens.len()) {
                     return damaged("packer.supervised", format!("{} flags", tokens.len()), mask.len().to_string());
@@ -208,41 +231,80 @@ impl BatchStream {
         }
     }
 
-    /// The next document's tokens. Many are tokenised at once, on all threads.
-    fn document(&mut self, plan: &Plan) -> Result<Option<Document>> {
-        if self.ahead.is_empty() {
-            plan.tokenizer()?;
-            let (mut records, mut positions, mut bytes) = (Vec::new(), Vec::new(), 0);
-            while records.len() < FETCH_DOCUMENTS && bytes < FETCH_BYTES {
-                let Some((which, number, record)) = self.record()? else { break };
-                bytes += text_of(&record, &plan.sources[which].field).len();
-                records.push((which, number, record));
-                positions.push(self.stream());
-            }
-            let documents = in_parallel(records.len(), |index| plan.document(records[index].0, &records[index].2));
-            let mut refused = vec![0; self.sources.len()];
-            for ((document, mut position), (which, number, _)) in documents.into_iter().zip(positions).zip(records) {
-                let document = match document {
-                    Ok(document) => document,
-                    // A document without tokens packs to nothing; the count says that it was left out.
-                    Err(_) if plan.sources[which].on_error == OnError::Skip => {
-                        refused[which] += 1;
-                        Document::default()
-                    }
-                    Err(error) => {
-                        self.rewind_to_taken();
-                        return Err(self.sources[which].located(number, error)?);
-                    }
-                };
-                position.sources.iter_mut().zip(&refused).for_each(|(source, refused)| source.skipped += refused);
-                self.ahead.push_back((document, position));
-            }
-            self.sources.iter_mut().zip(refused).for_each(|(source, refused)| source.count_skipped(refused));
+    /// As [`Self::record`], without those that the settings leave out.
+    ///
+    /// Errors: as [`Self::record`], and about a record that is not what the settings say, if such are not skipped.
+    pub(super) fn admitted_record(&mut self, plan: &Plan) -> Result<Option<Record>> {
+        loop {
+            let Some((which, number, record)) = self.record()? else { return Ok(None) };
+            let tally = match plan.admits(&record) {
+                Ok(true) => {
+                    self.sources[which].gave(true)?;
+                    return Ok(Some(record));
+                }
+                Ok(false) => Tally { long: 1, ..Tally::default() },
+                Err(_) if plan.sources[which].on_error == OnError::Skip => Tally { skipped: 1, ..Tally::default() },
+                Err(error) => {
+                    self.rewind_to_taken();
+                    return Err(self.sources[which].located(number, error)?);
+                }
+            };
+            self.sources[which].count_in(tally);
+            self.sources[which].gave(false)?;
         }
-        Ok(self.ahead.pop_front().map(|(document, position)| {
+    }
+
+    /// The documents of the next record; none in it if it is left out. Many are tokenised at once, on all threads.
+    fn documents(&mut self, plan: &Plan) -> Result<Option<Vec<Document>>> {
+        if self.ahead.is_empty() {
+            self.fetch(plan)?;
+        }
+        Ok(self.ahead.pop_front().map(|(documents, position)| {
             self.taken = position;
-            document
+            documents
         }))
+    }
+
+    fn fetch(&mut self, plan: &Plan) -> Result<()> {
+        plan.tokenizer()?;
+        let (mut records, mut positions, mut bytes) = (Vec::new(), Vec::new(), 0);
+        while records.len() < FETCH_DOCUMENTS && bytes < FETCH_BYTES {
+            let Some((which, number, record)) = self.record()? else { break };
+            bytes += text_of(&record, &plan.sources[which].field).len();
+            records.push((which, number, record));
+            positions.push(self.stream());
+        }
+        let made = in_parallel(records.len(), |index| plan.documents(records[index].0, &records[index].2));
+        let mut tallies = vec![Tally::default(); self.sources.len()];
+        for ((made, mut position), (which, number, _)) in made.into_iter().zip(positions).zip(records) {
+            let documents = match made {
+                Ok(Made { documents, cut }) => {
+                    tallies[which] += Tally { cut, long: u64::from(documents.is_empty()), ..Tally::default() };
+                    documents
+                }
+                Err(_) if plan.sources[which].on_error == OnError::Skip => {
+                    tallies[which] += Tally { skipped: 1, ..Tally::default() };
+                    Vec::new()
+                }
+                Err(error) => {
+                    self.rewind_to_taken();
+                    return Err(self.sources[which].located(number, error)?);
+                }
+            };
+            if let Err(error) = self.sources[which].gave(!documents.is_empty()) {
+                self.rewind_to_taken();
+                return Err(error);
+            }
+            position.sources.iter_mut().zip(&tallies).for_each(|(source, tally)| source.tally += *tally);
+            self.ahead.push_back((documents, position));
+        }
+        self.sources.iter_mut().zip(tallies).for_each(|(source, tally)| source.count_in(tally));
+        Ok(())
+    }
+
+    /// The next document; one without tokens, which packs to nothing, for a record that is left out.
+    fn document(&mut self, plan: &Plan) -> Result<Option<Document>> {
+        Ok(self.documents(plan)?.map(|mut documents| documents.pop().unwrap_or_default()))
     }
 
     pub(super) fn row(&mut self, plan: &Plan) -> Result<Option<Row>> {
@@ -259,23 +321,35 @@ impl BatchStream {
                 packer.row(|| self.document(plan))
             }
             Packer::Windows { tokens, rows } => self.window(plan, tokens, rows),
+            Packer::Whole => self.whole(plan),
         };
         self.packer = packer;
         row
     }
 
+    /// The documents of the next record that gives any, as one row.
+    fn whole(&mut self, plan: &Plan) -> Result<Option<Row>> {
+        loop {
+            let Some(documents) = self.documents(plan)? else { return Ok(None) };
+            let row = whole_row(&documents);
+            if !row.is_empty() {
+                return Ok(Some(row));
+            }
+        }
+    }
+
     fn window(&mut self, plan: &Plan, tokens: &mut Option<Vec<u32>>, rows: &mut u64) -> Result<Option<Row>> {
-        let seq_len = plan.packing.map_or(1, |packing| packing.seq_len());
+        let seq_len = plan.packing.and_then(|packing| packing.seq_len()).unwrap_or(1);
         let source = &self.sources[0].plan;
         let (shuffle, epochs) = (source.shuffle, source.epochs);
         if tokens.is_none() {
             let mut reader = Source::open(SourcePlan { shuffle: None, epochs: Some(1), ..source.clone() })?;
-            let one_text = reader.index().count() == 1;
+            let one_text = reader.count() == 1;
             let mut all = Vec::new();
             while let Some((_, record)) = reader.next()? {
-                let mut document = plan.document(0, &record)?;
+                let mut document = plan.documents(0, &record)?.documents.pop().unwrap_or_default();
                 // A single text has no neighbour to be told apart from.
-                if one_text && plan.chat.is_none() && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
+                if one_text && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
                     document.tokens.pop();
                 }
                 all.append(&mut document.tokens);

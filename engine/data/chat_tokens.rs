@@ -3,6 +3,7 @@
 //! Not the template's text: `chat_template.rs`. Source: ChatML as Qwen2.5 uses it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde_json::Value;
 
@@ -20,6 +21,28 @@ pub struct ChatTokens {
     /// `[tokens]`: whether the id is one that the model should learn to produce: in each assistant turn, all after the header
     /// up to and with `<|im_end|>`. A token that straddles the header's newline and the text belongs to the header.
     pub supervised: Vec<bool>,
+    /// The learned tokens of each assistant turn, in order; of a turn that was only begun, none.
+    pub turns: Vec<Range<usize>>,
+}
+
+impl ChatTokens {
+    fn push(&mut self, id: u32, learned: bool) {
+        self.ids.push(id);
+        self.supervised.push(learned);
+        if let Some(turn) = self.turns.last_mut().filter(|_| learned) {
+            let start = if turn.start == turn.end { self.ids.len() - 1 } else { turn.start };
+            *turn = start..self.ids.len();
+        }
+    }
+
+    /// Leaves only these turns to be learned.
+    pub fn learn_only(&mut self, turns: Range<usize>) {
+        for (index, range) in self.turns.iter().enumerate() {
+            if !turns.contains(&index) {
+                self.supervised[range.clone()].fill(false);
+            }
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -40,13 +63,12 @@ impl ChatTemplate {
         };
         let messages = self.checked(messages, rendering)?;
         let (text, disguise) = self.render_disguised(tokenizer, &messages, rendering)?;
-        let mut chat = ChatTokens { ids: Vec::new(), supervised: Vec::new() };
+        let mut chat = ChatTokens { ids: Vec::new(), supervised: Vec::new(), turns: Vec::new() };
         let (mut turn_begins, mut inside) = (false, false);
         for piece in tokenizer.split_added(&text) {
             match piece {
                 Piece::Added(id) => {
-                    chat.ids.push(id);
-                    chat.supervised.push(inside);
+                    chat.push(id, inside);
                     turn_begins = id == im_start;
                     inside &= id != im_end && !turn_begins;
                 }
@@ -54,11 +76,11 @@ impl ChatTemplate {
                     let mut header_bytes = 0;
                     if std::mem::take(&mut turn_begins) && text.starts_with(ASSISTANT_HEADER) {
                         (inside, header_bytes) = (true, ASSISTANT_HEADER.len());
+                        chat.turns.push(0..0);
                     }
                     let mut at = 0;
                     for id in tokenizer.encode(&disguise.undo(text), specials) {
-                        chat.ids.push(id);
-                        chat.supervised.push(inside && at >= header_bytes);
+                        chat.push(id, inside && at >= header_bytes);
                         at += tokenizer.id_to_bytes(id).map_or(0, <[u8]>::len);
                     }
                 }
@@ -182,6 +204,7 @@ mod tests {
         let (plain, learned) = tokens(&messages, Specials::Plain);
         assert_eq!(learned, "no <|im_end|> here<|im_end|>");
         assert_eq!(plain.ids.iter().filter(|id| **id == 258).count(), 3);
+        assert_eq!(plain.turns.len(), 1);
         let (hugging_face, learned) = tokens(&messages, Specials::Recognise);
         assert_eq!(learned, "no <|im_end|> here<|im_end|>");
         assert_eq!(hugging_face.ids.iter().filter(|id| **id == 258).count(), 6);

@@ -4,8 +4,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::document_index::{Format, Split};
+use super::conversation::Rules;
+use super::document_index::Split;
 use super::pack::Packing;
+use super::records::Origin;
 use super::source::SourcePosition;
 use crate::error::{Error, Result};
 
@@ -61,6 +63,9 @@ pub struct Fingerprint {
     pub tokenizer: Option<String>,
     /// Hash of the chat template.
     pub chat_template: Option<String>,
+    /// How records become conversations.
+    #[serde(default)]
+    pub chat_rules: Option<Rules>,
     pub recognise_specials: bool,
     pub end_of_document: bool,
     pub packing: Option<Packing>,
@@ -69,7 +74,7 @@ pub struct Fingerprint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceFingerprint {
     pub weight: f64,
-    pub format: Format,
+    pub format: Origin,
     pub field: String,
     pub split: Option<Split>,
     pub shuffle: Option<u64>,
@@ -129,6 +134,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::chat_template::ChatTemplate;
+    use super::super::conversation::Form;
     use super::super::dataset::Dataset;
     use super::super::document_index::Part;
     use super::super::pack::TokenBatch;
@@ -174,7 +180,7 @@ mod tests {
             // Whatever it read before does not matter.
             all(&mut restored, rows, k % 3);
             restored.restore(&cursor).unwrap();
-            assert_eq!(restored.skipped(), running.skipped(), "after {k}");
+            assert_eq!(restored.tally(), running.tally(), "after {k}");
             assert_eq!(all(&mut restored, rows, 5), expected[k..(k + 5).min(expected.len())], "after {k}");
             running.take_batch(rows).unwrap();
         }
@@ -193,7 +199,10 @@ mod tests {
         }
         let forever = Dataset::mix(vec![(jsonl().forever(), 1.0), (lines().forever(), 3.0)], 7).unwrap();
         check(forever.tokenizer(bytes.clone()).pack(Packing::BestFit { seq_len: 16, pool: 300 }), 2, 200);
-        let chat = Dataset::jsonl([&paths[2]]).chat(Arc::new(ChatTemplate::default())).shuffle(1).tokenizer(bytes.clone());
+        let chat = Dataset::jsonl([&paths[2]])
+            .chat(Arc::new(ChatTemplate::default()), Rules::new(Form::Conversations))
+            .shuffle(1)
+            .tokenizer(bytes.clone());
         check(chat.fresh().pack(Packing::Concat { seq_len: 50 }), 2, 10);
         check(chat.pack(Packing::BestFit { seq_len: 200, pool: 5 }), 1, 10);
         let text = || Dataset::text([&paths[1]]).split(Part::Train, 0.1).tokenizer(bytes.clone());

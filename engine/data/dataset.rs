@@ -9,12 +9,14 @@ use std::sync::Arc;
 use super::batch_stream::{BatchStream, Plan, text_of};
 use super::chat_template::ChatTemplate;
 use super::content_hash::ContentHash;
-use super::cursor::{CURSOR_VERSION, Cursor, FileFingerprint, Fingerprint, SourceFingerprint};
+use super::conversation::{Chat, Form, Rules};
+use super::cursor::{CURSOR_VERSION, Cursor, Fingerprint, SourceFingerprint};
 use super::document_index::{Format, Part, Split};
 use super::jsonl::Record;
 use super::mix::Mix;
-use super::pack::{Packing, Row, TokenBatch};
-use super::source::{MESSAGES_FIELD, OnError, Source, SourcePlan};
+use super::pack::{Packing, Piece, Row, TokenBatch};
+use super::records::{MemoryRecords, Origin};
+use super::source::{OnError, Source, SourcePlan, Tally};
 use super::text::Delimiter;
 use super::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
@@ -29,12 +31,22 @@ pub struct Dataset {
 impl Dataset {
     /// Text files. Each is one document until [`Dataset::delimiter`] says otherwise.
     pub fn text(paths: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
-        Self::of(SourcePlan::new(paths.into_iter().map(Into::into).collect(), Format::Text(Delimiter::Whole)))
+        Self::of(SourcePlan::new(paths.into_iter().map(Into::into).collect(), Origin::Files(Format::Text(Delimiter::Whole))))
     }
 
     /// JSON-lines files. The field `text` is read until [`Dataset::field`] or [`Dataset::chat`] says otherwise.
     pub fn jsonl(paths: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
-        Self::of(SourcePlan::new(paths.into_iter().map(Into::into).collect(), Format::Jsonl))
+        Self::of(SourcePlan::new(paths.into_iter().map(Into::into).collect(), Origin::Files(Format::Jsonl)))
+    }
+
+    /// Parquet files. The column `text` is read until [`Dataset::field`] or [`Dataset::chat`] says otherwise.
+    pub fn parquet(paths: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
+        Self::of(SourcePlan::new(paths.into_iter().map(Into::into).collect(), Origin::Parquet))
+    }
+
+    /// Records in memory.
+    pub fn records(records: Vec<Record>) -> Self {
+        Self::of(SourcePlan { memory: Some(Arc::new(MemoryRecords::new(records))), ..SourcePlan::new(Vec::new(), Origin::Memory) })
     }
 
     fn of(source: SourcePlan) -> Self {
@@ -82,13 +94,14 @@ impl Dataset {
             .iter()
             .zip(&plan.weights)
             .map(|(source, weight)| {
-                let paths: Vec<String> = source.paths.iter().map(|path| path.display().to_string()).collect();
+                let mut paths: Vec<String> = source.paths.iter().map(|path| path.display().to_string()).collect();
+                paths.extend(source.memory.as_ref().map(|memory| format!("records {}", memory.hash())));
                 let shuffle = source.shuffle.map_or_else(|| "in order".to_string(), |seed| format!("shuffled with {seed}"));
                 format!(
                     "{} of {} ({:?}, field {}, {:?}, {shuffle}, {:?})",
                     weight,
                     paths.join(" "),
-                    source.format,
+                    source.origin,
                     source.field,
                     source.split,
                     source.on_error
@@ -96,8 +109,9 @@ impl Dataset {
             })
             .collect();
         let tokenizer = plan.tokenizer.as_ref().map_or_else(|| "none".into(), |tokenizer| format!("{:016x}", tokenizer.fingerprint()));
-        let chat =
-            plan.chat.as_ref().map_or_else(String::new, |template| format!(", chat {}", ContentHash::of(template.source().as_bytes())));
+        let chat = plan.chat.as_ref().map_or_else(String::new, |Chat { template, rules }| {
+            format!(", chat {} by {rules:?}", ContentHash::of(template.source().as_bytes()))
+        });
         format!("{}; mixed with {}; tokenizer {tokenizer}{chat}; packing {:?}", sources.join(" + "), plan.mix_seed, plan.packing)
     }
 
@@ -119,7 +133,7 @@ impl Dataset {
     /// What ends a document of a text file.
     pub fn delimiter(self, delimiter: Delimiter) -> Self {
         self.with_sources(|source| {
-            if let Format::Text(old) = &mut source.format {
+            if let Origin::Files(Format::Text(old)) = &mut source.origin {
                 *old = delimiter;
             }
         })
@@ -130,10 +144,15 @@ impl Dataset {
         self.with_sources(|source| source.field = name.to_string())
     }
 
-    /// Documents are conversations: the field `messages` (and `tools`, if there) goes through `template`, and only what the
-    /// assistant says is learned.
-    pub fn chat(self, template: Arc<ChatTemplate>) -> Self {
-        self.field(MESSAGES_FIELD).with(|plan| plan.chat = Some(template))
+    /// Records are conversations, pairs or prompts, as `rules` say, and go through `template`; only what the assistant says
+    /// is learned. Pairs come in rows of two documents and need no packing.
+    pub fn chat(self, template: Arc<ChatTemplate>, rules: Rules) -> Self {
+        self.field("").with(|plan| {
+            plan.chat = Some(Chat { template, rules });
+            if rules.form == Form::Pairs {
+                plan.packing = Some(Packing::Whole);
+            }
+        })
     }
 
     /// Keeps one part: of a text file that is one document its first or last bytes, else documents drawn by number.
@@ -184,23 +203,27 @@ impl Dataset {
     ///
     /// Errors: as [`Dataset::take_rows`].
     pub fn documents(&mut self) -> Result<u64> {
-        Ok(self.running()?.sources.iter().map(|source| source.index().count()).sum())
+        Ok(self.running()?.sources.iter().map(|source| source.count()).sum())
     }
 
-    /// Bad documents left out so far.
-    pub fn skipped(&self) -> u64 {
-        self.running.as_ref().map_or(0, |running| running.taken.sources.iter().map(|source| source.skipped).sum())
+    /// What became of the records that were taken so far and not used whole.
+    pub fn tally(&self) -> Tally {
+        let mut sum = Tally::default();
+        let taken = self.running.iter().flat_map(|running| &running.taken.sources);
+        taken.for_each(|source| sum += source.tally);
+        sum
     }
 
     /// Up to `count` records as they are in the files, fewer at the end. A text document is a record with the field `text`.
     ///
     /// Errors: [`Error::Io`]; [`Error::Format`] for a bad document; [`Error::Argument`] for settings that cannot be meant.
     pub fn take_rows(&mut self, count: usize) -> Result<Vec<Record>> {
-        let running = self.running()?;
+        self.running()?;
+        let (plan, running) = (&self.plan, self.running.as_mut().expect("just made"));
         running.rewind_to_taken();
         let mut rows = Vec::new();
         while rows.len() < count {
-            let Some((_, _, record)) = running.record()? else { break };
+            let Some(record) = running.admitted_record(plan)? else { break };
             rows.push(record);
         }
         running.taken = running.stream();
@@ -237,7 +260,7 @@ impl Dataset {
         if plan.packing.is_none() {
             return Err(Error::argument("data.take", "packing", "set by pack, which batches need", "none"));
         }
-        let seq_len = plan.packing.map_or(1, |packing| packing.seq_len());
+        let seq_len = plan.packing.and_then(|packing| packing.seq_len()).unwrap_or(1);
         if rows.saturating_mul(seq_len) > i32::MAX as usize {
             let got = format!("{rows} of {seq_len} tokens");
             return Err(Error::argument("data.take", "rows", "few enough for 2^31 tokens in a batch", got));
@@ -249,6 +272,15 @@ impl Dataset {
         }
         if taken.is_empty() {
             return Ok(None);
+        }
+        let tokens: usize = taken.iter().flatten().map(Piece::len).sum();
+        if tokens > i32::MAX as usize {
+            return Err(Error::argument(
+                "data.take",
+                "rows",
+                "few enough for 2^31 tokens in a batch",
+                format!("{rows} of {tokens} tokens"),
+            ));
         }
         running.batches += 1;
         Ok(Some(TokenBatch::from_rows(&taken)))
@@ -291,27 +323,19 @@ impl Dataset {
         let (plan, running) = (&self.plan, self.running.as_ref().expect("just made"));
         let sources = running.sources.iter().zip(&plan.weights).map(|(source, weight)| SourceFingerprint {
             weight: *weight,
-            format: source.plan.format,
+            format: source.plan.origin,
             field: source.plan.field.clone(),
             split: source.plan.split,
             shuffle: source.plan.shuffle,
-            documents: source.index().count(),
-            files: source
-                .index()
-                .files()
-                .iter()
-                .map(|file| FileFingerprint {
-                    name: file.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
-                    bytes: file.bytes,
-                    hash: file.hash.clone(),
-                })
-                .collect(),
+            documents: source.count(),
+            files: source.records().fingerprints(),
         });
         Ok(Fingerprint {
             sources: sources.collect(),
             mix_seed: plan.mix_seed,
             tokenizer: plan.tokenizer.as_ref().map(|tokenizer| format!("{:016x}", tokenizer.fingerprint())),
-            chat_template: plan.chat.as_ref().map(|template| ContentHash::of(template.source().as_bytes())),
+            chat_template: plan.chat.as_ref().map(|chat| ContentHash::of(chat.template.source().as_bytes())),
+            chat_rules: plan.chat.as_ref().map(|chat| chat.rules),
             recognise_specials: plan.specials == Specials::Recognise,
             end_of_document: plan.end_of_document,
             packing: plan.packing,
@@ -400,17 +424,17 @@ mod tests {
         let good = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
         let (_folder, path) =
             file(&[good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, r#"{"messages": "x"}"#, good].join("\n"));
-        let data = Dataset::jsonl([&path]).chat(Arc::new(ChatTemplate::default())).tokenizer(bytes());
+        let data = Dataset::jsonl([&path]).chat(Arc::new(ChatTemplate::default()), Rules::new(Form::Conversations)).tokenizer(bytes());
         let data = || data.fresh().pack(Packing::BestFit { seq_len: 1000, pool: 1 });
         let mut failing = data();
         let error = (0..4).find_map(|_| failing.take_batch(1).err()).unwrap().to_string();
-        assert!(error.contains("line 3: expected an array of messages"), "{error}");
+        assert!(error.contains("line 3, messages: expected a list of messages, found a string"), "{error}");
         let mut skipping = data().on_error(OnError::Skip);
         let batch = skipping.take_batch(9).unwrap().unwrap();
         // "b" and the end of its turn, twice.
         assert_eq!((batch.rows(), batch.supervised()), (2, 4));
         assert!(skipping.take_batch(9).unwrap().is_none());
-        assert_eq!(skipping.skipped(), 2);
+        assert_eq!(skipping.tally(), Tally { skipped: 2, ..Tally::default() });
         std::fs::write(&path, [good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#].join("\n")).unwrap();
         let error = data().take_batch(9).unwrap_err().to_string();
         assert!(error.contains("line 2") && error.contains("wizard"), "{error}");

@@ -214,11 +214,19 @@ impl DocumentReader {
     ///
     /// Errors: [`Error::Io`].
     pub fn bad(&self, number: u64, bad: BadLine) -> Result<Error> {
+        let (path, line) = self.place(number, bad.offset)?;
+        let place = if bad.column == 0 { line } else { format!("{line}, column {}", bad.column) };
+        Ok(Error::Format { path, place, expected: bad.expected.into(), found: bad.found })
+    }
+
+    /// The file of document `number`, and the line that begins `offset` bytes behind its start.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn place(&self, number: u64, offset: u64) -> Result<(String, String)> {
         let which = self.index.files.partition_point(|file| file.first <= number) - 1;
         let file = &self.index.files[which];
-        let line = line_number(&file.path, file.starts[(number - file.first) as usize] + bad.offset)?;
-        let place = if bad.column == 0 { format!("line {line}") } else { format!("line {line}, column {}", bad.column) };
-        Ok(Error::format(&file.path, place, bad.expected, bad.found))
+        let line = line_number(&file.path, file.starts[(number - file.first) as usize] + offset)?;
+        Ok((file.path.display().to_string(), format!("line {line}")))
     }
 
     fn bytes(&mut self, which: usize, file: &IndexedFile, start: u64) -> std::io::Result<Vec<u8>> {

@@ -23,19 +23,23 @@ pub enum Packing {
     BestFit { seq_len: usize, pool: usize },
     /// One long text cut into windows: one after another, or at random places when the data set is shuffled.
     Windows { seq_len: usize },
+    /// What a record gives, uncut: one document, or two for a pair.
+    Whole,
 }
 
 impl Packing {
-    pub fn seq_len(&self) -> usize {
+    /// Most tokens of a row, if there is such a number.
+    pub fn seq_len(&self) -> Option<usize> {
         match self {
-            Self::Concat { seq_len } | Self::BestFit { seq_len, .. } | Self::Windows { seq_len } => *seq_len,
+            Self::Concat { seq_len } | Self::BestFit { seq_len, .. } | Self::Windows { seq_len } => Some(*seq_len),
+            Self::Whole => None,
         }
     }
 
     /// Errors: [`Error::Argument`] for a zero length, or a pool without documents.
     pub fn check(&self) -> Result<()> {
-        if self.seq_len() == 0 || self.seq_len() > i32::MAX as usize {
-            return Err(Error::argument("data.pack", "seq_len", "at least 1 token", self.seq_len()));
+        if let Some(seq_len) = self.seq_len().filter(|seq_len| *seq_len == 0 || *seq_len > i32::MAX as usize) {
+            return Err(Error::argument("data.pack", "seq_len", "at least 1 token", seq_len));
         }
         if let Self::BestFit { pool: 0, .. } = self {
             return Err(Error::argument("data.pack", "pool", "at least 1 document", 0));
@@ -87,6 +91,13 @@ pub struct Piece {
     labels: Vec<i32>,
 }
 
+impl Piece {
+    #[allow(clippy::len_without_is_empty, reason = "a piece is never empty")]
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
 /// One row: pieces that together have at most `seq_len` tokens.
 pub type Row = Vec<Piece>;
 
@@ -125,8 +136,8 @@ impl TokenBatch {
 
     /// One row a document, uncut. Documents without tokens become no row.
     pub fn from_documents(documents: &[Document]) -> Self {
-        let rows: Vec<Row> = documents.iter().filter(|d| !d.tokens.is_empty()).map(|d| vec![d.piece(0..d.tokens.len())]).collect();
-        Self::from_rows(&rows)
+        let rows: Vec<Row> = documents.iter().map(|document| whole_row(std::slice::from_ref(document))).collect();
+        Self::from_rows(&rows.into_iter().filter(|row| !row.is_empty()).collect::<Vec<_>>())
     }
 
     /// Rows in the batch.
@@ -287,6 +298,11 @@ fn best_fit(documents: &[Document], seq_len: usize) -> Vec<Row> {
         rows[index].push(piece);
     }
     rows
+}
+
+/// Documents side by side in one row, uncut. Those without tokens are left out.
+pub fn whole_row(documents: &[Document]) -> Row {
+    documents.iter().filter(|document| !document.tokens.is_empty()).map(|document| document.piece(0..document.tokens.len())).collect()
 }
 
 /// The row of the window at `start`: up to `seq_len` tokens, each with its successor as label.

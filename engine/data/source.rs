@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::document_index::{DocumentIndex, DocumentReader, Format, Split, TEXT_FIELD};
-use super::jsonl::{BadLine, Record, kind};
-use super::shuffle::Permutation;
+use super::document_index::{Split, TEXT_FIELD};
+use super::jsonl::{Record, kind};
+use super::records::{MemoryRecords, Order, Origin, Records};
 use crate::error::{Error, Result};
 
 /// What to do about a document that is not what its format promises.
@@ -25,7 +25,9 @@ pub enum OnError {
 #[derive(Debug, Clone)]
 pub(super) struct SourcePlan {
     pub paths: Vec<PathBuf>,
-    pub format: Format,
+    pub origin: Origin,
+    /// What [`Origin::Memory`] reads.
+    pub memory: Option<Arc<MemoryRecords>>,
     pub field: String,
     pub split: Option<Split>,
     /// The seed of the order; `None` for the order of the files.
@@ -36,9 +38,9 @@ pub(super) struct SourcePlan {
 }
 
 impl SourcePlan {
-    pub fn new(paths: Vec<PathBuf>, format: Format) -> Self {
+    pub fn new(paths: Vec<PathBuf>, origin: Origin) -> Self {
         let field = TEXT_FIELD.to_string();
-        Self { paths, format, field, split: None, shuffle: None, epochs: Some(1), on_error: OnError::Fail }
+        Self { paths, origin, memory: None, field, split: None, shuffle: None, epochs: Some(1), on_error: OnError::Fail }
     }
 }
 
@@ -48,41 +50,71 @@ pub struct SourcePosition {
     pub epoch: u64,
     /// The next position in the epoch's order.
     pub record: u64,
-    /// Documents left out so far because they were bad.
+    /// What became of records so far.
+    #[serde(flatten)]
+    pub tally: Tally,
+}
+
+/// Records that were not used whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Tally {
+    /// Left out because they were bad.
     pub skipped: u64,
+    /// Left out because they were too long.
+    #[serde(default)]
+    pub long: u64,
+    /// Documents that were cut.
+    #[serde(default)]
+    pub cut: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.skipped += other.skipped;
+        self.long += other.long;
+        self.cut += other.cut;
+    }
 }
 
 /// A source being read.
 #[derive(Debug)]
 pub(super) struct Source {
     pub plan: SourcePlan,
-    reader: DocumentReader,
+    records: Records,
     position: SourcePosition,
-    order: Option<Permutation>,
-    /// Bad documents in a row; as many as there are documents means that no good one will come.
+    order: Option<Order>,
+    /// Documents in a row that were bad when read, and records in a row of which nothing was used.
     bad_in_a_row: u64,
+    unused_in_a_row: u64,
 }
 
 impl Source {
     /// Indexes the files.
     ///
-    /// Errors: those of [`DocumentIndex::scan`]; [`Error::Argument`] for no documents at all.
+    /// Errors: those of [`Records::open`]; [`Error::Argument`] for no documents at all.
     pub fn open(plan: SourcePlan) -> Result<Self> {
-        let index = DocumentIndex::scan(&plan.paths, plan.format, plan.split)?;
-        if index.count() == 0 {
-            let paths: Vec<_> = plan.paths.iter().map(|path| path.display().to_string()).collect();
+        let records = Records::open(&plan.paths, plan.origin, plan.memory.as_ref(), plan.split, plan.shuffle.is_some())?;
+        if records.count() == 0 {
+            let mut paths: Vec<_> = plan.paths.iter().map(|path| path.display().to_string()).collect();
+            if plan.origin == Origin::Memory {
+                paths.push("a list of records".into());
+            }
             let part = plan.split.map_or_else(String::new, |split| format!(" in this part of the split ({:?})", split.part));
             let got = format!("none{part} in {}", paths.join(", "));
             return Err(Error::argument("data", "paths", "files with at least one document", got));
         }
-        let reader = DocumentReader::new(Arc::new(index));
-        let mut source = Self { plan, reader, position: SourcePosition::default(), order: None, bad_in_a_row: 0 };
+        let mut source = Self { plan, records, position: SourcePosition::default(), order: None, bad_in_a_row: 0, unused_in_a_row: 0 };
         source.seek(SourcePosition::default());
         Ok(source)
     }
 
-    pub fn index(&self) -> &DocumentIndex {
-        self.reader.index()
+    /// Documents of an epoch, bad ones included.
+    pub fn count(&self) -> u64 {
+        self.records.count()
+    }
+
+    pub fn records(&self) -> &Records {
+        &self.records
     }
 
     pub fn position(&self) -> SourcePosition {
@@ -91,10 +123,10 @@ impl Source {
 
     /// Goes on from `position`, which must lie within the source.
     pub fn seek(&mut self, position: SourcePosition) {
-        assert!(position.record <= self.index().count(), "record {} of {}", position.record, self.index().count());
+        assert!(position.record <= self.count(), "record {} of {}", position.record, self.count());
         self.position = position;
-        self.order = self.plan.shuffle.map(|seed| Permutation::new(self.index().count(), seed, position.epoch));
-        self.bad_in_a_row = 0;
+        self.order = self.plan.shuffle.map(|seed| self.records.order(seed, position.epoch));
+        (self.bad_in_a_row, self.unused_in_a_row) = (0, 0);
         self.wrap();
     }
 
@@ -103,24 +135,46 @@ impl Source {
         self.plan.epochs.is_none_or(|epochs| self.position.epoch < epochs)
     }
 
+    /// As many documents in a row mean that no good one will come: in a random order all but one may come at the end of one
+    /// epoch, and again at the beginning of the next.
+    fn hopeless(&self) -> u64 {
+        if self.plan.shuffle.is_some() { 2 * self.count() } else { self.count() }
+    }
+
+    /// Counts a record of which something was used, or nothing.
+    ///
+    /// Errors: [`Error::Argument`] if nothing was used of any record of an epoch and there will be another.
+    pub fn gave(&mut self, any: bool) -> Result<()> {
+        self.unused_in_a_row = if any { 0 } else { self.unused_in_a_row + 1 };
+        if self.unused_in_a_row < self.hopeless() || !self.is_alive() {
+            return Ok(());
+        }
+        let got = format!("{} in a row that are too long or bad", self.unused_in_a_row);
+        Err(Error::argument("data.take", "records", "some that are not left out", got))
+    }
+
     fn wrap(&mut self) {
-        if self.position.record == self.index().count() {
+        if self.position.record == self.count() {
             self.position.epoch += 1;
             self.position.record = 0;
-            self.order = self.plan.shuffle.map(|seed| Permutation::new(self.index().count(), seed, self.position.epoch));
+            self.order = self.plan.shuffle.map(|seed| self.records.order(seed, self.position.epoch));
         }
     }
 
-    /// Counts `documents` that turned out to be bad after they were read.
-    pub fn count_skipped(&mut self, documents: u64) {
-        self.position.skipped += documents;
+    /// Counts what became of documents after they were read.
+    pub fn count_in(&mut self, tally: Tally) {
+        self.position.tally += tally;
     }
 
     /// `error` about the content of document `number`, with its file and line.
     ///
     /// Errors: [`Error::Io`].
     pub fn located(&self, number: u64, error: Error) -> Result<Error> {
-        self.reader.bad(number, BadLine { offset: 0, column: 0, expected: "a document that can be tokenised", found: error.to_string() })
+        let (path, place) = self.records.place(number)?;
+        Ok(match error {
+            Error::Argument { arg, expected, got, .. } => Error::Format { path, place: format!("{place}, {arg}"), expected, found: got },
+            other => Error::Format { path, place, expected: "a document that can be tokenised".into(), found: other.to_string() },
+        })
     }
 
     /// The next document and its number; `None` at the end of the last epoch.
@@ -128,8 +182,8 @@ impl Source {
     /// Errors: [`Error::Io`]; [`Error::Format`] for a bad document, if those are not skipped, or if all are bad.
     pub fn next(&mut self) -> Result<Option<(u64, Record)>> {
         while self.is_alive() {
-            let number = self.order.map_or(self.position.record, |order| order.at(self.position.record));
-            let found = match self.reader.read(number)? {
+            let number = self.order.as_ref().map_or(self.position.record, |order| order.at(self.position.record));
+            let found = match self.records.read(number)? {
                 Ok(record) => self.checked(number, record)?,
                 Err(error) => Err(error),
             };
@@ -137,10 +191,10 @@ impl Source {
                 Ok(record) => record,
                 Err(error) => {
                     self.bad_in_a_row += 1;
-                    if self.plan.on_error == OnError::Fail || self.bad_in_a_row >= self.index().count() {
+                    if self.plan.on_error == OnError::Fail || self.bad_in_a_row >= self.hopeless() {
                         return Err(error);
                     }
-                    self.position.skipped += 1;
+                    self.position.tally.skipped += 1;
                     self.position.record += 1;
                     self.wrap();
                     continue;
@@ -157,33 +211,29 @@ impl Source {
     /// The record, if the field that is to be read is there and fits.
     fn checked(&self, number: u64, record: Record) -> Result<Result<Record>> {
         let field = self.plan.field.as_str();
-        let expected = if field == MESSAGES_FIELD { "an array of messages" } else { "a string" };
         let found = match record.get(field) {
             _ if field.is_empty() => return Ok(Ok(record)),
-            Some(Value::String(_)) if field != MESSAGES_FIELD => return Ok(Ok(record)),
-            Some(Value::Array(_)) if field == MESSAGES_FIELD => return Ok(Ok(record)),
+            Some(Value::String(_)) => return Ok(Ok(record)),
             Some(other) => format!("{} in the field {field:?}", kind(other)),
             None => {
                 let fields: Vec<_> = record.keys().map(String::as_str).collect();
                 format!("no field {field:?}, only {}", fields.join(", "))
             }
         };
-        self.reader.bad(number, BadLine { offset: 0, column: 0, expected, found }).map(Err)
+        self.records.bad(number, "a string", found).map(Err)
     }
 }
 
-/// The field that holds a conversation.
-pub(super) const MESSAGES_FIELD: &str = "messages";
-
 #[cfg(test)]
 mod tests {
+    use super::super::document_index::Format;
     use super::*;
 
     fn source(lines: &str, change: impl FnOnce(&mut SourcePlan)) -> (tempfile::TempDir, Result<Source>) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, lines).unwrap();
-        let mut plan = SourcePlan::new(vec![path], Format::Jsonl);
+        let mut plan = SourcePlan::new(vec![path], Origin::Files(Format::Jsonl));
         change(&mut plan);
         (folder, Source::open(plan))
     }
@@ -227,7 +277,7 @@ mod tests {
         let (_folder, skipping) = source(lines, |plan| plan.on_error = OnError::Skip);
         let mut skipping = skipping.unwrap();
         assert_eq!(read(&mut skipping, 9), ["a", "b"]);
-        assert_eq!(skipping.position().skipped, 3);
+        assert_eq!(skipping.position().tally.skipped, 3);
     }
 
     #[test]

@@ -3,15 +3,17 @@
 
 use super::args::json_to_lua;
 use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, describe, register};
+use super::conversations::rules;
 use super::globals::seed;
 use super::rollouts::Sampled;
 use super::tensor::tensor_value;
 use super::tokenizer::{TokenizerObject, token_ids};
+use crate::data::conversation::Form;
 use crate::data::cursor::Cursor;
 use crate::data::dataset::Dataset;
 use crate::data::document_index::Part;
 use crate::data::pack::{BEST_FIT_POOL, Document, Packing, TokenBatch};
-use crate::data::source::OnError;
+use crate::data::source::{OnError, Tally};
 use crate::data::text::Delimiter;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
@@ -39,6 +41,7 @@ struct Ahead {
     rows: usize,
     taken: Option<Taken>,
     before: Cursor,
+    tally: Tally,
 }
 
 enum Taken {
@@ -94,6 +97,12 @@ impl DataObject {
         self.lock().dataset.definition()
     }
 
+    /// What became of the records taken so far that were not used whole.
+    fn tally(&self) -> Tally {
+        let reading = self.lock();
+        reading.ahead.as_ref().map_or_else(|| reading.dataset.tally(), |ahead| ahead.tally)
+    }
+
     /// A number that changes with every `take`.
     pub fn version(&self) -> u64 {
         self.lock().taken
@@ -132,9 +141,9 @@ impl DataObject {
         let mut reading = self.lock();
         let Some(rows) = reading.rows else { return Ok(reading.dataset.documents()? > 0) };
         if reading.ahead.is_none() {
-            let before = reading.dataset.cursor()?;
+            let (before, tally) = (reading.dataset.cursor()?, reading.dataset.tally());
             let taken = reading.read(rows)?;
-            reading.ahead = Some(Ahead { rows, taken, before });
+            reading.ahead = Some(Ahead { rows, taken, before, tally });
         }
         Ok(reading.ahead.as_ref().is_some_and(|ahead| ahead.taken.is_some()))
     }
@@ -212,15 +221,8 @@ pub const FUNCTIONS: &[Function] = &[
         op: "data.jsonl",
         params: &["paths", "options?"],
         call: |call| {
-            let options = call.options(1, &["field", "skip_bad"])?;
-            let mut dataset = Dataset::jsonl(paths(call)?);
-            if let Some(field) = options.string("field")? {
-                dataset = dataset.field(&field);
-            }
-            if options.boolean("skip_bad")?.unwrap_or(false) {
-                dataset = dataset.on_error(OnError::Skip);
-            }
-            call.give(DataObject::new(dataset, false))
+            let dataset = Dataset::jsonl(paths(call)?);
+            reading_options(call, dataset)
         },
     },
     Function {
@@ -245,6 +247,14 @@ pub const FUNCTIONS: &[Function] = &[
         },
     },
     Function {
+        op: "data.parquet",
+        params: &["paths", "options?"],
+        call: |call| {
+            let dataset = Dataset::parquet(paths(call)?);
+            reading_options(call, dataset)
+        },
+    },
+    Function {
         op: "data.text",
         params: &["paths", "options?"],
         call: |call| {
@@ -262,6 +272,18 @@ pub const FUNCTIONS: &[Function] = &[
         },
     },
 ];
+
+/// `dataset` with the options that all readers of records know.
+pub fn reading_options(call: &Call, mut dataset: Dataset) -> Answer {
+    let options = call.options(1, &["field", "skip_bad"])?;
+    if let Some(field) = options.string("field")? {
+        dataset = dataset.field(&field);
+    }
+    if options.boolean("skip_bad")?.unwrap_or(false) {
+        dataset = dataset.on_error(OnError::Skip);
+    }
+    call.give(DataObject::new(dataset, false))
+}
 
 /// One path or a list of them.
 fn paths(call: &Call) -> Failed<Vec<String>> {
@@ -292,15 +314,27 @@ fn change(call: &Call, packed: bool, change: impl FnOnce(Dataset) -> Dataset) ->
     call.give(changed)
 }
 
+/// Records as conversations, pairs or prompts.
+fn chat(call: &Call, form: Form) -> Answer {
+    let TokenizerObject { tokenizer, template } = call.object::<TokenizerObject>(0)?.clone();
+    let rules = rules(call, 1, form)?;
+    change(call, form == Form::Pairs, |data| data.chat(template, rules).tokenizer(tokenizer))
+}
+
 impl Class for DataObject {
     const NAME: &'static str = "Data";
     const METHODS: &'static [&'static [Function]] = &[&[
+        Function { op: "Data:chat", params: &["tokenizer", "options?"], call: |call| chat(call, Form::Conversations) },
         Function {
-            op: "Data:chat",
-            params: &["tokenizer"],
+            op: "Data:counts",
+            params: &[],
             call: |call| {
-                let tokenizer = call.object::<TokenizerObject>(0)?.clone();
-                change(call, false, |data| data.chat(tokenizer.template).tokenizer(tokenizer.tokenizer))
+                let tally = call.subject::<DataObject>()?.tally();
+                let table = call.lua.create_table()?;
+                for (name, count) in [("bad", tally.skipped), ("cut", tally.cut), ("long", tally.long)] {
+                    table.raw_set(name, count)?;
+                }
+                call.give(table)
             },
         },
         Function {
@@ -325,16 +359,25 @@ impl Class for DataObject {
             params: &["options"],
             call: |call| {
                 let options = call.options(0, &["seq_len", "how", "pool"])?;
-                let Some(seq_len) = options.count("seq_len", 1)? else {
-                    return Err(Error::argument(call.op, "seq_len", "given: tokens of a row", "nil").into());
+                let how = options.string("how")?;
+                let seq_len = match options.count("seq_len", 1)? {
+                    Some(length) if how.as_deref() == Some("whole") => {
+                        let expected = "left out: documents are not cut (max_tokens of chat limits them)";
+                        return Err(Error::argument(call.op, "seq_len", expected, length).into());
+                    }
+                    None if how.as_deref() != Some("whole") => {
+                        return Err(Error::argument(call.op, "seq_len", "given: tokens of a row", "nil").into());
+                    }
+                    length => length.unwrap_or(0),
                 };
                 let pool = options.count("pool", 1)?.unwrap_or(BEST_FIT_POOL);
-                let packing = match options.string("how")?.as_deref() {
+                let packing = match how.as_deref() {
                     None | Some("concat") => Packing::Concat { seq_len },
                     Some("best_fit") => Packing::BestFit { seq_len, pool },
                     Some("windows") => Packing::Windows { seq_len },
+                    Some("whole") => Packing::Whole,
                     Some(other) => {
-                        let expected = "\"concat\", \"best_fit\" or \"windows\"";
+                        let expected = "\"concat\", \"best_fit\", \"windows\" or \"whole\"";
                         return Err(Error::argument(call.op, "how", expected, format!("\"{other}\"")).into());
                     }
                 };
@@ -342,6 +385,8 @@ impl Class for DataObject {
                 change(call, true, |data| data.pack(packing))
             },
         },
+        Function { op: "Data:pairs", params: &["tokenizer", "options?"], call: |call| chat(call, Form::Pairs) },
+        Function { op: "Data:prompts", params: &["tokenizer", "options?"], call: |call| chat(call, Form::Prompts) },
         Function {
             op: "Data:shuffle",
             params: &["options?"],

@@ -9,6 +9,7 @@ pub mod code_diff;
 pub mod collect;
 pub mod compact;
 pub mod control;
+mod conversations;
 pub mod data;
 pub mod fork;
 mod generation;

@@ -1,13 +1,14 @@
 //! `engine.tokenizer`: text to token ids and back, in scripts.
 
 use super::call::{Call, Class, Failed, Field, Function, as_integer, describe, register};
+use super::conversations::plain_json;
 use super::data::DataObject;
 use super::raise::Failure;
 use crate::data::bpe_trainer::{BpeTraining, train_bpe};
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::Error;
-use mlua::{LuaSerdeExt, UserData, UserDataMethods, Value};
+use mlua::{UserData, UserDataMethods, Value};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -71,11 +72,19 @@ impl Class for TokenizerObject {
             params: &["messages", "options?"],
             call: |call| {
                 let this = call.subject::<TokenizerObject>()?;
-                let options = call.options(1, &["generation_prompt"])?;
-                let messages = call.lua.from_value::<Vec<serde_json::Value>>(Value::Table(call.table(0)?));
-                let messages = messages.map_err(|_| call.wrong(0, "a list of messages, each with a role and a content"))?;
+                let options = call.options(1, &["generation_prompt", "tools"])?;
+                let messages = match plain_json(call.lua, &Value::Table(call.table(0)?)) {
+                    Ok(serde_json::Value::Array(messages)) => messages,
+                    _ => return Err(call.wrong(0, "a list of messages, each with a role and a content")),
+                };
+                let tools = match plain_json(call.lua, &options.value("tools")?) {
+                    Ok(serde_json::Value::Array(tools)) => tools,
+                    Ok(serde_json::Value::Null) => Vec::new(),
+                    Ok(serde_json::Value::Object(none)) if none.is_empty() => Vec::new(),
+                    _ => return Err(Error::argument(call.op, "tools", "a list of tables", describe(&options.value("tools")?)).into()),
+                };
                 let add_generation_prompt = options.boolean("generation_prompt")?.unwrap_or(false);
-                let rendering = Rendering { add_generation_prompt, ..Rendering::default() };
+                let rendering = Rendering { add_generation_prompt, tools, ..Rendering::default() };
                 call.give(this.template.render(&messages, &rendering)?)
             },
         },

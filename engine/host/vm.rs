@@ -10,7 +10,7 @@ use super::raise::{Failure, explain, raise};
 use super::rollouts::Rollouts;
 use super::work::Work;
 use super::workflow::{Declared, Workflow};
-use super::{args, data, globals, loops, model, optim, run_object, steps, tensor, tensor_operations, tokenizer, workflow};
+use super::{args, conversations, data, globals, loops, model, optim, run_object, steps, tensor, tensor_operations, tokenizer, workflow};
 use crate::error::{Error, Result};
 use mlua::{AnyUserData, Lua, LuaOptions, StdLib, Table, Value};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub const TOP: &[&[Function]] = &[workflow::FUNCTIONS, args::FUNCTIONS];
 
 /// The tables in `engine`, each a mirror of a folder of the engine.
 pub const NAMESPACES: &[(&str, &[&[Function]])] = &[
-    ("data", &[data::FUNCTIONS]),
+    ("data", &[data::FUNCTIONS, conversations::FUNCTIONS]),
     ("model", &[model::FUNCTIONS]),
     ("optim", &[optim::FUNCTIONS]),
     ("tensor", &[tensor::FUNCTIONS, tensor_operations::FUNCTIONS]),

@@ -37,6 +37,16 @@ local Tokenizer = {}
 ---@return engine.Batch batch
 function data.batch(documents) end
 
+--- A batch of conversations, one row each, through the tokenizer's chat template, for scoring what a script made. Only what
+--- the assistant says has labels. A conversation is a list of messages, or a record as `Data:chat` reads it.
+---
+--- Example: local batch = engine.data.chat_batch(tokenizer, { { { role = "user", content = "2+2?" }, { role = "assistant", content = "4" } } })
+---@param tokenizer engine.Tokenizer
+---@param conversations table[]
+---@param options? { learn?: "all"|"last", max_tokens?: integer, long?: "cut"|"skip"|"error" } as of `Data:chat`
+---@return engine.Batch batch
+function data.chat_batch(tokenizer, conversations, options) end
+
 --- JSON-lines files, one record a line. Its texts are in the field `text` unless `field` names another.
 ---
 --- Example: engine.data.jsonl("pairs.jsonl", { field = "prompt" }):shuffle()
@@ -53,6 +63,23 @@ function data.jsonl(paths, options) end
 ---@return engine.Data data
 function data.mix(parts, options) end
 
+--- Parquet files, one record a row: text, numbers, lists and structs. Nulls are fields that are not there. Shuffled, rows
+--- come in any order if 256 MiB hold them all decoded, else row group after row group, each in a random order.
+---
+--- Example: engine.data.parquet("ultrafeedback.parquet"):pairs(policy.tokenizer)
+---@param paths string|string[]
+---@param options? { field?: string, skip_bad?: boolean } as of `jsonl`
+---@return engine.Data data
+function data.parquet(paths, options) end
+
+--- Records that a script made, as a data set. It is the same data set where its content is the same.
+---
+--- Example: local pairs = engine.data.records({ { prompt = "Hi", chosen = "Hello!", rejected = "No." } }):pairs(policy.tokenizer)
+---@param records table[] each with names and plain values
+---@param options? { field?: string, skip_bad?: boolean } as of `jsonl`
+---@return engine.Data data
+function data.records(records, options) end
+
 --- Text files. A document is a whole file, a line, or a paragraph (blank lines lie between).
 ---
 --- Example: engine.data.text("poems.txt", { document = "paragraph" })
@@ -61,13 +88,32 @@ function data.mix(parts, options) end
 ---@return engine.Data data
 function data.text(paths, options) end
 
---- Records are conversations (field `messages`), rendered by the tokenizer's chat template; only what the assistant says
---- is learned.
+--- Writes records as JSON lines: the whole file or nothing. Keys are sorted.
+---
+--- Example: engine.data.write_jsonl("kept.jsonl", { { prompt = "2+2", completion = "4" } })
+---@param path string
+---@param records table[]
+function data.write_jsonl(path, records) end
+
+--- Records are conversations, rendered by the tokenizer's chat template; only what the assistant says is learned, up to
+--- and with the token that ends its turn. A record has `messages` (each a role and a content, or tool_calls), or
+--- `conversations` (from and value), or `prompt` and `completion`, texts or lists of messages; and `tools`, if any.
+--- Control tokens written in a message stay plain text.
+--- `learn` "last" learns the last answer alone. A conversation of more than `max_tokens` is cut there ("cut"), left out
+--- ("skip") or an error; one cut before anything learned is left out. `Data:counts` says how many.
 ---
 --- Example: engine.data.jsonl("chats.jsonl"):chat(policy.tokenizer):pack { seq_len = 2048, how = "best_fit" }
 ---@param tokenizer engine.Tokenizer
+---@param options? { learn?: "all"|"last", max_tokens?: integer, long?: "cut"|"skip"|"error" } defaults: "all", none, "cut"
 ---@return engine.Data data
-function Data:chat(tokenizer) end
+function Data:chat(tokenizer, options) end
+
+--- What became of the records taken so far that were not used whole: `bad` ones left out, those left out because they are
+--- too long, documents that were cut.
+---
+--- Example: print(data:counts().long)
+---@return { bad: integer, long: integer, cut: integer } counts
+function Data:counts() end
 
 --- Documents of one epoch.
 ---
@@ -89,12 +135,33 @@ function Data:epochs(count) end
 function Data:forever() end
 
 --- Packs documents into rows of at most `seq_len` tokens: cut where a row is full ("concat"), whole documents into the
---- fullest row with room ("best_fit", among `pool` documents), or windows of one long text ("windows").
+--- fullest row with room ("best_fit", among `pool` documents), windows of one long text ("windows"), or each document a row
+--- of its own, uncut ("whole", without seq_len).
 ---
 --- Example: data:tokenizer(tokenizer):pack { seq_len = 1024 }
----@param options { seq_len: integer, how?: "concat"|"best_fit"|"windows", pool?: integer }
+---@param options { seq_len?: integer, how?: "concat"|"best_fit"|"windows"|"whole", pool?: integer }
 ---@return engine.Data data
 function Data:pack(options) end
+
+--- Records are pairs of answers. `take(n)` gives a batch of 2n documents: the chosen answer of pair i is document 2i, the
+--- rejected one 2i + 1, counted from 0, each behind its prompt; only the answers have labels. A record has `chosen` and
+--- `rejected`, and `prompt`, texts or lists of messages; without `prompt`, both are whole conversations that begin alike.
+--- Options are those of `Data:chat`; a pair of which one is left out goes with it.
+---
+--- Example: local pairs = engine.data.jsonl("pairs.jsonl"):pairs(policy.tokenizer, { max_tokens = 1024 })
+---@param tokenizer engine.Tokenizer
+---@param options? { learn?: "all"|"last", max_tokens?: integer, long?: "cut"|"skip"|"error" }
+---@return engine.Data data
+function Data:pairs(tokenizer, options) end
+
+--- Records with a prompt: `take` gives them as tables, without those whose prompt, up to where the answer begins, has more
+--- than `max_tokens`. A prompt is in `prompt`, a text or a list of messages, or in `messages`.
+---
+--- Example: local prompts = engine.data.jsonl("sums.jsonl"):prompts(policy.tokenizer, { max_tokens = 256 })
+---@param tokenizer engine.Tokenizer
+---@param options? { max_tokens?: integer, long?: "skip"|"error" } default "skip"
+---@return engine.Data data
+function Data:prompts(tokenizer, options) end
 
 --- Documents come in random order, another one each epoch.
 ---
@@ -150,7 +217,7 @@ function tokenizer.train(data, options) end
 ---
 --- Example: tokenizer:chat({ { role = "user", content = "Hi" } }, { generation_prompt = true })
 ---@param messages { role: string, content: string }[]
----@param options? { generation_prompt?: boolean } end with the beginning of the assistant's turn
+---@param options? { generation_prompt?: boolean, tools?: table[] } generation_prompt: end with the beginning of the assistant's turn
 ---@return string text
 function Tokenizer:chat(messages, options) end
 
