@@ -4,29 +4,24 @@
 --- element-wise loss, holds 1 where an element counts and 0 where it does not. With a mask, "mean" is
 --- sum(mask * loss) / sum(mask), so padding changes nothing; a mask of zeros gives 0.
 
-local engine = require "engine"
+local check = require("std.options").check
 
 local losses = {}
+
+-- Losses over pairs of answers, and over answers that a policy sampled, stand in files of their own.
+for _, part in ipairs { "std.preference_losses", "std.policy_losses" } do
+  for name, loss in pairs(require(part)) do losses[name] = loss end
+end
 
 ---@class std.LossOptions
 ---@field reduction? "mean"|"sum"|"none" default "mean"
 ---@field mask? engine.Tensor 1 where an element counts, else 0
 
-local function check_options(name, options, known)
-  for key in pairs(options) do
-    local found = false
-    for _, name_known in ipairs(known) do found = found or name_known == key end
-    if not found then
-      error(("std.losses.%s: option should be one of %s, got `%s`"):format(name, table.concat(known, ", "), tostring(key)), 3)
-    end
-  end
-end
-
---- Reduces an element-wise loss as the options say.
+--- Reduces an element-wise loss as the options say. Losses leave by a tail call, so the frame behind this one is the user's.
 local function reduce(name, loss, options)
   local reduction = options.reduction or "mean"
   if reduction ~= "mean" and reduction ~= "sum" and reduction ~= "none" then
-    error(("std.losses.%s: `reduction` should be mean, sum or none, got %s"):format(name, tostring(reduction)), 3)
+    error(("std.losses.%s: `reduction` should be mean, sum or none, got %s"):format(name, tostring(reduction)), 2)
   end
   if options.mask then loss = loss * options.mask end
   if reduction == "none" then return loss end
@@ -43,8 +38,7 @@ end
 ---@param options? std.LossOptions
 ---@return engine.Tensor loss
 function losses.mse(prediction, target, options)
-  options = options or {}
-  check_options("mse", options, { "reduction", "mask" })
+  options = check("std.losses.mse", options, { "reduction", "mask" })
   return reduce("mse", (prediction - target):square(), options)
 end
 
@@ -57,8 +51,7 @@ end
 ---@param options? { delta?: number, reduction?: "mean"|"sum"|"none", mask?: engine.Tensor } delta: default 1
 ---@return engine.Tensor loss
 function losses.huber(prediction, target, options)
-  options = options or {}
-  check_options("huber", options, { "delta", "reduction", "mask" })
+  options = check("std.losses.huber", options, { "delta", "reduction", "mask" })
   local delta = options.delta or 1
   local size = (prediction - target):abs()
   local near = size:clamp { max = delta }
@@ -74,8 +67,7 @@ end
 ---@param options? std.LossOptions
 ---@return engine.Tensor loss
 function losses.bce(logits, targets, options)
-  options = options or {}
-  check_options("bce", options, { "reduction", "mask" })
+  options = check("std.losses.bce", options, { "reduction", "mask" })
   return reduce("bce", logits:softplus() - logits * targets, options)
 end
 
@@ -88,8 +80,7 @@ end
 ---@param options? { reduction?: "mean"|"sum"|"none", label_smoothing?: number } smoothing s: (1 - s) nll + s mean(-logp)
 ---@return engine.Tensor loss
 function losses.cross_entropy(logits, labels, options)
-  options = options or {}
-  check_options("cross_entropy", options, { "reduction", "label_smoothing" })
+  options = check("std.losses.cross_entropy", options, { "reduction", "label_smoothing" })
   if logits.rank ~= 2 or labels.rank ~= 1 then
     error("std.losses.cross_entropy: `logits` should be [rows, classes] and `labels` [rows]", 2)
   end
@@ -111,10 +102,22 @@ end
 ---@param options? { normalizer?: number }
 ---@return engine.Tensor loss
 function losses.nll(logprobs, mask, options)
-  options = options or {}
-  check_options("nll", options, { "normalizer" })
+  options = check("std.losses.nll", options, { "normalizer" })
   local count = options.normalizer or math.max(mask:sum():item(), 1)
   return -(logprobs * mask):sum() / count
+end
+
+--- Supervised fine-tuning: -log p of the supervised tokens, their mean; with `normalizer` the sum divided by it, the
+--- supervised tokens of all micro-batches of one update: a mean of means would weigh short batches more.
+---
+--- Example: losses.sft(policy:logprobs(batch), batch):backward()
+---@param logprobs engine.Tensor [tokens], f32
+---@param batch engine.Batch|table with `mask`
+---@param options? { normalizer?: number }
+---@return engine.Tensor loss
+function losses.sft(logprobs, batch, options)
+  options = check("std.losses.sft", options, { "normalizer" })
+  return losses.nll(logprobs, batch.mask, options)
 end
 
 --- Kullback-Leibler divergence between two categorical distributions given as log-probabilities:
@@ -126,9 +129,51 @@ end
 ---@param options? std.LossOptions
 ---@return engine.Tensor loss
 function losses.kl(p, q, options)
-  options = options or {}
-  check_options("kl", options, { "reduction", "mask" })
+  options = check("std.losses.kl", options, { "reduction", "mask" })
   return reduce("kl", (p:exp() * (p - q)):sum(-1), options)
+end
+
+--- The mean entropy of softmax(logits) by rows: -sum p log p.
+---
+--- Example: local loss = loss - losses.entropy(logits) * 0.01
+---@param logits engine.Tensor [..., classes], f32
+---@param options? std.LossOptions
+---@return engine.Tensor entropy
+function losses.entropy(logits, options)
+  options = check("std.losses.entropy", options, { "reduction", "mask" })
+  local logp = logits:log_softmax(-1)
+  return reduce("entropy", -(logp:exp() * logp):sum(-1), options)
+end
+
+--- Distillation from a teacher's logits, T and S being the two distributions at temperature t; by `divergence`:
+--- "forward" KL(T || S); "reverse" KL(S || T); "jsd" b KL(T || M) + (1 - b) KL(S || M) with M = b T + (1 - b) S and b = `beta`,
+--- default 0.5. Times t^2, which keeps the size of gradients. Sources: Hinton et al., arXiv 1503.02531; jsd: Agarwal et al.,
+--- arXiv 2306.13649, eq. 1.
+---
+--- Example: losses.distill(head_logits, teacher:logits(batch), { divergence = "reverse", mask = batch.mask }):backward()
+---@param student engine.Tensor [n, vocab], f32
+---@param teacher engine.Tensor [n, vocab], f32, without a derivative
+---@param options? { divergence?: "forward"|"reverse"|"jsd", temperature?: number, beta?: number, reduction?: "mean"|"sum"|"none", mask?: engine.Tensor } divergence: default "forward"
+---@return engine.Tensor loss
+function losses.distill(student, teacher, options)
+  options = check("std.losses.distill", options, { "divergence", "temperature", "beta", "reduction", "mask" })
+  local divergence, t, b = options.divergence or "forward", options.temperature or 1, options.beta or 0.5
+  local s, q = (student / t):log_softmax(-1), (teacher:detach() / t):log_softmax(-1)
+  local function kl(p, other) return (p:exp() * (p - other)):sum(-1) end
+  local loss
+  if divergence == "forward" then
+    loss = kl(q, s)
+  elseif divergence == "reverse" then
+    loss = kl(s, q)
+  elseif divergence == "jsd" and b > 0 and b < 1 then
+    -- log(b e^q + (1 - b) e^s), without leaving the logarithms.
+    local m = q + math.log(b) + (s - q + math.log((1 - b) / b)):softplus()
+    loss = kl(q, m) * b + kl(s, m) * (1 - b)
+  else
+    local got = divergence == "jsd" and ("jsd with beta %g"):format(b) or tostring(divergence)
+    error(("std.losses.distill: `divergence` should be forward, reverse, or jsd with beta between 0 and 1, got %s"):format(got), 2)
+  end
+  return reduce("distill", loss * (t * t), options)
 end
 
 return losses

@@ -2,9 +2,10 @@
 //! returns another one. Reading begins with the first `take`.
 
 use super::args::json_to_lua;
-use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, as_integer, as_tensor, describe, register};
 use super::conversations::rules;
 use super::globals::seed;
+use super::options::Options;
 use super::rollouts::Sampled;
 use super::tensor::tensor_value;
 use super::tokenizer::{TokenizerObject, token_ids};
@@ -212,7 +213,7 @@ pub const FUNCTIONS: &[Function] = &[
             let table = call.table(0)?;
             let mut documents = Vec::new();
             for value in call.list(0, "a list of documents, each a list of token ids", &table)? {
-                documents.push(Document::all(token_ids(call, 0, &value)?));
+                documents.push(document(call, &value)?);
             }
             call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents)), None))
         },
@@ -283,6 +284,34 @@ pub fn reading_options(call: &Call, mut dataset: Dataset) -> Answer {
         dataset = dataset.on_error(OnError::Skip);
     }
     call.give(DataObject::new(dataset, false))
+}
+
+/// A document in an argument: its token ids, or a table of `tokens` and `mask`, 1 or true for those that are learned.
+fn document(call: &Call, value: &Value) -> Failed<Document> {
+    let Value::Table(table) = value else { return Ok(Document::all(token_ids(call, 0, value)?)) };
+    if !table.contains_key("tokens")? {
+        return Ok(Document::all(token_ids(call, 0, value)?));
+    }
+    let options = Options::read(call.op, Some(table.clone()), &["tokens", "mask"])?;
+    let tokens = token_ids(call, 0, &options.value("tokens")?)?;
+    let mask = options.value("mask")?;
+    let wrong = |got: String| Error::argument(call.op, "mask", format!("{} of 0 and 1, or true and false", tokens.len()), got);
+    let flags = match (as_tensor(&mask), &mask) {
+        (_, Value::Nil) => return Ok(Document::all(tokens)),
+        (Some(tensor), _) => tensor.to_f32_vec().into_iter().map(|flag| Value::Number(f64::from(flag))).collect(),
+        (None, Value::Table(list)) => call.list(0, "documents with a list as mask", list)?,
+        (None, other) => return Err(wrong(describe(other)).into()),
+    };
+    let flag = |value: &Value| match (value, as_integer(value)) {
+        (Value::Boolean(on), _) => Ok(*on),
+        (_, Some(on @ (0 | 1))) => Ok(on == 1),
+        _ => Err(wrong(format!("an entry that is {}", describe(value))).into()),
+    };
+    let supervised = flags.iter().map(flag).collect::<Failed<Vec<bool>>>()?;
+    if supervised.len() != tokens.len() {
+        return Err(wrong(supervised.len().to_string()).into());
+    }
+    Ok(Document { tokens, supervised: Some(supervised) })
 }
 
 /// One path or a list of them.

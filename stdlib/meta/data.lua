@@ -30,10 +30,11 @@ local Batch = {}
 ---@field vocab_size integer
 local Tokenizer = {}
 
---- A batch of documents given as token ids, one row each; labels are the ids shifted by one.
+--- A batch of documents given as token ids, one row each; labels are the ids shifted by one. With a `mask` only tokens where
+--- it is 1 are labels: it stands at the token itself, not at the one that predicts it.
 ---
---- Example: local batch = engine.data.batch { { 5, 6, 7 }, { 8, 9 } }
----@param documents (integer[]|engine.Tensor)[]
+--- Example: local batch = engine.data.batch { { 5, 6, 7 }, { tokens = { 8, 9 }, mask = { 0, 1 } } }
+---@param documents (integer[]|engine.Tensor|{ tokens: integer[]|engine.Tensor, mask?: integer[]|boolean[]|engine.Tensor })[]
 ---@return engine.Batch batch
 function data.batch(documents) end
 

@@ -36,6 +36,10 @@ describe("losses", function()
     expect(logprobs.grad).near({ -0.25, 0, -0.25 }, 1e-6)
     expect(function() losses.nll(logprobs, mask, { mask = mask }) end).fails "`mask`"
   end)
+  it("sft is nll over the batch's labels", function()
+    local loss = losses.sft(tensor.new { -1, -2, 0 }, { mask = tensor.new { 1, 1, 0 } })
+    expect(loss:item()).is(1.5)
+  end)
   it("kl", function()
     local p, q = tensor.new { { 0.5, 0.5 } }, tensor.new { { 0.25, 0.75 } }
     expect(losses.kl(p:log(), q:log()):item()).near(0.5 * math.log(2) + 0.5 * math.log(2 / 3), 1e-6)
@@ -44,6 +48,165 @@ describe("losses", function()
     expect(function() losses.mse(a, b, { reducton = "sum" }) end).fails "losses.lua"
     expect(function() losses.mse(a, b, { reducton = "sum" }) end).fails "`reducton`"
     expect(function() losses.mse(a, b, { reduction = "most" }) end).fails "mean, sum or none"
+  end)
+end)
+
+describe("losses over pairs", function()
+  local h, zeros, ones = tensor.new { 0.5, -0.3 }, tensor.zeros { 2 }, tensor.ones { 2 }
+  local function dpo(options) return losses.dpo(h, zeros, options) end
+  local function sigmoid(x) return 1 / (1 + math.exp(-x)) end
+  it("give the worked numbers for h_w 0.5, h_l -0.3 and beta 0.1", function()
+    expect(dpo():item()).near(0.6539470, 1e-6)
+    expect(dpo({ kind = "hinge" }):item()).near(0.92, 1e-6)
+    expect(dpo({ kind = "ipo", lengths = ones }):item()).near(17.64, 1e-5)
+    expect(dpo({ label_smoothing = 0.1 }):item()).near(0.6619470, 1e-6)
+    expect(dpo({ kind = "robust", label_smoothing = 0.1 }):item()).near(0.6439470, 1e-6)
+    expect(dpo({ kind = "bco_pair" }):item()).near(-math.log(sigmoid(0.05)) - math.log(sigmoid(0.03)), 1e-6)
+    expect(dpo({ kind = "sppo_hard" }):item()).near(4.5 ^ 2 + 4.7 ^ 2, 1e-4)
+    local nca = -math.log(sigmoid(0.05)) - 0.5 * math.log(sigmoid(-0.05)) - 0.5 * math.log(sigmoid(0.03))
+    expect(dpo({ kind = "nca_pair" }):item()).near(nca, 1e-6)
+  end)
+  it("take means over tokens where they say so", function()
+    local lengths = tensor.new { 5, 3 }
+    -- 0.5 / 5 + 0.3 / 3 = 0.2
+    expect(dpo({ kind = "ipo", lengths = lengths }):item()).near(4.8 ^ 2, 1e-4)
+    expect(dpo({ kind = "sigmoid_norm", lengths = lengths }):item()).near(-math.log(sigmoid(0.02)), 1e-6)
+    expect(dpo({ nll = 2, lengths = lengths }):item()).near(0.6539470 - 2 * 0.5 / 5, 1e-6)
+  end)
+  it("do without a reference", function()
+    expect(losses.dpo(h, nil):item()).near(0.6539470, 1e-6)
+    expect(losses.dpo(h, h, { reference_free = true }):item()).near(0.6539470, 1e-6)
+    expect(losses.dpo(h, h):item()).near(math.log(2), 1e-6)
+  end)
+  it("add up over micro-batches", function()
+    local four = tensor.new { 0.5, -0.3, 1, 2 }
+    local parts = losses.dpo(four:slice(0, 0, 2), nil, { normalizer = 2 }) + losses.dpo(four:slice(0, 2), nil, { normalizer = 2 })
+    expect(parts:item()).near(losses.dpo(four, nil):item(), 1e-6)
+  end)
+  it("count wins", function()
+    local _, stats = losses.dpo(tensor.new { 1, 0, 0, 3 }, tensor.zeros { 4 }, { beta = 0.5 })
+    expect(stats.accuracy).is(0.5)
+    expect(stats.margin).near((0.5 - 1.5) / 2)
+    expect(stats.chosen_reward).near(0.25)
+    expect(stats.rejected_reward).near(0.75)
+  end)
+  it("refuse what cannot be meant", function()
+    expect(function() dpo { kind = "ipo" } end).fails "losses.sequence_lengths(batch)"
+    expect(function() dpo { kind = "dop" } end).fails "got dop"
+    expect(function() dpo { beta = 0 } end).fails "above 0"
+    expect(function() dpo { kind = "hinge", label_smoothing = 0.1 } end).fails "sigmoid or robust"
+    expect(function() losses.dpo(tensor.ones { 3 }, nil) end).fails "[2n]"
+    expect(function() losses.dpo(tensor.ones { 2 }, tensor.ones { 1 }) end).fails "should be [2] as policy_sums, got [1]"
+  end)
+  it("compare every good answer with every bad one", function()
+    local function ls(x) return math.log(sigmoid(x)) end
+    local want = -(ls(1) + ls(0.5) + ls(2) + ls(1.5)) / 4
+    expect(losses.bradley_terry_list(tensor.new { 1, 2 }, tensor.new { 0, 0.5 }):item()).near(want, 1e-6)
+  end)
+end)
+
+describe("losses over samples", function()
+  --- Two rollouts, of two tokens behind a prompt of one, and of two.
+  local function batch()
+    return {
+      mask = tensor.new { 0, 1, 1, 1, 1 }, sequence = tensor.new({ 0, 0, 0, 1, 1 }, { dtype = "i32" }),
+      logprobs = tensor.new { 0, -1.5, -2, -0.5, -0.5 },
+    }
+  end
+  local logprobs, advantage = { 0, -1, -2, -0.5, -1 }, { 1, -1 }
+  it("give the worked advantages", function()
+    local reward = tensor.new { 1, 0, 0, 1, 0, 0, 0, 0 }
+    expect(losses.group_advantage(reward, 8):slice(0, 0, 2)).near({ 1.6198353, -0.5399451 }, 1e-5)
+    -- And with the plain deviation.
+    expect(losses.group_advantage(reward, 8, { ddof = 0 }):slice(0, 0, 2)).near({ 1.7316509, -0.5772170 }, 1e-5)
+    expect(losses.group_advantage(reward, 8, { std = false }):slice(0, 0, 2)).near { 0.75, -0.25 }
+    expect(losses.group_advantage(reward, 2):slice(0, 4)).is { 0, 0, 0, 0 }
+    expect(losses.group_signal(reward, 2)).is { 1, 1, 0, 0 }
+    expect(function() losses.group_advantage(reward, 1) end).fails "above 1"
+    expect(function() losses.group_advantage(reward, 3) end).fails "divides 8"
+  end)
+  it("penalise long answers", function()
+    local lengths = tensor.new({ 1, 8, 10, 12, 13 }, { dtype = "i32" })
+    expect(losses.overlong_penalty(lengths, 12, 4)).is { 0, 0, -0.5, -1, -1 }
+  end)
+  it("are on policy where nothing was recorded", function()
+    local now, on_policy = tensor.new(logprobs):requires_grad(), batch()
+    on_policy.logprobs = nil
+    local loss, stats = losses.grpo(now, on_policy, tensor.new(advantage))
+    loss:backward()
+    expect(stats.ratio).is(1.0)
+    expect(loss:item()).is(0.0)
+    -- -A / (2 rollouts x 2 tokens), and the prompt's token takes none.
+    expect(now.grad).near { 0, -0.25, -0.25, 0.25, 0.25 }
+  end)
+  it("add up over micro-batches that say the totals", function()
+    local options = {
+      { normalize = "sequence" }, { normalize = "token", normalizer = 4 }, { normalize = "length", max_length = 7 },
+      { level = "sequence", clip = 0.01 }, { beta = 0.1, reference = tensor.new { 9, -1, -1, -1, -1 } },
+    }
+    for _, settings in ipairs(options) do
+      local whole, parts = tensor.new(logprobs):requires_grad(), tensor.new(logprobs):requires_grad()
+      losses.grpo(whole, batch(), tensor.new(advantage), settings):backward()
+      for _, range in ipairs { { 0, 3 }, { 3, 5 } } do
+        local part, given = {}, {}
+        for name, values in pairs(batch()) do part[name] = values:slice(0, range[1], range[2]) end
+        for name, value in pairs(settings) do given[name] = value end
+        given.reference = settings.reference and settings.reference:slice(0, range[1], range[2])
+        losses.grpo(parts:slice(0, range[1], range[2]), part, tensor.new(advantage), given):backward()
+      end
+      expect(parts.grad).near(whole.grad:to_table(), 1e-7)
+    end
+  end)
+  it("clip as their names say", function()
+    -- Ratios: e^0.5 = 1.649 with A 1, 1, 1 with A -1, e^-0.5 = 0.607 with A -1.
+    local now = tensor.new(logprobs):requires_grad()
+    local _, stats = losses.dapo(now, batch(), tensor.new(advantage))
+    expect({ stats.clip_high, stats.clip_low }).is { 0.25, 0.25 }
+    expect(stats.ratio).near((math.exp(0.5) + 1 + 1 + math.exp(-0.5)) / 4)
+    local loss, cut = losses.cispo(now, batch(), tensor.new(advantage), { cap = 1.2 })
+    loss:backward()
+    expect(now.grad).near({ 0, -1.2 / 4, -0.25, 0.25, math.exp(-0.5) / 4 }, 1e-6)
+    expect(cut.clip_high).is(0.25)
+    local dr = losses.dr_grpo(now, batch(), tensor.new(advantage), { max_length = 8 })
+    expect(dr:item()).near((-1.2 - 1 + 1 + 0.8) / 16, 1e-6)
+    local one = tensor.new { 0, -2, -2, -0.5, -1 }
+    -- Geometric means e^-0.25 and e^-0.25, clipped below for A -1 only.
+    local gspo = losses.gspo(one, batch(), tensor.new(advantage))
+    expect(gspo:item()).near((-math.exp(-0.25) + (1 - 3e-4)) / 2, 1e-6)
+  end)
+  it("estimate KL", function()
+    local p, q = tensor.new { math.log(0.5), math.log(0.25) }, tensor.new { math.log(0.25), math.log(0.5) }
+    expect(losses.kl_estimate(p, q, "k1")).near { math.log(2), -math.log(2) }
+    expect(losses.kl_estimate(p, q, "k2")).near { math.log(2) ^ 2 / 2, math.log(2) ^ 2 / 2 }
+    expect(losses.kl_estimate(p, q)).near { 0.5 + math.log(2) - 1, 2 - math.log(2) - 1 }
+    expect(function() losses.kl_estimate(p, q, "k4") end).fails "got k4"
+  end)
+  it("distil by samples and by logits", function()
+    local student = tensor.new(logprobs):requires_grad()
+    local loss, stats = losses.distill_samples(student, batch(), tensor.new { 9, -2, -1, -0.5, -0.5 })
+    loss:backward()
+    -- Differences teacher - student: -1, 1, 0, 0.5, weighted by the ratios.
+    expect(student.grad).near({ 0, math.exp(0.5) / 4, -0.25, 0, -0.5 * math.exp(-0.5) / 4 }, 1e-6)
+    expect(stats.kl).near(-0.125)
+    -- torch.nn.functional.kl_div of the two at temperature 2, times 4.
+    local s, t = tensor.new { { 1, 2, 3 } }, tensor.new { { 3, 2, 0 } }
+    for divergence, want in pairs { forward = 1.7590, reverse = 1.9890, jsd = 0.4387 } do
+      expect(losses.distill(s, t, { divergence = divergence, temperature = 2 }):item()).near(want, 1e-4)
+    end
+    expect(losses.distill(s, s, { divergence = "jsd", beta = 0.3 }):item()).near(0, 1e-6)
+    expect(function() losses.distill(s, t, { divergence = "jsd", beta = 1 }) end).fails "beta between 0 and 1"
+    expect(losses.entropy(s):item()).near(0.8324, 1e-4)
+    expect(losses.entropy_bonus(tensor.new { 1, 2 }, tensor.new { 1, 0 }):item()).near(-0.01)
+  end)
+  it("refuse what cannot be meant, naming the caller's line", function()
+    local now = tensor.new(logprobs)
+    for part, options in pairs {
+      ["`cap`"] = { cap = 2 }, ["where beta is not 0"] = { beta = 1 }, ["got most"] = { normalize = "most" },
+      ["length with max_length"] = { normalize = "length" }, ["token or sequence"] = { level = "word" },
+    } do
+      expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails(part)
+      expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails "losses.lua:"
+    end
   end)
 end)
 
