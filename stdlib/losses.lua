@@ -6,6 +6,7 @@
 
 local check = require("std.options").check
 
+---@class std.losses: std.preference_losses, std.policy_losses
 local losses = {}
 
 -- Losses over pairs of answers, and over answers that a policy sampled, stand in files of their own.

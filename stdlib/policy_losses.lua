@@ -7,7 +7,8 @@
 
 local check, with = require("std.options").check, require("std.options").with
 
-local policy = {}
+---@class std.policy_losses
+local policy_losses = {}
 
 --- Advantages within groups of answers to one prompt: (r - mean) / (std + eps), which is 0 where all rewards are equal. With
 --- `std` false only the mean is taken off; with "batch" the deviation is that of all rewards.
@@ -18,7 +19,7 @@ local policy = {}
 ---@param group integer answers of a group
 ---@param options? { std?: boolean|"batch", eps?: number, ddof?: integer } defaults: true, 1e-4, 1 (0: the plain deviation)
 ---@return engine.Tensor advantage [rollouts]
-function policy.group_advantage(reward, group, options)
+function policy_losses.group_advantage(reward, group, options)
   options = check("std.losses.group_advantage", options, { "std", "eps", "ddof" })
   local ddof, std = options.ddof or 1, options.std
   if math.type(group) ~= "integer" or group <= ddof and std ~= false or reward.count % group ~= 0 then
@@ -40,7 +41,7 @@ end
 ---@param reward engine.Tensor [rollouts]
 ---@param group integer
 ---@return engine.Tensor signal [groups]
-function policy.group_signal(reward, group)
+function policy_losses.group_signal(reward, group)
   local groups = reward:detach():to("f32"):reshape { -1, group }
   return groups:max(1):gt(groups:min(1))
 end
@@ -53,7 +54,7 @@ end
 ---@param max integer
 ---@param cache integer
 ---@return engine.Tensor penalty [rollouts], f32
-function policy.overlong_penalty(lengths, max, cache)
+function policy_losses.overlong_penalty(lengths, max, cache)
   if cache <= 0 or cache > max then
     error(("std.losses.overlong_penalty: `cache` should be above 0 and at most %s, got %s"):format(max, cache), 2)
   end
@@ -68,7 +69,7 @@ end
 ---@param reference engine.Tensor [tokens], without a derivative
 ---@param kind? "k1"|"k2"|"k3" default "k3"
 ---@return engine.Tensor kl [tokens]
-function policy.kl_estimate(logprobs, reference, kind)
+function policy_losses.kl_estimate(logprobs, reference, kind)
   local d = reference - logprobs
   if kind == "k1" then return -d end
   if kind == "k2" then return d:square() * 0.5 end
@@ -83,7 +84,7 @@ end
 ---@param mask engine.Tensor [tokens]
 ---@param options? { coefficient?: number, normalizer?: number } defaults: 0.01, the tokens of the mask
 ---@return engine.Tensor loss
-function policy.entropy_bonus(entropy, mask, options)
+function policy_losses.entropy_bonus(entropy, mask, options)
   options = check("std.losses.entropy_bonus", options, { "coefficient", "normalizer" })
   local count = options.normalizer or math.max(mask:sum():item(), 1)
   return (entropy * mask):sum() * (-(options.coefficient or 0.01) / count)
@@ -124,7 +125,7 @@ local function surrogate(name, own, logprobs, batch, advantage, options, objecti
   end
   local ratio, per_token = log_ratio:exp(), advantage:detach():index_select(0, sequence)
   local loss = objective(ratio, per_token, 1 - low, 1 + high)
-  local kl = options.reference and policy.kl_estimate(logprobs * mask, options.reference * mask, options.kl)
+  local kl = options.reference and policy_losses.kl_estimate(logprobs * mask, options.reference * mask, options.kl)
   if beta ~= 0 then loss = loss + kl * beta end
 
   -- Shares are of tokens; where a rollout has one ratio, of rollouts.
@@ -162,7 +163,7 @@ end
 ---@param options? { clip?: number|number[], beta?: number, reference?: engine.Tensor, kl?: string, level?: "token"|"sequence", normalize?: "sequence"|"token"|"length", rollouts?: number, normalizer?: number, max_length?: integer, delta?: number }
 ---@return engine.Tensor loss
 ---@return { kl: number?, ratio: number, clip_low: number, clip_high: number } statistics shares clipped, means over tokens
-function policy.grpo(logprobs, batch, advantage, options)
+function policy_losses.grpo(logprobs, batch, advantage, options)
   options = options or {}
   return surrogate("grpo", "delta", logprobs, batch, advantage, options, function(ratio, a, low, high)
     local clipped = ratio:clamp { min = low, max = high } * a
@@ -181,8 +182,8 @@ end
 ---@param options? table as of `grpo`
 ---@return engine.Tensor loss
 ---@return table statistics
-function policy.dapo(logprobs, batch, advantage, options)
-  return policy.grpo(logprobs, batch, advantage, with({ clip = { 0.2, 0.28 }, normalize = "token" }, options))
+function policy_losses.dapo(logprobs, batch, advantage, options)
+  return policy_losses.grpo(logprobs, batch, advantage, with({ clip = { 0.2, 0.28 }, normalize = "token" }, options))
 end
 
 --- Dr. GRPO: every token weighs the same whatever its answer's length: normalize "length", so `max_length` is needed; take
@@ -195,8 +196,8 @@ end
 ---@param options? table as of `grpo`
 ---@return engine.Tensor loss
 ---@return table statistics
-function policy.dr_grpo(logprobs, batch, advantage, options)
-  return policy.grpo(logprobs, batch, advantage, with({ normalize = "length" }, options))
+function policy_losses.dr_grpo(logprobs, batch, advantage, options)
+  return policy_losses.grpo(logprobs, batch, advantage, with({ normalize = "length" }, options))
 end
 
 --- GSPO: one ratio a rollout, clipped at { 3e-4, 4e-4 }. Source: Zheng et al., arXiv 2507.18071, eq. 5.
@@ -208,8 +209,8 @@ end
 ---@param options? table as of `grpo`
 ---@return engine.Tensor loss
 ---@return table statistics
-function policy.gspo(logprobs, batch, advantage, options)
-  return policy.grpo(logprobs, batch, advantage, with({ clip = { 3e-4, 4e-4 }, level = "sequence" }, options))
+function policy_losses.gspo(logprobs, batch, advantage, options)
+  return policy_losses.grpo(logprobs, batch, advantage, with({ clip = { 3e-4, 4e-4 }, level = "sequence" }, options))
 end
 
 --- CISPO: no token is dropped; its weight is cut instead: l_t = -stopgrad(min(rho_t, cap)) A log p_t, over tokens as in DAPO.
@@ -222,7 +223,7 @@ end
 ---@param options? table as of `grpo`, and `cap`
 ---@return engine.Tensor loss
 ---@return table statistics clip_high is the share of tokens whose ratio is cut
-function policy.cispo(logprobs, batch, advantage, options)
+function policy_losses.cispo(logprobs, batch, advantage, options)
   options = with({ normalize = "token", cap = 5 }, options)
   local settings = with(options, { clip = { 1, options.cap - 1 } })
   return surrogate("cispo", "cap", logprobs, batch, advantage, settings, function(ratio, a)
@@ -241,13 +242,13 @@ end
 ---@param options? { normalizer?: number }
 ---@return engine.Tensor loss
 ---@return { kl: number } statistics the mean of log p - log p_teacher
-function policy.distill_samples(logprobs, batch, teacher, options)
+function policy_losses.distill_samples(logprobs, batch, teacher, options)
   options = check("std.losses.distill_samples", options, { "normalizer" })
   local mask, now = batch.mask, logprobs:detach()
   local count = math.max(mask:sum():item(), 1)
   local advantage = (teacher:detach() - now) * mask
-  local ratio = ((logprobs - (batch.logprobs or now)) * mask):exp()
+  local ratio = ((logprobs - (batch.logprobs or now):detach()) * mask):exp()
   return -(ratio * advantage):sum() / (options.normalizer or count), { kl = -(advantage:sum():item()) / count }
 end
 
-return policy
+return policy_losses

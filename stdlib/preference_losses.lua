@@ -6,7 +6,8 @@
 
 local check = require("std.options").check
 
-local preference = {}
+---@class std.preference_losses
+local preference_losses = {}
 
 --- log sigmoid(x), which does not overflow.
 local function log_sigmoid(x) return -(-x):softplus() end
@@ -37,19 +38,21 @@ end
 --- Example: local sums = losses.sequence_sums(policy:logprobs(batch), batch)
 ---@param logprobs engine.Tensor [tokens]
 ---@param batch engine.Batch|table with `mask` and `sequence`, [tokens], and `documents` or `cu_seqlens`
+---@param count? integer sums to give, where `sequence` counts beyond this batch: the rollouts of the update
 ---@return engine.Tensor sums [documents]
-function preference.sequence_sums(logprobs, batch)
-  local documents = batch.documents or batch.cu_seqlens.count - 1
-  return (logprobs * batch.mask):segment_sum(batch.sequence, documents)
+function preference_losses.sequence_sums(logprobs, batch, count)
+  count = count or batch.documents or batch.cu_seqlens.count - 1
+  return (logprobs * batch.mask):segment_sum(batch.sequence, count)
 end
 
 --- Tokens with a label, by document.
 ---
 --- Example: local lengths = losses.sequence_lengths(batch)
 ---@param batch engine.Batch|table as for `sequence_sums`
+---@param count? integer as for `sequence_sums`
 ---@return engine.Tensor lengths [documents], f32
-function preference.sequence_lengths(batch)
-  return batch.mask:segment_sum(batch.sequence, batch.documents or batch.cu_seqlens.count - 1)
+function preference_losses.sequence_lengths(batch, count)
+  return batch.mask:segment_sum(batch.sequence, count or batch.documents or batch.cu_seqlens.count - 1)
 end
 
 --- The rewards that a policy implies: beta (log pi - log ref) of each answer.
@@ -59,7 +62,7 @@ end
 ---@param reference_sums? engine.Tensor [2n], zeros if left out
 ---@param beta number
 ---@return engine.Tensor rewards [2n]
-function preference.implicit_rewards(policy_sums, reference_sums, beta)
+function preference_losses.implicit_rewards(policy_sums, reference_sums, beta)
   return (reference_sums and policy_sums - reference_sums or policy_sums) * beta
 end
 
@@ -72,7 +75,7 @@ end
 ---@param options? { margin?: engine.Tensor|number, center?: number, normalizer?: number } margin: [n]
 ---@return engine.Tensor loss
 ---@return { accuracy: number, margin: number, chosen_reward: number, rejected_reward: number } statistics
-function preference.bradley_terry(rewards, options)
+function preference_losses.bradley_terry(rewards, options)
   options = check("std.losses.bradley_terry", options, { "margin", "center", "normalizer" })
   local chosen, rejected = split("bradley_terry", "rewards", rewards)
   local loss = -log_sigmoid(chosen - rejected - (options.margin or 0))
@@ -87,7 +90,7 @@ end
 ---@param good engine.Tensor [k]
 ---@param bad engine.Tensor [m]
 ---@return engine.Tensor loss
-function preference.bradley_terry_list(good, bad)
+function preference_losses.bradley_terry_list(good, bad)
   return -log_sigmoid(good:unsqueeze(1) - bad:unsqueeze(0)):mean()
 end
 
@@ -96,7 +99,7 @@ local kinds = {}
 
 --- -(1 - e) ls(beta h) - e ls(-beta h): DPO, and with label smoothing e conservative DPO.
 --- Source: arXiv 2305.18290, eq. 7; https://ericmitchell.ai/cdpo.pdf
-function kinds.sigmoid(h_w, h_l, beta, smoothing)
+kinds.sigmoid = function(h_w, h_l, beta, smoothing)
   local logits = (h_w - h_l) * beta
   if smoothing == 0 then return -log_sigmoid(logits) end
   return -log_sigmoid(logits) * (1 - smoothing) - log_sigmoid(-logits) * smoothing
@@ -104,28 +107,28 @@ end
 
 --- [-(1 - e) ls(beta h) + e ls(-beta h)] / (1 - 2e): unbiased where a share e of labels is flipped.
 --- Source: Chowdhury et al., arXiv 2403.00409.
-function kinds.robust(h_w, h_l, beta, smoothing)
+kinds.robust = function(h_w, h_l, beta, smoothing)
   local logits = (h_w - h_l) * beta
   return (-log_sigmoid(logits) * (1 - smoothing) + log_sigmoid(-logits) * smoothing) / (1 - 2 * smoothing)
 end
 
 --- max(0, 1 - beta h). Source: SLiC, arXiv 2305.10425.
-function kinds.hinge(h_w, h_l, beta) return (1 - (h_w - h_l) * beta):relu() end
+kinds.hinge = function(h_w, h_l, beta) return (1 - (h_w - h_l) * beta):relu() end
 
 --- (h - 1 / (2 beta))^2, of means over tokens. Source: Azar et al., arXiv 2310.12036, eq. 17.
-function kinds.ipo(h_w, h_l, beta) return (h_w - h_l - 1 / (2 * beta)):square() end
+kinds.ipo = function(h_w, h_l, beta) return (h_w - h_l - 1 / (2 * beta)):square() end
 
 --- -ls(beta h), of means over tokens.
-function kinds.sigmoid_norm(h_w, h_l, beta) return kinds.sigmoid(h_w, h_l, beta, 0) end
+kinds.sigmoid_norm = function(h_w, h_l, beta) return kinds.sigmoid(h_w, h_l, beta, 0) end
 
 --- -ls(beta h_w) - ls(-beta h_l): each answer is judged alone. Source: BCO without its shift, arXiv 2404.04656.
-function kinds.bco_pair(h_w, h_l, beta) return -log_sigmoid(h_w * beta) - log_sigmoid(-h_l * beta) end
+kinds.bco_pair = function(h_w, h_l, beta) return -log_sigmoid(h_w * beta) - log_sigmoid(-h_l * beta) end
 
 --- (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2. Source: SPPO, arXiv 2405.00675.
-function kinds.sppo_hard(h_w, h_l, beta) return (h_w - 1 / (2 * beta)):square() + (h_l + 1 / (2 * beta)):square() end
+kinds.sppo_hard = function(h_w, h_l, beta) return (h_w - 1 / (2 * beta)):square() + (h_l + 1 / (2 * beta)):square() end
 
 --- -ls(beta h_w) - ls(-beta h_w) / 2 - ls(-beta h_l) / 2. Source: NCA, arXiv 2402.05369.
-function kinds.nca_pair(h_w, h_l, beta)
+kinds.nca_pair = function(h_w, h_l, beta)
   return -log_sigmoid(h_w * beta) - log_sigmoid(-h_w * beta) * 0.5 - log_sigmoid(-h_l * beta) * 0.5
 end
 
@@ -146,7 +149,7 @@ local smoothed = { sigmoid = true, robust = true }
 ---@param options? { kind?: string, beta?: number, label_smoothing?: number, lengths?: engine.Tensor, reference_free?: boolean, nll?: number, normalizer?: number, reduction?: "mean"|"none" } beta: default 0.1
 ---@return engine.Tensor loss
 ---@return { accuracy: number, margin: number, chosen_reward: number, rejected_reward: number } statistics of implicit rewards
-function preference.dpo(policy_sums, reference_sums, options)
+function preference_losses.dpo(policy_sums, reference_sums, options)
   local known = { "kind", "beta", "label_smoothing", "lengths", "reference_free", "nll", "normalizer", "reduction" }
   options = check("std.losses.dpo", options, known)
   local kind, beta, smoothing = options.kind or "sigmoid", options.beta or 0.1, options.label_smoothing or 0
@@ -182,4 +185,4 @@ function preference.dpo(policy_sums, reference_sums, options)
   return loss, statistics(split("dpo", "policy_sums", h * beta))
 end
 
-return preference
+return preference_losses

@@ -8,7 +8,7 @@ use std::process::Command;
 /// A lesson, arguments that keep it short, and what it must print.
 type Lesson = (&'static str, &'static [&'static str], fn(&str));
 
-const LESSONS: [Lesson; 14] = [
+const LESSONS: [Lesson; 16] = [
     ("01_hello", &["--name", "Ada", "--count", "2", "--mood", "loud", "--farewell", "Bye"], |text| {
         for part in ["2 of 2: HELLO, ADA!", "\"letters\":22", "Bye", "seed 0"] {
             assert!(text.contains(part), "{part}");
@@ -72,6 +72,21 @@ const LESSONS: [Lesson; 14] = [
         assert!((number_after(text, "slope ") - 3.0).abs() < 0.4 && (number_after(text, "offset ") + 1.0).abs() < 0.3);
     }),
     ("14_forks", &["--steps", "12", "--every", "6"], |text| assert_eq!(number_after(text, "rate "), 2e-3)),
+    ("15_conversations", &[], |text| {
+        assert!(text.contains("<|im_start|>assistant\nHello.<|im_end|>\n"));
+        assert!(text.contains("all\tHello.<|im_end|>  and  No.<|im_end|>Yes.<|im_end|>"));
+        assert!(text.contains("last\tHello.<|im_end|>  and  Yes.<|im_end|>"));
+        let call =
+            "<tool_call>~{\"name\": \"weather\", \"arguments\": {\"city\": \"Oslo\"}}~</tool_call><|im_end|>Nearly: sleet.<|im_end|>";
+        assert!(text.contains(call));
+        assert!(text.contains("2 documents in 1 rows, 9 of ") && text.contains(", 1 too long"));
+    }),
+    ("16_preferences", &[], |text| {
+        assert!(text.contains("12 documents, 72 tokens of them answers"));
+        assert_eq!(number_after(text, "first loss "), number_after(text, "log 2 is "));
+        assert_eq!(number_after(text, "accuracy "), 1.0);
+        assert!(number_after(text, "margin ") > 0.3);
+    }),
 ];
 
 /// A run of a lesson in a folder of runs, by other words than `perilune run`.

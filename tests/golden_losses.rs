@@ -88,7 +88,8 @@ fn dpo_and_its_relatives_are_those_of_trl() {
 fn documents(golden: &Golden, ids: &str, attention: &str, mask: &str, rows: &[usize]) -> Vec<Value> {
     let (ids, attention, mask) = (golden.integer_rows(ids), golden.integer_rows(attention), golden.integer_rows(mask));
     let document = |row: &usize| {
-        let real = |values: &[i32]| values.iter().zip(&attention[*row]).filter(|(_, real)| **real == 1).map(|(v, _)| *v).collect::<Vec<_>>();
+        let real =
+            |values: &[i32]| values.iter().zip(&attention[*row]).filter(|(_, real)| **real == 1).map(|(v, _)| *v).collect::<Vec<_>>();
         json!({ "tokens": real(&ids[*row]), "mask": real(&mask[*row]) })
     };
     rows.iter().map(document).collect()
@@ -183,10 +184,9 @@ fn the_loss_of_a_reward_model_is_that_of_trl() {
 #[test]
 fn fine_tuning_on_conversations_gives_the_losses_and_gradients_of_transformers() {
     let golden = Golden::open("sft");
-    let chats: Value = serde_json::from_slice(
-        &std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer/chats.json")).unwrap(),
-    )
-    .unwrap();
+    let chats: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer/chats.json")).unwrap())
+            .unwrap();
     let find = |name: &Value| {
         let chat = |chat: &&Value| chat["name"] == *name && chat["add_generation_prompt"] == false;
         chats["chats"].as_array().unwrap().iter().find(chat).unwrap()["messages"].clone()

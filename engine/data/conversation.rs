@@ -91,7 +91,7 @@ impl Conversation {
     pub fn of(record: &Record) -> Result<Self> {
         if let (Some(prompt), Some(completion)) = (present(record, "prompt"), present(record, "completion")) {
             let prompt = messages("prompt", prompt, "user")?;
-            return answered(prompt, messages("completion", completion, "assistant")?, tools(record)?);
+            return Ok(answered(prompt, messages("completion", completion, "assistant")?, tools(record)?));
         }
         let field = ["messages", "conversations"].into_iter().find(|field| present(record, field).is_some());
         let Some(field) = field else {
@@ -111,13 +111,13 @@ impl Conversation {
         let tools = tools(record)?;
         if let Some(prompt) = present(record, "prompt") {
             let prompt = messages("prompt", prompt, "user")?;
-            let answer = |field, value| {
+            let answer = |field, value| -> Result<Self> {
                 let mut answer = messages(field, value, "assistant")?;
                 // Some data sets repeat the prompt in front of each answer.
                 if answer.len() > prompt.len() && answer[..prompt.len()] == prompt[..] {
                     answer.drain(..prompt.len());
                 }
-                answered(prompt.clone(), answer, tools.clone())
+                Ok(answered(prompt.clone(), answer, tools.clone()))
             };
             return Ok([answer("chosen", chosen)?, answer("rejected", rejected)?]);
         }
@@ -232,10 +232,10 @@ fn missing(record: &Record, field: &str, expected: &str) -> Error {
     Error::argument(OP, field, format!("there: a record has {expected}"), got)
 }
 
-fn answered(mut prompt: Vec<Value>, answer: Vec<Value>, tools: Vec<Value>) -> Result<Conversation> {
+fn answered(mut prompt: Vec<Value>, answer: Vec<Value>, tools: Vec<Value>) -> Conversation {
     let given = prompt.len();
     prompt.extend(answer);
-    Ok(Conversation { messages: prompt, tools, given })
+    Conversation { messages: prompt, tools, given }
 }
 
 /// A text as one message of `role`, or a list of messages.

@@ -9,6 +9,7 @@ use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
@@ -72,7 +73,8 @@ impl ParquetFiles {
     ///
     /// - `shuffled`: whether rows will be asked for in any order; decoded groups are then kept as far as memory is given to it
     ///
-    /// Errors: [`Error::Io`]; [`Error::Format`] for a file that is no Parquet; [`Error::Argument`] for no paths, or a
+    /// Errors: [`Error::Io`]; [`Error::Format`] for a file that is no Parquet; [`Error::Unsupported`] for other compression
+    /// than snappy and zstd; [`Error::Argument`] for no paths, or a
     /// fraction outside 0 to 1.
     pub fn open(paths: &[PathBuf], split: Option<Split>, shuffled: bool) -> Result<Self> {
         Self::with_cache(paths, split, if shuffled { CACHE_BYTES } else { 0 })
@@ -88,6 +90,7 @@ impl ParquetFiles {
             let file = File::open(path).map_err(|source| Error::io(path, "open", source))?;
             let reader = guarded(|| SerializedFileReader::new(file));
             let reader = reader.map_err(|what| Error::format(path, "footer", "a Parquet file", what))?;
+            check_compression(path, &reader)?;
             let mut first_in_file = 0;
             for (index, group) in reader.metadata().row_groups().iter().enumerate() {
                 let (rows, bytes) = (group.num_rows().max(0) as u64, group.total_byte_size().max(0) as u64);
@@ -182,6 +185,22 @@ impl ParquetFiles {
             }
         }
     }
+}
+
+/// Errors: [`Error::Unsupported`] for a column that is compressed in a way that is not built in.
+fn check_compression(path: &Path, reader: &SerializedFileReader<File>) -> Result<()> {
+    for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+        let codec = column.compression();
+        if !matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)) {
+            let name = format!("{codec:?}");
+            let (name, column) = (name.split('(').next().unwrap_or_default().to_lowercase(), column.column_path());
+            return Err(Error::Unsupported {
+                what: format!("{}: column {column}: compression with {name}", path.display()),
+                remedy: "write the file with snappy, zstd or no compression".into(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The rows of a group through `take`; else how many came before the one that failed, and why it did.
@@ -297,4 +316,25 @@ fn json(field: Field) -> Result<Option<Value>, BadValue> {
         // Decimals, dates and times, as they are written.
         other => other.to_string().into(),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_cache_gives_the_same_rows_and_an_order_by_groups() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/parquet/snappy.parquet");
+        let open = |cache| ParquetFiles::with_cache(std::slice::from_ref(&path), None, cache).unwrap();
+        let order = [22, 0, 7, 21, 1, 8, 22, 13, 0];
+        let read = |cache| {
+            let mut files = open(cache);
+            let ids = order.map(|number| files.read(number).unwrap().unwrap()["id"].as_u64().unwrap());
+            (ids, files.decoded.len())
+        };
+        assert_eq!(read(0), (order, 1));
+        assert_eq!(read(u64::MAX), (order, 4));
+        // Groups of five rows, the last of three.
+        assert_eq!((open(0).groups(), open(u64::MAX).groups()), (Some(vec![5, 10, 15, 20, 23]), None));
+    }
 }

@@ -40,7 +40,7 @@ pub const FUNCTIONS: &[Function] = &[
                 }
                 documents.extend(made.documents);
             }
-            call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents))))
+            call.give(BatchObject(Arc::new(TokenBatch::from_documents(&documents)), None))
         },
     },
     Function {

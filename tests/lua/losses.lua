@@ -139,6 +139,14 @@ describe("losses over samples", function()
     -- -A / (2 rollouts x 2 tokens), and the prompt's token takes none.
     expect(now.grad).near { 0, -0.25, -0.25, 0.25, 0.25 }
   end)
+  it("take a batch of documents as on policy", function()
+    local documents = engine.data.batch { { 1, 2, 3 }, { 4, 5 } }
+    local now = tensor.new({ -1, -2, 0, -3, 0 }):requires_grad()
+    losses.dapo(now, documents, tensor.new(advantage)):backward()
+    expect(now.grad).near { -1 / 3, -1 / 3, 0, 1 / 3, 0 }
+    expect(losses.sequence_sums(now, documents)).is { -3, -3 }
+    expect(losses.sequence_lengths(documents)).is { 2, 1 }
+  end)
   it("add up over micro-batches that say the totals", function()
     local options = {
       { normalize = "sequence" }, { normalize = "token", normalizer = 4 }, { normalize = "length", max_length = 7 },
