@@ -1,0 +1,56 @@
+--- Distillation: a student learns a teacher's distribution, over given conversations or over what the student itself says.
+--- Run: perilune run scripts/distill.lua --teacher checkpoints/big --student checkpoints/small --data chats.jsonl
+--- Sources: Hinton et al., arXiv 1503.02531; Agarwal et al., arXiv 2306.13649 (on the student's own samples).
+local engine = require "engine"
+local losses, schedules, tensor = require "std.losses", require "std.schedules", require("engine").tensor
+
+return engine.workflow {
+  name = "distill",
+  args = {
+    teacher = engine.required("string", { help = "folder of the model to learn from" }),
+    student = engine.required("string", { help = "folder of the model that learns; one tokenizer for both" }),
+    data = engine.required("strings", { help = "conversations, or with --how samples prompts, .jsonl or .parquet" }),
+    how = { "data", choices = { "data", "samples" }, help = "samples: the student answers, the teacher rates each token" },
+    divergence = { "forward", choices = { "forward", "reverse", "jsd" }, help = "with --how data" },
+    temperature = { 1.0, min = 0.01 },
+    dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
+    seq_len = { 1024, min = 2 }, rows = { 4, min = 1, help = "rows, or prompts, of an update" }, max_tokens = { 128, min = 1 },
+    steps = { 500, min = 1 },
+    lr = { 1e-5, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
+  },
+  run = function(run, args)
+    local student = run:model("student", args.student, { dtype = args.dtype })
+    local teacher = run:model("teacher", args.teacher, { dtype = args.dtype, frozen = true })
+    local optim = run:optimizer("adamw", student, { lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm })
+    local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
+    local given = args.how == "data"
+    local data = read(args.data)
+    if given then data = data:chat(student.tokenizer, { max_tokens = args.seq_len }):pack { seq_len = args.seq_len, how = "best_fit" } end
+    data = run:data("data", data:shuffle():forever())
+
+    for step in run:loop("distill", { steps = args.steps }) do
+      optim:set { lr = args.lr * schedules.cosine(step.index, args.steps, { warmup = args.warmup, final = args.final }) }
+      if given then
+        local batch = data:take(args.rows)
+        local wanted = tensor.no_grad(function() return teacher:logits(batch, { labelled = true }) end)
+        local loss = losses.distill(student:logits(batch, { labelled = true }), wanted, {
+          divergence = args.divergence, temperature = args.temperature,
+        })
+        loss:backward()
+        step:log { loss = loss, grad_norm = optim:step() }
+      else
+        local rollouts = student:generate(data:take(args.rows), { max_tokens = args.max_tokens, temperature = args.temperature })
+        local kl = 0.0
+        for batch in rollouts:batches() do
+          local options = { temperature = args.temperature }
+          local rated = tensor.no_grad(function() return teacher:logprobs(batch, options) end)
+          local loss, stats = losses.distill_samples(student:logprobs(batch, options), batch, rated, { normalizer = rollouts.total_tokens })
+          loss:backward()
+          kl = kl + stats.kl * batch.supervised / rollouts.total_tokens
+        end
+        step:log { kl = kl, length = rollouts.total_tokens / rollouts.count, grad_norm = optim:step() }
+      end
+    end
+    run:save("model", student)
+  end,
+}

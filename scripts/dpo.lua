@@ -1,0 +1,57 @@
+--- Direct preference optimisation: the better answer of each pair becomes likelier than the worse, measured from a reference.
+--- Run: perilune run scripts/dpo.lua --model checkpoints/sft --data pairs.jsonl
+--- Source: Rafailov et al., arXiv 2305.18290; Qwen2.5 technical report, section 4.2 (one epoch, Online Merging Optimizer).
+local engine = require "engine"
+local losses, schedules, tensor = require "std.losses", require "std.schedules", require("engine").tensor
+
+return engine.workflow {
+  name = "dpo",
+  args = {
+    model = engine.required("string", { help = "folder of the SFT model" }),
+    data = engine.required("strings", { help = "pairs, .jsonl or .parquet: prompt, chosen, rejected" }),
+    kind = { "sigmoid", choices = { "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "bco_pair", "sppo_hard", "nca_pair" } },
+    beta = { 0.1, min = 0 }, label_smoothing = { 0.0, min = 0, max = 0.49 }, nll = { 0.0, min = 0 }, reference_free = false,
+    base = engine.optional("string", { help = "folder of the model before SFT: merges each update online (arXiv 2405.17931)" }),
+    dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
+    max_tokens = { 1024, min = 2 }, pairs = { 8, min = 1, help = "pairs of a micro-batch" }, accumulate = { 1, min = 1 },
+    epochs = { 1, min = 1 },
+    lr = { 7e-7, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
+    lora = { 0, min = 0, help = "rank of an adapter; 0 trains all weights" },
+  },
+  run = function(run, args)
+    local lora = args.lora > 0 and { rank = args.lora } or nil
+    local policy = run:model("policy", args.model, { dtype = args.dtype, lora = lora })
+    -- The base of an adapter is the reference, at no cost; else it is a second, frozen model.
+    local reference = lora and policy:base() or run:model("reference", args.model, { dtype = args.dtype, frozen = true })
+    local merge = args.base and { base = run:model("base", args.base, { dtype = args.dtype, frozen = true }), reference = reference }
+    local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
+    local data = run:data("pairs", read(args.data):pairs(policy.tokenizer, { max_tokens = args.max_tokens }):shuffle())
+    local optim = run:optimizer("adamw", policy, {
+      lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm, merge = merge,
+    })
+
+    for step in run:loop("dpo", { over = data, epochs = args.epochs }) do
+      optim:set { lr = args.lr * math.min(1, step.count / args.warmup) * schedules.cosine(step.progress, 1, { final = args.final }) }
+      local batches, pairs_taken = {}, 0
+      for index = 1, args.accumulate do
+        batches[index] = data:take(args.pairs)
+        pairs_taken = pairs_taken + (batches[index] and batches[index].documents / 2 or 0)
+      end
+      local total, numbers = 0.0, {}
+      for _, batch in ipairs(batches) do
+        local reference_sums = not args.reference_free
+          and tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end) or nil
+        local loss, stats = losses.dpo(losses.sequence_sums(policy:logprobs(batch), batch), reference_sums, {
+          kind = args.kind, beta = args.beta, label_smoothing = args.label_smoothing, nll = args.nll,
+          lengths = losses.sequence_lengths(batch), normalizer = pairs_taken,
+        })
+        loss:backward()
+        total = total + loss:item()
+        for name, value in pairs(stats) do numbers[name] = (numbers[name] or 0) + value * batch.documents / 2 / pairs_taken end
+      end
+      step:log { loss = total, grad_norm = optim:step() }
+      step:log(numbers)
+    end
+    run:save("model", policy)
+  end,
+}
