@@ -22,7 +22,7 @@ macro_rules! embedded {
 }
 
 /// The modules behind `std.*`. A test compares this list with the folder.
-pub const STDLIB: &[Embedded] = embedded!["eval.lua", "losses.lua", "schedules.lua", "tales.lua"];
+pub const STDLIB: &[Embedded] = embedded!["eval.lua", "losses.lua", "merging.lua", "schedules.lua", "tales.lua"];
 
 /// The stubs of everything the engine exports, for editors.
 pub const STUBS: &[Embedded] =
