@@ -12,7 +12,7 @@ use super::plain::Plain;
 use super::replay::{Replay, Target};
 use super::resources::Resource;
 use super::run::{Run, build_id, unix_seconds};
-use super::{results, states};
+use super::{model_state, results, states};
 use crate::checkpoint::catalog::{checkpoint_name, create_durably, list, remove, sweep};
 use crate::checkpoint::commit::{About, Draft};
 use crate::checkpoint::manifest::Manifest;
@@ -65,6 +65,9 @@ pub struct StoredModel {
     pub definition: String,
     /// A frozen model is not in the checkpoint: it is made again from its source.
     pub frozen: bool,
+    /// Whether its adapter was merged into its weights.
+    #[serde(default)]
+    pub merged: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -119,7 +122,8 @@ impl Snapshot {
             match named.resource {
                 Resource::Model(model) => {
                     let frozen = model.is_frozen();
-                    stored_models.insert(name.clone(), StoredModel { definition: named.definition, frozen });
+                    stored_models
+                        .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
                     if !frozen {
                         models.push((name, model.copy()));
                     }
@@ -217,7 +221,7 @@ impl Snapshot {
 
     /// Bytes that it takes on the disk, about.
     fn bytes(&self) -> u64 {
-        let models: u64 = self.models.iter().map(|(_, model)| model.model.state_bytes()).sum();
+        let models: u64 = self.models.iter().map(|(_, model)| model_state::bytes(model)).sum();
         let optimizers: u64 = self.optimizers.iter().map(|(_, state)| state.bytes()).sum();
         let states: u64 = self.states.values().map(|plain| plain.tensor_bytes() as u64).sum();
         models + optimizers + states + (1 << 20)
@@ -228,8 +232,7 @@ impl Snapshot {
         let name = checkpoint_name(&self.position.0, self.position.1);
         let draft = Draft::begin(root, &name, self.bytes())?;
         for (name, model) in &self.models {
-            model.save(&draft.place(&format!("models/{name}"))?, None)?;
-            model.model.save_training_state(&draft.place(&format!("training/{name}"))?)?;
+            model_state::write(&draft, name, model)?;
         }
         for (name, optimizer) in &self.optimizers {
             optimizer.save(&draft.place(&format!("optimizers/{name}"))?)?;
@@ -301,15 +304,10 @@ impl Origin {
     /// The model `name` with the weights of the checkpoint. What training keeps beside them comes on arrival.
     ///
     /// Errors: those of loading.
-    pub fn load_model(&self, lua: &Lua, op: &'static str, name: &str, options: &Options) -> Failed<ModelObject> {
-        let folder = Value::String(lua.create_string(self.model_folder(name).display().to_string())?);
-        let object = ModelObject::make(lua, op, &folder, options)?;
+    pub fn load_model(&self, lua: &Lua, op: &'static str, name: &str, source: &Value, options: &Options) -> Failed<ModelObject> {
+        let object = model_state::load(lua, op, &self.folder, name, source, options)?;
         self.versions.lock().expect("no panic happens under this lock").insert(name.into(), object.model.version());
         Ok(object)
-    }
-
-    fn model_folder(&self, name: &str) -> PathBuf {
-        self.folder.join("models").join(name)
     }
 
     /// Gives the resource `name` the state that the checkpoint has of it, once.
@@ -321,16 +319,11 @@ impl Origin {
         }
         match resource {
             Resource::Model(object) => {
-                if self.state.models.get(name).is_none_or(|stored| stored.frozen) {
-                    return Ok(());
-                }
+                let Some(stored) = self.state.models.get(name).filter(|stored| !stored.frozen) else { return Ok(()) };
                 let loaded = self.versions.lock().expect("no panic happens under this lock").get(name).copied();
-                if loaded != Some(object.model.version()) {
-                    // The code above the loop has trained it: that is undone.
-                    let again = crate::model::Model::load(&self.model_folder(name), Some(object.model.dtype()), true, &mut |_| {})?;
-                    object.model.copy_from(&again);
-                }
-                Ok(object.model.load_training_state(&self.folder.join("training").join(name))?)
+                // What the code above the loop has trained is undone.
+                let touched = loaded != Some(object.model.version());
+                Ok(model_state::put_back(&self.folder, name, &object.model, stored.merged, touched)?)
             }
             Resource::Optimizer(optimizer, _) => {
                 let Some(stored) = self.state.optimizers.get(name) else { return Ok(()) };

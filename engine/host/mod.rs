@@ -23,6 +23,8 @@ pub mod lua_version;
 mod memory;
 pub mod metric_series;
 pub mod model;
+mod model_state;
+mod model_weights;
 pub mod modules;
 mod nearest;
 pub mod optim;

@@ -5,6 +5,7 @@ use super::call::{Answer, Call, Class, Failed, Field, Function, describe, regist
 use super::data::BatchObject;
 use super::generation;
 use super::globals::seed;
+use super::model_weights::{self, adapter_value, lora_option, score_option};
 use super::options::Options;
 use super::progress::Screen;
 use super::tensor::{tensor, tensor_value};
@@ -14,10 +15,10 @@ use crate::data::pack::TokenBatch;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
+use crate::model::config::Config;
 use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
-use crate::model::sizes::parameters;
-use crate::model::{Model, Packed};
+use crate::model::{Lora, Model, Packed};
 use crate::tensor::AnyTensor;
 use crate::tensor::autograd::with_recording;
 use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
@@ -33,10 +34,28 @@ pub struct ModelObject {
     /// `generation_config.json` of the folder it came from, to be written again.
     generation_config: Option<Vec<u8>>,
     frozen: bool,
+    /// The folder it came from.
+    source: Option<String>,
+}
+
+/// What a script says of a new model besides its source.
+struct Making {
+    dtype: Option<Dtype>,
+    frozen: bool,
+    scores: bool,
+    lora: Option<Lora>,
+    adapter: Option<PathBuf>,
+}
+
+impl Making {
+    /// Whether the weights themselves will be trained.
+    fn trains(&self) -> bool {
+        !self.frozen && self.lora.is_none() && self.adapter.is_none()
+    }
 }
 
 /// Options of `engine.model.load` and of `run:model`.
-pub const OPTIONS: &[&str] = &["dtype", "frozen", "recompute", "tokenizer"];
+pub const OPTIONS: &[&str] = &["adapter", "dtype", "frozen", "head", "lora", "recompute", "tokenizer"];
 
 impl ModelObject {
     /// A model from `source`: the folder of a checkpoint, or the fields of a new model.
@@ -50,10 +69,16 @@ impl ModelObject {
                 _ => return Err(Error::argument(op, "dtype", "\"f32\" or \"bf16\"", format!("\"{name}\"")).into()),
             },
         };
-        let frozen = options.boolean("frozen")?.unwrap_or(false);
+        let making = Making {
+            dtype,
+            frozen: options.boolean("frozen")?.unwrap_or(false),
+            scores: score_option(op, options)?,
+            lora: lora_option(op, options)?,
+            adapter: options.string("adapter")?.map(PathBuf::from),
+        };
         let mut this = match source {
-            Value::String(folder) => Self::load(lua, &PathBuf::from(folder.to_string_lossy()), dtype, frozen)?,
-            Value::Table(fields) => Self::random(lua, fields, dtype, frozen)?,
+            Value::String(folder) => Self::load(lua, &PathBuf::from(folder.to_string_lossy()), &making)?,
+            Value::Table(fields) => Self::random(lua, fields, &making)?,
             other => {
                 let expected = "the folder of a checkpoint, or a table of fields for a new model";
                 return Err(Error::argument(op, "source", expected, describe(other)).into());
@@ -71,22 +96,49 @@ impl ModelObject {
             tokenizer.tokenizer.check_fits(this.model.config().vocab)?;
         }
         this.model.set_recompute(options.boolean("recompute")?.unwrap_or(false));
+        this.adapt(lua, op, making)?;
         Ok(this)
     }
 
-    fn load(lua: &Lua, folder: &Path, dtype: Option<Dtype>, frozen: bool) -> Result<Self> {
-        let mut remarks = Vec::new();
-        let model = Model::load(folder, dtype, !frozen, &mut |remark| remarks.push(remark))?;
-        if let Some(screen) = lua.app_data_ref::<Screen>() {
-            remarks.iter().for_each(|remark| screen.note(&format!("{}: {remark}", folder.display())));
+    fn adapt(&self, lua: &Lua, op: &'static str, making: Making) -> Result<()> {
+        match (making.lora, making.adapter) {
+            (None, None) => Ok(()),
+            (Some(lora), None) => {
+                self.model.adapt(lora, seed(lua))?;
+                if making.frozen {
+                    self.model.set_trains(false);
+                }
+                Ok(())
+            }
+            (None, Some(folder)) => {
+                let mut remarks = Vec::new();
+                self.model.load_adapter(&folder, !making.frozen, &mut |remark| remarks.push(remark))?;
+                note(lua, &folder, &remarks);
+                Ok(())
+            }
+            (Some(_), Some(_)) => {
+                Err(Error::argument(op, "lora", "one of `lora` (a new adapter) and `adapter` (the folder of one)", "both"))
+            }
         }
+    }
+
+    fn load(lua: &Lua, folder: &Path, making: &Making) -> Result<Self> {
+        let mut remarks = Vec::new();
+        let mut remark = |remark| remarks.push(remark);
+        let model = if making.scores {
+            Model::load_scoring(folder, making.dtype, making.trains(), seed(lua), &mut remark)?
+        } else {
+            Model::load(folder, making.dtype, making.trains(), &mut remark)?
+        };
+        note(lua, folder, &remarks);
         let has_tokenizer = ["tokenizer.json", "vocab.json"].iter().any(|file| folder.join(file).is_file());
         let tokenizer = if has_tokenizer { Some(TokenizerObject::load(folder)?) } else { None };
         let generation_config = GenerationConfig::load(folder)?.map(|config| format!("{:#}\n", config.to_json()).into_bytes());
-        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen })
+        let source = Some(folder.display().to_string());
+        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen: making.frozen, source })
     }
 
-    fn random(lua: &Lua, fields: &Table, dtype: Option<Dtype>, frozen: bool) -> Failed<Self> {
+    fn random(lua: &Lua, fields: &Table, making: &Making) -> Failed<Self> {
         let mut changes: Vec<(String, Json)> = Vec::new();
         let mut base = "tiny".to_string();
         for pair in fields.pairs::<Value, Value>() {
@@ -106,11 +158,27 @@ impl ModelObject {
             }
         }
         changes.sort_by(|a, b| a.0.cmp(&b.0));
-        let config = with_fields(&preset(&base)?, &changes)?;
-        let dtype = dtype.unwrap_or(Dtype::F32);
+        let config = Config { score: making.scores, ..with_fields(&preset(&base)?, &changes)? };
+        let dtype = making.dtype.unwrap_or(Dtype::F32);
         let model = Model::random(config, dtype, seed(lua))?;
-        model.set_trains(!frozen);
-        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen })
+        model.set_trains(making.trains());
+        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen: making.frozen, source: None })
+    }
+
+    /// The folder it came from.
+    pub fn source(&self) -> Option<&str> {
+        self.source.as_deref()
+    }
+
+    /// The same model, which counts as made from `source`: a folder, or fields of a new one.
+    pub fn made_from(self, source: &Value) -> Self {
+        let folder = source.as_string().map(|folder| folder.to_string_lossy());
+        Self { source: folder, ..self }
+    }
+
+    /// The model without its adapter, frozen, with which it shares its weights.
+    pub fn base(&self) -> Self {
+        Self { model: Arc::new(self.model.base()), frozen: true, ..self.clone() }
     }
 
     /// A model of its own in the same state, to be written while this one trains on.
@@ -174,8 +242,14 @@ pub const FUNCTIONS: &[Function] = &[
     Function { op: "model.presets", params: &[], call: |call| call.give(names().map(str::to_string).collect::<Vec<_>>()) },
 ];
 
+fn note(lua: &Lua, folder: &Path, remarks: &[String]) {
+    if let Some(screen) = lua.app_data_ref::<Screen>() {
+        remarks.iter().for_each(|remark| screen.note(&format!("{}: {remark}", folder.display())));
+    }
+}
+
 /// The batch at argument 0, counted as work, and `run` on it.
-fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>) -> Answer {
+pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
     let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
@@ -217,87 +291,86 @@ fn temperature(options: &Options) -> Failed<f32> {
 
 impl Class for ModelObject {
     const NAME: &'static str = "Model";
-    const METHODS: &'static [&'static [Function]] = &[&[
-        Function { op: "Model:complete", params: &["prompt", "options?"], call: generation::complete },
-        Function {
-            op: "Model:cross_entropy",
-            params: &["batch", "options?"],
-            call: |call| {
-                let options = call.options(1, &["normalizer", "router_aux_loss_coef"])?;
-                let (normalizer, coefficient) = (options.number("normalizer")?, options.number("router_aux_loss_coef")?);
-                forward(call, true, |this, batch, packed| {
-                    let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
-                    let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);
-                    let coefficient = coefficient.unwrap_or(published);
-                    Ok(this.model.cross_entropy(packed, &batch.labels, normalizer as f32, coefficient as f32)?.total.into())
-                })
+    const METHODS: &'static [&'static [Function]] = &[
+        &[
+            Function { op: "Model:complete", params: &["prompt", "options?"], call: generation::complete },
+            Function {
+                op: "Model:cross_entropy",
+                params: &["batch", "options?"],
+                call: |call| {
+                    let options = call.options(1, &["normalizer", "router_aux_loss_coef"])?;
+                    let (normalizer, coefficient) = (options.number("normalizer")?, options.number("router_aux_loss_coef")?);
+                    forward(call, true, |this, batch, packed| {
+                        let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
+                        let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);
+                        let coefficient = coefficient.unwrap_or(published);
+                        Ok(this.model.cross_entropy(packed, &batch.labels, normalizer as f32, coefficient as f32)?.total.into())
+                    })
+                },
             },
-        },
-        Function {
-            op: "Model:entropy",
-            params: &["batch", "options?"],
-            call: |call| {
-                let temperature = temperature(&call.options(1, &["temperature"])?)?;
-                forward(call, false, |this, batch, packed| {
-                    Ok(this.model.logprobs_and_entropy(packed, &batch.labels, temperature)?.1.into())
-                })
+            Function {
+                op: "Model:entropy",
+                params: &["batch", "options?"],
+                call: |call| {
+                    let temperature = temperature(&call.options(1, &["temperature"])?)?;
+                    forward(call, false, |this, batch, packed| {
+                        Ok(this.model.logprobs_and_entropy(packed, &batch.labels, temperature)?.1.into())
+                    })
+                },
             },
-        },
-        Function { op: "Model:generate", params: &["prompts", "options?"], call: generation::generate_all },
-        Function {
-            op: "Model:gradient",
-            params: &["name"],
-            call: |call| match call.subject::<ModelObject>()?.model.gradient(&call.string(0)?)? {
-                Some(gradient) => tensor(call, gradient),
-                None => call.give(Value::Nil),
+            Function { op: "Model:generate", params: &["prompts", "options?"], call: generation::generate_all },
+            Function {
+                op: "Model:gradient",
+                params: &["name"],
+                call: |call| match call.subject::<ModelObject>()?.model.gradient(&call.string(0)?)? {
+                    Some(gradient) => tensor(call, gradient),
+                    None => call.give(Value::Nil),
+                },
             },
-        },
-        Function {
-            op: "Model:logits",
-            params: &["batch"],
-            call: |call| forward(call, false, |this, _, packed| Ok(this.model.logits(packed)?.into())),
-        },
-        Function {
-            op: "Model:logprobs",
-            params: &["batch", "options?"],
-            call: |call| {
-                let temperature = temperature(&call.options(1, &["temperature"])?)?;
-                forward(call, true, |this, batch, packed| Ok(this.model.logprobs(packed, &batch.labels, temperature)?.into()))
+            Function {
+                op: "Model:logprobs",
+                params: &["batch", "options?"],
+                call: |call| {
+                    let temperature = temperature(&call.options(1, &["temperature"])?)?;
+                    forward(call, true, |this, batch, packed| Ok(this.model.logprobs(packed, &batch.labels, temperature)?.into()))
+                },
             },
-        },
-        Function {
-            op: "Model:parameter",
-            params: &["name"],
-            call: |call| {
-                let value = call.subject::<ModelObject>()?.model.value(&call.string(0)?)?;
-                tensor(call, value)
+            Function {
+                op: "Model:parameter",
+                params: &["name"],
+                call: |call| {
+                    let value = call.subject::<ModelObject>()?.model.value(&call.string(0)?)?;
+                    tensor(call, value)
+                },
             },
-        },
-        Function {
-            op: "Model:parameter_names",
-            params: &[],
-            call: |call| {
-                let names = call.subject::<ModelObject>()?.model.tensors().into_iter().map(|(name, _)| name);
-                call.give(names.collect::<Vec<_>>())
+            Function {
+                op: "Model:parameter_names",
+                params: &[],
+                call: |call| {
+                    let names = call.subject::<ModelObject>()?.model.tensors().into_iter().map(|(name, _)| name);
+                    call.give(names.collect::<Vec<_>>())
+                },
             },
-        },
-        Function { op: "Model:routing", params: &["batch"], call: routing },
-        Function {
-            op: "Model:save",
-            params: &["folder", "options?"],
-            call: |call| {
-                let dtype = match call.options(1, &["dtype"])?.string("dtype")? {
-                    Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
-                    None => None,
-                };
-                call.subject::<ModelObject>()?.save(&call.path(0)?, dtype)?;
-                call.done()
+            Function { op: "Model:routing", params: &["batch"], call: routing },
+            Function {
+                op: "Model:save",
+                params: &["folder", "options?"],
+                call: |call| {
+                    let dtype = match call.options(1, &["dtype"])?.string("dtype")? {
+                        Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
+                        None => None,
+                    };
+                    call.subject::<ModelObject>()?.save(&call.path(0)?, dtype)?;
+                    call.done()
+                },
             },
-        },
-    ]];
+        ],
+        model_weights::METHODS,
+    ];
     const FIELDS: &'static [Field<Self>] = &[
+        Field { name: "adapter", get: |lua, this| adapter_value(lua, &this.model) },
         Field { name: "config", get: |lua, this| Ok(json_to_lua(lua, &this.model.config().to_json())?) },
-        Field { name: "count", get: |_, this| Ok(Value::Integer(parameters(this.model.config()).total as i64)) },
+        Field { name: "count", get: |_, this| Ok(Value::Integer(this.model.count() as i64)) },
         Field { name: "dtype", get: |lua, this| Ok(Value::String(lua.create_string(this.model.dtype().name())?)) },
         Field { name: "frozen", get: |_, this| Ok(Value::Boolean(this.frozen)) },
         Field {
@@ -307,6 +380,7 @@ impl Class for ModelObject {
                 None => Ok(Value::Nil),
             },
         },
+        Field { name: "trainable", get: |_, this| Ok(Value::Integer(this.model.trainable() as i64)) },
     ];
 }
 

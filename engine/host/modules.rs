@@ -22,8 +22,16 @@ macro_rules! embedded {
 }
 
 /// The modules behind `std.*`. A test compares this list with the folder.
-pub const STDLIB: &[Embedded] =
-    embedded!["eval.lua", "losses.lua", "options.lua", "policy_losses.lua", "preference_losses.lua", "schedules.lua", "tales.lua"];
+pub const STDLIB: &[Embedded] = embedded![
+    "eval.lua",
+    "losses.lua",
+    "merging.lua",
+    "options.lua",
+    "policy_losses.lua",
+    "preference_losses.lua",
+    "schedules.lua",
+    "tales.lua"
+];
 
 /// The stubs of everything the engine exports, for editors.
 pub const STUBS: &[Embedded] =

@@ -1,13 +1,15 @@
 //! `engine.optim`: optimizers in scripts. An optimizer consumes the gradients that `backward` left in its model.
 
-use super::call::{Call, Class, Failed, Field, Function, register};
+use super::call::{Call, Class, Failed, Field, Function, describe, register};
+use super::globals::seed;
 use super::model::ModelObject;
 use super::options::Options;
 use super::progress::Screen;
 use super::replay::Replay;
 use crate::error::Error;
+use crate::train::online_merge::{MergeSettings, Method, OnlineMerge, Source};
 use crate::train::optimizer::{AdamW, Settings};
-use mlua::{UserData, UserDataMethods, Value};
+use mlua::{Lua, UserData, UserDataMethods, Value};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -85,8 +87,44 @@ fn take_changes(live: &mut Settings, before: &Settings, after: &Settings) {
     take(&mut live.clip_norm, before.clip_norm, after.clip_norm);
 }
 
+/// Options of an optimizer that can be changed.
+const CHANGEABLE: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm"];
 /// Options of an optimizer.
-pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm"];
+pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "merge"];
+/// Keys of the option `merge`.
+const MERGE: &[&str] = &["alpha", "base", "method", "reference", "rescale", "reserve"];
+
+/// What the option `merge` asks for, if it is given.
+///
+/// Errors: [`Error::Argument`] for settings and models that cannot be meant.
+fn merge_option(lua: &Lua, op: &'static str, options: &Options) -> Failed<Option<OnlineMerge>> {
+    let Some(table) = options.table("merge")? else { return Ok(None) };
+    let fields = Options::read(op, Some(table), MERGE)?;
+    let model = |key: &str| -> Failed<ModelObject> {
+        let value = fields.value(key)?;
+        let object = value.as_userdata().and_then(|object| Some(object.borrow::<ModelObject>().ok()?.clone()));
+        Ok(object.ok_or_else(|| Error::argument(op, format!("merge.{key}"), "a Model", describe(&value)))?)
+    };
+    let (base, reference) = (model("base")?.model, model("reference")?.model);
+    let method = match fields.string("method")?.as_deref() {
+        None | Some("dare") => Method::Dare,
+        Some("ties") => Method::Ties,
+        Some(other) => return Err(Error::argument(op, "merge.method", "\"dare\" or \"ties\"", format!("\"{other}\"")).into()),
+    };
+    let settings = MergeSettings {
+        method,
+        alpha: fields.number("alpha")?.unwrap_or(1e-7),
+        reserve: fields.number("reserve")?.unwrap_or(0.01),
+        rescale: fields.boolean("rescale")?.unwrap_or(false),
+    };
+    if base.parameters().len() != reference.parameters().len() {
+        let got = "a model with another number of parameters";
+        return Err(Error::argument(op, "merge.reference", "a model of the shape of merge.base", got).into());
+    }
+    let parts = base.parameters().into_iter().zip(reference.parameters()).zip(base.tensor_rows());
+    let sources = parts.map(|((base, reference), tensors)| Source { base, reference, tensors }).collect();
+    Ok(Some(OnlineMerge::new(settings, seed(lua), sources)?))
+}
 
 /// `base` with what `options` say.
 fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Settings> {
@@ -120,9 +158,12 @@ impl OptimizerObject {
     /// AdamW over the parameters of `model`.
     ///
     /// Errors: [`Error::Argument`] for a setting that cannot be meant, or a model of which nothing trains.
-    pub fn adamw(op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
+    pub fn adamw(lua: &Lua, op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
-        let adamw = AdamW::new(model.model.parameters(), settings)?;
+        let mut adamw = AdamW::new(model.model.parameters(), settings)?;
+        if let Some(merge) = merge_option(lua, op, options)? {
+            adamw = adamw.merging(merge)?;
+        }
         let held = Held { adamw, script: settings, asked: settings, forced: Forced::new(), applied: 0 };
         Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
     }
@@ -221,7 +262,7 @@ pub const FUNCTIONS: &[Function] = &[Function {
     params: &["model", "options?"],
     call: |call| {
         let model = call.object::<ModelObject>(0)?.clone();
-        call.give(OptimizerObject::adamw(call.op, &model, &call.options(1, OPTIONS)?)?)
+        call.give(OptimizerObject::adamw(call.lua, call.op, &model, &call.options(1, OPTIONS)?)?)
     },
 }];
 
@@ -260,7 +301,7 @@ impl Class for OptimizerObject {
             params: &["options"],
             call: |call| {
                 let replay = Replay::of(call.lua);
-                call.subject::<OptimizerObject>()?.set(call.op, replay.as_deref(), &call.options(0, OPTIONS)?)?;
+                call.subject::<OptimizerObject>()?.set(call.op, replay.as_deref(), &call.options(0, CHANGEABLE)?)?;
                 call.done()
             },
         },

@@ -25,13 +25,20 @@ pub(super) fn standing(call: &Call) -> Failed<(Arc<Run>, Arc<Replay>)> {
     Ok((run, Replay::of(call.lua).expect("a state with a run has a place in it")))
 }
 
-/// What a call of `run:model` asks for, in words that are equal when it is: source, element type, frozen or not.
+/// What a call of `run:model` asks for, in words that are equal when it is: source, element type, frozen or not, head, adapter.
 fn model_definition(call: &Call) -> Failed<String> {
     let options = call.options(2, model::OPTIONS)?;
     let source = Plain::of(call.op, "source", &call.value(1))?.canonical();
     let dtype = options.string("dtype")?.map_or_else(String::new, |dtype| format!(" in {dtype}"));
     let frozen = if options.boolean("frozen")?.unwrap_or(false) { ", frozen" } else { "" };
-    Ok(format!("{source}{dtype}{frozen}"))
+    let mut definition = format!("{source}{dtype}{frozen}");
+    for key in ["head", "lora", "adapter"] {
+        let value = options.value(key)?;
+        if !value.is_nil() {
+            definition += &format!(", {key} {}", Plain::of(call.op, "options", &value)?.canonical());
+        }
+    }
+    Ok(definition)
 }
 
 /// Gives a new resource its name. What the checkpoint has of it comes at once if the script is past the checkpoint's place.
@@ -62,7 +69,7 @@ fn run_model(call: &Call) -> super::call::Answer {
                 // Nothing trains a frozen model, so checkpoints do not hold it.
                 ModelObject::make(call.lua, call.op, &call.value(1), &options)?
             } else {
-                origin.load_model(call.lua, call.op, &name, &options)?
+                origin.load_model(call.lua, call.op, &name, &call.value(1), &options)?
             }
         }
         None => ModelObject::make(call.lua, call.op, &call.value(1), &options)?,
@@ -92,7 +99,7 @@ fn run_optimizer(call: &Call) -> super::call::Answer {
             optimizer
         }
         None => {
-            let optimizer = OptimizerObject::adamw(call.op, &model, &options)?.named(&name);
+            let optimizer = OptimizerObject::adamw(call.lua, call.op, &model, &options)?.named(&name);
             add(&run, &replay, &name, Resource::Optimizer(optimizer.clone(), owner), name.clone())?;
             if replay.is_replaying() {
                 optimizer.ask(call.op, &replay, &options)?;

@@ -19,7 +19,8 @@ pub fn explanation() -> String {
     format!(
         "tokens/s: tokens that went through a model's forward pass in the step, over the step's seconds.
 % of peak: FLOPs of the step over its seconds, as a share of the rate of a [512, 1024] x [1024, 1024] matrix product of this
-  engine on this machine in the model's element type. Recomputed layers count once; a forward pass alone is a third.
+  engine on this machine in the model's element type. Recomputed layers count once; a forward pass alone is a third,
+  and a step that trains an adapter two thirds.
 {FORMULA}
 memory: bytes of live tensors, of the process's resident memory.
 left: seconds so far, times the share to do over the share done."
@@ -51,7 +52,12 @@ impl Work {
         let tokens = u64::from(cu_seqlens.last().copied().unwrap_or(0));
         let documents = cu_seqlens.windows(2).map(|border| (border[1] - border[0]) as usize);
         let once: f64 = documents.map(|len| forward_flops(model.config(), len)).sum();
-        let passes = if trains && is_recording() { 3 } else { 1 };
+        // A frozen weight has no product for its gradient.
+        let passes = match (trains && is_recording(), model.adapter().is_some()) {
+            (false, _) => 1,
+            (true, true) => 2,
+            (true, false) => 3,
+        };
         self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
         self.tokens.fetch_add(tokens, Relaxed);
         self.operations.fetch_add(passes * once as u64, Relaxed);

@@ -1,6 +1,7 @@
 //! `Model`: a graph in f32 or in bf16 behind one face, with the questions that scripts ask it: logits, log-probabilities,
 //! losses, parameters and gradients by name.
 
+use super::adapted::Adapter;
 use super::config::Config;
 use super::graph::{Forward, Graph, Packed};
 use super::names::Named;
@@ -11,14 +12,15 @@ use crate::error::{Error, Result};
 use crate::kernels::available_memory::{available_bytes, fits};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
+use crate::tensor::autograd::with_recording;
 use crate::tensor::experts::load_balance;
-use crate::tensor::logprobs;
 use crate::tensor::parameter::Trainable;
 use crate::tensor::{AnyTensor, ModelElement, Tensor};
+use crate::tensor::{head, logprobs};
 use half::bf16;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 /// A graph in the element type that was chosen when the model was made.
 #[derive(Clone)]
@@ -40,7 +42,8 @@ macro_rules! on_graph {
 /// A Qwen2.5 model.
 pub struct Model {
     pub(super) graph: AnyGraph,
-    recompute: AtomicBool,
+    pub(super) recompute: AtomicBool,
+    pub(super) adapter: Mutex<Option<Adapter>>,
 }
 
 /// A training loss and its parts.
@@ -77,7 +80,11 @@ impl Model {
             Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::random(config, seed)?)),
             other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
         };
-        Ok(Self { graph, recompute: AtomicBool::new(false) })
+        Ok(Self::of(graph))
+    }
+
+    fn of(graph: AnyGraph) -> Self {
+        Self { graph, recompute: AtomicBool::new(false), adapter: Mutex::new(None) }
     }
 
     /// The model of a Hugging Face checkpoint folder, in its own element type or in `dtype`.
@@ -87,18 +94,37 @@ impl Model {
     ///
     /// Errors: those of [`Config::load`], [`CheckpointFolder::open`] and [`Graph::load`].
     pub fn load(folder: &Path, dtype: Option<Dtype>, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
-        let config = Config::load(folder)?;
+        Self::load_as(folder, Config::load(folder)?, dtype, trains, 0, remark)
+    }
+
+    /// As [`Model::load`], with a head that gives one score: the folder's, or a new one in place of its head, from `seed`.
+    ///
+    /// Errors: as there.
+    pub fn load_scoring(folder: &Path, dtype: Option<Dtype>, trains: bool, seed: u64, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        let config = Config { score: true, ..Config::load(folder)? };
+        Self::load_as(folder, config, dtype, trains, seed, remark)
+    }
+
+    fn load_as(
+        folder: &Path,
+        config: Config,
+        dtype: Option<Dtype>,
+        trains: bool,
+        seed: u64,
+        remark: &mut dyn FnMut(String),
+    ) -> Result<Self> {
         let files = CheckpointFolder::open(folder)?;
         check_memory(&config, dtype.unwrap_or(config.dtype))?;
         let graph = match dtype.unwrap_or(config.dtype) {
-            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, trains, remark)?)),
-            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, trains, remark)?)),
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, trains, seed, remark)?)),
+            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, trains, seed, remark)?)),
             other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
         };
-        Ok(Self { graph, recompute: AtomicBool::new(false) })
+        Ok(Self::of(graph))
     }
 
-    /// Writes a Hugging Face checkpoint folder, whole or not at all, with `files` beside the weights.
+    /// Writes a Hugging Face checkpoint folder, whole or not at all, with `files` beside the weights. Low-rank parts are written
+    /// as part of the weights; the model stays as it is.
     ///
     /// - `dtype`: of the stored weights; the model's own if none
     ///
@@ -107,25 +133,6 @@ impl Model {
         match dtype.unwrap_or(self.dtype()) {
             dtype @ (Dtype::F32 | Dtype::Bf16) => on_graph!(self, graph => graph.save(folder, dtype, files)),
             other => Err(Error::argument("save", "dtype", "f32 or bf16", other)),
-        }
-    }
-
-    /// A model of its own with the same weights, masters and gradients: what a checkpoint is written from while this one
-    /// trains on.
-    pub fn copy(&self) -> Self {
-        let graph = match &self.graph {
-            AnyGraph::F32(graph) => AnyGraph::F32(Arc::new(graph.copy())),
-            AnyGraph::Bf16(graph) => AnyGraph::Bf16(Arc::new(graph.copy())),
-        };
-        Self { graph, recompute: AtomicBool::new(self.recompute.load(Relaxed)) }
-    }
-
-    /// Takes weights, masters and gradients of a copy of this model, to the bit.
-    pub fn copy_from(&self, copy: &Self) {
-        match (&self.graph, &copy.graph) {
-            (AnyGraph::F32(to), AnyGraph::F32(from)) => to.copy_from(from),
-            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => to.copy_from(from),
-            _ => panic!("a copy has the element type of its model"),
         }
     }
 
@@ -176,31 +183,61 @@ impl Model {
         Ok((graph.final_norm(&forward.hidden)?, forward))
     }
 
-    /// The logits of every token: `[tokens, vocab]`, f32. Not differentiable: losses go through [`Model::logprobs`].
+    /// Errors: [`Error::Argument`] if the model gives a score in place of logits.
+    pub(super) fn check_language(&self, op: &'static str) -> Result<()> {
+        if self.config().score {
+            return Err(Error::argument(op, "self", "a model with a head over the vocabulary", "one that scores; ask it for `scores`"));
+        }
+        Ok(())
+    }
+
+    /// The logits of every token: `[tokens, vocab]`, f32, differentiable. Losses over labels go through [`Model::logprobs`],
+    /// which stores no logits.
     ///
-    /// Errors: those of [`Packed::check`].
+    /// Errors: those of [`Packed::check`]; [`Error::Argument`] for a model that scores.
     pub fn logits(&self, input: &Packed) -> Result<Tensor<f32, 2>> {
+        self.check_language("logits")?;
         on_graph!(self, graph => {
-            let (normed, _) = crate::tensor::autograd::with_recording(false, || self.run(graph, input))?;
-            logprobs::logits(&normed, &graph.head)
+            let (normed, _) = self.run(graph, input)?;
+            head::logits(&normed, &graph.head)
         })
     }
 
-    /// The logits of the given tokens alone, by index: `[rows.len(), vocab]`, f32.
+    /// The logits of the given tokens alone, by index: `[rows.len(), vocab]`, f32, for looking and sampling. Not recorded.
     ///
-    /// Errors: those of [`Packed::check`]; [`Error::Argument`] for an index outside the tokens.
+    /// Errors: as [`Model::logits_of`].
     pub fn logits_at(&self, input: &Packed, rows: &[usize]) -> Result<Tensor<f32, 2>> {
+        with_recording(false, || self.logits_of(input, rows))
+    }
+
+    /// The logits of the given tokens alone, by index: `[rows.len(), vocab]`, f32, differentiable.
+    ///
+    /// Errors: as [`Model::logits`]; [`Error::Argument`] for an index outside the tokens.
+    pub fn logits_of(&self, input: &Packed, rows: &[usize]) -> Result<Tensor<f32, 2>> {
+        self.check_language("logits")?;
         on_graph!(self, graph => {
-            let (normed, _) = crate::tensor::autograd::with_recording(false, || self.run(graph, input))?;
-            let [tokens, hidden] = normed.shape();
-            let mut some = Buffer::scratch(rows.len() * hidden);
-            for (to, row) in some.chunks_exact_mut(hidden).zip(rows) {
-                if *row >= tokens {
-                    return Err(Error::argument("logits", "rows", format!("indices below {tokens}"), row));
-                }
-                to.copy_from_slice(&normed.values()[row * hidden..][..hidden]);
-            }
-            logprobs::logits(&Tensor::new([rows.len(), hidden], some)?, &graph.head)
+            let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+            let some = head::select_rows(&forward.hidden, rows)?;
+            head::logits(&graph.final_norm(&some)?, &graph.head)
+        })
+    }
+
+    /// The score of each document, from its last token: `[documents]`, f32, differentiable.
+    ///
+    /// Errors: those of [`Packed::check`]; [`Error::Argument`] for a document without tokens, or a model that gives logits.
+    pub fn scores(&self, input: &Packed) -> Result<Tensor<f32, 1>> {
+        if !self.config().score {
+            return Err(Error::argument("scores", "self", "a model that scores (option `head`)", "one with a head over the vocabulary"));
+        }
+        let last = input.cu_seqlens.windows(2).enumerate().map(|(index, pair)| match pair[1] > pair[0] {
+            true => Ok(pair[1] as usize - 1),
+            false => Err(Error::argument("scores", "batch", "documents of at least one token", format!("document {} without", index + 1))),
+        });
+        let last = last.collect::<Result<Vec<_>>>()?;
+        on_graph!(self, graph => {
+            let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+            let last = head::select_rows(&forward.hidden, &last)?;
+            head::scores(&graph.final_norm(&last)?, &graph.head)
         })
     }
 
@@ -243,6 +280,7 @@ impl Model {
     ///
     /// Errors: those of [`Packed::check`] and of [`logprobs::logprobs`].
     pub fn logprobs(&self, input: &Packed, labels: &[i32], temperature: f32) -> Result<Tensor<f32, 1>> {
+        self.check_language("logprobs")?;
         on_graph!(self, graph => {
             let (normed, _) = self.run(graph, input)?;
             logprobs::logprobs(&normed, &graph.head, labels, temperature)
@@ -253,6 +291,7 @@ impl Model {
     ///
     /// Errors: as [`Model::logprobs`].
     pub fn logprobs_and_entropy(&self, input: &Packed, labels: &[i32], temperature: f32) -> Result<(Tensor<f32, 1>, Tensor<f32, 1>)> {
+        self.check_language("entropy")?;
         on_graph!(self, graph => {
             let (normed, _) = self.run(graph, input)?;
             let logp = logprobs::logprobs(&normed, &graph.head, labels, temperature)?;
@@ -268,6 +307,7 @@ impl Model {
     ///
     /// Errors: those of [`Packed::check`] and of [`logprobs::cross_entropy`].
     pub fn cross_entropy(&self, input: &Packed, labels: &[i32], normalizer: f32, router_aux_loss_coef: f32) -> Result<Loss> {
+        self.check_language("cross_entropy")?;
         on_graph!(self, graph => {
             let (normed, forward) = self.run(graph, input)?;
             let balance = if router_aux_loss_coef == 0.0 { None } else { load_balance(&forward.routing) };
@@ -292,9 +332,12 @@ impl Model {
         on_graph!(self, graph => graph.parameters().iter().for_each(|parameter| parameter.set_trains(trains)));
     }
 
-    /// Names and shapes of the tensors, as checkpoints know them.
+    /// Names and shapes of the tensors, as checkpoints know them; those of an adapter at the end.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        on_graph!(self, graph => graph.named().into_iter().map(|named| (named.name, named.shape)).collect())
+        on_graph!(self, graph => {
+            let named = graph.named().into_iter().chain(graph.named_adapters());
+            named.map(|named| (named.name, named.shape)).collect()
+        })
     }
 
     /// Walks the tensor called `name` in blocks of rows, as f32, row-major: master weights where they exist.
@@ -340,7 +383,7 @@ impl Model {
     }
 }
 
-fn find<E: ModelElement>(graph: &Graph<E>, name: &str) -> Result<Named<E>> {
+pub(super) fn find<E: ModelElement>(graph: &Graph<E>, name: &str) -> Result<Named<E>> {
     let known = || Error::argument("model", "name", "a tensor of this model, for example model.norm.weight", format!("{name:?}"));
-    graph.named().into_iter().find(|named| named.name == name).ok_or_else(known)
+    graph.named().into_iter().chain(graph.named_adapters()).find(|named| named.name == name).ok_or_else(known)
 }

@@ -41,6 +41,8 @@ pub struct Config {
     pub max_positions: usize,
     /// Whether the head is the embedding.
     pub tied: bool,
+    /// Whether the head gives one score in place of logits: `Qwen2ForSequenceClassification` with one label.
+    pub score: bool,
     /// One a layer: how many tokens it sees back, its own included, or all.
     pub sliding: Vec<Option<usize>>,
     /// Standard deviation of new weights.
@@ -122,6 +124,7 @@ impl Config {
             rope,
             max_positions,
             tied: fields.flag("tie_word_embeddings", false)?,
+            score: parse_score(&fields),
             sliding: parse_sliding(&fields, layers)?,
             initializer_range: fields.number("initializer_range", 0.02, 0.0..=1e3)?,
             moe: if sparse { Some(parse_moe(&fields)?) } else { None },
@@ -178,7 +181,8 @@ impl Config {
         object.shift_remove("dtype");
         let mut set = |key: &str, value: Value| object.insert(key.to_owned(), value);
         let moe = self.moe.as_ref();
-        set("architectures", json!([if moe.is_some() { "Qwen2MoeForCausalLM" } else { "Qwen2ForCausalLM" }]));
+        let task = if self.score { "ForSequenceClassification" } else { "ForCausalLM" };
+        set("architectures", json!([format!("{}{task}", if moe.is_some() { "Qwen2Moe" } else { "Qwen2" })]));
         set("model_type", json!(if moe.is_some() { "qwen2_moe" } else { "qwen2" }));
         set("vocab_size", json!(self.vocab));
         set("hidden_size", json!(self.hidden));
@@ -208,6 +212,11 @@ impl Config {
             set("mlp_only_layers", json!(moe.mlp_only_layers));
             set("router_aux_loss_coef", json!(moe.router_aux_loss_coef));
             set("qkv_bias", json!(true));
+        }
+        if self.score {
+            // transformers counts labels by their names, and has two if there are none.
+            object.insert("id2label".into(), json!({ "0": "LABEL_0" }));
+            object.insert("label2id".into(), json!({ "LABEL_0": 0 }));
         }
         if self.head_dim * self.heads != self.hidden || object.contains_key("head_dim") {
             object.insert("head_dim".into(), json!(self.head_dim));
@@ -315,6 +324,12 @@ fn parse_moe(fields: &Fields) -> Result<MoeConfig> {
         mlp_only_layers: fields.counts("mlp_only_layers", 0..=limit::LAYERS)?.unwrap_or_default(),
         router_aux_loss_coef: fields.number("router_aux_loss_coef", 0.001, 0.0..=1e6)?,
     })
+}
+
+/// Whether `architectures` names a model that scores.
+fn parse_score(fields: &Fields) -> bool {
+    let names = fields.get("architectures").and_then(Value::as_array);
+    names.into_iter().flatten().any(|name| name.as_str().is_some_and(|name| name.ends_with("ForSequenceClassification")))
 }
 
 /// `torch_dtype` (version 4) or `dtype` (5); f32 if neither is there, as in transformers. Errors: [`Error::Format`].

@@ -30,7 +30,7 @@ pub fn matmul_parameters(config: &Config) -> f64 {
         };
         attention + mlp
     });
-    layers.sum::<f64>() + size(config.vocab) * hidden
+    layers.sum::<f64>() + if config.score { hidden } else { size(config.vocab) * hidden }
 }
 
 /// Pairs of query and key that causal attention scores in a document of `tokens`, over all layers.

@@ -2,18 +2,22 @@
 
 #[macro_use]
 mod any;
+mod adapted;
 pub mod config;
 pub mod fields;
 pub mod flops;
 pub mod generation_config;
 pub mod graph;
+pub mod lora;
 pub mod names;
 pub mod paged;
 pub mod presets;
 pub mod rope_scaling;
 pub mod sizes;
 mod training_state;
+mod weight_space;
 pub mod weights;
 
 pub use any::{Loss, Model};
 pub use graph::Packed;
+pub use lora::Lora;

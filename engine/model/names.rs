@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// A tensor of the checkpoint format and where it lies.
+#[derive(Clone)]
 pub struct Named<E: ModelElement> {
     /// For example `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
@@ -48,14 +49,37 @@ impl<E: ModelElement> Graph<E> {
             list.vector(&format!("{prefix}.post_attention_layernorm.weight"), &layer.post_norm);
         }
         list.vector("model.norm.weight", &self.norm);
-        if !Arc::ptr_eq(&self.embed, &self.head) {
+        if self.config.score {
+            list.matrix("score.weight", &self.head);
+        } else if !Arc::ptr_eq(&self.embed, &self.head) {
             list.matrix("lm_head.weight", &self.head);
         }
         list.named
     }
 
-    /// Every parameter once, in the order of [`Graph::named`].
+    /// The factors of low-rank parts, merged or not, in the order of [`Graph::named`]: for `q_proj.weight` they are
+    /// `q_proj.lora_A.weight` and `q_proj.lora_B.weight`.
+    pub fn named_adapters(&self) -> Vec<Named<E>> {
+        let mut list = List { named: Vec::new() };
+        for named in self.named() {
+            let module = named.name.trim_end_matches(".weight");
+            for part in named.parameter.all_adapters().iter().filter(|part| part.rows == named.rows && named.shape.len() == 2) {
+                list.matrix(&format!("{module}.lora_A.weight"), &part.a);
+                list.matrix(&format!("{module}.lora_B.weight"), &part.b);
+            }
+        }
+        list.named
+    }
+
+    /// Every parameter once: weights in the order of [`Graph::named`], then those of [`Graph::named_adapters`].
     pub fn parameters(&self) -> Vec<Arc<Parameter<E>>> {
+        let mut parameters = self.weights();
+        parameters.extend(self.named_adapters().into_iter().map(|named| named.parameter));
+        parameters
+    }
+
+    /// Every parameter once, without the factors of low-rank parts.
+    pub fn weights(&self) -> Vec<Arc<Parameter<E>>> {
         let mut parameters: Vec<Arc<Parameter<E>>> = Vec::new();
         for named in self.named() {
             // The rows of one parameter stand near each other, but a bias stands between q's and k's weights.

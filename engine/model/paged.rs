@@ -7,7 +7,7 @@ use crate::kernels::buffer::Buffer;
 use crate::tensor::autograd::with_recording;
 use crate::tensor::paged_attention::KvBlocks;
 pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
-use crate::tensor::{ModelElement, Tensor, logprobs};
+use crate::tensor::{ModelElement, Tensor, head};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -47,8 +47,9 @@ impl Model {
     /// Runs new tokens and hands the logits of the wanted rows to `each`, some rows at a time: the range among
     /// `input.rows`, and `[rows, vocab]` f32. They have the bits that [`Model::logits`] gives for the whole text.
     ///
-    /// Errors: [`crate::error::Error::Argument`] for a token outside the vocabulary; those of `each`.
+    /// Errors: [`crate::error::Error::Argument`] for a token outside the vocabulary, or a model that scores; those of `each`.
     pub fn logits_paged(&self, input: NewTokens, cache: &Cache, each: &mut dyn FnMut(Range<usize>, &[f32]) -> Result<()>) -> Result<()> {
+        self.check_language("generate")?;
         let NewTokens { tokens, position_ids, spans, rows } = input;
         on_graph!(self, graph => with_recording(false, || {
             let forward = graph.forward_paged(&tokens, &position_ids, spans, cache)?;
@@ -57,7 +58,7 @@ impl Model {
             for start in (0..rows.len()).step_by(chunk) {
                 let range = start..rows.len().min(start + chunk);
                 let wanted = rows_of(&forward.hidden, &rows[range.clone()], hidden)?;
-                each(range, logprobs::logits(&graph.final_norm(&wanted)?, &graph.head)?.values())?;
+                each(range, head::logits(&graph.final_norm(&wanted)?, &graph.head)?.values())?;
             }
             Ok(())
         }))

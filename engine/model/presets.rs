@@ -71,6 +71,7 @@ pub fn preset(name: &str) -> Result<Config> {
         rope: RopeScaling::Default,
         max_positions,
         tied,
+        score: false,
         sliding: vec![None; layers],
         initializer_range: 0.02,
         moe: match name {

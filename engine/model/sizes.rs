@@ -6,7 +6,7 @@ use super::config::Config;
 use crate::kernels::element::Dtype;
 
 /// The tensors of a checkpoint of `config`: names of the hub's layout, shapes `[out, in]`, in the order of the forward
-/// pass. A tied model has no `lm_head.weight`.
+/// pass. A tied model has no `lm_head.weight`, one that scores has `score.weight` in its place.
 pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
     let Config { vocab, hidden, heads, kv_heads, head_dim, .. } = *config;
     let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
@@ -37,7 +37,9 @@ pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
         }
     }
     tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-    if !config.tied {
+    if config.score {
+        tensors.push(("score.weight".to_owned(), vec![1, hidden]));
+    } else if !config.tied {
         tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
     }
     tensors
@@ -73,7 +75,12 @@ pub fn parameters(config: &Config) -> Parameters {
         non_embedding += attention + all;
         activated += attention + used;
     }
-    let embedding = size(config.vocab) * hidden * if config.tied { 1 } else { 2 };
+    let head = match (config.score, config.tied) {
+        (true, _) => hidden,
+        (false, true) => 0,
+        (false, false) => size(config.vocab) * hidden,
+    };
+    let embedding = size(config.vocab) * hidden + head;
     Parameters { total: non_embedding + embedding, non_embedding, activated }
 }
 

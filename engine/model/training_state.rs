@@ -17,7 +17,7 @@ use std::sync::Arc;
 const STEM: &str = "training_state";
 
 impl<E: ModelElement> Graph<E> {
-    /// A graph of its own with the same weights, masters and gradients.
+    /// A graph of its own with the same weights, low-rank parts, masters and gradients.
     pub fn copy(&self) -> Self {
         let copy = |parameter: &Arc<Parameter<E>>| Arc::new(parameter.copy());
         let expert = |expert: &Expert<E>| Expert { gate_up: copy(&expert.gate_up), down: copy(&expert.down) };
@@ -43,9 +43,9 @@ impl<E: ModelElement> Graph<E> {
         Self { embed, layers: layers.collect(), norm: copy(&self.norm), head, rope: self.rope.clone(), config: self.config.clone() }
     }
 
-    /// Takes weights, masters and gradients of a copy of this graph.
+    /// Takes weights, low-rank parts, masters and gradients of a copy of this graph.
     pub fn copy_from(&self, copy: &Self) {
-        self.parameters().iter().zip(copy.parameters()).for_each(|(to, from)| to.copy_from(&from));
+        self.weights().iter().zip(copy.weights()).for_each(|(to, from)| to.copy_from(&from));
     }
 
     /// Writes remainders and gradients into the folder `target`. Errors: those of [`FolderWriter`].
@@ -158,7 +158,7 @@ mod tests {
         copy.save(&folder.path().join("model"), E::DTYPE, &[]).unwrap();
         copy.save_training_state(&folder.path().join("state")).unwrap();
         let files = crate::checkpoint::folder::CheckpointFolder::open(&folder.path().join("model")).unwrap();
-        let loaded = Graph::<E>::load(&files, Config { dtype: E::DTYPE, ..config(moe) }, true, &mut |_| {}).unwrap();
+        let loaded = Graph::<E>::load(&files, Config { dtype: E::DTYPE, ..config(moe) }, true, 0, &mut |_| {}).unwrap();
         loaded.load_training_state(&folder.path().join("state")).unwrap();
         same(&graph, &loaded);
         // Changes of the original do not reach the copy, and the copy brings them back.

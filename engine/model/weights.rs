@@ -23,11 +23,14 @@ use std::sync::Arc;
 /// f32 values that one block of rows may have while weights move.
 const BLOCK_VALUES: usize = 1 << 20;
 
-/// Whether the head is the embedding.
+/// What the head is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Head {
+    /// The embedding.
     Tied,
     Own,
+    /// One output in place of logits.
+    Score,
 }
 
 impl<E: ModelElement> Graph<E> {
@@ -36,7 +39,11 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: those of [`Config::check`].
     pub fn zeros(config: Config) -> Result<Self> {
         config.check(Path::new("model"))?;
-        let head = if config.tied { Head::Tied } else { Head::Own };
+        let head = match (config.score, config.tied) {
+            (true, _) => Head::Score,
+            (false, true) => Head::Tied,
+            (false, false) => Head::Own,
+        };
         Ok(Self::build(config, head))
     }
 
@@ -45,41 +52,50 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: those of [`Config::check`].
     pub fn random(config: Config, seed: u64) -> Result<Self> {
         let graph = Self::zeros(config)?;
-        let (deviation, pad) = (graph.config.initializer_range as f32, graph.config.pad);
-        for named in graph.named() {
-            let Kind::Matrix = kind(&named) else {
-                let value = if matches!(kind(&named), Kind::Norm) { 1.0 } else { 0.0 };
-                named.parameter.write_rows(named.rows.clone(), &vec![value; named.rows.len()], E::HAS_REMAINDER);
-                continue;
-            };
-            let stream = Stream::new(seed, &named.name);
-            let columns = named.parameter.columns();
-            for block in blocks(named.rows.len(), columns) {
-                let mut values = Buffer::<f32>::scratch(block.len() * columns);
-                stream.fill_normal((block.start * columns) as u64, deviation, &mut values);
-                if named.name == "model.embed_tokens.weight"
-                    && let Some(pad) = pad.map(|pad| pad as usize).filter(|pad| block.contains(pad))
-                {
-                    values[(pad - block.start) * columns..][..columns].fill(0.0);
-                }
-                named.parameter.write_rows(shift(&block, named.rows.start), &values, E::HAS_REMAINDER);
-            }
-        }
+        graph.named().iter().for_each(|named| graph.begin(named, seed));
         Ok(graph)
+    }
+
+    /// A tensor of a new model.
+    fn begin(&self, named: &Named<E>, seed: u64) {
+        let (deviation, pad) = (self.config.initializer_range as f32, self.config.pad);
+        let Kind::Matrix = kind(named) else {
+            let value = if matches!(kind(named), Kind::Norm) { 1.0 } else { 0.0 };
+            named.parameter.write_rows(named.rows.clone(), &vec![value; named.rows.len()], E::HAS_REMAINDER);
+            return;
+        };
+        let stream = Stream::new(seed, &named.name);
+        let columns = named.parameter.columns();
+        for block in blocks(named.rows.len(), columns) {
+            let mut values = Buffer::<f32>::scratch(block.len() * columns);
+            stream.fill_normal((block.start * columns) as u64, deviation, &mut values);
+            if named.name == "model.embed_tokens.weight"
+                && let Some(pad) = pad.map(|pad| pad as usize).filter(|pad| block.contains(pad))
+            {
+                values[(pad - block.start) * columns..][..columns].fill(0.0);
+            }
+            named.parameter.write_rows(shift(&block, named.rows.start), &values, E::HAS_REMAINDER);
+        }
     }
 
     /// The model of a checkpoint folder. Remarks on what was odd but clear (a redundant head, a missing one) go to `remark`.
     ///
     /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from a finer type then keeps f32 master weights
+    /// - `seed`: of a head that scores, if `config` has one and the folder does not
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
-    pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
-        let head = choose_head(folder, &config, remark)?;
-        let config = Config { tied: head == Head::Tied, ..config };
+    pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, seed: u64, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        let head = if config.score { Head::Score } else { choose_head(folder, &config, remark)? };
+        let tied = if config.score { config.tied } else { head == Head::Tied };
+        let config = Config { tied, ..config };
         let graph = Self::build(config, head);
         let named = graph.named();
         refuse_unexpected(folder, &named)?;
         for tensor in &named {
+            if tensor.name == "score.weight" && folder.get(&tensor.name).is_none() {
+                graph.begin(tensor, seed);
+                continue;
+            }
             let info = folder.expect(&tensor.name, &tensor.shape)?;
             // bf16 holds a stored bf16 exactly; of every other type something is left over.
             let split = trains && info.dtype != StoredDtype::Bf16;
@@ -132,12 +148,13 @@ impl<E: ModelElement> Graph<E> {
         let head = match head {
             Head::Tied => embed.clone(),
             Head::Own => matrix("lm_head".into(), config.vocab, hidden),
+            Head::Score => matrix("score".into(), 1, hidden),
         };
         let (inv_freq, attention_scaling) = config.inv_freq();
         Self { embed, layers, norm: vector("model.norm".into(), hidden), head, rope: Rope { inv_freq, attention_scaling }, config }
     }
 
-    /// Writes a checkpoint folder, whole or not at all: weights, `config.json`, and `files` (tokenizer, generation
+    /// Writes a checkpoint folder, whole or not at all: weights with their low-rank parts added in f32, `config.json`, and `files` (tokenizer, generation
     /// configuration) by name.
     ///
     /// - `dtype`: of the stored weights; the model's own type stores them as they stand, f32 the master weights of a bf16
@@ -152,13 +169,13 @@ impl<E: ModelElement> Graph<E> {
         for tensor in &named {
             let columns = tensor.parameter.columns();
             for block in blocks(tensor.rows.len(), columns) {
-                if dtype == E::DTYPE {
+                if dtype == E::DTYPE && tensor.parameter.adapters().is_empty() {
                     let mut values = Buffer::<E>::scratch(block.len() * columns);
                     tensor.parameter.read_weight_rows(shift(&block, tensor.rows.start), &mut values);
                     writer.write(&tensor.name, &values)?;
                 } else {
                     let mut values = Buffer::<f32>::scratch(block.len() * columns);
-                    Self::read_tensor_rows(tensor, block, &mut values);
+                    tensor.parameter.read_adapted_rows(shift(&block, tensor.rows.start), &mut values);
                     writer.write(&tensor.name, &values)?;
                 }
             }

@@ -3,6 +3,7 @@
 //! Source: `Qwen2MoeSparseMoeBlock` and `load_balancing_loss_func` of transformers.
 
 use super::ModelElement;
+use super::low_rank::Applied;
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
@@ -129,17 +130,22 @@ pub fn mixture<E: ModelElement>(
     let mut gate_up = Buffer::<E>::scratch(grouped * 2 * intermediate);
     let mut activation = Buffer::<E>::scratch(grouped * intermediate);
     let mut out = Buffer::<E>::scratch(grouped * hidden);
+    // The low-rank parts of each expert that has rows, by its index.
+    let none = || experts.iter().map(|_| None).collect::<Vec<Option<Applied<E>>>>();
+    let (mut gate_up_parts, mut down_parts) = (none(), none());
     each_expert(&routing.groups, |index, rows| {
         let weight = &experts[index].gate_up;
         let tokens = &routing.groups.rows[rows.clone()];
         let y = &mut gate_up[part(&rows, 2 * intermediate)];
-        gemm::forward(y, normed.values(), Some(tokens), weight.product_weight(&weight.read()), None, None);
+        gemm::forward(&mut *y, normed.values(), Some(tokens), weight.product_weight(&weight.read()), None, None);
+        gate_up_parts[index] = Some(Applied::forward(weight, y, normed.values(), Some(tokens)));
     });
     swiglu::swiglu(&gate_up, intermediate, &mut activation);
     each_expert(&routing.groups, |index, rows| {
         let weight = &experts[index].down;
         let (from, y) = (&activation[part(&rows, intermediate)], &mut out[part(&rows, hidden)]);
-        gemm::forward(y, from, None, weight.product_weight(&weight.read()), None, None);
+        gemm::forward(&mut *y, from, None, weight.product_weight(&weight.read()), None, None);
+        down_parts[index] = Some(Applied::forward(weight, y, from, None));
     });
     drop(activation);
     let mut y = Buffer::copy_of(x.values());
@@ -149,15 +155,18 @@ pub fn mixture<E: ModelElement>(
     combine::add_gated(&open, shared.values(), &mut y);
 
     let parents = [x.node(), normed.node(), routing.weights.node(), shared.node(), gate.node()];
-    let trains = experts.iter().any(|expert| expert.gate_up.trains() || expert.down.trains());
+    let trains = experts.iter().any(|expert| expert.gate_up.learns() || expert.down.learns());
+    let needs_input = experts.iter().any(|expert| expert.gate_up.learns());
     let seen: Vec<(u64, u64)> = experts.iter().map(|expert| (expert.gate_up.version(), expert.down.version())).collect();
     let (groups, experts) = (routing.groups.clone(), experts.clone());
-    let (normed, weights, shared) = (normed.data().clone(), routing.weights.data().clone(), shared.data().clone());
+    let (weights, shared) = (routing.weights.data().clone(), shared.data().clone());
+    let normed = needs_input.then(|| normed.data().clone());
     Ok(Tensor::from_operation([tokens, hidden], Data::ready(y), &parents, trains, move |dy, sink| {
         for (expert, (gate_up, down)) in experts.iter().zip(&seen) {
             expert.gate_up.check_version(*gate_up, "mixture")?;
             expert.down.check_version(*down, "mixture")?;
         }
+        gate_up_parts.iter().chain(&down_parts).flatten().try_for_each(|parts| parts.check_versions("mixture"))?;
         let mut d_shared = Buffer::<E>::scratch(tokens * hidden);
         let mut d_open = Buffer::<f32>::scratch(tokens);
         combine::add_gated_backward(&open, shared.get(), &dy, &mut d_open, &mut d_shared);
@@ -177,11 +186,21 @@ pub fn mixture<E: ModelElement>(
         each_expert(&groups, |index, rows| {
             let weight = &experts[index].down;
             let (d_out, d) = (&d_out[part(&rows, hidden)], &mut d_activation[part(&rows, intermediate)]);
-            gemm::input_gradient(d, d_out, weight.product_weight(&weight.read()), false);
+            gemm::input_gradient(&mut *d, d_out, weight.product_weight(&weight.read()), false);
+            let down = down_parts[index].as_ref().expect("an expert with rows was applied");
+            if down.trains() {
+                let mut activation = Buffer::<E>::scratch(rows.len() * intermediate);
+                swiglu::swiglu(&gate_up[part(&rows, 2 * intermediate)], intermediate, &mut activation);
+                down.add_input_gradient(&down.factor_gradients(d_out, &activation, None), d);
+            } else {
+                down.add_input_gradient(&down.factor_gradients(d_out, &[], None), d);
+            }
         });
         let mut activation = Buffer::<E>::scratch(grouped * intermediate);
         swiglu::swiglu_backward_in_place(&mut gate_up, intermediate, &d_activation, Some(&mut activation));
         drop(d_activation);
+        let normed = normed.as_ref().map_or(&[][..], |normed| normed.get());
+        let mut d_inner = Vec::new();
         for (index, expert) in experts.iter().enumerate() {
             let rows = groups.offsets[index]..groups.offsets[index + 1];
             let tokens = &groups.rows[rows.clone()];
@@ -191,15 +210,19 @@ pub fn mixture<E: ModelElement>(
             });
             let d_gate_up = &gate_up[part(&rows, 2 * intermediate)];
             expert.gate_up.accumulate(|gradient, add| {
-                gemm::weight_gradient(gradient, d_gate_up, normed.get(), Some(tokens), 2 * intermediate, hidden, add);
+                gemm::weight_gradient(gradient, d_gate_up, normed, Some(tokens), 2 * intermediate, hidden, add);
             });
+            d_inner.push(gate_up_parts[index].as_ref().map(|gate_up| gate_up.factor_gradients(d_gate_up, normed, Some(tokens))));
         }
         if sink.wants(1) {
             // The gradients of the experts' outputs are read no more: their buffer takes those of the inputs.
             each_expert(&groups, |index, rows| {
                 let weight = &experts[index].gate_up;
                 let (from, d) = (&gate_up[part(&rows, 2 * intermediate)], &mut d_out[part(&rows, hidden)]);
-                gemm::input_gradient(d, from, weight.product_weight(&weight.read()), false);
+                gemm::input_gradient(&mut *d, from, weight.product_weight(&weight.read()), false);
+                if let (Some(gate_up), Some(d_inner)) = (&gate_up_parts[index], &d_inner[index]) {
+                    gate_up.add_input_gradient(d_inner, d);
+                }
             });
             let mut ones = Buffer::<f32>::scratch(grouped);
             ones.fill(1.0);

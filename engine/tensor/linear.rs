@@ -2,6 +2,7 @@
 //! `swiglu_linear`. The fused forms save their input alone and compute the norm or the activation again for the
 //! backward pass, which costs a hundredth of the product and spares its memory.
 
+use super::low_rank::Applied;
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use super::{ModelElement, parameter};
@@ -25,14 +26,23 @@ pub fn linear<E: ModelElement>(
 ) -> Result<Tensor<E, 2>> {
     let [tokens, input] = x.shape();
     check_weight("linear", input, weight)?;
-    let y = product(x.values(), tokens, weight, bias, residual)?;
-    let (saved, weight, bias) = (x.data().clone(), weight.clone(), bias.cloned());
-    let (seen, trains) = (weight.version(), weight.trains() || bias.as_ref().is_some_and(|bias| bias.trains()));
+    let (y, applied) = product(x.values(), tokens, weight, bias, residual)?;
+    let trains = weight.trains() || applied.trains();
+    // The input is needed for the gradients of weights alone: a frozen weight keeps none.
+    let saved = trains.then(|| x.data().clone());
+    let trains = trains || bias.is_some_and(|bias| bias.trains());
+    let (weight, bias, seen) = (weight.clone(), bias.cloned(), weight.version());
     let parents = [x.node(), residual.and_then(Tensor::node)];
     Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &parents, trains, move |dy, sink| {
         weight.check_version(seen, "linear")?;
-        weight_gradients(&dy, saved.get(), &weight, bias.as_deref());
-        sink.accumulate::<E>(0, tokens * input, |dx, add| gemm::input_gradient(dx, &dy, weight.product_weight(&weight.read()), add));
+        applied.check_versions("linear")?;
+        let x = saved.as_ref().map_or(&[][..], |saved| saved.get());
+        weight_gradients(&dy, x, &weight, bias.as_deref());
+        let d_inner = applied.factor_gradients(&dy, x, None);
+        sink.accumulate::<E>(0, tokens * input, |dx, add| {
+            gemm::input_gradient(&mut *dx, &dy, weight.product_weight(&weight.read()), add);
+            applied.add_input_gradient(&d_inner, dx);
+        });
         sink.add(1, dy);
         Ok(())
     }))
@@ -57,21 +67,25 @@ pub fn norm_linear<E: ModelElement>(
     let mut inv_rms = Buffer::<f32>::scratch(tokens);
     let mut normed = Buffer::<E>::scratch(tokens * hidden);
     rms_norm::rms_norm(x.values(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
-    let y = product(&normed, tokens, weight, bias, None)?;
+    let (y, applied) = product(&normed, tokens, weight, bias, None)?;
     let (saved, norm, weight, bias) = (x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
-    let trains = weight.trains() || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
+    let needs_input = weight.trains() || applied.trains();
+    let trains = needs_input || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
     let (seen, norm_seen) = (weight.version(), norm.version());
     Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &[x.node()], trains, move |dy, sink| {
         weight.check_version(seen, "norm_linear")?;
         norm.check_version(norm_seen, "norm_linear")?;
+        applied.check_versions("norm_linear")?;
         let mut normed = Buffer::<E>::scratch(tokens * hidden);
-        if weight.trains() {
+        if needs_input {
             rms_norm::rms_norm(saved.get(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
         }
         weight_gradients(&dy, &normed, &weight, bias.as_deref());
+        let d_inner = applied.factor_gradients(&dy, &normed, None);
         if sink.wants(0) || norm.trains() {
             // The normalised input is read no more: its buffer takes the gradient that flows into the norm.
             gemm::input_gradient(&mut normed[..], &dy, weight.product_weight(&weight.read()), false);
+            applied.add_input_gradient(&d_inner, &mut normed);
             drop(dy);
             super::rms_norm::backward(sink, &norm, saved.get(), &inv_rms, &normed);
         }
@@ -104,16 +118,25 @@ pub fn swiglu_linear<E: ModelElement>(
     check_weight("swiglu_linear", intermediate, weight)?;
     let mut activation = Buffer::<E>::scratch(tokens * intermediate);
     swiglu::swiglu(gate_up.values(), intermediate, &mut activation);
-    let y = product(&activation, tokens, weight, None, residual)?;
+    let (y, applied) = product(&activation, tokens, weight, None, residual)?;
     drop(activation);
     let (saved, weight) = (gate_up.data().clone(), weight.clone());
-    let (seen, trains) = (weight.version(), weight.trains());
+    let (seen, trains) = (weight.version(), weight.trains() || applied.trains());
     let parents = [gate_up.node(), residual.and_then(Tensor::node)];
     Ok(Tensor::from_operation([tokens, weight.rows()], Data::ready(y), &parents, trains, move |dy, sink| {
         weight.check_version(seen, "swiglu_linear")?;
+        applied.check_versions("swiglu_linear")?;
         let mut activation = Buffer::<E>::scratch(tokens * intermediate);
+        let d_inner = if applied.trains() {
+            // The factors' part of the gradient flows back through the activation, which they must see first.
+            swiglu::swiglu(saved.get(), intermediate, &mut activation);
+            applied.factor_gradients(&dy, &activation, None)
+        } else {
+            applied.factor_gradients(&dy, &[], None)
+        };
         let mut d_activation = Buffer::<E>::scratch(tokens * intermediate);
         gemm::input_gradient(&mut d_activation[..], &dy, weight.product_weight(&weight.read()), false);
+        applied.add_input_gradient(&d_inner, &mut d_activation);
         let mut d_gate_up = Buffer::<E>::scratch(tokens * width);
         swiglu::swiglu_backward(saved.get(), intermediate, &d_activation, &mut d_gate_up, Some(&mut activation));
         drop(d_activation);
@@ -124,14 +147,14 @@ pub fn swiglu_linear<E: ModelElement>(
     }))
 }
 
-/// The product itself, on slices.
+/// The product itself, on slices, and the low-rank parts of the weight that were added.
 pub(super) fn product<E: ModelElement>(
     x: &[E],
     tokens: usize,
     weight: &Parameter<E>,
     bias: Option<&Arc<Parameter<E>>>,
     residual: Option<&Tensor<E, 2>>,
-) -> Result<Buffer<E>> {
+) -> Result<(Buffer<E>, Applied<E>)> {
     if let Some(bias) = bias {
         check_vector("linear", "bias", weight.rows(), bias)?;
     }
@@ -149,7 +172,8 @@ pub(super) fn product<E: ModelElement>(
     let bias = bias.map(|bias| bias.read());
     let bias = bias.as_ref().map(|bias| &bias.weight[..]);
     gemm::forward(&mut y[..], x, None, weight.product_weight(&weight.read()), bias, residual.map(Tensor::values));
-    Ok(y)
+    let applied = Applied::forward(weight, &mut y, x, None);
+    Ok((y, applied))
 }
 
 /// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.

@@ -29,20 +29,9 @@ fn chunk_rows(vocab: usize, count: usize) -> usize {
     count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(96).clamp(96, most)
 }
 
-/// All logits, for looking and sampling: `[tokens, hidden]` times the head gives `[tokens, vocab]` f32. Not differentiable.
-///
-/// Errors: [`Error::Shape`] if the sizes do not fit.
-pub fn logits<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>) -> Result<Tensor<f32, 2>> {
-    let [tokens, hidden] = x.shape();
-    check_weight("logits", hidden, head)?;
-    let mut y = Buffer::scratch(tokens * head.rows());
-    gemm::forward::<E, f32>(&mut y, x.values(), None, head.product_weight(&head.read()), None, None);
-    Tensor::new([tokens, head.rows()], y)
-}
-
 /// Log-probabilities of chosen tokens from logits that are there already: the bits of [`logprobs`] over the same rows.
 ///
-/// - `rows`: `[rows, vocab]`, f32, as [`logits`] gives them
+/// - `rows`: `[rows, vocab]`, f32, as [`super::head::logits`] gives them
 /// - `labels`: `[rows]`, the chosen tokens
 /// - `temperatures`: `[rows]`, each above 0; a row's logits are divided by its own
 /// - returns the log-probabilities, and each row's logarithm of the sum of exponentials

@@ -14,9 +14,11 @@ pub mod experts;
 pub mod gather;
 #[cfg(test)]
 mod gradient_check;
+pub mod head;
 pub mod index;
 pub mod linear;
 pub mod logprobs;
+pub mod low_rank;
 pub mod matmul;
 mod model_element;
 mod operation;

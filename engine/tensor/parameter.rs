@@ -5,14 +5,19 @@
 //! completes it to the f32 master weight (kernels/cpu/adamw.rs).
 
 use super::ModelElement;
+use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW;
 use crate::kernels::cpu::gemm::Weight;
+use crate::kernels::cpu::norm;
 use crate::kernels::cpu::panels;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
+
+/// f32 values of a block while all of a weight is read or changed.
+const BLOCK_VALUES: usize = 1 << 20;
 
 /// How the elements lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +29,7 @@ pub enum Layout {
 }
 
 /// The value of a parameter.
+#[derive(Clone)]
 pub struct Value<E: ModelElement> {
     /// What the forward and backward products read.
     pub weight: Buffer<E>,
@@ -37,13 +43,41 @@ pub struct Parameter<E: ModelElement> {
     rows: usize,
     columns: usize,
     layout: Layout,
-    value: RwLock<Value<E>>,
+    /// Copies of a frozen parameter share it until one of them is written.
+    value: RwLock<Arc<Value<E>>>,
+    adapters: RwLock<Adapters<E>>,
     gradient: Mutex<Option<Buffer<f32>>>,
     trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
     version: AtomicU64,
     /// Gradients added and dropped so far.
     gradients: AtomicU64,
+}
+
+/// The low-rank parts of a weight.
+#[derive(Clone)]
+struct Adapters<E: ModelElement> {
+    parts: Arc<[LowRank<E>]>,
+    /// While they are merged: the value without them.
+    former: Option<Arc<Value<E>>>,
+}
+
+impl<E: ModelElement> Default for Adapters<E> {
+    fn default() -> Self {
+        Self { parts: Arc::new([]), former: None }
+    }
+}
+
+impl<E: ModelElement> Value<E> {
+    /// Copies elements as they lie, as f32: masters where they exist.
+    fn read_masters(&self, range: Range<usize>, masters: &mut [f32]) {
+        match &self.remainder {
+            None => norm::convert(&self.weight[range], masters),
+            Some(remainder) => {
+                E::join_master(&self.weight[range.clone()], E::remainder_as_elements(&remainder[range]), masters);
+            }
+        }
+    }
 }
 
 impl<E: ModelElement> Parameter<E> {
@@ -58,7 +92,8 @@ impl<E: ModelElement> Parameter<E> {
             rows,
             columns,
             layout,
-            value: RwLock::new(Value { weight: Buffer::zeroed(len), remainder: None }),
+            value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None })),
+            adapters: RwLock::default(),
             gradient: Mutex::new(None),
             trains: AtomicBool::new(true),
             version: AtomicU64::new(0),
@@ -110,7 +145,7 @@ impl<E: ModelElement> Parameter<E> {
         }
     }
 
-    pub fn read(&self) -> RwLockReadGuard<'_, Value<E>> {
+    pub fn read(&self) -> RwLockReadGuard<'_, Arc<Value<E>>> {
         self.value.read().expect("nothing panics while a parameter is written")
     }
 
@@ -143,16 +178,20 @@ impl<E: ModelElement> Parameter<E> {
         ))
     }
 
-    /// A parameter of its own with the same value, gradient and flag. Its version begins anew.
+    /// A parameter of its own with the same value, low-rank parts, gradient and flag. Its version begins anew. A value that
+    /// does not train is shared until one of the two is written.
     pub fn copy(&self) -> Self {
         let value = self.read();
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read");
+        let adapters = self.lock_adapters();
+        let parts = adapters.parts.iter().map(LowRank::copy).collect();
         Self {
             name: self.name.clone(),
             rows: self.rows,
             columns: self.columns,
             layout: self.layout,
-            value: RwLock::new(Value { weight: value.weight.clone(), remainder: value.remainder.clone() }),
+            value: RwLock::new(if self.trains() { Arc::new(Value::clone(&value)) } else { value.clone() }),
+            adapters: RwLock::new(Adapters { parts, former: adapters.former.clone() }),
             gradient: Mutex::new(gradient.clone()),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
@@ -160,27 +199,120 @@ impl<E: ModelElement> Parameter<E> {
         }
     }
 
-    /// Takes value and gradient of `other`, to the bit. Panics if it has another shape.
+    /// Takes value, gradient and low-rank parts of `other`, to the bit. Panics if it has another shape, or parts of other
+    /// shapes.
     pub fn copy_from(&self, other: &Self) {
         assert_eq!((self.rows, self.columns, self.layout), (other.rows, other.columns, other.layout), "{}: another shape", self.name);
-        let from = other.read();
-        let mut value = self.value.write().expect("nothing panics while a parameter is written");
-        value.weight.copy_from_slice(&from.weight);
-        value.remainder.clone_from(&from.remainder);
+        {
+            let from = other.read();
+            let mut value = self.value.write().expect("nothing panics while a parameter is written");
+            if !self.trains() {
+                *value = from.clone();
+            } else if !Arc::ptr_eq(&value, &from) {
+                let value = Arc::make_mut(&mut value);
+                value.weight.copy_from_slice(&from.weight);
+                value.remainder.clone_from(&from.remainder);
+            }
+        }
+        let theirs = other.lock_adapters().clone();
+        let ours = {
+            let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
+            adapters.former = theirs.former;
+            adapters.parts.clone()
+        };
+        assert_eq!(ours.len(), theirs.parts.len(), "{}: other low-rank parts", self.name);
+        for (to, from) in ours.iter().zip(theirs.parts.iter()) {
+            to.a.copy_from(&from.a);
+            to.b.copy_from(&from.b);
+        }
         *self.gradient.lock().expect("nothing panics while a gradient is written") =
             other.gradient.lock().expect("nothing panics while a gradient is read").clone();
         self.version.fetch_add(1, Relaxed);
     }
 
+    fn lock_adapters(&self) -> RwLockReadGuard<'_, Adapters<E>> {
+        self.adapters.read().expect("nothing panics while adapters change")
+    }
+
+    /// The low-rank parts that products add to this weight; none while they are merged.
+    pub fn adapters(&self) -> Arc<[LowRank<E>]> {
+        let adapters = self.lock_adapters();
+        if adapters.former.is_some() { Arc::new([]) } else { adapters.parts.clone() }
+    }
+
+    /// The low-rank parts, merged or not.
+    pub fn all_adapters(&self) -> Arc<[LowRank<E>]> {
+        self.lock_adapters().parts.clone()
+    }
+
+    /// Gives the weight low-rank parts in place of those it has. Panics for parts that do not fit, and while parts are merged.
+    pub fn set_adapters(&self, parts: Vec<LowRank<E>>) {
+        for part in &parts {
+            let (rank, b) = (part.rank(), (part.b.rows(), part.b.columns()));
+            assert!(part.rows.end <= self.rows && part.a.columns() == self.columns, "{}: rows or inputs of a low-rank part", self.name);
+            assert_eq!(b, (part.rows.len(), rank), "{}: the second factor of a low-rank part", self.name);
+        }
+        let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
+        assert!(adapters.former.is_none(), "{}: low-rank parts are merged", self.name);
+        adapters.parts = parts.into();
+        self.version.fetch_add(1, Relaxed);
+    }
+
+    /// Whether this weight or a factor of its low-rank parts trains.
+    pub fn learns(&self) -> bool {
+        self.trains() || self.adapters().iter().any(|part| part.a.trains() || part.b.trains())
+    }
+
+    /// Whether the low-rank parts are merged.
+    pub fn is_merged(&self) -> bool {
+        self.lock_adapters().former.is_some()
+    }
+
+    /// Adds the low-rank parts to the weight, in f32, and sets them aside; the weight as it was is kept for
+    /// [`Parameter::unmerge`]. Nothing happens without parts, or if they are merged.
+    pub fn merge(&self) {
+        if self.adapters().is_empty() {
+            return;
+        }
+        let former = self.read().clone();
+        let mut merged = Value::clone(&former);
+        for rows in self.row_blocks() {
+            let mut values = Buffer::scratch(rows.len() * self.columns);
+            self.read_adapted_rows(rows.clone(), &mut values);
+            self.write_value(&mut merged, rows, &values, false);
+        }
+        *self.value.write().expect("nothing panics while a parameter is written") = Arc::new(merged);
+        self.adapters.write().expect("nothing panics while adapters change").former = Some(former);
+        self.version.fetch_add(1, Relaxed);
+    }
+
+    /// Puts back, to the bit, the weight that [`Parameter::merge`] changed, and its low-rank parts.
+    pub fn unmerge(&self) {
+        if let Some(former) = self.adapters.write().expect("nothing panics while adapters change").former.take() {
+            *self.value.write().expect("nothing panics while a parameter is written") = former;
+            self.version.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// As [`Parameter::read_rows`], with the low-rank parts added in f32.
+    pub fn read_adapted_rows(&self, rows: Range<usize>, values: &mut [f32]) {
+        self.read_rows(rows.clone(), values);
+        self.adapters().iter().for_each(|part| part.add_to_rows(&rows, values));
+    }
+
     /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
     /// length.
     pub fn set_training_state(&self, remainder: Option<Vec<i16>>, gradient: Option<Buffer<f32>>) {
-        let mut value = self.value.write().expect("nothing panics while a parameter is written");
-        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == value.weight.len()), "{}: remainder", self.name);
+        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
+        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == guard.weight.len()), "{}: remainder", self.name);
         assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
-        value.remainder = remainder;
+        // A frozen weight has neither: it stays shared, and as it was.
+        if remainder.is_some() || guard.remainder.is_some() {
+            Arc::make_mut(&mut guard).remainder = remainder;
+            self.version.fetch_add(1, Relaxed);
+        }
         *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
-        self.version.fetch_add(1, Relaxed);
+        self.gradients.fetch_add(1, Relaxed);
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -203,6 +335,12 @@ impl<E: ModelElement> Parameter<E> {
         self.unpack(&self.read().weight, rows, values);
     }
 
+    /// Ranges of rows of at most [`BLOCK_VALUES`] values, each of whole panels where it can be.
+    fn row_blocks(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
+        let (rows, step) = (self.rows, (BLOCK_VALUES / self.columns.max(1)).next_multiple_of(32));
+        (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
+    }
+
     fn unpack(&self, from: &[E], rows: Range<usize>, to: &mut [E]) {
         match self.layout {
             Layout::Rows => to.copy_from_slice(&from[rows.start * self.columns..rows.end * self.columns]),
@@ -220,9 +358,13 @@ impl<E: ModelElement> Parameter<E> {
     /// Sets `rows` of the value from `values` `[rows, columns]`, row-major; bf16 keeps the rest as remainder if
     /// `split_master` asks for one or one is there already.
     pub fn write_rows(&self, rows: Range<usize>, values: &[f32], split_master: bool) {
-        assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        let value = &mut *guard;
+        self.write_value(Arc::make_mut(&mut guard), rows, values, split_master);
+        self.version.fetch_add(1, Relaxed);
+    }
+
+    fn write_value(&self, value: &mut Value<E>, rows: Range<usize>, values: &[f32], split_master: bool) {
+        assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
         let mut narrow = Buffer::<E>::scratch(values.len());
         if E::HAS_REMAINDER && (split_master || value.remainder.is_some()) {
             let mut rest = Buffer::<E>::scratch(values.len());
@@ -233,6 +375,32 @@ impl<E: ModelElement> Parameter<E> {
             narrow.iter_mut().zip(values).for_each(|(to, from)| *to = E::from_f32(*from));
         }
         self.pack(&mut value.weight, rows, &narrow);
+    }
+
+    /// `this = (1 - weight) * this + weight * other`, in f32 from masters where they exist; a bf16 weight has one afterwards.
+    /// Panics if `other` has another shape or layout.
+    pub fn average(&self, other: &Self, weight: f64) {
+        assert_eq!((self.rows, self.columns, self.layout), (other.rows, other.columns, other.layout), "{}: another shape", self.name);
+        let from = other.read().clone();
+        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
+        let to = Arc::make_mut(&mut guard);
+        let len = to.weight.len();
+        if E::HAS_REMAINDER {
+            to.remainder.get_or_insert_with(|| vec![0; len]);
+        }
+        for start in (0..len).step_by(BLOCK_VALUES) {
+            let range = start..(start + BLOCK_VALUES).min(len);
+            let (mut ours, mut theirs) = (Buffer::<f32>::scratch(range.len()), Buffer::<f32>::scratch(range.len()));
+            to.read_masters(range.clone(), &mut ours);
+            from.read_masters(range.clone(), &mut theirs);
+            norm::blend(&mut ours, &theirs, weight);
+            match &mut to.remainder {
+                None => E::split_master(&ours, &mut to.weight[range], &mut []),
+                Some(remainder) => {
+                    E::split_master(&ours, &mut to.weight[range.clone()], E::remainder_as_elements_mut(&mut remainder[range]));
+                }
+            }
+        }
         self.version.fetch_add(1, Relaxed);
     }
 
@@ -288,7 +456,7 @@ impl<E: ModelElement> Parameter<E> {
     pub fn update(&self, write: impl FnOnce(&mut Value<E>, &[f32])) {
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
         if let Some(gradient) = gradient {
-            write(&mut self.value.write().expect("nothing panics while a parameter is written"), &gradient);
+            write(Arc::make_mut(&mut self.value.write().expect("nothing panics while a parameter is written")), &gradient);
             self.version.fetch_add(1, Relaxed);
         }
     }
@@ -311,6 +479,14 @@ pub trait Trainable: Send + Sync {
     ///
     /// - `m`, `v`: `gradient_len` elements each
     fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
+    /// How the elements of the gradient lie.
+    fn layout(&self) -> Layout;
+    /// Inputs of a matrix; 1 for a vector.
+    fn columns(&self) -> usize;
+    /// Copies the f32 values, `gradient_len` of them, in the layout of the gradient; padding is zero.
+    fn read_master(&self, values: &mut [f32]);
+    /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
+    fn add_and_scale(&self, delta: &[f32], scale: f32);
 }
 
 impl<E: ModelElement> Trainable for Parameter<E> {
@@ -351,5 +527,42 @@ impl<E: ModelElement> Trainable for Parameter<E> {
             }
             E::adamw(&mut value.weight, value.remainder.as_deref_mut(), gradient, m, v, panel_columns, settings);
         });
+    }
+
+    fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    fn read_master(&self, values: &mut [f32]) {
+        assert_eq!(values.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
+        values.fill(0.0);
+        for rows in self.row_blocks() {
+            let mut block = Buffer::<f32>::scratch(rows.len() * self.columns);
+            self.read_rows(rows.clone(), &mut block);
+            match self.layout {
+                Layout::Rows => values[rows.start * self.columns..rows.end * self.columns].copy_from_slice(&block),
+                Layout::Panels => panels::pack(values, self.rows, self.columns, rows, &block),
+            }
+        }
+    }
+
+    fn add_and_scale(&self, delta: &[f32], scale: f32) {
+        assert_eq!(delta.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
+        for rows in self.row_blocks() {
+            let len = rows.len() * self.columns;
+            let (mut values, mut step) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
+            self.read_rows(rows.clone(), &mut values);
+            match self.layout {
+                Layout::Rows => step.copy_from_slice(&delta[rows.start * self.columns..rows.end * self.columns]),
+                Layout::Panels => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),
+            }
+            norm::add(&mut values, &step);
+            norm::scale(&mut values, scale);
+            self.write_rows(rows, &values, E::HAS_REMAINDER);
+        }
     }
 }

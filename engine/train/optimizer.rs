@@ -2,10 +2,12 @@
 //! not finite. Gradients accumulate in the parameters until `step`, which consumes them.
 //! Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; order of operations as in `torch.optim.AdamW`.
 
+use super::online_merge::OnlineMerge;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW as Update;
 use crate::kernels::cpu::norm;
+use crate::kernels::cpu::online_merge::adam_update;
 use crate::tensor::parameter::Trainable;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -72,6 +74,7 @@ pub struct AdamW {
     pub(super) slots: Vec<Slot>,
     steps: u64,
     skipped: u64,
+    merge: Option<OnlineMerge>,
 }
 
 /// What a step did.
@@ -91,7 +94,15 @@ impl AdamW {
         if !slots.iter().any(|slot| slot.parameter.trains()) {
             return Err(Error::argument("adamw", "parameters", "at least one that trains", "none; is the model frozen?"));
         }
-        Ok(Self { settings, slots, steps: 0, skipped: 0 })
+        Ok(Self { settings, slots, steps: 0, skipped: 0, merge: None })
+    }
+
+    /// The same optimizer, whose updates are merged with task vectors.
+    ///
+    /// Errors: [`Error::Argument`] for a parameter that trains and has no task vector.
+    pub fn merging(self, merge: OnlineMerge) -> Result<Self> {
+        self.slots.iter().try_for_each(|slot| merge.check(slot.parameter.as_ref()))?;
+        Ok(Self { merge: Some(merge), ..self })
     }
 
     pub fn settings(&self) -> Settings {
@@ -165,7 +176,10 @@ impl AdamW {
                 step: slot.updates,
                 gradient_scale,
             };
-            slot.parameter.adamw(m, v, &update);
+            match &self.merge {
+                None => slot.parameter.adamw(m, v, &update),
+                Some(merge) => merged_update(slot.parameter.as_ref(), m, v, &update, merge),
+            }
         }
         self.steps += u64::from(applied);
         Step { grad_norm, applied }
@@ -175,6 +189,19 @@ impl AdamW {
     pub fn clear_gradients(&mut self) {
         self.slots.iter().for_each(|slot| slot.parameter.clear_gradient());
     }
+}
+
+/// One update of Adam, merged with the parameter's task vector, and weight decay after it; the gradient is gone afterwards.
+fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update: &Update, merge: &OnlineMerge) {
+    let mut delta = Buffer::<f32>::scratch(m.len());
+    parameter.read_gradient(&mut |gradient| {
+        if let Some(gradient) = gradient {
+            adam_update(gradient, m, v, &mut delta, update);
+        }
+    });
+    parameter.clear_gradient();
+    merge.merge(parameter, update.step, &mut delta);
+    parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32);
 }
 
 #[cfg(test)]

@@ -8,11 +8,13 @@ local model = {}
 local optim = {}
 
 ---@class engine.Model
+---@field adapter { rank: integer, alpha: number, rank_stabilized: boolean, targets: string[], modules_to_save: string[], merged: boolean }? its adapter, if it has one
 ---@field config table as config.json writes it, with Hugging Face's names
----@field count integer parameters
+---@field count integer parameters, those of an adapter included
 ---@field dtype "f32"|"bf16" of weights and activations
 ---@field frozen boolean
 ---@field tokenizer engine.Tokenizer? of the folder it came from
+---@field trainable integer parameters that an optimizer would change
 local Model = {}
 
 ---@class engine.Optimizer
@@ -21,11 +23,31 @@ local Model = {}
 ---@field steps integer steps applied
 local Optimizer = {}
 
+--- What LoRA adds to a model. `targets` are names of modules or ends of names (`q_proj`, `layers.0.mlp.down_proj`, `gate` for
+--- routers), or "all-linear" for all projections of the layers, experts included. The scale is alpha / rank, with
+--- `rank_stabilized` alpha / sqrt(rank). `modules_to_save` train whole beside it: a base model that is to learn `<|im_end|>`
+--- needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
+---@class engine.Lora
+---@field rank? integer default 8
+---@field alpha? number default twice the rank
+---@field targets? string[] default { "all-linear" }
+---@field rank_stabilized? boolean
+---@field modules_to_save? string[]
+
+---@class engine.ModelOptions
+---@field adapter? string folder of a PEFT adapter, put on the model
+---@field dtype? "f32"|"bf16"
+---@field frozen? boolean nothing trains it
+---@field head? "score" one number for each document in place of logits; new, unless the folder has it
+---@field lora? engine.Lora a new adapter: the weights are frozen, only it trains
+---@field recompute? boolean compute layers again in the backward pass, to save memory
+---@field tokenizer? engine.Tokenizer
+
 --- The model of a Hugging Face checkpoint's folder, in its own element type unless `dtype` says else.
 ---
---- Example: local model = engine.model.load("checkpoints/Qwen2.5-0.5B", { dtype = "bf16" })
+--- Example: local model = engine.model.load("checkpoints/Qwen2.5-0.5B", { dtype = "bf16", lora = { rank = 16 } })
 ---@param folder string
----@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
+---@param options? engine.ModelOptions
 ---@return engine.Model model
 function model.load(folder, options) end
 
@@ -36,7 +58,7 @@ function model.load(folder, options) end
 ---
 --- Example: local model = engine.model.new { preset = "tiny", vocab = 512, layers = 2 }
 ---@param fields { preset?: string, vocab?: integer, hidden?: integer, layers?: integer, heads?: integer, kv_heads?: integer, intermediate?: integer, experts?: integer, [string]: any }
----@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
+---@param options? engine.ModelOptions
 ---@return engine.Model model
 function model.new(fields, options) end
 
@@ -45,6 +67,21 @@ function model.new(fields, options) end
 --- Example: print(table.concat(engine.model.presets(), " "))
 ---@return string[] names
 function model.presets() end
+
+--- Moves the weights towards those of another model of the same shape and type: `(1 - weight) * this + weight * other`, in
+--- f32; of two models with adapters of one shape, the adapters alone. An exponential moving average is one call a step.
+---
+--- Example: average:average(policy, 0.01)
+---@param other engine.Model
+---@param weight number 0 leaves this model as it is, 1 copies the other
+function Model:average(other, weight) end
+
+--- The model without its adapter, frozen. Both share the weights, so that it takes no memory: the reference of a policy
+--- that trains an adapter.
+---
+--- Example: local reference = policy:base()
+---@return engine.Model base
+function Model:base() end
 
 --- Continues a text: sampled, or with temperature 0 the most likely token each time. Options as in `generate`.
 ---
@@ -94,12 +131,14 @@ function Model:generate(prompts, options) end
 ---@return engine.Tensor? gradient f32
 function Model:gradient(name) end
 
---- The logits of every token. Not differentiable.
+--- The logits of every token, or with `labelled` of those alone that have a label. Differentiable, and large: a loss over
+--- labels alone goes through `logprobs` or `cross_entropy`, which store no logits.
 ---
---- Example: print(model:logits(batch):argmax(-1))
+--- Example: local student = policy:logits(batch, { labelled = true }):log_softmax(-1)
 ---@param batch engine.Batch
----@return engine.Tensor logits [tokens, vocab], f32
-function Model:logits(batch) end
+---@param options? { labelled?: boolean }
+---@return engine.Tensor logits [tokens, vocab] or [labelled, vocab], f32
+function Model:logits(batch, options) end
 
 --- The log-probability of each position's label; 0 where there is none. Differentiable.
 ---
@@ -109,7 +148,14 @@ function Model:logits(batch) end
 ---@return engine.Tensor logprobs [tokens], f32, natural log
 function Model:logprobs(batch, options) end
 
---- A copy of the parameter of that Hugging Face name.
+--- Adds the adapter to the weights, in f32, and sets it aside until `unmerge`: the model computes as fast as one without an
+--- adapter, and nothing of it trains. The weights as they were stay in memory. `save` needs no merge.
+---
+--- Example: policy:merge()
+function Model:merge() end
+
+--- A copy of the parameter of that Hugging Face name. Those of an adapter are called `MODULE.lora_A.weight` and
+--- `MODULE.lora_B.weight`.
 ---
 --- Example: print(model:parameter("model.norm.weight").shape[1])
 ---@param name string
@@ -132,19 +178,58 @@ function Model:parameter_names() end
 ---@return engine.Tensor? load_balance [], f32
 function Model:routing(batch) end
 
---- Writes a Hugging Face checkpoint folder, with the tokenizer.
+--- Writes a Hugging Face checkpoint folder, with the tokenizer. An adapter is written as part of the weights; the model stays
+--- as it is.
 ---
 --- Example: model:save("checkpoints/mine", { dtype = "bf16" })
 ---@param folder string
 ---@param options? { dtype?: "f32"|"bf16" } default: the model's own
 function Model:save(folder, options) end
 
+--- Writes the adapter alone, as a PEFT folder.
+---
+--- Example: policy:save_adapter("checkpoints/my-adapter")
+---@param folder string
+---@param options? { dtype?: "f32"|"bf16" } default: the model's own
+function Model:save_adapter(folder, options) end
+
+--- The score of each document, from its last token. Differentiable. The model has the head "score".
+---
+--- Example: local margin = reward:scores(chosen) - reward:scores(rejected)
+---@param batch engine.Batch
+---@return engine.Tensor scores [documents], f32
+function Model:scores(batch) end
+
+--- Sets the parameter of that Hugging Face name. With `parameter` and tensor operations, what merges checkpoints.
+---
+--- Example: model:set_parameter(name, base:parameter(name) + task:parameter(name) * 0.5)
+---@param name string
+---@param value engine.Tensor of the parameter's shape
+function Model:set_parameter(name, value) end
+
+--- Puts back, to the bit, the weights that `merge` changed, and the adapter.
+---
+--- Example: policy:unmerge()
+function Model:unmerge() end
+
+--- An optimizer that merges each update with what a reference model had learnt over its base (Online Merging Optimizer,
+--- arXiv 2405.17931): `theta += (1 - alpha) * F(update) + alpha * F(reference - base)`. With "dare" F keeps random elements,
+--- with "ties" the largest of each tensor, where signs agree. The update is Adam's with eps outside the bias correction, as
+--- in the published code; weight decay comes after it.
+---@class engine.OnlineMerge
+---@field base engine.Model before the reference was trained
+---@field reference engine.Model for example the SFT model that the policy began as
+---@field method? "dare"|"ties" default "dare"
+---@field alpha? number default 1e-7
+---@field reserve? number share of the elements that stay, default 0.01
+---@field rescale? boolean divide what stays by `reserve`, as the published code does with "dare" and the paper does not
+
 --- AdamW over a model. In a workflow use run:optimizer. Defaults: lr 1e-3, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1
 --- on matrices (decay_vectors: on vectors too), clip_norm 1 (false: none).
 ---
 --- Example: local optim = engine.optim.adamw(model, { lr = 3e-4 })
 ---@param model engine.Model
----@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false }
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, merge?: engine.OnlineMerge }
 ---@return engine.Optimizer optimizer
 function optim.adamw(model, options) end
 

@@ -56,7 +56,7 @@ function Run:loop(name, options) end
 --- Example: local reference = run:model("reference", "checkpoints/sft", { frozen = true })
 ---@param name string
 ---@param source string|table
----@param options? { dtype?: "f32"|"bf16", frozen?: boolean, recompute?: boolean, tokenizer?: engine.Tokenizer }
+---@param options? engine.ModelOptions
 ---@return engine.Model model
 function Run:model(name, source, options) end
 
@@ -71,7 +71,7 @@ function Run:now() end
 --- Example: local optim = run:optimizer("adamw", policy, { lr = 1e-5, clip_norm = 1.0 })
 ---@param kind "adamw"
 ---@param model engine.Model
----@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false }
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, merge?: engine.OnlineMerge }
 ---@return engine.Optimizer optimizer
 function Run:optimizer(kind, model, options) end
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Opens a folder that perilune saved in Hugging Face transformers and compares logits.
 
-    python tests/bench/check_transformers.py FOLDER [--expected FILE] [--atol 5e-4] [--rtol 1e-4]
+    python tests/bench/check_transformers.py FOLDER [--adapter FOLDER] [--expected FILE] [--atol 5e-4] [--rtol 1e-4]
 
 Without --expected it only proves that transformers opens the folder without a missing or unexpected tensor and computes
 finite logits. FILE holds what perilune computed for the same folder, either form:
     *.json         {"tokens": [1, 2, 3], "logits": [[...], [...], [...]]}, or with "greedy": [...] the tokens that follow
     *.safetensors  tensors `tokens` [tokens], integers, and `logits` [tokens, vocab], f32; or `greedy`, integers
 `perilune generate FOLDER --prompt TEXT --temperature 0 --json` prints the greedy tokens as "tokens"; put them into "greedy"
-and the prompt's ids into "tokens". Needs torch, transformers and safetensors.
+and the prompt's ids into "tokens". A folder that scores has "logits" of [[score]]. --adapter is a PEFT folder that
+`model:save_adapter` wrote for FOLDER. Needs torch, transformers and safetensors, and peft for adapters.
 """
 import argparse
 import json
@@ -26,6 +27,7 @@ def read_expected(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
+    parser.add_argument("--adapter", help="a PEFT folder to put on the model")
     parser.add_argument("--expected", help="what perilune computed: .json or .safetensors")
     # Two orders of f32 sums over a few dozen layers; see tests/golden/README.md for how such tolerances were found.
     parser.add_argument("--atol", type=float, default=5e-4)
@@ -34,8 +36,14 @@ def main():
     import torch
     import transformers
     transformers.logging.set_verbosity_error()
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    architecture = transformers.AutoConfig.from_pretrained(args.folder).architectures[0]
+    scores = architecture.endswith("ForSequenceClassification")
+    auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
+    model, loading = auto.from_pretrained(
         args.folder, torch_dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    if args.adapter:
+        import peft
+        model = peft.PeftModel.from_pretrained(model, args.adapter)
     model.eval()
     # A tied head is made from the embedding, so that its absence is right.
     faults = {key: sorted(names) for key, names in loading.items() if key != "error_msgs" and names}
@@ -47,7 +55,7 @@ def main():
     expected = read_expected(args.expected) if args.expected else {"tokens": list(range(min(16, model.config.vocab_size)))}
     tokens = torch.tensor([expected["tokens"]])
     with torch.no_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0]
+        logits = model(input_ids=tokens, use_cache=False).logits[:1 if scores else None].reshape(1 if scores else len(tokens[0]), -1)
     if not torch.isfinite(logits).all():
         sys.exit("transformers computes logits that are not finite")
     said = [f"{type(model).__name__}, {sum(p.numel() for p in model.parameters())} parameters, loads cleanly"]

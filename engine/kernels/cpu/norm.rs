@@ -83,6 +83,24 @@ vectorised! {
     }
 }
 
+/// `y = (1 - weight) * y + weight * x`, element by element, in f32.
+pub fn blend(y: &mut [f32], x: &[f32], weight: f64) {
+    assert!(y.len() == x.len(), "blend: {} values with {}", y.len(), x.len());
+    let y = Shared::new(y);
+    parallel_ranges(x.len(), LEAST, |range| {
+        // SAFETY: parallel_ranges hands out disjoint ranges.
+        blend_part(unsafe { y.part(range.clone()) }, &x[range], (1.0 - weight) as f32, weight as f32);
+    });
+}
+
+vectorised! {
+    fn blend_part(y: &mut [f32], x: &[f32], rest: f32, weight: f32) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = rest * *y + weight * x;
+        }
+    }
+}
+
 /// Sets every element to `value`.
 pub fn fill<E: Element>(values: &mut [E], value: E) {
     let count = values.len();

@@ -1,0 +1,327 @@
+//! LoRA on a model: which modules get low-rank parts, how those begin, and the folders in which PEFT keeps them.
+//! The arithmetic is in tensor/low_rank.rs. DoRA, dropout and parts on the embedding or the head are not built.
+//! Source: Hu et al., arXiv 2106.09685; rank-stabilised scale of Kalajdzievski, arXiv 2312.03732; files as PEFT 0.18 writes.
+
+use super::fields::{Fields, parse_object};
+use super::graph::Graph;
+use super::names::Named;
+use crate::checkpoint::folder::read_text;
+use crate::checkpoint::safetensors::SafetensorsFile;
+use crate::checkpoint::stored_dtype::StoredDtype;
+use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
+use crate::error::{Error, Result};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Dtype;
+use crate::kernels::random::Stream;
+use crate::tensor::low_rank::LowRank;
+use crate::tensor::parameter::Layout;
+use crate::tensor::{ModelElement, Parameter};
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Every target at once, as PEFT calls it: all projections of the layers.
+const ALL: &str = "all-linear";
+/// The largest rank that is read.
+const RANK_MAX: usize = 4096;
+/// Files of a PEFT folder.
+const CONFIG: &str = "adapter_config.json";
+const STEM: &str = "adapter_model";
+
+/// What the low-rank parts of a model are.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lora {
+    pub rank: usize,
+    pub alpha: f64,
+    /// Scale by `alpha / sqrt(rank)` in place of `alpha / rank`.
+    pub rank_stabilized: bool,
+    /// Names of modules, or ends of them: `q_proj`, `layers.0.mlp.down_proj`; or `all-linear`.
+    pub targets: Vec<String>,
+    /// Modules that train whole and are kept with the adapter.
+    pub modules_to_save: Vec<String>,
+}
+
+impl Lora {
+    /// What each low-rank part is multiplied by.
+    pub fn scale(&self) -> f32 {
+        let rank = self.rank as f64;
+        (self.alpha / if self.rank_stabilized { rank.sqrt() } else { rank }) as f32
+    }
+
+    /// Errors: [`Error::Argument`] for a rank, a scale or targets that cannot be meant.
+    pub fn check(&self) -> Result<()> {
+        if !(1..=RANK_MAX).contains(&self.rank) {
+            return Err(Error::argument("lora", "rank", format!("a whole number from 1 to {RANK_MAX}"), self.rank));
+        }
+        if !(self.alpha > 0.0 && self.alpha.is_finite()) {
+            return Err(Error::argument("lora", "alpha", "a number above 0", self.alpha));
+        }
+        if self.targets.is_empty() {
+            return Err(Error::argument("lora", "targets", "names of modules, such as { \"q_proj\", \"v_proj\" }", "an empty list"));
+        }
+        Ok(())
+    }
+
+    fn to_json(&self, task: &str, base: Option<&str>) -> Value {
+        // Whole numbers stay so: PEFT writes 16, not 16.0.
+        let alpha = if self.alpha.fract() == 0.0 && self.alpha < 1e15 { json!(self.alpha as i64) } else { json!(self.alpha) };
+        let targets = if self.targets == [ALL] { json!(ALL) } else { json!(self.targets) };
+        json!({
+            "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": self.rank, "lora_alpha": alpha,
+            "use_rslora": self.rank_stabilized, "target_modules": targets,
+            "modules_to_save": (!self.modules_to_save.is_empty()).then_some(&self.modules_to_save),
+            "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false, "use_dora": false, "inference_mode": true,
+            "init_lora_weights": true,
+        })
+    }
+
+    /// Reads `adapter_config.json`; `remark` hears what is passed over.
+    ///
+    /// Errors: [`Error::Format`] with the key; [`Error::Unsupported`] for other kinds of adapters.
+    fn load(folder: &Path, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        let path = folder.join(CONFIG);
+        let object = parse_object(&path, &read_text(&path)?)?;
+        let fields = Fields { path: &path, prefix: "", object: &object };
+        if fields.text("peft_type")? != Some("LORA") {
+            return Err(fields.wrong("peft_type", "\"LORA\""));
+        }
+        refuse_relatives(&fields)?;
+        if fields.number("lora_dropout", 0.0, 0.0..=1.0)? != 0.0 {
+            remark("lora_dropout is passed over: adapters train without dropout here".into());
+        }
+        let names = |key: &str| -> Result<Vec<String>> {
+            let expected = "a list of names of modules; regular expressions are not read";
+            let list = match fields.get(key) {
+                None => return Ok(Vec::new()),
+                Some(Value::String(name)) if name == ALL => return Ok(vec![ALL.into()]),
+                Some(list) => list.as_array().ok_or_else(|| fields.wrong(key, expected))?,
+            };
+            list.iter().map(|name| name.as_str().map(str::to_owned).ok_or_else(|| fields.wrong(key, expected))).collect()
+        };
+        let lora = Self {
+            rank: fields.count("r", 8, 1..=RANK_MAX)?,
+            alpha: fields.number("lora_alpha", 8.0, f64::MIN_POSITIVE..=1e9)?,
+            rank_stabilized: fields.flag("use_rslora", false)?,
+            targets: names("target_modules")?,
+            modules_to_save: names("modules_to_save")?,
+        };
+        if lora.targets.is_empty() {
+            return Err(fields.wrong("target_modules", "the names of at least one module"));
+        }
+        Ok(lora)
+    }
+}
+
+/// Errors: [`Error::Unsupported`] for what would change the arithmetic and is not built.
+fn refuse_relatives(fields: &Fields) -> Result<()> {
+    let unsupported = |key: &str, what: &str, remedy: &str| {
+        let what = format!("{}: {key}: {what}", fields.path.display());
+        Err(Error::Unsupported { what, remedy: remedy.to_owned() })
+    };
+    let merge = "merge the adapter into its base with PEFT (merge_and_unload) and load the result";
+    for (key, what) in [
+        ("use_dora", "DoRA"),
+        ("lora_bias", "a bias beside the low-rank part"),
+        ("fan_in_fan_out", "transposed weights"),
+        ("use_qalora", "QA-LoRA"),
+    ] {
+        if fields.flag(key, false)? {
+            return unsupported(key, what, merge);
+        }
+    }
+    if fields.text("bias")?.is_some_and(|bias| bias != "none") {
+        return unsupported("bias", "biases that the adapter trains", merge);
+    }
+    for (key, what) in [
+        ("rank_pattern", "ranks that differ between modules"),
+        ("alpha_pattern", "scales that differ between modules"),
+        ("layers_to_transform", "a choice of layers"),
+        ("layers_pattern", "a choice of layers"),
+        ("layer_replication", "layers that stand twice"),
+        ("exclude_modules", "excluded modules"),
+        ("target_parameters", "targets that are no modules"),
+        ("trainable_token_indices", "single rows of the embedding"),
+        ("alora_invocation_tokens", "adapters that a token switches on"),
+        ("arrow_config", "routing between adapters"),
+    ] {
+        let is_empty =
+            |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty);
+        if fields.get(key).is_some_and(|value| !is_empty(value)) {
+            return unsupported(key, what, merge);
+        }
+    }
+    Ok(())
+}
+
+/// The module of a tensor: its name without what it is of the module.
+fn module(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(module, _)| module)
+}
+
+/// Whether `module` is called `name`, or ends in it.
+fn is_called(module: &str, name: &str) -> bool {
+    module == name || module.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
+}
+
+impl<E: ModelElement> Graph<E> {
+    /// Gives the modules that `lora` names low-rank parts of zeros and freezes all else but what is saved whole.
+    ///
+    /// Errors: [`Error::Argument`] for a target or a module to save that this model does not have or that cannot be one.
+    pub(super) fn attach(&self, lora: &Lora) -> Result<()> {
+        lora.check()?;
+        let named = self.named();
+        let saved = saved_modules(&named, lora)?;
+        let can = |tensor: &&Named<E>| tensor.shape.len() == 2 && tensor.name.starts_with("model.layers.");
+        let modules: Vec<&Named<E>> = named.iter().filter(can).collect();
+        for target in lora.targets.iter().filter(|target| *target != ALL) {
+            if !modules.iter().any(|tensor| is_called(module(&tensor.name), target)) {
+                let remedy =
+                    if matches!(target.as_str(), "lm_head" | "embed_tokens" | "score") { "; put it into modules_to_save" } else { "" };
+                let mut known: Vec<&str> = modules.iter().filter_map(|tensor| module(&tensor.name).rsplit('.').next()).collect();
+                known.sort_unstable();
+                known.dedup();
+                let expected = format!("modules of this model's layers ({}), or {ALL}", known.join(", "));
+                return Err(Error::argument("lora", "targets", expected, format!("{target:?}{remedy}")));
+            }
+        }
+        let mut parts: Vec<(Arc<Parameter<E>>, Vec<LowRank<E>>)> = Vec::new();
+        for tensor in modules {
+            let module = module(&tensor.name);
+            if !lora.targets.iter().any(|target| target == ALL || is_called(module, target)) {
+                continue;
+            }
+            let factor = |name: &str, rows, columns| Arc::new(Parameter::zeros(format!("{module}.{name}"), rows, columns, Layout::Panels));
+            let part = LowRank {
+                rows: tensor.rows.clone(),
+                a: factor("lora_A", lora.rank, tensor.parameter.columns()),
+                b: factor("lora_B", tensor.rows.len(), lora.rank),
+                scale: lora.scale(),
+            };
+            match parts.iter_mut().rev().find(|(parameter, _)| Arc::ptr_eq(parameter, &tensor.parameter)) {
+                Some((_, parts)) => parts.push(part),
+                None => parts.push((tensor.parameter.clone(), vec![part])),
+            }
+        }
+        named.iter().for_each(|tensor| tensor.parameter.set_trains(false));
+        saved.iter().for_each(|tensor| tensor.parameter.set_trains(true));
+        parts.into_iter().for_each(|(parameter, parts)| parameter.set_adapters(parts));
+        Ok(())
+    }
+
+    /// Low-rank parts as they begin: A uniform in ±1/sqrt(in), as PEFT's Kaiming initialisation gives, each number a function
+    /// of the seed, the tensor's name and its index there; B zero.
+    pub(super) fn begin_adapters(&self, seed: u64) {
+        for tensor in self.named_adapters().iter().filter(|tensor| tensor.name.ends_with("lora_A.weight")) {
+            let columns = tensor.parameter.columns();
+            let (stream, bound) = (Stream::new(seed, &tensor.name), (columns as f32).sqrt().recip());
+            let mut values = vec![0.0; tensor.parameter.count()];
+            for (index, value) in values.iter_mut().enumerate() {
+                *value = (2.0 * stream.f32(index as u64) - 1.0) * bound;
+            }
+            tensor.parameter.write_rows(0..tensor.parameter.rows(), &values, E::HAS_REMAINDER);
+        }
+    }
+
+    /// The tensors of the adapter: both factors of every low-rank part, then the modules saved whole.
+    ///
+    /// Errors: as [`Graph::attach`].
+    fn adapter_tensors(&self, lora: &Lora) -> Result<Vec<Named<E>>> {
+        let mut tensors = self.named_adapters();
+        tensors.extend(saved_modules(&self.named(), lora)?);
+        Ok(tensors)
+    }
+
+    /// Writes a PEFT folder, whole or not at all.
+    ///
+    /// - `base`: what to call the base model in it
+    ///
+    /// Errors: those of [`FolderWriter`].
+    pub(super) fn save_adapter(&self, target: &Path, lora: &Lora, dtype: Dtype, base: Option<&str>) -> Result<()> {
+        let stored = if dtype == Dtype::Bf16 { StoredDtype::Bf16 } else { StoredDtype::F32 };
+        let tensors = self.adapter_tensors(lora)?;
+        let specs = tensors.iter().map(|tensor| TensorSpec { name: file_name(tensor), dtype: stored, shape: tensor.shape.clone() });
+        // PEFT reads one file, whatever its size.
+        let mut writer = FolderWriter::create_named(target, STEM, specs.collect(), SHARD_BYTES_MAX.max(u64::MAX / 2))?;
+        for tensor in &tensors {
+            if dtype == E::DTYPE {
+                let mut values = Buffer::<E>::scratch(tensor.parameter.count());
+                tensor.parameter.read_weight_rows(tensor.rows.clone(), &mut values);
+                writer.write(&file_name(tensor), &values)?;
+            } else {
+                let mut values = Buffer::<f32>::scratch(tensor.parameter.count());
+                tensor.parameter.read_rows(tensor.rows.clone(), &mut values);
+                writer.write(&file_name(tensor), &values)?;
+            }
+        }
+        let task = if self.config.score { "SEQ_CLS" } else { "CAUSAL_LM" };
+        writer.add_json(CONFIG, &lora.to_json(task, base))?;
+        writer.finish()
+    }
+
+    /// Takes the weights of a PEFT folder into low-rank parts that are there.
+    ///
+    /// Errors: [`Error::Format`] for a tensor that is missing, of another shape, or of no module that has a part.
+    pub(super) fn fill_adapter(&self, folder: &Path, lora: &Lora, trains: bool) -> Result<()> {
+        let path = folder.join(format!("{STEM}.safetensors"));
+        if !path.exists() && folder.join(format!("{STEM}.bin")).exists() {
+            let what = format!("{}: {STEM}.bin", folder.display());
+            return Err(Error::Unsupported { what, remedy: "save the adapter with safe_serialization=True".into() });
+        }
+        let file = SafetensorsFile::open(&path)?;
+        let tensors = self.adapter_tensors(lora)?;
+        for tensor in &tensors {
+            file.expect(&file_name(tensor), &tensor.shape)?;
+        }
+        let known: std::collections::HashSet<String> = tensors.iter().map(file_name).collect();
+        if let Some(tensor) = file.tensors().iter().find(|tensor| !known.contains(&tensor.name)) {
+            let expected = format!("only tensors of the modules that {CONFIG} names");
+            return Err(Error::format(&path, &tensor.name, expected, format!("this one, of shape {:?}", tensor.shape)));
+        }
+        for tensor in &tensors {
+            let values: Vec<f32> = file.read_floats(&file_name(tensor))?;
+            // bf16 holds a stored bf16 exactly; of every other type something is left over.
+            let is_finer = file.get(&file_name(tensor)).is_some_and(|info| info.dtype != StoredDtype::Bf16);
+            tensor.parameter.write_rows(tensor.rows.clone(), &values, trains && is_finer);
+        }
+        Ok(())
+    }
+
+    /// As [`Graph::attach`] and [`Graph::fill_adapter`] with what the folder says. Gives what was attached.
+    ///
+    /// Errors: of both, and [`Error::Unsupported`] for adapters that are no plain LoRA.
+    pub(super) fn load_adapter(&self, folder: &Path, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Lora> {
+        let lora = Lora::load(folder, remark)?;
+        self.attach(&lora)?;
+        self.fill_adapter(folder, &lora, trains)?;
+        Ok(lora)
+    }
+}
+
+/// The name that PEFT gives a tensor.
+fn file_name<E: ModelElement>(tensor: &Named<E>) -> String {
+    format!("base_model.model.{}", tensor.name)
+}
+
+/// Tensors of the modules that train whole.
+fn saved_modules<E: ModelElement>(named: &[Named<E>], lora: &Lora) -> Result<Vec<Named<E>>> {
+    let mut saved: Vec<Named<E>> = Vec::new();
+    for name in &lora.modules_to_save {
+        let before = saved.len();
+        for tensor in named.iter().filter(|tensor| is_called(module(&tensor.name), name)) {
+            if tensor.rows != (0..tensor.parameter.rows()) {
+                let expected = "modules whose weights are a matrix of their own, such as lm_head, embed_tokens, norm or score";
+                return Err(Error::argument("lora", "modules_to_save", expected, format!("{name:?}; use it as a target")));
+            }
+            saved.push(tensor.clone());
+        }
+        if saved.len() == before {
+            return Err(Error::argument(
+                "lora",
+                "modules_to_save",
+                "modules of this model, such as lm_head or embed_tokens",
+                format!("{name:?}"),
+            ));
+        }
+    }
+    Ok(saved)
+}

@@ -1,0 +1,84 @@
+//! Arithmetic on whole models: averages of two, single tensors set from values, and which parameters are made of which
+//! tensors. Methods that merge checkpoints are composed of these in scripts.
+
+use super::any::{AnyGraph, Model, find};
+use super::graph::Graph;
+use crate::error::{Error, Result};
+use crate::tensor::{AnyTensor, ModelElement, Parameter};
+use std::ops::Range;
+use std::sync::Arc;
+
+impl Model {
+    /// `this = (1 - weight) * this + weight * other`, in f32; a bf16 model keeps the f32 masters of the result. Of models with
+    /// adapters it is the adapters that are averaged.
+    ///
+    /// Errors: [`Error::Argument`] for a weight that is not finite, models of another shape or element type, one adapter alone
+    /// or two different ones, and adapters that are merged.
+    pub fn average(&self, other: &Self, weight: f64) -> Result<()> {
+        if !weight.is_finite() {
+            return Err(Error::argument("average", "weight", "a finite number", weight));
+        }
+        if self.adapter() != other.adapter() || self.is_merged() || other.is_merged() {
+            let expected = "two models without adapters, or with adapters of one shape that are not merged";
+            return Err(Error::argument("average", "other", expected, "others; `merge` and `save` make a plain model of an adapted one"));
+        }
+        let adapters = self.adapter().is_some();
+        match (&self.graph, &other.graph) {
+            (AnyGraph::F32(to), AnyGraph::F32(from)) => average(to, from, adapters, weight),
+            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => average(to, from, adapters, weight),
+            _ => Err(Error::argument("average", "other", format!("a model in {}", self.dtype()), format!("one in {}", other.dtype()))),
+        }
+    }
+
+    /// Sets the tensor called `name`; a bf16 model that trains keeps f32 masters of the values.
+    ///
+    /// Errors: [`Error::Argument`] for an unknown name or a weight with a merged adapter; [`Error::Shape`] for another shape.
+    pub fn set_value(&self, name: &str, value: &AnyTensor) -> Result<()> {
+        on_graph!(self, graph => {
+            let named = find(graph, name)?;
+            if value.shape() != named.shape {
+                let expected = format!("{:?} as {name}", named.shape);
+                return Err(Error::Shape { op: "set_parameter", arg: "value", expected, got: format!("{:?}", value.shape()) });
+            }
+            if named.parameter.is_merged() {
+                return Err(Error::argument("set_parameter", "name", "a weight without a merged adapter", format!("{name}; call unmerge first")));
+            }
+            value.force()?;
+            let masters = named.parameter.trains();
+            named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters);
+        });
+        Ok(())
+    }
+
+    /// For each parameter of [`Model::parameters`], the rows of the tensors that it is made of.
+    pub fn tensor_rows(&self) -> Vec<Vec<Range<usize>>> {
+        on_graph!(self, graph => {
+            let named: Vec<_> = graph.named().into_iter().chain(graph.named_adapters()).collect();
+            let rows = |parameter: &Arc<Parameter<_>>| named.iter().filter(|named| Arc::ptr_eq(&named.parameter, parameter)).map(|named| named.rows.clone()).collect();
+            graph.parameters().iter().map(rows).collect()
+        })
+    }
+}
+
+fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapters: bool, weight: f64) -> Result<()> {
+    if Arc::ptr_eq(to, from) {
+        return Ok(());
+    }
+    let chosen = |graph: &Graph<E>| {
+        let mut parameters = graph.parameters();
+        parameters.retain(|parameter| !adapters || parameter.trains());
+        parameters
+    };
+    // A frozen copy has the adapter's parameters, too, though none of them trains.
+    let theirs = from.parameters();
+    let same =
+        |a: &Parameter<E>, b: &Parameter<E>| (a.name(), a.rows(), a.columns(), a.layout()) == (b.name(), b.rows(), b.columns(), b.layout());
+    let pairs = chosen(to).into_iter().map(|parameter| {
+        let other = theirs.iter().find(|other| same(&parameter, other));
+        let lacks = || Error::argument("average", "other", format!("a model of the same shape, with {}", parameter.name()), "one without");
+        other.cloned().map(|other| (parameter.clone(), other)).ok_or_else(lacks)
+    });
+    let pairs = pairs.collect::<Result<Vec<_>>>()?;
+    pairs.iter().for_each(|(parameter, other)| parameter.average(other, weight));
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! Low-rank parts of a weight: `W + scale * B A` on some of its rows, with W frozen as a rule. A parameter carries its own
+//! parts (parameter.rs), and every operation that multiplies by the parameter adds them, so that no graph knows of them.
+//! Both factors go through the packed products, whose sums run over their own reduction alone: a row is the same in any batch.
+//! Source: Hu et al., LoRA, arXiv 2106.09685; initialisation and scale are those of PEFT.
+
+use super::ModelElement;
+use super::parameter::Parameter;
+use crate::error::Result;
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::{gemm, low_rank};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A low-rank part of a weight `[out, in]`.
+#[derive(Clone)]
+pub struct LowRank<E: ModelElement> {
+    /// The rows of the weight that it belongs to.
+    pub rows: Range<usize>,
+    /// `[rank, in]` in panels
+    pub a: Arc<Parameter<E>>,
+    /// `[rows, rank]` in panels
+    pub b: Arc<Parameter<E>>,
+    pub scale: f32,
+}
+
+impl<E: ModelElement> LowRank<E> {
+    pub fn rank(&self) -> usize {
+        self.a.rows()
+    }
+
+    /// A part of its own with the same values.
+    pub(super) fn copy(&self) -> Self {
+        Self { a: Arc::new(self.a.copy()), b: Arc::new(self.b.copy()), ..self.clone() }
+    }
+
+    /// Adds its share to `values`, `rows` of the weight, row-major, in f32 from the masters of both factors.
+    pub(super) fn add_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) {
+        let common = rows.start.max(self.rows.start)..rows.end.min(self.rows.end);
+        if common.start >= common.end {
+            return;
+        }
+        let (rank, inputs) = (self.rank(), self.a.columns());
+        let (mut a, mut b) = (Buffer::<f32>::scratch(rank * inputs), Buffer::<f32>::scratch(common.len() * rank));
+        self.a.read_rows(0..rank, &mut a);
+        self.b.read_rows(common.start - self.rows.start..common.end - self.rows.start, &mut b);
+        let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
+        low_rank::add_product(values, &a, &b, rank, self.scale);
+    }
+}
+
+/// The low-rank parts of one product, with what their backward pass needs.
+pub(super) struct Applied<E: ModelElement> {
+    parts: Arc<[LowRank<E>]>,
+    width: usize,
+    /// `A x` of each part, `[tokens, rank]`.
+    inner: Vec<Buffer<E>>,
+    versions: Vec<(u64, u64)>,
+}
+
+impl<E: ModelElement> Applied<E> {
+    /// Adds the low-rank parts of `weight` to a product with it.
+    ///
+    /// - `y`: `[tokens, out]`, the product
+    /// - `x`: `[tokens, in]`; with `choice`, token `i` uses row `choice[i]`
+    pub fn forward(weight: &Parameter<E>, y: &mut [E], x: &[E], choice: Option<&[u32]>) -> Self {
+        let (parts, width) = (weight.adapters(), weight.rows());
+        let tokens = y.len() / width;
+        let apply = |part: &LowRank<E>| {
+            let mut inner = Buffer::<E>::scratch(tokens * part.rank());
+            gemm::forward(&mut inner[..], x, choice, part.a.product_weight(&part.a.read()), None, None);
+            let mut delta = Buffer::<f32>::scratch(tokens * part.rows.len());
+            gemm::forward::<E, f32>(&mut delta, &inner, None, part.b.product_weight(&part.b.read()), None, None);
+            low_rank::add_columns(y, width, part.rows.clone(), &delta, part.scale);
+            inner
+        };
+        let inner = parts.iter().map(apply).collect();
+        let versions = parts.iter().map(|part| (part.a.version(), part.b.version())).collect();
+        Self { parts, width, inner, versions }
+    }
+
+    /// Whether a factor trains.
+    pub fn trains(&self) -> bool {
+        self.parts.iter().any(|part| part.a.trains() || part.b.trains())
+    }
+
+    /// Errors: as [`Parameter::check_version`], for every factor.
+    pub fn check_versions(&self, op: &'static str) -> Result<()> {
+        self.parts.iter().zip(&self.versions).try_for_each(|(part, (a, b))| {
+            part.a.check_version(*a, op)?;
+            part.b.check_version(*b, op)
+        })
+    }
+
+    /// Adds the gradients of the factors that train, and gives those of `A x`, from which that of x follows.
+    ///
+    /// - `dy`: `[tokens, out]`; `x` and `choice` as in [`Applied::forward`]; x may be empty if no factor trains
+    pub fn factor_gradients(&self, dy: &[E], x: &[E], choice: Option<&[u32]>) -> Vec<Buffer<E>> {
+        let tokens = dy.len() / self.width;
+        let backward = |(part, inner): (&LowRank<E>, &Buffer<E>)| {
+            let (rank, outputs) = (part.rank(), part.rows.len());
+            let mut d_delta = Buffer::<E>::scratch(tokens * outputs);
+            low_rank::take_columns(dy, self.width, part.rows.clone(), part.scale, &mut d_delta);
+            part.b.accumulate(|gradient, add| gemm::weight_gradient(gradient, &d_delta, inner, None, outputs, rank, add));
+            let mut d_inner = Buffer::<E>::scratch(tokens * rank);
+            gemm::input_gradient(&mut d_inner[..], &d_delta, part.b.product_weight(&part.b.read()), false);
+            part.a.accumulate(|gradient, add| gemm::weight_gradient(gradient, &d_inner, x, choice, rank, part.a.columns(), add));
+            d_inner
+        };
+        self.parts.iter().zip(&self.inner).map(backward).collect()
+    }
+
+    /// Adds to `dx` `[tokens, in]` what flows back through the factors, given [`Applied::factor_gradients`].
+    pub fn add_input_gradient(&self, d_inner: &[Buffer<E>], dx: &mut [E]) {
+        for (part, d_inner) in self.parts.iter().zip(d_inner) {
+            gemm::input_gradient(dx, d_inner, part.a.product_weight(&part.a.read()), true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parameter::Layout;
+    use super::super::typed::Tensor;
+    use super::*;
+    use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
+    use half::bf16;
+
+    fn filled<E: ModelElement>(name: &str, rows: usize, columns: usize, seed: usize) -> Arc<Parameter<E>> {
+        let parameter = Parameter::zeros(name, rows, columns, if columns == 1 { Layout::Rows } else { Layout::Panels });
+        let values: Vec<f32> = (0..rows * columns).map(|i| ((i * 37 + seed * 11) % 23) as f32 / 16.0 - 0.6).collect();
+        parameter.write_rows(0..rows, &values, false);
+        Arc::new(parameter)
+    }
+
+    /// A frozen weight `[out, in]` with parts on its first rows and on its last.
+    fn adapted<E: ModelElement>(out: usize, input: usize, split: usize) -> Arc<Parameter<E>> {
+        let weight = filled::<E>("w", out, input, 1);
+        weight.set_trains(false);
+        let part = |rows: Range<usize>, rank: usize, seed: usize| LowRank {
+            a: filled("a", rank, input, seed),
+            b: filled("b", rows.len(), rank, seed + 1),
+            rows,
+            scale: 0.5,
+        };
+        weight.set_adapters(vec![part(0..split, 3, 2), part(split..out, 2, 4)]);
+        weight
+    }
+
+    fn input<E: ModelElement>(tokens: usize, columns: usize) -> Tensor<E, 2> {
+        let values: Vec<E> = (0..tokens * columns).map(|i| E::from_f32(((i * 29) % 31) as f32 / 16.0 - 0.9)).collect();
+        Tensor::from_slice([tokens, columns], &values).unwrap()
+    }
+
+    /// The sum of the squares of `run`'s result and, by finite differences, the gradient of every factor and of x.
+    fn check_gradients(weight: &Arc<Parameter<f32>>, x: &Tensor<f32, 2>, run: impl Fn(&Tensor<f32, 2>) -> Tensor<f32, 2>) {
+        // One weight serves several products, and gradients add up.
+        weight.adapters().iter().for_each(|part| [&part.a, &part.b].into_iter().for_each(|factor| factor.clear_gradient()));
+        let leaf = x.leaf();
+        let y = run(&leaf);
+        let mut upstream = Buffer::copy_of(y.values());
+        upstream.iter_mut().for_each(|value| *value *= 2.0);
+        y.backward_with(upstream).unwrap();
+        assert!(weight.gradient_rows(0..weight.rows()).is_none(), "the weight itself is frozen");
+        let loss = |x: &Tensor<f32, 2>| run(x).values().iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
+        let near = |what: &str, got: f32, up: f64, down: f64| {
+            let want = (up - down) / (2.0 * f64::from(STEP));
+            // The loss is about 1000 and rounded to 1e-7 of itself; the step divides that.
+            assert!((f64::from(got) - want).abs() < 0.05 + 2e-3 * want.abs(), "{what}: got {got}, want {want}");
+        };
+        const STEP: f32 = 0.01;
+        for part in weight.adapters().iter() {
+            for factor in [&part.a, &part.b] {
+                let gradient = factor.gradient_rows(0..factor.rows()).unwrap();
+                let mut values = vec![0.0; factor.count()];
+                factor.read_rows(0..factor.rows(), &mut values);
+                for i in 0..values.len() {
+                    let at = |step: f32| {
+                        let mut moved = values.clone();
+                        moved[i] += step;
+                        factor.write_rows(0..factor.rows(), &moved, false);
+                        loss(x)
+                    };
+                    near(factor.name(), gradient[i], at(STEP), at(-STEP));
+                }
+                factor.write_rows(0..factor.rows(), &values, false);
+            }
+        }
+        let gradient = leaf.gradient().unwrap();
+        for i in 0..x.len() {
+            let at = |step: f32| {
+                let mut moved = x.values().to_vec();
+                moved[i] += step;
+                loss(&Tensor::from_slice(x.shape(), &moved).unwrap())
+            };
+            near("x", gradient.values()[i], at(STEP), at(-STEP));
+        }
+    }
+
+    #[test]
+    fn every_product_differentiates_its_low_rank_parts() {
+        let (weight, x) = (adapted::<f32>(7, 6, 4), input(5, 6));
+        check_gradients(&weight, &x, |x| linear(x, &weight, None, None).unwrap());
+        let norm = filled("norm", 6, 1, 9);
+        norm.set_trains(false);
+        check_gradients(&weight, &x, |x| norm_linear(x, &norm, 1e-6, &weight, None).unwrap());
+        let weight = adapted::<f32>(7, 3, 4);
+        check_gradients(&weight, &x, |x| swiglu_linear(x, &weight, None).unwrap());
+    }
+
+    #[test]
+    fn a_row_is_the_same_alone_and_merging_comes_near_and_goes_back_to_the_bit() {
+        fn check<E: ModelElement>(tolerance: f32) {
+            let (weight, x) = (adapted::<E>(70, 45, 33), input::<E>(9, 45));
+            let y = linear(&x, &weight, None, None).unwrap();
+            for (row, values) in x.values().chunks_exact(45).enumerate() {
+                let alone = linear(&Tensor::from_slice([1, 45], values).unwrap(), &weight, None, None).unwrap();
+                assert!(alone.values() == &y.values()[row * 70..(row + 1) * 70], "row {row}");
+            }
+            let before = weight.read().weight.to_vec();
+            weight.merge();
+            assert!(weight.adapters().is_empty() && weight.is_merged());
+            let merged = linear(&x, &weight, None, None).unwrap();
+            for (a, b) in y.values().iter().zip(merged.values()) {
+                assert!((a.to_f32() - b.to_f32()).abs() <= tolerance, "{a:?} {b:?}");
+            }
+            weight.unmerge();
+            assert!(weight.read().weight[..] == before[..] && weight.adapters().len() == 2);
+            assert!(linear(&x, &weight, None, None).unwrap().values() == y.values());
+        }
+        // Sums of 45 terms up to 2.3, rounded to 24 bits, or at the end and in the weight to 8.
+        check::<f32>(1e-4);
+        check::<bf16>(1.0);
+    }
+}
