@@ -22,7 +22,18 @@ macro_rules! embedded {
 }
 
 /// The modules behind `std.*`. A test compares this list with the folder.
-pub const STDLIB: &[Embedded] = embedded!["eval.lua", "losses.lua", "schedules.lua", "tales.lua"];
+pub const STDLIB: &[Embedded] = embedded![
+    "answers.lua",
+    "eval.lua",
+    "json.lua",
+    "losses.lua",
+    "report.lua",
+    "rewards.lua",
+    "schedules.lua",
+    "schema.lua",
+    "tales.lua",
+    "tasks.lua"
+];
 
 /// The stubs of everything the engine exports, for editors.
 pub const STUBS: &[Embedded] = embedded![
