@@ -23,19 +23,32 @@ macro_rules! embedded {
 
 /// The modules behind `std.*`. A test compares this list with the folder.
 pub const STDLIB: &[Embedded] = embedded![
+    "answers.lua",
     "eval.lua",
+    "json.lua",
     "losses.lua",
     "merging.lua",
     "options.lua",
     "policy_losses.lua",
     "preference_losses.lua",
+    "report.lua",
+    "rewards.lua",
     "schedules.lua",
-    "tales.lua"
+    "schema.lua",
+    "tales.lua",
+    "tasks.lua"
 ];
 
 /// The stubs of everything the engine exports, for editors.
-pub const STUBS: &[Embedded] =
-    embedded!["meta/data.lua", "meta/engine.lua", "meta/generation.lua", "meta/model.lua", "meta/run.lua", "meta/tensor.lua"];
+pub const STUBS: &[Embedded] = embedded![
+    "meta/data.lua",
+    "meta/engine.lua",
+    "meta/generation.lua",
+    "meta/model.lua",
+    "meta/run.lua",
+    "meta/sandbox.lua",
+    "meta/tensor.lua"
+];
 
 /// A file of the user's that took part in a run.
 #[derive(Clone, Debug, PartialEq)]
