@@ -135,9 +135,10 @@ fn a_new_adapter_begins_as_its_base_and_only_it_trains() {
         let model = golden.model(dtype);
         let plain = model.logits(&batch.packed()).unwrap().values().to_vec();
         let count = model.count();
+        model.adapt(lora(&["all-linear"]), 5).unwrap();
+        // What products read; the masters of frozen bf16 weights are dropped with the freezing.
         let base: Vec<(String, Vec<f32>)> =
             model.tensors().into_iter().map(|(name, _)| (name.clone(), model.value(&name).unwrap().to_f32_vec())).collect();
-        model.adapt(lora(&["all-linear"]), 5).unwrap();
         assert!(model.logits(&batch.packed()).unwrap().values() == plain, "{name}: B is zero");
         assert_eq!(model.trainable(), model.count() - count, "{name}");
 
@@ -150,7 +151,7 @@ fn a_new_adapter_begins_as_its_base_and_only_it_trains() {
             assert!(optimizer.step().applied);
         }
         assert!(losses[11] < 0.8 * losses[0], "{name}: {losses:?}");
-        for (tensor, before) in &base {
+        for (tensor, before) in base.iter().filter(|(tensor, _)| !tensor.contains(".lora_")) {
             assert!(model.value(tensor).unwrap().to_f32_vec() == *before, "{name}: {tensor} has changed");
         }
         let unmoved = |module: &str| model.value(&format!("{module}.lora_B.weight")).unwrap().to_f32_vec().iter().all(|b| *b == 0.0);

@@ -8,11 +8,13 @@ use fixtures::{Batch, clear_gradients, targets};
 use perilune::infer::generate::generate;
 use perilune::infer::sampler::Rules;
 use perilune::infer::scheduler::Job;
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::cpu::threads::set_threads;
 use perilune::kernels::element::Dtype;
-use perilune::model::Model;
 use perilune::model::config::Config;
 use perilune::model::paged::NewTokens;
+use perilune::model::{Lora, Model};
+use perilune::tensor::AnyTensor;
 use perilune::train::optimizer::{AdamW, Settings};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -52,10 +54,25 @@ fn models() -> Vec<(String, Model)> {
     for (name, config) in [("dense, tied", dense.clone()), ("sliding", sliding), ("experts", experts), ("mixed layers", mixed)] {
         for dtype in [Dtype::F32, Dtype::Bf16] {
             let config = Config::parse(Path::new("config.json"), &config.to_string()).unwrap();
-            models.push((format!("{name}, {dtype}"), Model::random(config, dtype, 11).unwrap()));
+            models.push((format!("{name}, {dtype}"), Model::random(config.clone(), dtype, 11).unwrap()));
+            if ["sliding", "experts"].contains(&name) {
+                let model = Model::random(config, dtype, 11).unwrap();
+                adapt(&model);
+                models.push((format!("{name}, {dtype}, adapter"), model));
+            }
         }
     }
     models
+}
+
+/// Puts an adapter on every projection, with a second factor that is not zero.
+fn adapt(model: &Model) {
+    let targets = vec!["all-linear".into()];
+    model.adapt(Lora { rank: 5, alpha: 4.0, rank_stabilized: false, targets, modules_to_save: Vec::new() }, 3).unwrap();
+    for (number, (name, shape)) in model.tensors().into_iter().filter(|(name, _)| name.ends_with("lora_B.weight")).enumerate() {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| ((i * 31 + number * 7) % 19) as f32 * 0.01 - 0.09).collect();
+        model.set_value(&name, &AnyTensor::new(&shape, Buffer::copy_of(&values)).unwrap()).unwrap();
+    }
 }
 
 /// A document of `len` tokens that no other number starts like.

@@ -63,7 +63,7 @@ pub struct State {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StoredModel {
     pub definition: String,
-    /// A frozen model is not in the checkpoint: it is made again from its source.
+    /// Whether it is not in the checkpoint, since nothing trains or has changed it: it is made again from its source.
     pub frozen: bool,
     /// Whether its adapter was merged into its weights.
     #[serde(default)]
@@ -99,9 +99,18 @@ pub(super) struct Snapshot {
     unasked: BTreeMap<String, Plain>,
     position: (String, u64),
     pub(super) metrics: Map<String, Json>,
-    models: Vec<(String, ModelObject)>,
+    models: Vec<Copied>,
     optimizers: Vec<(String, AdamWState)>,
     states: BTreeMap<String, Plain>,
+}
+
+/// A model at the boundary.
+struct Copied {
+    name: String,
+    copy: ModelObject,
+    version: u64,
+    /// Whether it need not be written.
+    as_made: bool,
 }
 
 impl Snapshot {
@@ -121,12 +130,11 @@ impl Snapshot {
         for (name, named) in run.resources.all() {
             match named.resource {
                 Resource::Model(model) => {
-                    let frozen = model.is_frozen();
+                    let frozen = model.is_as_made();
                     stored_models
                         .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
-                    if !frozen {
-                        models.push((name, model.copy()));
-                    }
+                    // A copy of what does not train shares its weights, so that it costs nothing.
+                    models.push(Copied { name, copy: model.copy(), version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {
                     let held = optimizer.lock();
@@ -198,8 +206,10 @@ impl Snapshot {
     fn put_back_resources(&self, run: &Run) -> Failed<()> {
         let all = run.resources.all();
         let live: BTreeMap<&str, &Resource> = all.iter().map(|(name, named)| (name.as_str(), &named.resource)).collect();
-        for (name, copy) in &self.models {
-            if let Some(Resource::Model(object)) = live.get(name.as_str()) {
+        for Copied { name, copy, version, .. } in &self.models {
+            if let Some(Resource::Model(object)) = live.get(name.as_str())
+                && object.model.version() != *version
+            {
                 object.model.copy_from(&copy.model);
             }
         }
@@ -219,9 +229,14 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Models that the checkpoint holds.
+    fn stored_models(&self) -> impl Iterator<Item = &Copied> {
+        self.models.iter().filter(|model| !model.as_made)
+    }
+
     /// Bytes that it takes on the disk, about.
     fn bytes(&self) -> u64 {
-        let models: u64 = self.models.iter().map(|(_, model)| model_state::bytes(model)).sum();
+        let models: u64 = self.stored_models().map(|model| model_state::bytes(&model.copy)).sum();
         let optimizers: u64 = self.optimizers.iter().map(|(_, state)| state.bytes()).sum();
         let states: u64 = self.states.values().map(|plain| plain.tensor_bytes() as u64).sum();
         models + optimizers + states + (1 << 20)
@@ -231,8 +246,8 @@ impl Snapshot {
     fn write(&self, root: &Path) -> Result<Manifest> {
         let name = checkpoint_name(&self.position.0, self.position.1);
         let draft = Draft::begin(root, &name, self.bytes())?;
-        for (name, model) in &self.models {
-            model_state::write(&draft, name, model)?;
+        for model in self.stored_models() {
+            model_state::write(&draft, &model.name, &model.copy)?;
         }
         for (name, optimizer) in &self.optimizers {
             optimizer.save(&draft.place(&format!("optimizers/{name}"))?)?;

@@ -36,6 +36,8 @@ pub struct ModelObject {
     frozen: bool,
     /// The folder it came from.
     source: Option<String>,
+    /// Its version when it was as its source has it; none if it never was.
+    made: Option<u64>,
 }
 
 /// What a script says of a new model besides its source.
@@ -97,6 +99,7 @@ impl ModelObject {
         }
         this.model.set_recompute(options.boolean("recompute")?.unwrap_or(false));
         this.adapt(lua, op, making)?;
+        this.made = Some(this.model.version());
         Ok(this)
     }
 
@@ -135,7 +138,7 @@ impl ModelObject {
         let tokenizer = if has_tokenizer { Some(TokenizerObject::load(folder)?) } else { None };
         let generation_config = GenerationConfig::load(folder)?.map(|config| format!("{:#}\n", config.to_json()).into_bytes());
         let source = Some(folder.display().to_string());
-        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen: making.frozen, source })
+        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen: making.frozen, source, made: None })
     }
 
     fn random(lua: &Lua, fields: &Table, making: &Making) -> Failed<Self> {
@@ -162,7 +165,7 @@ impl ModelObject {
         let dtype = making.dtype.unwrap_or(Dtype::F32);
         let model = Model::random(config, dtype, seed(lua))?;
         model.set_trains(making.trains());
-        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen: making.frozen, source: None })
+        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen: making.frozen, source: None, made: None })
     }
 
     /// The folder it came from.
@@ -170,10 +173,10 @@ impl ModelObject {
         self.source.as_deref()
     }
 
-    /// The same model, which counts as made from `source`: a folder, or fields of a new one.
+    /// The same model, which counts as one made from `source` (a folder, or fields of a new one) and changed since.
     pub fn made_from(self, source: &Value) -> Self {
         let folder = source.as_string().map(|folder| folder.to_string_lossy());
-        Self { source: folder, ..self }
+        Self { source: folder, made: None, ..self }
     }
 
     /// The model without its adapter, frozen, with which it shares its weights.
@@ -186,9 +189,9 @@ impl ModelObject {
         Self { model: Arc::new(self.model.copy()), ..self.clone() }
     }
 
-    /// Whether nothing trains it.
-    pub fn is_frozen(&self) -> bool {
-        self.frozen
+    /// Whether nothing trains it, and nothing else has changed it: it can be made again from its source.
+    pub fn is_as_made(&self) -> bool {
+        self.frozen && self.made == Some(self.model.version())
     }
 
     /// Writes a Hugging Face checkpoint folder, with the tokenizer.

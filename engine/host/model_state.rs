@@ -54,10 +54,11 @@ pub fn load(lua: &Lua, op: &'static str, checkpoint: &Path, name: &str, source: 
     let stored = weights.is_dir() || !adapter.is_dir();
     let object = if stored {
         let folder = Value::String(lua.create_string(weights.display().to_string())?);
-        ModelObject::make(lua, op, &folder, options)?.made_from(source)
+        ModelObject::make(lua, op, &folder, options)?
     } else {
         ModelObject::make(lua, op, source, options)?
     };
+    let object = object.made_from(source);
     if adapter.is_dir() {
         object.model.refill_adapter(&adapter)?;
         if stored {

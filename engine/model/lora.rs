@@ -37,7 +37,7 @@ pub struct Lora {
     pub rank_stabilized: bool,
     /// Names of modules, or ends of them: `q_proj`, `layers.0.mlp.down_proj`; or `all-linear`.
     pub targets: Vec<String>,
-    /// Modules that train whole and are kept with the adapter.
+    /// Ends of names of modules that train whole and are kept with the adapter.
     pub modules_to_save: Vec<String>,
 }
 
@@ -204,6 +204,7 @@ impl<E: ModelElement> Graph<E> {
         }
         named.iter().for_each(|tensor| tensor.parameter.set_trains(false));
         saved.iter().for_each(|tensor| tensor.parameter.set_trains(true));
+        named.iter().filter(|tensor| !tensor.parameter.trains()).for_each(|tensor| tensor.parameter.drop_master());
         parts.into_iter().for_each(|(parameter, parts)| parameter.set_adapters(parts));
         Ok(())
     }
@@ -225,7 +226,7 @@ impl<E: ModelElement> Graph<E> {
     /// The tensors of the adapter: both factors of every low-rank part, then the modules saved whole.
     ///
     /// Errors: as [`Graph::attach`].
-    fn adapter_tensors(&self, lora: &Lora) -> Result<Vec<Named<E>>> {
+    pub(super) fn adapter_tensors(&self, lora: &Lora) -> Result<Vec<Named<E>>> {
         let mut tensors = self.named_adapters();
         tensors.extend(saved_modules(&self.named(), lora)?);
         Ok(tensors)
@@ -302,19 +303,23 @@ fn file_name<E: ModelElement>(tensor: &Named<E>) -> String {
     format!("base_model.model.{}", tensor.name)
 }
 
-/// Tensors of the modules that train whole.
+/// Tensors of the modules that train whole. As in PEFT, any module is one whose name ends so: `norm` names all norms, and
+/// `model.norm` the last.
 fn saved_modules<E: ModelElement>(named: &[Named<E>], lora: &Lora) -> Result<Vec<Named<E>>> {
     let mut saved: Vec<Named<E>> = Vec::new();
     for name in &lora.modules_to_save {
-        let before = saved.len();
-        for tensor in named.iter().filter(|tensor| is_called(module(&tensor.name), name)) {
+        let mut is_known = false;
+        for tensor in named.iter().filter(|tensor| module(&tensor.name).ends_with(name.as_str())) {
+            is_known = true;
             if tensor.rows != (0..tensor.parameter.rows()) {
                 let expected = "modules whose weights are a matrix of their own, such as lm_head, embed_tokens, norm or score";
                 return Err(Error::argument("lora", "modules_to_save", expected, format!("{name:?}; use it as a target")));
             }
-            saved.push(tensor.clone());
+            if !saved.iter().any(|known| known.name == tensor.name) {
+                saved.push(tensor.clone());
+            }
         }
-        if saved.len() == before {
+        if !is_known || name.is_empty() {
             return Err(Error::argument(
                 "lora",
                 "modules_to_save",

@@ -3,6 +3,7 @@
 
 use super::any::{AnyGraph, Model, find};
 use super::graph::Graph;
+use super::lora::Lora;
 use crate::error::{Error, Result};
 use crate::tensor::{AnyTensor, ModelElement, Parameter};
 use std::ops::Range;
@@ -22,10 +23,10 @@ impl Model {
             let expected = "two models without adapters, or with adapters of one shape that are not merged";
             return Err(Error::argument("average", "other", expected, "others; `merge` and `save` make a plain model of an adapted one"));
         }
-        let adapters = self.adapter().is_some();
+        let adapter = self.adapter();
         match (&self.graph, &other.graph) {
-            (AnyGraph::F32(to), AnyGraph::F32(from)) => average(to, from, adapters, weight),
-            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => average(to, from, adapters, weight),
+            (AnyGraph::F32(to), AnyGraph::F32(from)) => average(to, from, adapter.as_ref(), weight),
+            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => average(to, from, adapter.as_ref(), weight),
             _ => Err(Error::argument("average", "other", format!("a model in {}", self.dtype()), format!("one in {}", other.dtype()))),
         }
     }
@@ -60,20 +61,18 @@ impl Model {
     }
 }
 
-fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapters: bool, weight: f64) -> Result<()> {
+fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapter: Option<&Lora>, weight: f64) -> Result<()> {
     if Arc::ptr_eq(to, from) {
         return Ok(());
     }
-    let chosen = |graph: &Graph<E>| {
-        let mut parameters = graph.parameters();
-        parameters.retain(|parameter| !adapters || parameter.trains());
-        parameters
+    let ours = match adapter {
+        None => to.weights(),
+        Some(lora) => to.adapter_tensors(lora)?.into_iter().map(|tensor| tensor.parameter).collect(),
     };
-    // A frozen copy has the adapter's parameters, too, though none of them trains.
     let theirs = from.parameters();
     let same =
         |a: &Parameter<E>, b: &Parameter<E>| (a.name(), a.rows(), a.columns(), a.layout()) == (b.name(), b.rows(), b.columns(), b.layout());
-    let pairs = chosen(to).into_iter().map(|parameter| {
+    let pairs = ours.into_iter().map(|parameter| {
         let other = theirs.iter().find(|other| same(&parameter, other));
         let lacks = || Error::argument("average", "other", format!("a model of the same shape, with {}", parameter.name()), "one without");
         other.cloned().map(|other| (parameter.clone(), other)).ok_or_else(lacks)

@@ -145,6 +145,15 @@ impl<E: ModelElement> Parameter<E> {
         }
     }
 
+    /// Forgets what completes a bf16 weight to its f32 master: a weight that will not train needs none.
+    pub fn drop_master(&self) {
+        let mut value = self.value.write().expect("nothing panics while a parameter is written");
+        if value.remainder.is_some() {
+            Arc::make_mut(&mut value).remainder = None;
+            self.version.fetch_add(1, Relaxed);
+        }
+    }
+
     pub fn read(&self) -> RwLockReadGuard<'_, Arc<Value<E>>> {
         self.value.read().expect("nothing panics while a parameter is written")
     }

@@ -25,8 +25,8 @@ local Optimizer = {}
 
 --- What LoRA adds to a model. `targets` are names of modules or ends of names (`q_proj`, `layers.0.mlp.down_proj`, `gate` for
 --- routers), or "all-linear" for all projections of the layers, experts included. The scale is alpha / rank, with
---- `rank_stabilized` alpha / sqrt(rank). `modules_to_save` train whole beside it: a base model that is to learn `<|im_end|>`
---- needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
+--- `rank_stabilized` alpha / sqrt(rank). `modules_to_save`, ends of names (`norm`: all norms), train whole beside it: a base
+--- model that is to learn `<|im_end|>` needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
 ---@class engine.Lora
 ---@field rank? integer default 8
 ---@field alpha? number default twice the rank
