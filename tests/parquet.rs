@@ -94,7 +94,7 @@ fn what_cannot_be_read_is_named() {
     assert_eq!(skipping.take_rows(9).unwrap().len(), 2);
     assert_eq!(skipping.tally().skipped, 1);
     let says = told(Dataset::parquet([golden("gzip.parquet")]));
-    assert!(says.contains("gzip.parquet: column id: compression with gzip is not supported; write the file with snappy"), "{says}");
+    assert!(says.contains("gzip.parquet: column \"id\": compression with gzip is not supported; write the file with snappy"), "{says}");
     let says = told(Dataset::parquet([golden("rows.jsonl")]));
     assert!(says.contains("rows.jsonl: footer: expected a Parquet file"), "{says}");
     assert!(told(Dataset::parquet([golden("empty.parquet")])).contains("at least one document"));
