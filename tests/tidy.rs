@@ -29,7 +29,7 @@ const FLOORS: [(&str, &[&str]); 11] = [
 ];
 
 /// Crates that one place alone may name: a folder, or a file.
-const DOORS: [(&str, &[&str]); 18] = [
+const DOORS: [(&str, &[&str]); 21] = [
     ("cudarc", &["engine/kernels/"]),
     ("dfdx", &["engine/tensor/"]),
     ("tokenizers", &["engine/data/"]),
@@ -46,6 +46,9 @@ const DOORS: [(&str, &[&str]); 18] = [
     ("mlua", &["engine/host/"]),
     ("notify", &["engine/host/reload.rs"]),
     ("signal_hook", &["engine/host/interrupt.rs"]),
+    ("landlock", &["engine/host/sandbox_walls.rs"]),
+    ("seccompiler", &["engine/host/sandbox_walls.rs"]),
+    ("nix", &["engine/host/sandbox_walls.rs", "engine/host/sandbox_job.rs"]),
     ("indicatif", &["engine/host/progress.rs", "engine/cli/"]),
     ("clap", &["engine/cli/"]),
 ];

@@ -17,6 +17,7 @@ mod plot;
 mod resume;
 mod run;
 mod runs;
+mod sandboxed;
 mod store;
 mod table;
 mod times;
@@ -46,6 +47,7 @@ enum Command {
     Set(live::Set),
     Reload(live::Reload),
     Runs(runs::Runs),
+    Sandboxed(sandboxed::Sandboxed),
     Store(store::Store),
     Types(types::Types),
     Bench(bench::BenchArgs),
@@ -75,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Set(command) => command.run(),
         Command::Reload(command) => command.run(),
         Command::Runs(command) => command.run(),
+        Command::Sandboxed(command) => command.run(),
         Command::Store(command) => command.run(),
         Command::Types(command) => command.run(),
         Command::Bench(args) => bench::bench(args),

@@ -39,7 +39,7 @@ function coroutine.resume(...) return tidy(resume_raw(...)) end
 /// `pairs` in an order that is the same in every process: keys that are numbers, then strings, each sorted, then booleans,
 /// then whatever else in Lua's own order. Lua's is another in each process, and a run must repeat itself. Fields may be changed
 /// and removed on the way, as the manual allows; `next` is Lua's own.
-const SORTED_PAIRS: &str = r#"
+pub(super) const SORTED_PAIRS: &str = r#"
 local next, type, sort, getmetatable, error = next, type, table.sort, getmetatable, error
 local rank = { number = 1, string = 2, boolean = 3 }
 local function before(a, b)

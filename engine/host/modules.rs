@@ -34,8 +34,15 @@ pub const STDLIB: &[Embedded] = embedded![
 ];
 
 /// The stubs of everything the engine exports, for editors.
-pub const STUBS: &[Embedded] =
-    embedded!["meta/data.lua", "meta/engine.lua", "meta/generation.lua", "meta/model.lua", "meta/run.lua", "meta/tensor.lua"];
+pub const STUBS: &[Embedded] = embedded![
+    "meta/data.lua",
+    "meta/engine.lua",
+    "meta/generation.lua",
+    "meta/model.lua",
+    "meta/run.lua",
+    "meta/sandbox.lua",
+    "meta/tensor.lua"
+];
 
 /// A file of the user's that took part in a run.
 #[derive(Clone, Debug, PartialEq)]

@@ -6,6 +6,7 @@
 ---@field data engine.data
 ---@field model engine.model
 ---@field optim engine.optim
+---@field sandbox engine.sandbox
 ---@field tensor engine.tensor
 ---@field tokenizer engine.tokenizer
 local engine = {}
