@@ -6,11 +6,15 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// One program at a time, so that whatever is left behind is its.
 static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
 
 fn job(language: Language, program: &str) -> Job {
     Job {
@@ -28,7 +32,7 @@ fn job(language: Language, program: &str) -> Job {
 
 /// Runs a job and looks at what it leaves.
 fn end(job: &Job) -> Outcome {
-    let guard = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let guard = alone();
     let started = Instant::now();
     let outcome = run(Path::new(env!("CARGO_BIN_EXE_perilune")), job, &|| false).unwrap();
     let took = started.elapsed().as_secs_f64();
@@ -132,7 +136,7 @@ fn python_programs_run() {
     }
     if let Some(outcome) = python("def f():\n  raise ValueError('no good')\nf()") {
         assert_eq!((outcome.status, outcome.reason.as_deref()), (Status::Error, Some("ValueError: no good")));
-        assert!(String::from_utf8_lossy(&outcome.stderr).contains("program.py\", line 2"));
+        assert!(String::from_utf8_lossy(&outcome.stderr).contains("File \"program.py\", line 2"));
     }
     if let (Some(a), Some(b)) = (python("print({'a', 'b', 'c', 'd', 'e'})"), python("print({'a', 'b', 'c', 'd', 'e'})")) {
         assert_eq!(a.stdout, b.stdout);
@@ -177,7 +181,7 @@ fn processor_time_has_a_limit_of_its_own() {
             std::process::id()
         )
     };
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("program.lua"), "while true do end").unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
@@ -195,7 +199,7 @@ fn memory_has_an_end() {
         assert_eq!(outcome.reason.as_deref(), Some("it wanted more than 256 MiB"));
     };
     hog(Language::Lua, "local t = {} while true do t[#t + 1] = ('x'):rep(1 << 20) .. #t end");
-    hog(Language::Lua, "local s = ('x'):rep(1 << 40)");
+    hog(Language::Lua, "local s = ('x'):rep(1 << 30)");
     hog(Language::Lua, "local t = {} for i = 1, 1e12 do t[i] = i end");
     // Caught, it is the program's own affair.
     expect(&lua("print(pcall(string.rep, 'x', 1 << 30))"), Status::Ok, "false\tnot enough memory\n");
@@ -311,7 +315,7 @@ fn other_processes_are_out_of_reach() {
     all_fail(&[&kill, "os.kill(os.getppid(), 9)", &group, "os.killpg(0, 9)", &priority, "os.setpgid(0, 0)"]);
     let limits = format!("import resource\ntry:\n    resource.prlimit({parent}, resource.RLIMIT_CPU, (1, 1))\n    print('did')\n");
     expect_python(&format!("{limits}except OSError: print('ended')"), Status::Ok, "ended\n");
-    let own = "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n    print('did')\nexcept OSError: print('ended')";
+    let own = "import resource\ntry:\n    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n    print('did')\nexcept (OSError, ValueError): print('ended')";
     expect_python(own, Status::Ok, "ended\n");
     // Signals through a descriptor, and to itself.
     let fcntl = format!("import fcntl, os\nr, w = os.pipe()\ntry:\n    fcntl.fcntl(r, fcntl.F_SETOWN, {parent})\n    print('did')\n");
@@ -401,6 +405,7 @@ fn script(folder: &Path, args: &[&str]) -> Command {
 
 #[test]
 fn what_the_kernel_does_not_grant_is_told() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     for wall in ["descriptors", "limits", "files", "calls"] {
         let point = format!("sandbox_{wall}=error");
@@ -412,7 +417,7 @@ fn what_the_kernel_does_not_grant_is_told() {
         let refused = run(&["--program", "print 'ran'"]);
         assert!(refused.starts_with("refused\t\tthis system cannot hold a program as it should"), "{refused}");
         assert!(refused.contains(&format!("({wall}: failpoint")) && refused.contains("allow_weaker = true"), "{refused}");
-        let weaker = run(&["--program", "print 'ran'", "--weaker", "true"]);
+        let weaker = run(&["--program", "print 'ran'", "--weaker"]);
         assert!(weaker.starts_with("ok\tran\n\tnil\t1\t") && weaker.contains(&format!("{wall}: ")), "{weaker}");
     }
     // Weaker by one wall, the others stand; and what it starts is killed with it.
@@ -421,13 +426,14 @@ fn what_the_kernel_does_not_grant_is_told() {
         return;
     }
     let program = "import os, time\nif os.fork() == 0:\n    time.sleep(77)\ntry: open('/etc/passwd')\nexcept OSError: print('ended')";
-    let args = ["--language", "python", "--weaker", "true", "--program", program];
+    let args = ["--language", "python", "--weaker", "--program", program];
     let output = script(folder.path(), &args).env("PERILUNE_FAILPOINT", "sandbox_calls=error").output().unwrap();
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("ok\tended\n"), "{output:?}");
 }
 
 #[test]
 fn a_program_goes_with_its_caller() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut caller = script(folder.path(), &["--program", "while true do end", "--seconds", "600"]).spawn().unwrap();
     let of_caller = format!("\"parent\":{},", caller.id());
@@ -455,6 +461,7 @@ fn what_the_caller_inherited_is_closed() {
         eprintln!("skipped: no python3 on this machine");
         return;
     }
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("open"), "").unwrap();
     let program = "import os\ntry: os.write(7, b'x')\nexcept OSError: print('closed')";
@@ -468,6 +475,7 @@ fn what_the_caller_inherited_is_closed() {
 
 #[test]
 fn a_batch_keeps_its_order_and_its_options_are_checked() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let mut file = std::fs::File::create(folder.path().join("batch.lua")).unwrap();
     file.write_all(
@@ -475,8 +483,8 @@ fn a_batch_keeps_its_order_and_its_options_are_checked() {
         local list = {}
         for i = 1, 9 do list[i] = { program = ('for _ = 1, %d do end print(%d)'):format((10 - i) * 100000, i) } end
         list[5].program = 'error(\"five\")'
-        for i, result in ipairs(sandbox.run_all(list, { jobs = 3 })) do io.write(i, result.status, result.stdout:gsub('\\n', ''), ' ') end
-        print(#sandbox.run_all {})
+        for i, result in ipairs(sandbox.run_all(list, { jobs = 3 })) do list[i] = i .. result.status .. result.stdout:gsub('\\n', '') end
+        print(table.concat(list, ' '), #sandbox.run_all {})
         for _, bad in ipairs {
           function() sandbox.run { } end, function() sandbox.run { program = '', seconds = 0 } end,
           function() sandbox.run { program = '', language = 'ruby' } end, function() sandbox.run { program = '', memry_mb = 9 } end,
@@ -492,12 +500,12 @@ fn a_batch_keeps_its_order_and_its_options_are_checked() {
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.starts_with("1ok1 2ok2 3ok3 4ok4 5error 6ok6 7ok7 8ok8 9ok9 0\n"), "{text}");
+    assert!(text.starts_with("1ok1 2ok2 3ok3 4ok4 5error 6ok6 7ok7 8ok8 9ok9\t0\n"), "{text}");
     for part in [
         "sandbox.run: `program` should be given, got nil",
         "sandbox.run: `seconds` should be a number above 0, at most 3600, got 0.0",
         "sandbox.run: `language` should be lua or python, got ruby",
-        "`memry_mb`, did you mean",
+        "`memry_mb`; did you mean `memory_mb`?",
         "sandbox.run: `memory_mb` should be an integer of at least 32, got 1",
         "sandbox.run_all: `list` should be a list of tables of options, as of engine.sandbox.run, got an entry that is 1",
         "sandbox.run_all: `jobs` should be an integer of at least 1, got 0",

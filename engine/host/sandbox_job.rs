@@ -173,7 +173,29 @@ pub fn run(executable: &Path, job: &Job, given_up: &dyn Fn() -> bool) -> Result<
     if ended == Some(Ended::GivenUp) {
         return Err(Error::Interrupted);
     }
-    Ok(watched.outcome(exit, ended))
+    let mut outcome = watched.outcome(exit, ended);
+    // Where the folder lies is another place each time, and nothing to learn from.
+    let own = format!("{}/", folder.0.display());
+    outcome.stdout = without(outcome.stdout, own.as_bytes());
+    outcome.stderr = without(outcome.stderr, own.as_bytes());
+    Ok(outcome)
+}
+
+/// The text without any `part`, which is not empty.
+fn without(text: Vec<u8>, part: &[u8]) -> Vec<u8> {
+    if text.windows(part.len()).all(|window| window != part) {
+        return text;
+    }
+    let (mut left, mut at) = (Vec::with_capacity(text.len()), 0);
+    while at < text.len() {
+        if text[at..].starts_with(part) {
+            at += part.len();
+        } else {
+            left.push(text[at]);
+            at += 1;
+        }
+    }
+    left
 }
 
 /// The interpreter itself; scripts that look for one (pyenv's) would need a shell.
@@ -377,8 +399,8 @@ impl<'a> Watched<'a> {
         if self.out.len() > self.job.output_bytes || self.err.len() > self.job.output_bytes {
             return Some(Ended::Output);
         }
-        // The program's own text lies there too.
-        let most = self.job.files_bytes + 2 * ENTRY_BYTES + self.job.program.len() as u64;
+        // The program's own text lies there too, and a file system rounds up.
+        let most = self.job.files_bytes + 8 * ENTRY_BYTES + self.job.program.len() as u64;
         (self.job.files_bytes > 0 && folder.bytes().is_none_or(|bytes| bytes > most)).then_some(Ended::Disk)
     }
 
