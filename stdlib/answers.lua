@@ -269,7 +269,8 @@ function answers.last_number(text)
       local found, rest = unsigned(text:sub(start))
       if found then
         local before = text:sub(1, start - 1)
-        local negative = before:find "%-%s*[%$]?$" and not before:find "[%w%)%]}]%s*%-%s*[%$]?$"
+        -- Right before the number and behind nothing that could be subtracted from, or where a value must begin.
+        local negative = (before:find "%-%$?$" and not before:find "[%w%)%]}]%-%$?$") or before:find "[=(,:]%s*%-%s+$" or before:find "^%s*%-%s+$"
         if rest:find "^%s?%%" then found = found / 100 end
         if found == found and found ~= math.huge then value, at = (negative and found ~= 0) and -found or found, start end
         from = #text - #rest + 1
@@ -292,6 +293,8 @@ function answers.letter(text, count)
   local upper, any = "[A-" .. last .. "]", "[A-" .. last .. "a-" .. last:lower() .. "]"
   local function leading(piece)
     piece = trim((piece:gsub("\\text%s*(%b{})", function(group) return group:sub(2, -2) end):gsub("[%*%$]", "")))
+    -- The article is no choice.
+    if piece:find "^[AI]%s+%l" then return nil end
     local letter = piece:match("^%((" .. any .. ")%)") or piece:match("^(" .. any .. ")$") or piece:match("^(" .. any .. ")[%.%):]")
       or piece:match("^(" .. upper .. ")%f[%W]") or piece:match("^[Oo]ption%s+%(?(" .. any .. ")%f[%W]") or piece:match("^[Cc]hoice%s+%(?(" .. any .. ")%f[%W]")
     return letter and letter:upper()

@@ -113,7 +113,7 @@ local function read_number(text, at)
   return math.tointeger(digits) or tonumber(digits), at + #digits
 end
 
-function read_value(text, at, depth)
+read_value = function(text, at, depth)
   if depth > DEPTH_MAX then fail(text, at, ("more than %d brackets in each other"):format(DEPTH_MAX)) end
   local c = text:sub(at, at)
   if c == "{" then return read_object(text, at, depth + 1) end
@@ -179,7 +179,7 @@ local function write(value, depth)
   if kind == "boolean" then return tostring(value) end
   if kind == "string" then return quote(value) end
   if kind == "number" then
-    if value ~= value or value == math.huge or value == -math.huge then error("std.json.encode: JSON has no " .. tostring(value), 3) end
+    if value ~= value or value == math.huge or value == -math.huge then error("std.json.encode: JSON has no nan and no infinities", 3) end
     return math.type(value) == "integer" and tostring(value) or ("%.17g"):format(value)
   end
   if kind ~= "table" then error("std.json.encode: JSON has no " .. kind, 3) end

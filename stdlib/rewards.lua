@@ -465,7 +465,7 @@ function rewards.score(rollouts, reward)
     totals = values_of(reward, "the reward", texts, records, known)
   end
   means.reward = mean(totals)
-  return engine.tensor.from_table(totals, { shape = { #totals } }), means
+  return engine.tensor.new(totals, { dtype = "f32" }), means
 end
 
 return rewards

@@ -170,7 +170,7 @@ local function inside(value, rules, place)
   end
 end
 
-function validate(value, rules, place)
+validate = function(value, rules, place)
   if rules == true then return nil end
   if rules == false then return place .. " may not be there" end
   for keyword, setting in pairs(rules) do

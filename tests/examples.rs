@@ -8,7 +8,7 @@ use std::process::Command;
 /// A lesson, arguments that keep it short, and what it must print.
 type Lesson = (&'static str, &'static [&'static str], fn(&str));
 
-const LESSONS: [Lesson; 16] = [
+const LESSONS: [Lesson; 18] = [
     ("01_hello", &["--name", "Ada", "--count", "2", "--mood", "loud", "--farewell", "Bye"], |text| {
         for part in ["2 of 2: HELLO, ADA!", "\"letters\":22", "Bye", "seed 0"] {
             assert!(text.contains(part), "{part}");
@@ -86,6 +86,22 @@ const LESSONS: [Lesson; 16] = [
         assert_eq!(number_after(text, "first loss "), number_after(text, "log 2 is "));
         assert_eq!(number_after(text, "accuracy "), 1.0);
         assert!(number_after(text, "margin ") > 0.3);
+    }),
+    ("17_rewards", &[], |text| {
+        assert!(text.contains("\\boxed{\\frac{1}{2}}      1") && text.contains("I do not know            0"));
+        // The right answer, without the form, politely, too long; a wrong one.
+        let scores: Vec<&str> = text.lines().filter(|line| line.starts_with(' ')).map(|line| line[..6].trim()).collect();
+        assert_eq!(scores, ["1.000", "0.000", "1.100", "0.500", "0.000"]);
+        assert_eq!(number_after(text, "mean correct: "), 0.6);
+    }),
+    ("18_sandbox", &[], |text| {
+        for (name, status) in [("kind", "ok"), ("broken", "error"), ("endless", "timeout"), ("greedy", "memory"), ("loud", "killed")] {
+            assert!(text.contains(&format!("{name:<8} {status} ")), "{name} is {status}");
+        }
+        assert!(text.contains("nil\tnil\tnil") && number_after(text, "sum: ") == 42.0);
+        assert_eq!(number_after(text, "program 1 passes "), 1.0);
+        assert_eq!(number_after(text, "program 2 passes "), 0.33);
+        assert_eq!(number_after(text, "program 3 passes "), 0.0);
     }),
 ];
 

@@ -220,7 +220,8 @@ fn memory_has_an_end() {
 
 #[test]
 fn lua_sees_no_file_and_no_engine() {
-    let names = ["os", "require", "package", "debug", "dofile", "loadfile", "engine", "io.open", "io.popen", "io.output", "string.dump and nil"];
+    let names =
+        ["os", "require", "package", "debug", "dofile", "loadfile", "engine", "io.open", "io.popen", "io.output", "string.dump and nil"];
     let program: String = names.iter().map(|name| format!("assert(({name}) == nil, {name:?}) ")).collect();
     expect(&lua(&format!("{program} print 'nothing'")), Status::Ok, "nothing\n");
     // Compiled Lua is no text, wherever it comes from.
@@ -276,7 +277,8 @@ fn files_of_its_own_have_a_limit() {
             job.files_bytes = 1 << 20;
         })
     };
-    let Some(outcome) = writes("import os\nos.mkdir('d')\nopen('d/x', 'w').write('abc')\nprint(open('d/x').read(), os.listdir('d'))") else {
+    let Some(outcome) = writes("import os\nos.mkdir('d')\nopen('d/x', 'w').write('abc')\nprint(open('d/x').read(), os.listdir('d'))")
+    else {
         return;
     };
     expect(&outcome, Status::Ok, "abc ['x']\n");
@@ -299,11 +301,17 @@ fn files_of_its_own_have_a_limit() {
 
 #[test]
 fn no_process_and_no_thread_begins() {
-    all_fail(&["os.fork()", "os.vfork() if hasattr(os, 'vfork') else os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.setsid()"]);
+    all_fail(&[
+        "os.fork()",
+        "os.vfork() if hasattr(os, 'vfork') else os.fork()",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.setsid()",
+    ]);
     expect_python("import os\nwhile True:\n    try: os.fork()\n    except OSError: break\nprint('one')", Status::Ok, "one\n");
     let spawn = "import subprocess\ntry:\n    subprocess.run(['/bin/echo', 'x'])\n    print('did')\nexcept OSError: print('ended')";
     expect_python(spawn, Status::Ok, "ended\n");
-    let thread = "import threading\ntry:\n    threading.Thread(target=print).start()\n    print('did')\nexcept RuntimeError: print('ended')";
+    let thread =
+        "import threading\ntry:\n    threading.Thread(target=print).start()\n    print('did')\nexcept RuntimeError: print('ended')";
     expect_python(thread, Status::Ok, "ended\n");
     all_fail(&["os.execv('/bin/sh', ['sh', '-c', 'echo x'])", "os.execv('/usr/bin/env', ['env'])"]);
 }
@@ -311,7 +319,8 @@ fn no_process_and_no_thread_begins() {
 #[test]
 fn other_processes_are_out_of_reach() {
     let parent = std::process::id();
-    let (kill, group, priority) = (format!("os.kill({parent}, 9)"), "os.kill(-1, 9)".to_string(), format!("os.setpriority(0, {parent}, 19)"));
+    let (kill, group, priority) =
+        (format!("os.kill({parent}, 9)"), "os.kill(-1, 9)".to_string(), format!("os.setpriority(0, {parent}, 19)"));
     all_fail(&[&kill, "os.kill(os.getppid(), 9)", &group, "os.killpg(0, 9)", &priority, "os.setpgid(0, 0)"]);
     let limits = format!("import resource\ntry:\n    resource.prlimit({parent}, resource.RLIMIT_CPU, (1, 1))\n    print('did')\n");
     expect_python(&format!("{limits}except OSError: print('ended')"), Status::Ok, "ended\n");
@@ -512,4 +521,35 @@ fn a_batch_keeps_its_order_and_its_options_are_checked() {
     ] {
         assert!(text.contains(part), "{part}\n{text}");
     }
+}
+
+#[test]
+fn rewards_by_programs_run_their_tests() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let script = r#"local rewards = require "std.rewards"
+        local echo = { tests = { { stdin = "1\n2\n", stdout = "1\n2" }, { stdin = "x", stdout = "x\n" }, { code = "print 'end'", stdin = "", stdout = "end" } } }
+        local asserts = { tests = { "assert(f(1) == 2)", "assert(f(2) == 3)" } }
+        local rollouts = {
+          texts = { "for line in io.lines() do print(line) end", "```lua\nf = function(x) return x + 1 end\n```", "f = function() return 2 end", "", "f = (" },
+          records = { echo, asserts, asserts, asserts, asserts },
+        }
+        print(table.concat(rewards.score(rollouts, rewards.programs()):to_table(), " "))
+        print(table.concat(rewards.score(rollouts, rewards.programs { all = true }):to_table(), " "))
+        -- As a part of others, all at once; and as a plain function.
+        local both = rewards.combine { { rewards.programs(), name = "tests" }, { function(text) return #text end, weight = 0, name = "size" } }
+        local scores, means = rewards.score(rollouts, both)
+        print(table.concat(scores:to_table(), " "), means.tests, means.size, both(rollouts.texts[3], asserts, {}))
+        print((select(2, pcall(rewards.score, { texts = { "x" }, records = { {} } }, rewards.programs()))))
+        print((select(2, pcall(rewards.programs, { language = "lua", second = 1 }))))"#;
+    std::fs::write(folder.path().join("programs.lua"), script).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
+    let output = command.current_dir(folder.path()).args(["run", "--quiet", "--runs", "runs", "programs.lua"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..2], ["1.0 1.0 0.5 0.0 0.0", "1.0 1.0 0.0 0.0 0.0"], "{text}");
+    assert_eq!(lines[2], "1.0 1.0 0.5 0.0 0.0\t0.5\t23.2\t0.5", "{text}");
+    assert!(lines[3].contains("std.rewards.programs: the record has no `tests`"), "{text}");
+    assert!(lines[4].contains("got `second`"), "{text}");
 }

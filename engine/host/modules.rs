@@ -23,14 +23,20 @@ macro_rules! embedded {
 
 /// The modules behind `std.*`. A test compares this list with the folder.
 pub const STDLIB: &[Embedded] = embedded![
+    "answers.lua",
     "eval.lua",
+    "json.lua",
     "losses.lua",
     "merging.lua",
     "options.lua",
     "policy_losses.lua",
     "preference_losses.lua",
+    "report.lua",
+    "rewards.lua",
     "schedules.lua",
-    "tales.lua"
+    "schema.lua",
+    "tales.lua",
+    "tasks.lua"
 ];
 
 /// The stubs of everything the engine exports, for editors.

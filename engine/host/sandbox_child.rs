@@ -17,17 +17,8 @@ use std::process::Command;
 const SPARE_BYTES: u64 = 64 << 20;
 
 /// What Python reads of a system beside its own library: the loader's cache, libraries, time zones, the two devices.
-const SYSTEM: [&str; 9] = [
-    "/lib",
-    "/lib64",
-    "/usr/lib",
-    "/usr/lib64",
-    "/usr/share/zoneinfo",
-    "/etc/ld.so.cache",
-    "/etc/localtime",
-    "/dev/null",
-    "/dev/urandom",
-];
+const SYSTEM: [&str; 9] =
+    ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom"];
 
 /// The few names of `io` that a program without files has use for, over its two streams.
 const STREAMS: &str = r#"
