@@ -249,7 +249,7 @@ function eval.pass_at_k(n, c, k)
 end
 
 --- Options of eval.generate itself; all others are model:generate's.
-local OWN = { k = true, pass = true, batch = true, by = true }
+local OWN = { k = true, pass = true, by = true }
 
 --- The options that go on to model:generate.
 local function generation_options(options)
@@ -285,44 +285,37 @@ end
 ---@param model engine.Model
 ---@param prompts (string|table)[]
 ---@param checker std.Reward
----@param options? { k?: integer[], pass?: number, batch?: integer, by?: string, n?: integer, max_tokens?: integer, temperature?: number, [string]: any } batch: prompts of a call, default 64
+---@param options? { k?: integer[], pass?: number, by?: string, n?: integer, max_tokens?: integer, temperature?: number, [string]: any }
 ---@return { accuracy: number, accuracy_stderr: number, score: number, length: number?, truncated: number?, pass_at: table<integer, number>, count: integer, groups: table?, items: table[] } result
 function eval.generate(model, prompts, checker, options)
   options = options or {}
   list_of("generate", "prompts", prompts)
   if type(checker) ~= "function" then wrong("generate", "checker", "a reward: a function of text and record", type(checker)) end
-  local rewards, pass, sampling = require "std.rewards", options.pass or 1, generation_options(options)
-  local n, size = count_of("generate", options, "n", 1), count_of("generate", options, "batch", 64)
+  local rewards, pass, n = require "std.rewards", options.pass or 1, count_of("generate", options, "n", 1)
   local ks = options.k or (n > 1 and { 1, n } or { 1 })
   for _, k in ipairs(ks) do
     if math.type(k) ~= "integer" or k < 1 or k > n then wrong("generate", "k", ("a list of integers from 1 to n (%d)"):format(n), k) end
   end
-  local items, seed = {}, sampling.seed
-  for from = 1, #prompts, size do
-    local part = table.move(prompts, from, math.min(from + size - 1, #prompts), 1, {})
-    -- Another seed each call: the same prompt in two of them is another sample.
-    if seed then sampling.seed = seed + from - 1 end
-    local rollouts = model:generate(part, sampling)
-    local texts, lengths, finish = rollouts.texts, rollouts.lengths, rollouts.finish
-    if #texts ~= #part * n then
-      error(("std.eval.generate: %d prompts of %d samples should give %d texts, got %d"):format(#part, n, #part * n, #texts), 2)
+  local rollouts = model:generate(prompts, generation_options(options))
+  local texts, lengths, finish, records = rollouts.texts, rollouts.lengths, rollouts.finish, {}
+  if #texts ~= #prompts * n then
+    error(("std.eval.generate: %d prompts of %d samples should give %d texts, got %d"):format(#prompts, n, #prompts * n, #texts), 2)
+  end
+  for index = 1, #texts do
+    -- Samples of a prompt stand side by side.
+    local prompt = prompts[(index - 1) // n + 1]
+    records[index] = type(prompt) == "table" and prompt or { prompt = prompt }
+  end
+  local scores = rewards.score({ texts = texts, records = records, lengths = lengths, finish = finish }, checker):to_table()
+  local items = {}
+  for index = 1, #prompts do
+    local first = (index - 1) * n + 1
+    local function own(list) return list and table.move(list, first, first + n - 1, 1, {}) end
+    local item = { record = records[first], texts = own(texts), scores = own(scores), lengths = own(lengths), finish = own(finish), passes = 0 }
+    for _, score in ipairs(item.scores) do
+      if score >= pass then item.passes = item.passes + 1 end
     end
-    -- The records as they were given: checkers compare with them.
-    local records = {}
-    for index = 1, #texts do
-      local prompt = part[(index - 1) // n + 1]
-      records[index] = type(prompt) == "table" and prompt or { prompt = prompt }
-    end
-    local scores = rewards.score({ texts = texts, records = records, lengths = lengths, finish = finish }, checker):to_table()
-    for index = 1, #part do
-      local first = (index - 1) * n
-      local function own(list) return list and table.move(list, first + 1, first + n, 1, {}) end
-      local item = { record = records[first + 1], texts = own(texts), scores = own(scores), lengths = own(lengths), finish = own(finish), passes = 0 }
-      for _, score in ipairs(item.scores) do
-        if score >= pass then item.passes = item.passes + 1 end
-      end
-      items[#items + 1] = item
-    end
+    items[index] = item
   end
   return eval.totals(items, n, ks, options.by)
 end

@@ -1,6 +1,8 @@
 //! Programs that mean harm, each ended within its limits, the caller unharmed, and nothing left behind: no process, no zombie, no
 //! folder. And programs that mean none, which do what they would do elsewhere.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use perilune::host::sandbox_job::{Job, Language, Outcome, Status, find_python, run};
 use std::io::Write;
 use std::net::TcpListener;
@@ -444,24 +446,30 @@ fn what_the_kernel_does_not_grant_is_told() {
 fn a_program_goes_with_its_caller() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
-    let mut caller = script(folder.path(), &["--program", "while true do end", "--seconds", "600"]).spawn().unwrap();
-    let of_caller = format!("\"parent\":{},", caller.id());
-    let running = || {
-        let folders = std::fs::read_dir("/proc").unwrap().flatten();
-        let lines = folders.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
-        lines.filter(|line| String::from_utf8_lossy(line).contains(&of_caller)).count()
-    };
-    let wait_for = |count: usize| {
+    // Ctrl-C, which the caller hears, and SIGKILL, which it does not.
+    for signal in [Signal::SIGINT, Signal::SIGKILL] {
+        let mut command = script(folder.path(), &["--program", "while true do end", "--seconds", "600"]);
+        let mut caller = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let of_caller = format!("\"parent\":{},", caller.id());
+        let running = || {
+            let folders = std::fs::read_dir("/proc").unwrap().flatten();
+            let lines = folders.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+            lines.filter(|line| String::from_utf8_lossy(line).contains(&of_caller)).count()
+        };
+        let wait_for = |count: usize| {
+            let started = Instant::now();
+            while running() != count {
+                assert!(started.elapsed() < Duration::from_secs(60), "{} programs run, {count} should", running());
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        wait_for(1);
         let started = Instant::now();
-        while running() != count {
-            assert!(started.elapsed() < Duration::from_secs(60), "{} programs run, {count} should", running());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    };
-    wait_for(1);
-    caller.kill().unwrap();
-    caller.wait().unwrap();
-    wait_for(0);
+        kill(Pid::from_raw(caller.id() as i32), signal).unwrap();
+        assert!(!caller.wait().unwrap().success());
+        assert!(started.elapsed() < Duration::from_secs(30));
+        wait_for(0);
+    }
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub const MEMORY_EXIT: i32 = 86;
 const START: Duration = Duration::from_secs(30);
 /// Between two looks at the clock and the disk.
 const TICK: Duration = Duration::from_millis(10);
+/// Most characters of a program's own words that are taken as the reason of its end.
+const REASON_MAX: usize = 200;
 /// What an empty file or folder counts.
 const ENTRY_BYTES: u64 = 4096;
 
@@ -500,7 +502,9 @@ fn take<S: Read>(stream: &mut Option<S>, into: &mut Vec<u8>, most: usize) {
     }
 }
 
-/// The last line that says something.
+/// The beginning of the last line that says something.
 fn last_line(text: &[u8]) -> String {
-    String::from_utf8_lossy(text).lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default().trim().to_string()
+    let text = String::from_utf8_lossy(text);
+    let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default();
+    line.trim().chars().take(REASON_MAX).collect()
 }

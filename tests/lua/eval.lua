@@ -155,7 +155,7 @@ describe("generated answers", function()
   }
   it("are counted over samples and prompts", function()
     local model = speaker()
-    local result = eval.generate(model, problems, rewards.exact(), { n = 4, temperature = 1, k = { 1, 2, 4 }, by = "kind", batch = 2, seed = 5, max_tokens = 9 })
+    local result = eval.generate(model, problems, rewards.exact(), { n = 4, temperature = 1, k = { 1, 2, 4 }, by = "kind", seed = 5, max_tokens = 9 })
     expect(result.accuracy).is(0.5)
     expect(result.accuracy_stderr).near(math.sqrt(((0.5 - 0.5) ^ 2 + 0.25 + 0.25) / 2 / 3), 1e-12)
     expect(result.pass_at[1]).is(0.5)
@@ -171,9 +171,10 @@ describe("generated answers", function()
     expect(first.passes).is(2)
     expect(first.record == problems[1]).is(true)
     expect(result.items[3].finish[1]).is "stop_token"
-    -- Two calls, each with a seed of its own, and nothing of ours in their options.
-    expect(#model.calls).is(2)
+    -- One call, with nothing of ours in its options.
+    expect(#model.calls).is(1)
     expect(model.calls[1].max_tokens).is(9)
+    expect(model.calls[1].seed).is(5)
     expect(model.calls[1].by).is(nil)
   end)
   it("are greedy and single by default, of strings too", function()
@@ -183,6 +184,23 @@ describe("generated answers", function()
     expect(result.score).is(0.5)
     expect(model.calls[1].temperature).is(0)
     expect(result.pass_at[1]).is(1.0)
+  end)
+  it("come from a real model too", function()
+    local model = engine.model.new({ preset = "tiny", vocab = tokenizer.vocab_size, layers = 1 }, { tokenizer = tokenizer })
+    local prompts = { "One", { messages = { { role = "user", content = "Hi" } }, answer = "x" } }
+    local function checker(text, record, rollout)
+      assert(record.answer == "x" or record.prompt == "One")
+      return rollout.length == 5 and rollout.finish == "length" and type(text) == "string" and 1 or 0
+    end
+    local result = eval.generate(model, prompts, checker, { n = 3, max_tokens = 5, temperature = 1, seed = 1 })
+    expect(#result.items).is(2)
+    expect(result.items[2].lengths).is { 5, 5, 5 }
+    expect(result.accuracy).is(result.truncated)
+    local again = eval.generate(model, prompts, checker, { n = 3, max_tokens = 5, temperature = 1, seed = 1 })
+    expect(again.items[2].texts).is(result.items[2].texts)
+    local scores, means = rewards.score(model:generate({ "One", "Two" }, { n = 2, max_tokens = 4 }), function(_, record) return record == "Two" and 1 or 0 end)
+    expect(scores).is { 0, 0, 1, 1 }
+    expect(means.reward).is(0.5)
   end)
   it("come down to numbers by name", function()
     local numbers = eval.summary(eval.generate(speaker(), problems, rewards.exact(), { n = 4, by = "kind" }), "test_")
