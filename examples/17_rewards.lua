@@ -24,7 +24,10 @@ local reward = rewards.combine {
 local problem = tasks.problems({ count = 1, seed = 4, kinds = { "sum" }, split = "test" })[1]
 print("\n" .. problem.prompt)
 local rollouts = {
-  texts = { "Answer: " .. problem.answer, problem.answer, "Please note.\nAnswer: " .. problem.answer, ("so "):rep(17) .. "\nAnswer: " .. problem.answer, "Answer: 0" },
+  texts = {
+    "Answer: " .. problem.answer, problem.answer, "Please note.\nAnswer: " .. problem.answer,
+    ("so "):rep(17) .. "\nAnswer: " .. problem.answer, "Answer: 0",
+  },
   records = { problem, problem, problem, problem, problem },
 }
 

@@ -9,10 +9,14 @@ local answers = {}
 
 -- UTF-8 that means the same as ASCII: minus signs and dashes, quotes, spaces, times.
 local PLAIN = {
-  ["\u{2212}"] = "-", ["\u{2010}"] = "-", ["\u{2011}"] = "-", ["\u{2012}"] = "-", ["\u{2013}"] = "-", ["\u{FE63}"] = "-", ["\u{FF0D}"] = "-",
+  ["\u{2212}"] = "-", ["\u{2010}"] = "-", ["\u{2011}"] = "-", ["\u{2012}"] = "-", ["\u{2013}"] = "-", ["\u{FE63}"] = "-",
+  ["\u{FF0D}"] = "-",
   ["\u{2018}"] = "'", ["\u{2019}"] = "'", ["\u{201C}"] = '"', ["\u{201D}"] = '"',
   ["\u{A0}"] = " ", ["\u{2009}"] = " ", ["\u{202F}"] = " ", ["\u{3000}"] = " ", ["\u{D7}"] = "\\times ", ["\u{22C5}"] = "\\times ",
 }
+
+--- The text in round or curly brackets without them.
+local function inside(group) return group:sub(2, -2) end
 
 local function plain(text) return (text:gsub("[\xC2-\xF4][\x80-\xBF]+", PLAIN)) end
 
@@ -26,7 +30,7 @@ local function trim(text) return (text:gsub("^%s+", ""):gsub("%s+$", "")) end
 ---@return string text
 function answers.normalize(text)
   text = plain(text)
-  for _, command in ipairs { "text", "textbf", "mathrm", "mathbf", "mbox" } do text = text:gsub("\\" .. command .. "%s*(%b{})", function(group) return group:sub(2, -2) end) end
+  for _, command in ipairs { "text", "textbf", "mathrm", "mathbf", "mbox" } do text = text:gsub("\\" .. command .. "%s*(%b{})", inside) end
   text = text:gsub("\\left%s*([%(%[|{.])", "%1"):gsub("\\right%s*([%)%]|}.])", "%1")
   text = text:gsub("\\[dt]frac", "\\frac"):gsub("\\[,!;: ]", ""):gsub("\\%$", ""):gsub("%$", ""):gsub("%*%*", "")
   text = trim(text:lower():gsub("%s+", " "))
@@ -292,11 +296,12 @@ function answers.letter(text, count)
   local last = string.char(64 + count)
   local upper, any = "[A-" .. last .. "]", "[A-" .. last .. "a-" .. last:lower() .. "]"
   local function leading(piece)
-    piece = trim((piece:gsub("\\text%s*(%b{})", function(group) return group:sub(2, -2) end):gsub("[%*%$]", "")))
+    piece = trim((piece:gsub("\\text%s*(%b{})", inside):gsub("[%*%$]", "")))
     -- The article is no choice.
     if piece:find "^[AI]%s+%l" then return nil end
     local letter = piece:match("^%((" .. any .. ")%)") or piece:match("^(" .. any .. ")$") or piece:match("^(" .. any .. ")[%.%):]")
-      or piece:match("^(" .. upper .. ")%f[%W]") or piece:match("^[Oo]ption%s+%(?(" .. any .. ")%f[%W]") or piece:match("^[Cc]hoice%s+%(?(" .. any .. ")%f[%W]")
+    letter = letter or piece:match("^(" .. upper .. ")%f[%W]")
+    letter = letter or piece:match("^[Oo]ption%s+%(?(" .. any .. ")%f[%W]") or piece:match("^[Cc]hoice%s+%(?(" .. any .. ")%f[%W]")
     return letter and letter:upper()
   end
   local final = answers.final(text)
@@ -342,7 +347,8 @@ function answers.tool_calls(text)
   for body in text:gmatch "<tool_call>(.-)</tool_call>" do
     opened = opened - 1
     local call = json.decode(body)
-    if type(call) == "table" and type(call.name) == "string" and type(call.arguments) == "table" and not json.is_array(call.arguments) then
+    local is_call = type(call) == "table" and type(call.name) == "string" and type(call.arguments) == "table"
+    if is_call and not json.is_array(call.arguments) then
       calls[#calls + 1] = { name = call.name, arguments = call.arguments }
     else
       broken = broken + 1

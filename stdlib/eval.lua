@@ -40,7 +40,8 @@ end
 
 local function list_of(name, argument, value)
   if type(value) ~= "table" or #value == 0 then
-    error(("std.eval.%s: `%s` should be a list with at least one entry, got %s"):format(name, argument, type(value) == "table" and "an empty one" or type(value)), 3)
+    local got = type(value) == "table" and "an empty one" or type(value)
+    error(("std.eval.%s: `%s` should be a list with at least one entry, got %s"):format(name, argument, got), 3)
   end
   return value
 end
@@ -141,7 +142,8 @@ function eval.perplexity(model, texts, options)
   local items, sum, tokens = {}, 0.0, 0
   for index, text in ipairs(texts) do
     local own, count = -sum_of(logprobs[index]), #logprobs[index]
-    items[index] = { text = text, tokens = count, loss = count > 0 and own / count or nil, perplexity = count > 0 and math.exp(own / count) or nil }
+    local loss = count > 0 and own / count or nil
+    items[index] = { text = text, tokens = count, loss = loss, perplexity = loss and math.exp(loss) }
     sum, tokens = sum + own, tokens + count
   end
   if tokens == 0 then error("std.eval.perplexity: no text has a second token", 2) end
@@ -200,7 +202,8 @@ function eval.choices(model, items, options)
     for _, choice in ipairs(item.choices) do
       local ids, count = choice_ids(tokenizer, item, choice)
       if count < 1 or count >= #ids then
-        wrong("choices", "items", "items with something before each choice and something in it", ("%q after %q in item %d"):format(choice, item.prompt or "the messages", index))
+        local got = ("%q after %q in item %d"):format(choice, item.prompt or "the messages", index)
+        wrong("choices", "items", "items with something before each choice and something in it", got)
       end
       documents[#documents + 1], lengths[#lengths + 1] = ids, count
     end
@@ -311,7 +314,8 @@ function eval.generate(model, prompts, checker, options)
   for index = 1, #prompts do
     local first = (index - 1) * n + 1
     local function own(list) return list and table.move(list, first, first + n - 1, 1, {}) end
-    local item = { record = records[first], texts = own(texts), scores = own(scores), lengths = own(lengths), finish = own(finish), passes = 0 }
+    local item = { record = records[first], texts = own(texts), scores = own(scores), lengths = own(lengths), finish = own(finish) }
+    item.passes = 0
     for _, score in ipairs(item.scores) do
       if score >= pass then item.passes = item.passes + 1 end
     end
@@ -339,7 +343,8 @@ function eval.totals(items, n, ks, by)
     end
   end
   local accuracy, accuracy_stderr = mean_of(shares)
-  local result = { accuracy = accuracy, accuracy_stderr = accuracy_stderr, score = (mean_of(scores)), pass_at = {}, count = #items, items = items }
+  local result = { accuracy = accuracy, accuracy_stderr = accuracy_stderr, score = (mean_of(scores)), count = #items, items = items }
+  result.pass_at = {}
   if #lengths > 0 then result.length = (mean_of(lengths)) end
   if #cut > 0 then result.truncated = (mean_of(cut)) end
   for _, k in ipairs(ks) do

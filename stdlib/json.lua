@@ -109,7 +109,8 @@ end
 local function read_number(text, at)
   local whole = text:match("^-?%d+", at)
   if not whole or whole:find "^%-?0%d" then fail(text, at, "no value begins here") end
-  local digits = text:match("^%-?%d+%.%d+[eE][-+]?%d+", at) or text:match("^%-?%d+[eE][-+]?%d+", at) or text:match("^%-?%d+%.%d+", at) or whole
+  local digits = text:match("^%-?%d+%.%d+[eE][-+]?%d+", at) or text:match("^%-?%d+[eE][-+]?%d+", at)
+  digits = digits or text:match("^%-?%d+%.%d+", at) or whole
   return math.tointeger(digits) or tonumber(digits), at + #digits
 end
 

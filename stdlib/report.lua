@@ -230,7 +230,10 @@ local function plot(curve)
   end
   add('<line class="axis" x1="%d" x2="%d" y1="%d" y2="%d"/>', PLOT.left, right, bottom, bottom)
   add('<text x="%d" y="%d" text-anchor="middle">%s</text>', (PLOT.left + right) // 2, PLOT.height - 6, report.escape(curve.x or "step"))
-  if curve.y then add('<text x="%d" y="%d" transform="rotate(-90 12 %d)" text-anchor="middle">%s</text>', 12, PLOT.height // 2, PLOT.height // 2, report.escape(curve.y)) end
+  if curve.y then
+    local middle = PLOT.height // 2
+    add('<text x="12" y="%d" transform="rotate(-90 12 %d)" text-anchor="middle">%s</text>', middle, middle, report.escape(curve.y))
+  end
   for index, points in ipairs(all) do
     local colour = (index - 1) % COLOURS + 1
     if #points == 1 then
@@ -238,7 +241,8 @@ local function plot(curve)
     elseif #points > 1 then
       local places = {}
       for number, point in ipairs(points) do places[number] = ("%.1f,%.1f"):format(at_x(point[1]), at_y(point[2])) end
-      add('<polyline class="c%d" points="%s"><title>%s</title></polyline>', colour, table.concat(places, " "), report.escape(curve.series[index].name))
+      local name = report.escape(curve.series[index].name)
+      add('<polyline class="c%d" points="%s"><title>%s</title></polyline>', colour, table.concat(places, " "), name)
     end
   end
   parts[#parts + 1] = "</svg>"
@@ -252,7 +256,8 @@ local function figure(curve)
     local points = points_of(series, curve.log)
     local last = points[#points]
     local value = last and show(curve.log and 10 ^ last[2] or last[2]) or "none"
-    keys[index] = ('<li><span class="key k%d"></span>%s <b>%s</b></li>'):format((index - 1) % COLOURS + 1, report.escape(series.name), report.escape(value))
+    local colour = (index - 1) % COLOURS + 1
+    keys[index] = ('<li><span class="key k%d"></span>%s <b>%s</b></li>'):format(colour, report.escape(series.name), report.escape(value))
   end
   return ("<figure><figcaption>%s</figcaption>%s<ul>%s</ul></figure>"):format(report.escape(curve.title), plot(curve), table.concat(keys))
 end
@@ -289,7 +294,8 @@ local STYLE = [[
   --c1: #2563a8; --c2: #b4541a; --c3: #2e7d4f; --c4: #8a3fa0; --c5: #a3262a; --c6: #5d6b00; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --ink: #e6e9ec; --soft: #9aa5b0; --line: #343a41; --box: #1d2125;
   --c1: #6aa9ee; --c2: #f0985a; --c3: #6cc48f; --c4: #cf8be3; --c5: #f08080; --c6: #c3cf5c; } }
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; } th:first-child { text-align: left; }
@@ -299,8 +305,9 @@ svg text { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--line); } 
 figure ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; }
 .key { display: inline-block; width: .9rem; height: .25rem; margin-right: .35rem; vertical-align: middle; }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-article { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .8rem 0; } .head { margin: 0; color: var(--soft); font-size: .85rem; }
-pre { background: var(--box); padding: .5rem .7rem; border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; }
+article { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .9rem; margin: .8rem 0; }
+.head { margin: 0; color: var(--soft); font-size: .85rem; }
+pre { background: var(--box); padding: .5rem .7rem; border-radius: 4px; margin: .4rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre.prompt { background: none; padding-left: 0; color: var(--soft); }
 ]]
 
@@ -313,10 +320,12 @@ function report.html(page)
   check_all(page)
   local title, parts = report.escape(page.title), {}
   local function add(text) parts[#parts + 1] = text end
-  add '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
+  add '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
+  add '<meta name="viewport" content="width=device-width, initial-scale=1">'
   add(("<title>%s</title>\n<style>\n%s"):format(title, STYLE))
   for colour = 1, COLOURS do
-    add(("polyline.c%d { stroke: var(--c%d); } circle.c%d, .k%d { fill: var(--c%d); background: var(--c%d); }"):format(colour, colour, colour, colour, colour, colour))
+    local rules = "polyline.c# { stroke: var(--c#); } circle.c#, .k# { fill: var(--c#); background: var(--c#); }"
+    add((rules:gsub("#", tostring(colour))))
   end
   add(("</style>\n</head>\n<body>\n<h1>%s</h1>"):format(title))
   if page.note then add(("<p>%s</p>"):format(report.escape(page.note))) end

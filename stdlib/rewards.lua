@@ -158,7 +158,9 @@ end
 ---@return std.Reward reward
 function rewards.format(options)
   check("format", options, { "tags", "pattern" })
-  if (options.tags == nil) == (options.pattern == nil) then wrong("format", "options", "tags, or a pattern", options.tags and "both" or "neither") end
+  if (options.tags == nil) == (options.pattern == nil) then
+    wrong("format", "options", "tags, or a pattern", options.tags and "both" or "neither")
+  end
   if options.pattern then
     -- A pattern that is none is an error here, not in the middle of a run.
     string.find("", options.pattern)
@@ -361,8 +363,12 @@ local function check_part(part)
   if type(part.name) ~= "string" or part.name == "" or part.name == "reward" then
     wrong("combine", "name", "a name of its own for each part, and not `reward`", part.name)
   end
-  if part.weight ~= nil and (type(part.weight) ~= "number" or part.weight ~= part.weight) then wrong("combine", "weight", "a number", part.weight) end
-  if part.gate ~= nil and type(part.gate) ~= "number" then wrong("combine", "gate", "the least value that lets the others count", part.gate) end
+  if part.weight ~= nil and (type(part.weight) ~= "number" or part.weight ~= part.weight) then
+    wrong("combine", "weight", "a number", part.weight)
+  end
+  if part.gate ~= nil and type(part.gate) ~= "number" then
+    wrong("combine", "gate", "the least value that lets the others count", part.gate)
+  end
 end
 
 --- The weighted sum of rewards. A part with a `gate` must reach that value, or the whole reward is 0, whatever the others say: a gate

@@ -111,6 +111,14 @@ function schema.pattern(regex)
   return table.concat(out)
 end
 
+--- A keyword about values of one kind: `complain` gives the words for a bound that does not hold.
+local function about(kind, complain)
+  return function(value, bound)
+    local words = has_type(value, kind) and complain(value, bound)
+    return words and words:format(bound) or nil
+  end
+end
+
 --- Each keyword: what is wrong with `value`, if anything. Keywords about one kind of value pass over others, as the standard says.
 local CHECKS = {
   type = function(value, wanted)
@@ -127,14 +135,14 @@ local CHECKS = {
     return "is none of the values that it may be"
   end,
   const = function(value, wanted) return not schema.equal(value, wanted) and "is another value" or nil end,
-  minimum = function(value, bound) return type(value) == "number" and value < bound and ("is below %g"):format(bound) or nil end,
-  maximum = function(value, bound) return type(value) == "number" and value > bound and ("is above %g"):format(bound) or nil end,
-  exclusiveMinimum = function(value, bound) return type(value) == "number" and value <= bound and ("is not above %g"):format(bound) or nil end,
-  exclusiveMaximum = function(value, bound) return type(value) == "number" and value >= bound and ("is not below %g"):format(bound) or nil end,
-  minLength = function(value, bound) return type(value) == "string" and utf8.len(value) < bound and ("is shorter than %d"):format(bound) or nil end,
-  maxLength = function(value, bound) return type(value) == "string" and utf8.len(value) > bound and ("is longer than %d"):format(bound) or nil end,
-  minItems = function(value, bound) return kind_of(value) == "array" and #value < bound and ("has fewer than %d entries"):format(bound) or nil end,
-  maxItems = function(value, bound) return kind_of(value) == "array" and #value > bound and ("has more than %d entries"):format(bound) or nil end,
+  minimum = about("number", function(value, bound) return value < bound and "is below %g" end),
+  maximum = about("number", function(value, bound) return value > bound and "is above %g" end),
+  exclusiveMinimum = about("number", function(value, bound) return value <= bound and "is not above %g" end),
+  exclusiveMaximum = about("number", function(value, bound) return value >= bound and "is not below %g" end),
+  minLength = about("string", function(value, bound) return utf8.len(value) < bound and "is shorter than %g" end),
+  maxLength = about("string", function(value, bound) return utf8.len(value) > bound and "is longer than %g" end),
+  minItems = about("array", function(value, bound) return #value < bound and "has fewer than %g entries" end),
+  maxItems = about("array", function(value, bound) return #value > bound and "has more than %g entries" end),
   pattern = function(value, regex)
     return type(value) == "string" and not value:find(schema.pattern(regex)) and ("does not fit %s"):format(regex) or nil
   end,

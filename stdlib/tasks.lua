@@ -84,9 +84,13 @@ local function settings_of(name, options, more)
       error(("std.tasks.%s: option should be one of %s, got `%s`"):format(name, list, tostring(key)), 3)
     end
   end
-  if options.split ~= nil and options.split ~= "train" and options.split ~= "test" then fail(name, "split", "train or test", options.split) end
+  if options.split ~= nil and options.split ~= "train" and options.split ~= "test" then
+    fail(name, "split", "train or test", options.split)
+  end
   local items = options.items or { 3, 5 }
-  if type(items) ~= "table" or math.type(items[1]) ~= "integer" or math.type(items[2]) ~= "integer" or items[1] < 2 or items[2] < items[1] or items[2] > 20 then
+  local fewest, most = 0, 0
+  if type(items) == "table" and math.type(items[1]) == "integer" and math.type(items[2]) == "integer" then fewest, most = items[1], items[2] end
+  if fewest < 2 or most < fewest or most > 20 then
     fail(name, "items", "fewest and most numbers, from 2 to 20, as { 3, 5 }", type(items) == "table" and json.encode(items) or items)
   end
   return {
@@ -132,7 +136,9 @@ local ONES = {
   [0] = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
   "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 }
-local TENS = { [2] = "twenty", [3] = "thirty", [4] = "forty", [5] = "fifty", [6] = "sixty", [7] = "seventy", [8] = "eighty", [9] = "ninety" }
+local TENS = {
+  [2] = "twenty", [3] = "thirty", [4] = "forty", [5] = "fifty", [6] = "sixty", [7] = "seventy", [8] = "eighty", [9] = "ninety",
+}
 
 --- A whole number from 0 to 999 in words.
 ---
@@ -278,7 +284,8 @@ MAKERS.tool = function(draw, settings)
     return { { name = "calculator", arguments = { expression = ("%d %s %d"):format(left, operation, right) } } }
   end
   return {
-    id = id_of("tool", a, b, "*"), prompt = draw.pick { "What is %d * %d? Use the calculator.", "Use the calculator: %d * %d." }:format(a, b),
+    id = id_of("tool", a, b, "*"),
+    prompt = draw.pick { "What is %d * %d? Use the calculator.", "Use the calculator: %d * %d." }:format(a, b),
     answer = tostring(a * b), tool_calls = call(a, "*", b), fact = ("%d * %d takes a calculator, which says %d."):format(a, b, a * b),
     mistake = function(draw_mistake)
       local swap = draw_mistake.integer(1, 3)

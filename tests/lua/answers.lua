@@ -6,10 +6,14 @@ describe("answers", function()
   it("are found by marks, the most trusted first", function()
     for _, case in ipairs {
       { "", nil }, { "just 5", nil }, { "so 6 * 7 = 42\n#### 42\n", "42", "hashes" }, { "#### 1\n#### 2", "2", "hashes" },
-      { "\\boxed{1} no, \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}", "boxed" }, { "\\boxed{unfinished", nil }, { "\\fbox{3} then \\boxed{4}", "4", "boxed" },
-      { "\\boxed{4} then \\fbox{3}", "3", "boxed" }, { "<answer> 7 </answer> \\boxed{8}", "7", "tag" }, { "<answer>\\boxed{9}</answer>", "9", "tag" },
-      { "<answer>1</answer><answer>2", "1", "tag" }, { "<answer>a<answer>b</answer>", "b", "tag" }, { "The answer is 3.5. Good.", "3.5", "announced" },
-      { "**Answer:** Paris", "Paris", "announced" }, { "answer: 1\nAnswer: 2.", "2", "announced" }, { "The answer is", nil }, { "the answer is $12$.", "$12$", "announced" },
+      { "\\boxed{1} no, \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}", "boxed" }, { "\\boxed{unfinished", nil },
+      { "\\fbox{3} then \\boxed{4}", "4", "boxed" },
+      { "\\boxed{4} then \\fbox{3}", "3", "boxed" }, { "<answer> 7 </answer> \\boxed{8}", "7", "tag" },
+      { "<answer>\\boxed{9}</answer>", "9", "tag" },
+      { "<answer>1</answer><answer>2", "1", "tag" }, { "<answer>a<answer>b</answer>", "b", "tag" },
+      { "The answer is 3.5. Good.", "3.5", "announced" },
+      { "**Answer:** Paris", "Paris", "announced" }, { "answer: 1\nAnswer: 2.", "2", "announced" }, { "The answer is", nil },
+      { "the answer is $12$.", "$12$", "announced" },
     } do
       local answer, how = answers.final(case[1])
       if answer ~= case[2] or how ~= case[3] then error(("%q gave %s, %s"):format(case[1], tostring(answer), tostring(how))) end
@@ -17,21 +21,29 @@ describe("answers", function()
   end)
   it("are normalised", function()
     for _, case in ipairs {
-      { "  Paris. ", "paris" }, { "$\\text{Paris}$", "paris" }, { '"Paris"', "paris" }, { "New\n York", "new york" }, { "\\left(1, 2\\right)", "(1, 2)" },
-      { "\u{2212}5", "-5" }, { "\\dfrac12", "\\frac12" }, { "**x**", "x" }, { "", "" }, { "3.14", "3.14" }, { "\u{201C}yes\u{201D}", "yes" },
+      { "  Paris. ", "paris" }, { "$\\text{Paris}$", "paris" }, { '"Paris"', "paris" }, { "New\n York", "new york" },
+      { "\\left(1, 2\\right)", "(1, 2)" },
+      { "\u{2212}5", "-5" }, { "\\dfrac12", "\\frac12" }, { "**x**", "x" }, { "", "" }, { "3.14", "3.14" },
+      { "\u{201C}yes\u{201D}", "yes" },
     } do
       if answers.normalize(case[1]) ~= case[2] then error(("%q gave %q"):format(case[1], answers.normalize(case[1]))) end
     end
   end)
   it("are numbers in many forms", function()
     for _, case in ipairs {
-      { "42", 42 }, { " -3.5 ", -3.5 }, { "+7", 7 }, { "\u{2212}7", -7 }, { ".5", 0.5 }, { "-.5", -0.5 }, { "5.", 5 }, { "007", 7 }, { "1,234,567.5", 1234567.5 }, { "1 234", 1234 },
-      { "1{,}234", 1234 }, { "1\u{202F}234", 1234 }, { "1,23", nil }, { "12,345,6", nil }, { "1e3", 1000 }, { "1.5E-2", 0.015 }, { "2 \\times 10^{3}", 2000 }, { "2×10^3", 2000 },
-      { "2 * 10^-1", 0.2 }, { "10^5", 100000 }, { "10^{-2}", 0.01 }, { "3/4", 0.75 }, { "-3/4", -0.75 }, { "1 1/2", 1.5 }, { "\\frac{3}{4}", 0.75 }, { "-\\dfrac{1}{2}", -0.5 },
-      { "\\frac12", 0.5 }, { "1\\frac{1}{2}", 1.5 }, { "\\frac{1}{0}", nil }, { "1/0", nil }, { "50%", 0.5, "%" }, { "50\\%", 0.5, "%" }, { "50 percent", 0.5, "%" },
-      { "$5", 5, "$" }, { "\\$1,250.50", 1250.5, "$" }, { "-$5", -5, "$" }, { "$-5$", -5 }, { "€3", 3, "€" }, { "5 km", 5, "km" }, { "12 cm^2", 12, "cm^2" }, { "5\\text{ km}", 5, "km" },
+      { "42", 42 }, { " -3.5 ", -3.5 }, { "+7", 7 }, { "\u{2212}7", -7 }, { ".5", 0.5 }, { "-.5", -0.5 }, { "5.", 5 }, { "007", 7 },
+      { "1,234,567.5", 1234567.5 }, { "1 234", 1234 },
+      { "1{,}234", 1234 }, { "1\u{202F}234", 1234 }, { "1,23", nil }, { "12,345,6", nil }, { "1e3", 1000 }, { "1.5E-2", 0.015 },
+      { "2 \\times 10^{3}", 2000 }, { "2×10^3", 2000 },
+      { "2 * 10^-1", 0.2 }, { "10^5", 100000 }, { "10^{-2}", 0.01 }, { "3/4", 0.75 }, { "-3/4", -0.75 }, { "1 1/2", 1.5 },
+      { "\\frac{3}{4}", 0.75 }, { "-\\dfrac{1}{2}", -0.5 },
+      { "\\frac12", 0.5 }, { "1\\frac{1}{2}", 1.5 }, { "\\frac{1}{0}", nil }, { "1/0", nil }, { "50%", 0.5, "%" },
+      { "50\\%", 0.5, "%" }, { "50 percent", 0.5, "%" },
+      { "$5", 5, "$" }, { "\\$1,250.50", 1250.5, "$" }, { "-$5", -5, "$" }, { "$-5$", -5 }, { "€3", 3, "€" }, { "5 km", 5, "km" },
+      { "12 cm^2", 12, "cm^2" }, { "5\\text{ km}", 5, "km" },
       { "5 apples", 5, "apples" }, { "30^\\circ", 30, "degrees" }, { "-0", 0 }, { "-0.0", 0 }, { "\\(8\\)", 8 }, { "$8$", 8 },
-      { "", nil }, { "x", nil }, { "nan", nil }, { "inf", nil }, { "1e999", nil }, { "5 + 3", nil }, { "x = 5", nil }, { "1.2.3", nil }, { "--5", nil }, { "5 and then 6", nil }, { "-", nil },
+      { "", nil }, { "x", nil }, { "nan", nil }, { "inf", nil }, { "1e999", nil }, { "5 + 3", nil }, { "x = 5", nil },
+      { "1.2.3", nil }, { "--5", nil }, { "5 and then 6", nil }, { "-", nil },
     } do
       local value, unit = answers.number(case[1])
       local near = value == case[2] or (value and case[2] and math.abs(value - case[2]) < 1e-12 * math.abs(case[2]))
@@ -41,8 +53,10 @@ describe("answers", function()
   end)
   it("are the last number of a text", function()
     for _, case in ipairs {
-      { "", nil }, { "none here", nil }, { "3 apples and 4 pears make 7 pieces.", 7 }, { "it is -5", -5 }, { "10 - 3", 3 }, { "(x)-3", 3 }, { "x = \u{2212}3.", -3 }, { "costs $-5", -5 },
-      { "about 1,250 of them", 1250 }, { "H2O", nil }, { "at 50% now", 0.5 }, { "so \\frac{1}{4} it is", 0.25 }, { "2 \\times 10^3 m", 2000 }, { "v2.5 or 3.5!", 3.5 }, { "7/8 inch", 0.875 },
+      { "", nil }, { "none here", nil }, { "3 apples and 4 pears make 7 pieces.", 7 }, { "it is -5", -5 }, { "10 - 3", 3 },
+      { "(x)-3", 3 }, { "x = \u{2212}3.", -3 }, { "costs $-5", -5 },
+      { "about 1,250 of them", 1250 }, { "H2O", nil }, { "at 50% now", 0.5 }, { "so \\frac{1}{4} it is", 0.25 },
+      { "2 \\times 10^3 m", 2000 }, { "v2.5 or 3.5!", 3.5 }, { "7/8 inch", 0.875 },
       { "1/0", 0 }, { "is .25", 0.25 }, { "in [3, -4]", -4 },
     } do
       local value = answers.last_number(case[1])
@@ -51,8 +65,10 @@ describe("answers", function()
   end)
   it("are letters", function()
     for _, case in ipairs {
-      { "B", "B" }, { "b", "B" }, { "(c)", "C" }, { "B. because", "B" }, { "The answer is (b).", "B" }, { "The answer is D", "D" }, { "\\boxed{\\text{C}}", "C" }, { "<answer>A</answer>", "A" },
-      { "I think A cat is B", "B" }, { "A cat sat.", nil }, { "Option C it is", "C" }, { "E", nil }, { "", nil }, { "First A, then D, so D.", "D" }, { "The answer is blue", nil },
+      { "B", "B" }, { "b", "B" }, { "(c)", "C" }, { "B. because", "B" }, { "The answer is (b).", "B" }, { "The answer is D", "D" },
+      { "\\boxed{\\text{C}}", "C" }, { "<answer>A</answer>", "A" },
+      { "I think A cat is B", "B" }, { "A cat sat.", nil }, { "Option C it is", "C" }, { "E", nil }, { "", nil },
+      { "First A, then D, so D.", "D" }, { "The answer is blue", nil },
     } do
       local letter = answers.letter(case[1], 4)
       if letter ~= case[2] then error(("%q gave %s"):format(case[1], tostring(letter))) end

@@ -150,7 +150,8 @@ end
 
 describe("generated answers", function()
   local problems = {
-    { prompt = "1", says = { "1", "2", "1", "long" }, answer = "1", kind = "x" }, { prompt = "2", says = { "0", "0", "0", "0" }, answer = "2", kind = "x" },
+    { prompt = "1", says = { "1", "2", "1", "long" }, answer = "1", kind = "x" },
+    { prompt = "2", says = { "0", "0", "0", "0" }, answer = "2", kind = "x" },
     { prompt = "3", says = { "3", "3", "3", "3" }, answer = "3", kind = "y" },
   }
   it("are counted over samples and prompts", function()
@@ -198,7 +199,8 @@ describe("generated answers", function()
     expect(result.accuracy).is(result.truncated)
     local again = eval.generate(model, prompts, checker, { n = 3, max_tokens = 5, temperature = 1, seed = 1 })
     expect(again.items[2].texts).is(result.items[2].texts)
-    local scores, means = rewards.score(model:generate({ "One", "Two" }, { n = 2, max_tokens = 4 }), function(_, record) return record == "Two" and 1 or 0 end)
+    local scores, means = rewards.score(model:generate({ "One", "Two" },
+    { n = 2, max_tokens = 4 }), function(_, record) return record == "Two" and 1 or 0 end)
     expect(scores).is { 0, 0, 1, 1 }
     expect(means.reward).is(0.5)
   end)

@@ -23,9 +23,12 @@ describe("json", function()
   end)
   it("says where it goes wrong", function()
     for _, case in ipairs {
-      { "", "no value begins here" }, { "{", "a name in quotes" }, { "[1,]", "no value" }, { "[1 2]", "an array goes on" }, { "{'a': 1}", "quotes" },
-      { '{"a" 1}', "`:`" }, { '{"a": 1,}', "quotes" }, { '{"a": 1, "a": 2}', "twice" }, { "01", "no value" }, { "1.", "follows" }, { "nul", "no value" },
-      { '"a', "without an end" }, { '"\n"', "control" }, { '"\\x"', "escape" }, { '"\\u12"', "hexadecimal" }, { "1 2", "follows" }, { '"\xff"', "UTF-8" },
+      { "", "no value begins here" }, { "{", "a name in quotes" }, { "[1,]", "no value" }, { "[1 2]", "an array goes on" },
+      { "{'a': 1}", "quotes" },
+      { '{"a" 1}', "`:`" }, { '{"a": 1,}', "quotes" }, { '{"a": 1, "a": 2}', "twice" }, { "01", "no value" }, { "1.", "follows" },
+      { "nul", "no value" },
+      { '"a', "without an end" }, { '"\n"', "control" }, { '"\\x"', "escape" }, { '"\\u12"', "hexadecimal" }, { "1 2", "follows" },
+      { '"\xff"', "UTF-8" },
       { ("["):rep(200), "brackets" }, { "NaN", "no value" }, { "\n\n[1,\n x]", "line 4, byte 8" }, { "-", "no value" },
     } do
       local value, message = json.decode(case[1])
@@ -87,8 +90,10 @@ describe("schema", function()
   end)
   it("translates expressions, and refuses what has no counterpart", function()
     for _, case in ipairs {
-      { "^\\d{3}-\\d{4}$", "555-1234", true }, { "^\\d{3}-\\d{4}$", "55-1234", false }, { "^a{2,3}$", "aa", true }, { "^a{2,3}$", "aaaa", false },
-      { "^a{2,}$", "aaaaa", true }, { "^a{2,}$", "a", false }, { "^[^\\d\\]]+$", "ab", true }, { "^[^\\d\\]]+$", "a]", false }, { "a.c", "xabcx", true },
+      { "^\\d{3}-\\d{4}$", "555-1234", true }, { "^\\d{3}-\\d{4}$", "55-1234", false }, { "^a{2,3}$", "aa", true },
+      { "^a{2,3}$", "aaaa", false },
+      { "^a{2,}$", "aaaaa", true }, { "^a{2,}$", "a", false }, { "^[^\\d\\]]+$", "ab", true }, { "^[^\\d\\]]+$", "a]", false },
+      { "a.c", "xabcx", true },
       { "^\\$1\\.5%$", "$1.5%", true }, { "^[%w]$", "%", true }, { "^[%w]$", "a", false }, { "^\\w+@\\w+\\.org$", "me_2@x.org", true },
     } do
       expect(case[2]:find(schema.pattern(case[1])) ~= nil).is(case[3])

@@ -9,7 +9,8 @@ local function page()
     title = "Run " .. EVIL,
     note = EVIL,
     stages = {
-      { name = "SFT", metrics = { accuracy = 0.52, kl = 0 }, seconds = 61.27 }, { name = EVIL, metrics = { accuracy = 0.8312345, [EVIL] = 0 / 0 }, note = EVIL },
+      { name = "SFT", metrics = { accuracy = 0.52, kl = 0 }, seconds = 61.27 },
+      { name = EVIL, metrics = { accuracy = 0.8312345, [EVIL] = 0 / 0 }, note = EVIL },
     },
     curves = {
       { title = EVIL, x = EVIL, y = EVIL, series = { { name = EVIL, values = { 1, 0 / 0, math.huge, 3 } }, { name = "points", points = { { 0, 1 }, { 10, 2 } } } } },

@@ -12,8 +12,10 @@ end
 describe("rewards", function()
   it("compare answers exactly", function()
     scores(rewards.exact(), {
-      { "Paris", { answer = "paris" }, 1 }, { "The answer is Paris.", { answer = "Paris" }, 1 }, { "It is Paris", { answer = "Paris" }, 0 }, { "", { answer = "x" }, 0 },
-      { "", { answer = "" }, 0 }, { "7", { answer = 7 }, 1 }, { "lutetia", { answer = { "Paris", "Lutetia" } }, 1 }, { "Answer: 7, 23, 41", { answer = "7, 23, 41" }, 1 },
+      { "Paris", { answer = "paris" }, 1 }, { "The answer is Paris.", { answer = "Paris" }, 1 },
+      { "It is Paris", { answer = "Paris" }, 0 }, { "", { answer = "x" }, 0 },
+      { "", { answer = "" }, 0 }, { "7", { answer = 7 }, 1 }, { "lutetia", { answer = { "Paris", "Lutetia" } }, 1 },
+      { "Answer: 7, 23, 41", { answer = "7, 23, 41" }, 1 },
       { "<think>2</think><answer>no</answer>", { answer = "2" }, 0 },
     })
     scores(rewards.exact { marked = true, field = "gold" }, { { "7", { gold = "7" }, 0 }, { "Answer: 7", { gold = "7" }, 1 } })
@@ -22,13 +24,17 @@ describe("rewards", function()
   end)
   it("compare numbers", function()
     scores(rewards.numeric(), {
-      { "so it is 1,250", { answer = "1250.0" }, 1 }, { "#### 42", { answer = "6*7\n#### 42" }, 1 }, { "\\boxed{\\frac{1}{2}}", { answer = 0.5 }, 1 }, { "\\boxed{1} \\boxed{2}", { answer = 2 }, 1 },
-      { "\\boxed{2} \\boxed{1}", { answer = 2 }, 0 }, { "", { answer = 0 }, 0 }, { "-0", { answer = 0 }, 1 }, { "nan", { answer = 0 }, 0 }, { "x = \u{2212}3", { answer = -3 }, 1 },
-      { "50%", { answer = "50" }, 1 }, { "50%", { answer = "0.5" }, 1 }, { "0.5", { answer = "50%" }, 1 }, { "5%", { answer = "50%" }, 0 }, { "The answer is x = 5 m.", { answer = 5 }, 1 },
+      { "so it is 1,250", { answer = "1250.0" }, 1 }, { "#### 42", { answer = "6*7\n#### 42" }, 1 },
+      { "\\boxed{\\frac{1}{2}}", { answer = 0.5 }, 1 }, { "\\boxed{1} \\boxed{2}", { answer = 2 }, 1 },
+      { "\\boxed{2} \\boxed{1}", { answer = 2 }, 0 }, { "", { answer = 0 }, 0 }, { "-0", { answer = 0 }, 1 },
+      { "nan", { answer = 0 }, 0 }, { "x = \u{2212}3", { answer = -3 }, 1 },
+      { "50%", { answer = "50" }, 1 }, { "50%", { answer = "0.5" }, 1 }, { "0.5", { answer = "50%" }, 1 },
+      { "5%", { answer = "50%" }, 0 }, { "The answer is x = 5 m.", { answer = 5 }, 1 },
       { "5 km", { answer = "5 m" }, 1 }, { "12", { answer = { 11, 12 } }, 1 }, { "1e999", { answer = 1 }, 0 },
     })
     scores(rewards.numeric { tolerance = 0.1 }, { { "3.1", { answer = 3.14 }, 1 }, { "3.3", { answer = 3.14 }, 0 } })
-    scores(rewards.numeric { units = true }, { { "5 km", { answer = "5 m" }, 0 }, { "5", { answer = "5 m" }, 1 }, { "5 KM", { answer = "5 km" }, 1 } })
+    scores(rewards.numeric { units = true },
+    { { "5 km", { answer = "5 m" }, 0 }, { "5", { answer = "5 m" }, 1 }, { "5 KM", { answer = "5 km" }, 1 } })
     scores(rewards.numeric { marked = true }, { { "5", { answer = 5 }, 0 } })
     expect(function() rewards.numeric()("5", { answer = "five" }) end).fails "is no number: five"
   end)
@@ -39,8 +45,10 @@ describe("rewards", function()
   it("look at form", function()
     local tags = rewards.format { tags = { "think", "answer" } }
     scores(tags, {
-      { "<think>a</think>\n<answer>b</answer>\n", nil, 1 }, { "x<think>a</think><answer>b</answer>", nil, 0 }, { "<think>a</think><answer>b</answer>x", nil, 0 }, { "", nil, 0 },
-      { "<answer>b</answer><think>a</think>", nil, 0 }, { "<think>a<answer>b</answer>", nil, 0 }, { "<think>a</think><think>a</think><answer>b</answer>", nil, 0 },
+      { "<think>a</think>\n<answer>b</answer>\n", nil, 1 }, { "x<think>a</think><answer>b</answer>", nil, 0 },
+      { "<think>a</think><answer>b</answer>x", nil, 0 }, { "", nil, 0 },
+      { "<answer>b</answer><think>a</think>", nil, 0 }, { "<think>a<answer>b</answer>", nil, 0 },
+      { "<think>a</think><think>a</think><answer>b</answer>", nil, 0 },
       { "<think>a</think><answer>b</answer><answer>c</answer>", nil, 0 },
     })
     scores(rewards.format { pattern = "^%d+$" }, { { "12", nil, 1 }, { "x12", nil, 0 } })
@@ -48,7 +56,8 @@ describe("rewards", function()
     expect(function() rewards.format { pattern = "[a" } end).fails "pattern"
   end)
   it("look at length", function()
-    scores(rewards.length { target = 10, tolerance = 5 }, { { ("é"):rep(10), nil, 1 }, { "abcdef", nil, 0.2 }, { "", nil, 0 }, { "x", nil, 0.8, { length = 11 } } })
+    scores(rewards.length { target = 10, tolerance = 5 },
+    { { ("é"):rep(10), nil, 1 }, { "abcdef", nil, 0.2 }, { "", nil, 0 }, { "x", nil, 0.8, { length = 11 } } })
     local overlong = rewards.overlong { max = 10, margin = 4 }
     for length, wanted in pairs { [1] = 0, [6] = 0, [7] = -0.25, [9] = -0.75, [10] = -1, [11] = -1 } do scores(overlong, { { "", nil, wanted, { length = length } } }) end
     expect(function() rewards.overlong { max = 4, margin = 5 } end).fails "`margin` should be at most max"
@@ -63,17 +72,22 @@ describe("rewards", function()
     local function call(name, arguments) return ('<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'):format(name, arguments) end
     local record = { tool_calls = { { name = "f", arguments = { a = 1, b = "x" } } } }
     scores(rewards.tool_calls(), {
-      { call("f", '{"b": "x", "a": 1.0}'), record, 1 }, { call("f", '{"a": 1}'), record, 0 }, { call("f", '{"a": 1, "b": "x"}') .. call("f", "{}"), record, 0 }, { "", record, 0 },
-      { "no call", { tool_calls = {} }, 1 }, { "no call", {}, 1 }, { call("f", "{}"), {}, 0 }, { "<tool_call>", {}, 0 }, { call("now", "{}"), { tool_calls = { { name = "now", arguments = {} } } }, 1 },
+      { call("f", '{"b": "x", "a": 1.0}'), record, 1 }, { call("f", '{"a": 1}'), record, 0 },
+      { call("f", '{"a": 1, "b": "x"}') .. call("f", "{}"), record, 0 }, { "", record, 0 },
+      { "no call", { tool_calls = {} }, 1 }, { "no call", {}, 1 }, { call("f", "{}"), {}, 0 }, { "<tool_call>", {}, 0 },
+      { call("now", "{}"), { tool_calls = { { name = "now", arguments = {} } } }, 1 },
       { call("f", "{}"), { tool_calls = { { type = "function", ["function"] = { name = "f", arguments = {} } } } }, 1 },
     })
     scores(rewards.tool_calls { partial = true }, {
-      { call("f", '{"a": 1}'), record, 0.75 }, { call("g", '{"a": 1}'), record, 0 }, { call("f", '{"a": 1, "b": "x", "c": 2}'), record, 0.5 + 0.5 * 2 / 3 },
-      { call("f", '{"a": 1, "b": "x"}') .. call("f", "{}"), record, 0.5 }, { call("f", '{"a": 1, "b": "x"}') .. "<tool_call>x</tool_call>", record, 0.5 },
+      { call("f", '{"a": 1}'), record, 0.75 }, { call("g", '{"a": 1}'), record, 0 },
+      { call("f", '{"a": 1, "b": "x", "c": 2}'), record, 0.5 + 0.5 * 2 / 3 },
+      { call("f", '{"a": 1, "b": "x"}') .. call("f", "{}"), record, 0.5 },
+      { call("f", '{"a": 1, "b": "x"}') .. "<tool_call>x</tool_call>", record, 0.5 },
     })
   end)
   it("count repetitions", function()
-    scores(rewards.repetition { n = 2 }, { { "a b c d", nil, 0 }, { "a a a a a", nil, -0.75 }, { "", nil, 0 }, { "one", nil, 0 }, { "A b a B", nil, -1 / 3 } })
+    scores(rewards.repetition { n = 2 },
+    { { "a b c d", nil, 0 }, { "a a a a a", nil, -0.75 }, { "", nil, 0 }, { "one", nil, 0 }, { "A b a B", nil, -1 / 3 } })
   end)
   it("are combined by weights and gates, and each is logged", function()
     local function value(name) return function(_, record) return record[name] end end
