@@ -167,9 +167,9 @@ local function points_of(series, log)
   return thinned
 end
 
---- Round numbers from low to high, about `count` of them.
-local function ticks(low, high, count)
-  local raw = (high - low) / count
+--- Round numbers from low to high, about `count` of them; of a logarithmic axis over a decade or more, whole powers of ten.
+local function ticks(low, high, count, log)
+  local raw = math.max((high - low) / count, log and high - low > 1.2 and 1 or 0)
   local power = 10 ^ math.floor(math.log(raw, 10))
   local step = power
   for _, factor in ipairs { 1, 2, 5, 10 } do
@@ -220,7 +220,7 @@ local function plot(curve)
   local right, bottom = PLOT.width - PLOT.right, PLOT.height - PLOT.bottom
   local function at_x(x) return PLOT.left + (x - low[1]) / (high[1] - low[1]) * (right - PLOT.left) end
   local function at_y(y) return bottom - (y - low[2]) / (high[2] - low[2]) * (bottom - PLOT.top) end
-  for _, tick in ipairs(ticks(low[2], high[2], 5)) do
+  for _, tick in ipairs(ticks(low[2], high[2], 5, curve.log)) do
     local label = curve.log and show(10 ^ tick) or show(tick)
     add('<line class="grid" x1="%d" x2="%d" y1="%.1f" y2="%.1f"/>', PLOT.left, right, at_y(tick), at_y(tick))
     add('<text x="%d" y="%.1f" text-anchor="end">%s</text>', PLOT.left - 6, at_y(tick) + 4, report.escape(label))

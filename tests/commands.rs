@@ -43,10 +43,11 @@ fn model_folder() -> (tempfile::TempDir, String) {
 #[test]
 fn doctor_reports_in_text_and_json() {
     let report: serde_json::Value = serde_json::from_str(&printed(&["doctor", "--json"])).unwrap();
-    for name in ["perilune", "rustc", "cpu", "instructions", "threads", "memory", "disk", "gpu"] {
+    for name in ["perilune", "rustc", "cpu", "instructions", "threads", "memory", "disk", "sandbox", "gpu"] {
         assert!(report[name].is_object(), "{name} in {report}");
     }
     assert!(report["cpu"]["cores"].as_u64().unwrap() >= 1);
+    assert!(report["sandbox"]["holds"] == true || report["sandbox"]["remedy"].is_string(), "{report}");
     let lines = printed(&["doctor"]);
     assert!(lines.lines().any(|line| line.starts_with("gpu ")), "{lines}");
 }

@@ -6,11 +6,13 @@ use super::units;
 use crate::checkpoint::free_space::free_bytes;
 use crate::error::Result;
 use crate::host::lua_version::lua_version;
+use crate::host::sandbox::executable;
+use crate::host::sandbox_job::{Outcome, Status, find_python, probe};
 use crate::kernels::cpu::isa::{Isa, isa};
 use crate::kernels::cpu::threads::{cores, threads};
 use crate::kernels::cuda_probe::{self, Absence, Driver};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Show what this machine offers, what of it is used, and how to mend what is missing.
 #[derive(clap::Args)]
@@ -31,7 +33,9 @@ struct Finding {
 
 /// Prints the report. Errors: none of its own; what cannot be found out is said so.
 pub fn doctor(args: DoctorArgs) -> Result<()> {
-    let findings = [versions(), rustc(), cpu(), instructions(), thread_count(), memory(), disk(), gpu(&cuda_probe::probe())];
+    let held = executable().and_then(|executable| probe(&executable));
+    let gpu = gpu(&cuda_probe::probe());
+    let findings = [versions(), rustc(), cpu(), instructions(), thread_count(), memory(), disk(), sandbox(&held, find_python()), gpu];
     if args.json {
         let object: serde_json::Map<String, Value> = findings
             .into_iter()
@@ -168,6 +172,22 @@ fn disk() -> Finding {
     }
 }
 
+/// Whether programs that a model wrote can be held, and where Python is.
+fn sandbox(probed: &Result<Outcome>, python: Option<PathBuf>) -> Finding {
+    let missing = match probed {
+        Ok(outcome) if outcome.status == Status::Ok => None,
+        Ok(outcome) => Some(outcome.reason.clone().unwrap_or_else(|| outcome.status.name().into())),
+        Err(error) => Some(error.to_string()),
+    };
+    let interpreter = python.as_ref().map_or_else(|| "no python3".into(), |path| path.display().to_string());
+    let text = match &missing {
+        None => format!("holds programs of models: Lua, {interpreter}"),
+        Some(why) => why.clone(),
+    };
+    let remedy = missing.as_ref().map(|_| "rewards by programs take Linux 5.13 or newer with Landlock and seccomp switched on".into());
+    Finding { name: "sandbox", text, remedy, value: json!({ "holds": missing.is_none(), "python": python }) }
+}
+
 fn gpu(probed: &std::result::Result<Driver, Absence>) -> Finding {
     match probed {
         Ok(driver) => {
@@ -231,6 +251,14 @@ mod tests {
 
     #[test]
     fn remedies_come_where_something_is_missing() {
+        let refused = |status, reason: &str| {
+            let (reason, missing) = (Some(reason.to_string()), Vec::new());
+            Ok(Outcome { status, reason, stdout: vec![], stderr: vec![], exit: None, seconds: 0.0, missing })
+        };
+        let finding = sandbox(&refused(Status::Refused, "no Landlock"), None);
+        assert!(finding.text == "no Landlock" && finding.remedy.is_some() && finding.value["holds"] == false);
+        let finding = sandbox(&refused(Status::Ok, ""), Some("/usr/bin/python3".into()));
+        assert!(finding.text.ends_with("Lua, /usr/bin/python3") && finding.remedy.is_none() && finding.value["holds"] == true);
         assert!(rustc_finding(None, "1.88").remedy.unwrap().contains("rustup"));
         assert!(rustc_finding(Some("1.87.0"), "1.88").remedy.unwrap().contains("update"));
         assert!(rustc_finding(Some("1.88.0"), "1.88").remedy.is_none());

@@ -42,7 +42,7 @@ mod results;
 mod rollouts;
 pub mod run;
 pub mod run_object;
-mod sandbox;
+pub mod sandbox;
 pub mod sandbox_child;
 pub mod sandbox_job;
 pub mod sandbox_walls;

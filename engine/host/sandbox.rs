@@ -79,7 +79,9 @@ fn job(op: &'static str, options: &Options) -> Failed<Job> {
 }
 
 /// This binary, even if its file was replaced since it started.
-fn executable() -> Result<PathBuf> {
+///
+/// Errors: [`Error::Io`] if the system does not tell.
+pub fn executable() -> Result<PathBuf> {
     let own = Path::new("/proc/self/exe");
     if own.exists() {
         return Ok(own.to_path_buf());

@@ -200,6 +200,21 @@ fn without(text: Vec<u8>, part: &[u8]) -> Vec<u8> {
     left
 }
 
+/// A program that does nothing, run to see whether this system can hold programs. Errors: as [`run`].
+pub fn probe(executable: &Path) -> Result<Outcome> {
+    let job = Job {
+        program: Vec::new(),
+        language: Language::Lua,
+        stdin: Vec::new(),
+        seconds: 10.0,
+        memory_bytes: 64 << 20,
+        output_bytes: 1 << 10,
+        files_bytes: 0,
+        allow_weaker: false,
+    };
+    run(executable, &job, &|| false)
+}
+
 /// The interpreter itself; scripts that look for one (pyenv's) would need a shell.
 pub fn find_python() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();

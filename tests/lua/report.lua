@@ -68,6 +68,8 @@ describe("the page", function()
     expect(y2 * 2).near(y1 + y3, 0.2)
     assert(tonumber(y1) > tonumber(y3), "more is higher")
     for _, tick in ipairs { ">0<", ">2<", ">10<" } do assert(one:find(tick, 1, true), tick) end
+    local log = report.html { title = "t", curves = { { title = "c", log = true, series = { { name = "s", values = { 1, 0.1, 0.001 } } } } } }
+    for _, tick in ipairs { ">1<", ">0.1<", ">0.01<", ">0.001<" } do assert(log:find(tick, 1, true), tick) end
     local many = {}
     for index = 1, 5000 do many[index] = index end
     local points = report.html({ title = "t", curves = { { title = "c", series = { { name = "s", values = many } } } } }):match 'points="([^"]*)"'
