@@ -51,6 +51,6 @@ return engine.workflow {
         step:log { kl = kl, length = rollouts.total_tokens / rollouts.count, grad_norm = optim:step() }
       end
     end
-    run:save("model", student)
+    run:save("model", student, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

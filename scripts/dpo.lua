@@ -52,6 +52,6 @@ return engine.workflow {
       step:log { loss = total, grad_norm = optim:step() }
       step:log(numbers)
     end
-    run:save("model", policy)
+    run:save("model", policy, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

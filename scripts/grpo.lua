@@ -67,6 +67,6 @@ return engine.workflow {
         step:log { grad_norm = optim:step() }
       end
     end
-    run:save("model", policy)
+    run:save("model", policy, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

@@ -57,6 +57,6 @@ return engine.workflow {
       if count > 0 then print(("%d conversations: %s"):format(count, why)) end
     end
     if lora then model:save_adapter(run.folder .. "/adapter") end
-    run:save("model", model)
+    run:save("model", model, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

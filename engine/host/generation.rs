@@ -75,8 +75,14 @@ pub fn generate_all(call: &Call) -> Answer {
     let seeds = seeds(call, &options, prompts.len())?;
     let (mut jobs, mut records) = (Vec::new(), Vec::new());
     for (index, (prompt, seed)) in prompts.iter().zip(seeds).enumerate() {
-        let ids = prompt_ids(call, &this, prompt, index, &tools)?;
-        jobs.push(Job { prompt: signed(&ids), seed, ..pattern.clone() });
+        let (ids, is_chat) = prompt_ids(call, &this, prompt, index, &tools)?;
+        let mut job = Job { prompt: signed(&ids), seed, ..pattern.clone() };
+        if is_chat && options.value("stop_ids")?.is_nil() {
+            // A turn ends with the turn, also where a base model's files know only the end of a document.
+            let turn = this.tokenizer.as_ref().and_then(|object| object.tokenizer.im_end());
+            job.stop_ids.extend(turn.filter(|id| !pattern.stop_ids.contains(id)));
+        }
+        jobs.push(job);
         records.push(prompt.clone());
     }
     let origins: Vec<Arc<[i32]>> = jobs.iter().map(|job| job.prompt.clone().into()).collect();
@@ -165,9 +171,14 @@ fn seeds(call: &Call, options: &Options, count: usize) -> Failed<Vec<u64>> {
     Ok((0..count as u64).map(|index| stream.bits(first + index)).collect())
 }
 
-/// The ids of prompt `index` of the list.
-fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, tools: &[serde_json::Value]) -> Failed<Vec<u32>> {
+/// The ids of prompt `index` of the list, and whether it is a conversation.
+fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, tools: &[serde_json::Value]) -> Failed<(Vec<u32>, bool)> {
     let wrong = |got: String| Error::argument(call.op, format!("prompts[{}]", index + 1), PROMPTS, got);
+    let mut is_chat = false;
+    let mut chat = |messages, tools: &[serde_json::Value]| {
+        is_chat = true;
+        chat_ids(call, this, messages, tools)
+    };
     let ids = match prompt {
         Value::String(_) => text_ids(call, this, prompt)?,
         Value::Table(table) => match (table.raw_get::<Value>("messages")?, table.raw_get::<Value>("prompt")?) {
@@ -176,12 +187,10 @@ fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, too
                     Value::Table(tools) => Some(json_list(call, tools)?),
                     _ => None,
                 };
-                chat_ids(call, this, messages, own.as_deref().unwrap_or(tools))?
+                chat(messages, own.as_deref().unwrap_or(tools))?
             }
             (Value::Nil, text @ Value::String(_)) => text_ids(call, this, &text)?,
-            (Value::Nil, Value::Nil) if matches!(table.raw_get::<Value>(1)?, Value::Table(_)) => {
-                chat_ids(call, this, table.clone(), tools)?
-            }
+            (Value::Nil, Value::Nil) if matches!(table.raw_get::<Value>(1)?, Value::Table(_)) => chat(table.clone(), tools)?,
             (Value::Nil, Value::Nil) if as_integer(&table.raw_get::<Value>(1)?).is_some() => token_ids(call, 0, prompt)?,
             (Value::Nil, Value::Nil) => return Err(wrong(describe(prompt)).into()),
             (Value::Nil, other) | (other, _) => return Err(wrong(format!("a record whose prompt is {}", describe(&other))).into()),
@@ -192,7 +201,7 @@ fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, too
     if ids.is_empty() {
         return Err(wrong("a prompt without tokens".into()).into());
     }
-    Ok(ids)
+    Ok((ids, is_chat))
 }
 
 fn text_ids(call: &Call, this: &ModelObject, text: &Value) -> Failed<Vec<u32>> {

@@ -196,31 +196,59 @@ impl ModelObject {
 
     /// Writes a Hugging Face checkpoint folder, with the tokenizer.
     ///
+    /// - `stop_ids`: ids after which texts of the saved model end; none for those of this one
+    ///
     /// Errors: those of [`Model::save`].
-    pub fn save(&self, folder: &Path, dtype: Option<Dtype>) -> Result<()> {
+    pub fn save(&self, folder: &Path, dtype: Option<Dtype>, stop_ids: Option<Vec<u32>>) -> Result<()> {
         let mut files = self.tokenizer.as_ref().map_or_else(Vec::new, TokenizerObject::files);
-        let generation_config = self.generation_config.clone().unwrap_or_else(|| {
-            let ids = GenerationConfig { eos: self.stop_ids(), pad: self.model.config().pad, ..GenerationConfig::default() };
-            format!("{:#}\n", ids.to_json()).into_bytes()
-        });
-        files.push(("generation_config.json".into(), generation_config));
+        let known = self.own_generation_config();
+        let written = match (known, stop_ids) {
+            (Some(known), None) => known,
+            (Some(known), Some(eos)) => GenerationConfig { eos, ..known },
+            (None, eos) => {
+                let eos = eos.unwrap_or_else(|| self.stop_ids());
+                GenerationConfig { eos, pad: self.model.config().pad, ..GenerationConfig::default() }
+            }
+        };
+        files.push(("generation_config.json".into(), format!("{:#}\n", written.to_json()).into_bytes()));
         self.model.save(folder, dtype, &files)
     }
 
     /// Ids that end a text: generation_config.json has the first word, then config.json, then the tokenizer.
     pub fn stop_ids(&self) -> Vec<u32> {
-        let path = Path::new("generation_config.json");
-        let text = self.generation_config.as_ref().and_then(|bytes| std::str::from_utf8(bytes).ok());
-        let given = text.and_then(|text| GenerationConfig::parse(path, text).ok()).map_or_else(Vec::new, |config| config.eos);
+        let given = self.own_generation_config().map_or_else(Vec::new, |config| config.eos);
         let known = if given.is_empty() { self.model.config().eos.clone() } else { given };
         if !known.is_empty() {
             return known;
         }
         // A new model: its texts end with the end of a document, or of a turn.
-        let mut ids: Vec<u32> =
-            self.tokenizer.iter().flat_map(|object| [object.tokenizer.eos(), object.tokenizer.end_of_text()]).flatten().collect();
-        ids.dedup();
+        let ends =
+            self.tokenizer.iter().flat_map(|object| [object.tokenizer.eos(), object.tokenizer.end_of_text(), object.tokenizer.im_end()]);
+        let mut ids: Vec<u32> = Vec::new();
+        for id in ends.flatten() {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
         ids
+    }
+
+    /// What the folder that it came from says of generation.
+    fn own_generation_config(&self) -> Option<GenerationConfig> {
+        let text = std::str::from_utf8(self.generation_config.as_ref()?).ok()?;
+        GenerationConfig::parse(Path::new("generation_config.json"), text).ok()
+    }
+
+    /// The option `stop_tokens` of saving: texts of tokens, as ids.
+    ///
+    /// Errors: [`Error::Argument`] for a text that is not one added token of the tokenizer.
+    pub fn stop_tokens(&self, op: &'static str, options: &Options) -> Failed<Option<Vec<u32>>> {
+        let Some(texts) = options.strings("stop_tokens")? else { return Ok(None) };
+        let id = |text: &String| {
+            let id = self.tokenizer.as_ref().and_then(|object| object.tokenizer.added_id(text));
+            id.ok_or_else(|| Error::argument(op, "stop_tokens", "added tokens of the tokenizer, such as <|im_end|>", format!("{text:?}")))
+        };
+        Ok(Some(texts.iter().map(id).collect::<Result<_>>()?))
     }
 }
 
@@ -359,11 +387,13 @@ impl Class for ModelObject {
                 op: "Model:save",
                 params: &["folder", "options?"],
                 call: |call| {
-                    let dtype = match call.options(1, &["dtype"])?.string("dtype")? {
+                    let options = call.options(1, &["dtype", "stop_tokens"])?;
+                    let dtype = match options.string("dtype")? {
                         Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
                         None => None,
                     };
-                    call.subject::<ModelObject>()?.save(&call.path(0)?, dtype)?;
+                    let this = call.subject::<ModelObject>()?.clone();
+                    this.save(&call.path(0)?, dtype, this.stop_tokens(call.op, &options)?)?;
                     call.done()
                 },
             },

@@ -36,9 +36,9 @@ pub fn write(draft: &Draft, name: &str, object: &ModelObject) -> Result<()> {
         object.model.save_adapter(&draft.place(&format!("adapters/{name}"))?, None, object.source())?;
     }
     if !has_adapter {
-        object.save(&draft.place(&format!("models/{name}"))?, None)?;
+        object.save(&draft.place(&format!("models/{name}"))?, None, None)?;
     } else if object.model.base_changed() {
-        object.base().save(&draft.place(&format!("models/{name}"))?, None)?;
+        object.base().save(&draft.place(&format!("models/{name}"))?, None, None)?;
     }
     object.model.save_training_state(&draft.place(&format!("training/{name}"))?)
 }

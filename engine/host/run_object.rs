@@ -157,14 +157,16 @@ impl Class for RunObject {
             call: |call| {
                 let (run, replay) = standing(call)?;
                 let model = call.object::<ModelObject>(1)?.clone();
-                let dtype = match call.options(2, &["dtype"])?.string("dtype")? {
+                let options = call.options(2, &["dtype", "stop_tokens"])?;
+                let stop_ids = model.stop_tokens(call.op, &options)?;
+                let dtype = match options.string("dtype")? {
                     Some(name) => Some(super::tensor::dtype_of(call, Some(name))?),
                     None => None,
                 };
                 let folder = run.artifact(&call.string(0)?)?;
                 // Above the loop that is resumed the model is already that of the checkpoint: what was saved stays.
                 if !replay.is_replaying() {
-                    model.save(&folder, dtype)?;
+                    model.save(&folder, dtype, stop_ids)?;
                     run.screen.print(&format!("saved {}", shown(&folder)));
                 }
                 call.give(folder.display().to_string())

@@ -115,7 +115,7 @@ function Model:entropy(batch, options) end
 --- Rules act in this order: logit_bias, repetition_penalty (on all tokens so far), presence_penalty and frequency_penalty (on
 --- generated ones), temperature (0: the most likely token), top_k, top_p, min_p. What a text becomes depends on its seed
 --- alone, not on the others; without `seed` each call draws another, the same when the run is run again. Defaults:
---- max_tokens 128, temperature 1, the rest off; stop_ids are those of the model. `together` limits the texts that are
+--- max_tokens 128, temperature 1, the rest off; stop_ids are those of the model, and the end of the turn for messages. `together` limits the texts that are
 --- continued at a time (256).
 ---
 --- Example: local rollouts = policy:generate(prompts:take(16), { n = 8, max_tokens = 64 })
@@ -179,11 +179,12 @@ function Model:parameter_names() end
 function Model:routing(batch) end
 
 --- Writes a Hugging Face checkpoint folder, with the tokenizer. An adapter is written as part of the weights; the model stays
---- as it is.
+--- as it is. `stop_tokens` are the tokens after which texts of the saved model end, in place of this one's: a base model that
+--- has learned to chat ends at `<|im_end|>` too.
 ---
 --- Example: model:save("checkpoints/mine", { dtype = "bf16" })
 ---@param folder string
----@param options? { dtype?: "f32"|"bf16" } default: the model's own
+---@param options? { dtype?: "f32"|"bf16", stop_tokens?: string[] } dtype: default the model's own
 function Model:save(folder, options) end
 
 --- Writes the adapter alone, as a PEFT folder.

@@ -75,12 +75,12 @@ function Run:now() end
 ---@return engine.Optimizer optimizer
 function Run:optimizer(kind, model, options) end
 
---- Writes a model, with its tokenizer, as a Hugging Face folder inside the run's folder.
+--- Writes a model, with its tokenizer, as a Hugging Face folder inside the run's folder. `stop_tokens`: as of `Model:save`.
 ---
 --- Example: run:save("model", policy)
 ---@param name string
 ---@param model engine.Model
----@param options? { dtype?: "f32"|"bf16" }
+---@param options? { dtype?: "f32"|"bf16", stop_tokens?: string[] }
 ---@return string folder
 function Run:save(name, model, options) end
 
