@@ -11,11 +11,11 @@ return engine.workflow {
   args = {
     hidden = 128, layers = 4, heads = 4, kv_heads = 2, intermediate = 384, vocab = { 512, min = 300 },
     dtype = { "bf16", choices = { "f32", "bf16" } },
-    documents = { 20000, min = 100, help = "of the text for pretraining" }, chats = { 6000, min = 100 },
+    documents = { 12000, min = 100, help = "of the text for pretraining" }, chats = { 20000, min = 100 },
     digits = { 2, min = 1, max = 4, help = "of the numbers in sums: how hard it is" },
-    pretrain = { 1200, min = 1, help = "steps" }, sft = { 600, min = 1 }, dpo = { 40, min = 1 }, grpo = { 100, min = 1 },
+    pretrain = { 800, min = 1, help = "steps" }, sft = { 2000, min = 1 }, dpo = { 40, min = 1 }, grpo = { 80, min = 1 },
     questions = { 24, min = 1, help = "prompts of a GRPO step" }, group = { 8, min = 2, help = "answers of each" },
-    max_tokens = { 48, min = 8, help = "of an answer" }, held_out = { 200, min = 10, help = "problems of each evaluation" },
+    max_tokens = { 80, min = 8, help = "of an answer" }, held_out = { 200, min = 10, help = "problems of each evaluation" },
   },
   run = function(run, args)
     local seed, digits = run.seed, args.digits
@@ -28,7 +28,7 @@ return engine.workflow {
     end)
     local held_out = tasks.problems { count = args.held_out, seed = seed + 3, digits = digits, split = "test" }
     local text = engine.data.text(path "pretrain.txt")
-    local tokenizer = engine.tokenizer.train(text, { vocab_size = args.vocab })
+    local tokenizer = engine.tokenizer.train(engine.data.text { path "pretrain.txt", path "sft.jsonl" }, { vocab_size = args.vocab })
 
     local policy = run:model("policy", {
       vocab = tokenizer.vocab_size, hidden = args.hidden, layers = args.layers, heads = args.heads, kv_heads = args.kv_heads,
@@ -39,11 +39,13 @@ return engine.workflow {
 
     local curves = run:state("curves", { pretrain = {}, sft = {}, dpo = {}, reward = {}, length = {}, kl = {} })
     local stages, samples = {}, {}
-    --- Greedy answers to the held-out problems: the same measure after every stage. Recorded, so that a resume keeps it.
+    --- Sampled answers to the held-out problems: the same measure after every stage. Recorded, so that a resume keeps it.
     local function evaluate(stage, prompts_are_chats)
       local seconds_from = run:now()
       local numbers = run:step("evaluate " .. stage, {}, function()
-        local result = eval.generate(policy, held_out, tasks.reward(), { max_tokens = args.max_tokens, by = "kind" })
+        local result = eval.generate(policy, held_out, tasks.reward(), {
+          n = 2, temperature = 1, seed = seed, max_tokens = args.max_tokens, by = "kind",
+        })
         local shown = {}
         for index = 1, 4 do
           local item = result.items[index]
@@ -73,7 +75,7 @@ return engine.workflow {
     -- 2. SFT: what the assistant says in conversations, by the chat template.
     local chats = run:data("chats", engine.data.jsonl(path "sft.jsonl"):chat(tokenizer):pack { seq_len = 256, how = "best_fit" }:shuffle():forever())
     for step in run:loop("sft", { steps = args.sft }) do
-      rate(step, 1.5e-3, 20, 0.05)
+      rate(step, 3e-3, 50, 0.05)
       local loss = policy:cross_entropy(chats:take(8))
       loss:backward()
       step:log { loss = loss, grad_norm = optim:step() }
@@ -140,7 +142,7 @@ return engine.workflow {
     local function curve(title, name) return { title = title, x = "step", series = { { name = name, points = curves[name] } } } end
     local page = {
       title = "Quickstart", stages = stages, samples = samples, columns = { "accuracy", "accuracy_sum", "accuracy_words", "accuracy_sort", "accuracy_tool", "length", "truncated" },
-      note = ("A model of %.2fM parameters, trained from nothing. Accuracies are of %d held-out problems, answered greedily."):format(policy.count / 1e6, args.held_out),
+      note = ("A model of %.2fM parameters, trained from nothing. Accuracies are of two answers to each of %d held-out problems, sampled at temperature 1."):format(policy.count / 1e6, args.held_out),
       curves = {
         curve("Pretraining: loss", "pretrain"), curve("SFT: loss", "sft"), curve("DPO: loss", "dpo"),
         curve("GRPO: reward of the training prompts", "reward"), curve("GRPO: KL to the SFT model, nats a token", "kl"), curve("GRPO: tokens of an answer", "length"),

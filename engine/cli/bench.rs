@@ -20,7 +20,7 @@ pub struct BenchArgs {
     /// Shape of the model: tiny (4M parameters), small (27M), q05x4 (196M), or any preset of `perilune params`.
     #[arg(long, default_value = "small")]
     config: String,
-    /// f32 or bf16.
+    /// f32 or bf16; with decode also int8.
     #[arg(long, default_value = "f32")]
     dtype: String,
     /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, decode 30, durability 180].
@@ -82,6 +82,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     }
     let dtype = match Dtype::parse(&args.dtype) {
         Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => dtype,
+        None if matches!(args.what, What::Decode) && args.dtype == "int8" => Dtype::I8,
         _ => return Err(Error::argument("bench", "--dtype", "f32 or bf16", format!("{:?}", args.dtype))),
     };
     let config = preset(&args.config)?;

@@ -30,7 +30,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         "decode {} ({} parameters), {}, prompts of {PROMPT_TOKENS} tokens, {DECODED_TOKENS} tokens each\nceiling   {read:.1} GB/s read by {} threads\n",
         case.name,
         units::count(model.count() as f64),
-        case.dtype,
+        model.dtype_name(),
         threads()
     );
     for batch in BATCHES {
@@ -49,7 +49,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         );
         report[format!("decode_{batch}")] = json!({ "tokens_per_s": rate, "best": batch as f64 / times.best(), "weights_gb_s": gbs, "share_of_read": gbs / read, "step": times.to_json() });
     }
-    let matrix = bench_ceilings::matrix_product(case.dtype, (case.seconds / 10.0).min(2.0))?;
+    let matrix = bench_ceilings::matrix_product(model.dtype(), (case.seconds / 10.0).min(2.0))?;
     for tokens in PREFILLS.into_iter().filter(|tokens| *tokens <= case.config.max_positions) {
         let times = timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| prefill(&model, tokens));
@@ -73,7 +73,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
 fn weight_bytes(model: &Model) -> usize {
     let config = model.config();
     let looked_up = if config.tied { 0 } else { config.vocab * config.hidden };
-    (model.count() - looked_up) * model.dtype().size()
+    (model.count() - looked_up) * if model.is_int8() { 1 } else { model.dtype().size() }
 }
 
 /// The head's part of [`flops::forward_flops`] for `tokens` tokens.

@@ -90,7 +90,7 @@ impl Table {
 fn measure<E: ModelElement>(case: &Case, table: &mut Table) -> Result<()> {
     // One layer has every operation, and a large vocabulary is large enough once.
     let config = with_fields(&case.config, &[("layers".into(), json!(1))])?;
-    let graph = Graph::<E>::random(config.clone(), 0)?;
+    let graph = Graph::<E>::random(config.clone(), false, 0)?;
     let batch = Batch::random(config.vocab);
     let parameters: Vec<Arc<dyn Trainable>> = graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect();
     let Config { vocab, hidden, intermediate, heads, kv_heads, head_dim, .. } = config;

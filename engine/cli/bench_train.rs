@@ -109,7 +109,7 @@ fn head_flops(config: &Config, labelled: usize) -> f64 {
 
 /// Times the step cut at the final norm: layers forward, head forward and backward, layers backward, optimizer.
 fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Result<(Value, String)> {
-    let graph = Arc::new(Graph::<E>::random(case.config.clone(), 0)?);
+    let graph = Arc::new(Graph::<E>::random(case.config.clone(), false, 0)?);
     let parameters: Vec<Arc<dyn Trainable>> = graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect();
     let count: usize = parameters.iter().map(|parameter| parameter.count()).sum();
     let mut optimizer = AdamW::new(parameters, settings())?;

@@ -33,7 +33,7 @@ pub struct ChatArgs {
     /// Start of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Compute in f32 or bf16 [default: as the weights are stored].
+    /// Weights in f32, bf16 or int8 [default: as they are stored].
     #[arg(long)]
     dtype: Option<String>,
 }
@@ -108,7 +108,7 @@ pub fn chat(args: ChatArgs) -> Result<()> {
     interrupt::listen()?;
     let is_terminal = io::stdin().is_terminal();
     if is_terminal {
-        println!("{} parameters, {}; /help lists commands", super::units::count(model.count() as f64), model.dtype());
+        println!("{} parameters, {}; /help lists commands", super::units::count(model.count() as f64), model.dtype_name());
     }
     let (mut conversation, mut answers) = (Conversation::new(args.system.as_deref()), 0u64);
     let mut out = io::stdout();

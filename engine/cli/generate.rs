@@ -57,7 +57,7 @@ pub struct GenerateArgs {
     /// End the text before this string; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Compute in f32 or bf16 [default: as the weights are stored].
+    /// Weights in f32, bf16 or int8 [default: as they are stored].
     #[arg(long)]
     dtype: Option<String>,
     /// Print one JSON object at the end instead of the text as it comes.
@@ -104,10 +104,7 @@ pub(super) fn show(out: &mut impl Write, text: &str) -> Result<()> {
 }
 
 pub(super) fn parse_dtype(name: &str) -> Result<Dtype> {
-    match Dtype::parse(name) {
-        Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => Ok(dtype),
-        _ => Err(Error::argument("generate", "--dtype", "f32 or bf16", format!("{name:?}"))),
-    }
+    crate::model::parse_dtype(name).ok_or_else(|| Error::argument("generate", "--dtype", "f32, bf16 or int8", format!("{name:?}")))
 }
 
 fn prompt_tokens(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Vec<i32>> {

@@ -18,7 +18,7 @@ use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
-use crate::model::{Lora, Model, Packed};
+use crate::model::{Lora, Model, Packed, parse_dtype};
 use crate::tensor::AnyTensor;
 use crate::tensor::autograd::with_recording;
 use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
@@ -66,14 +66,18 @@ impl ModelObject {
     pub fn make(lua: &Lua, op: &'static str, source: &Value, options: &Options) -> Failed<Self> {
         let dtype = match options.string("dtype")? {
             None => None,
-            Some(name) => match Dtype::parse(&name) {
-                Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => Some(dtype),
-                _ => return Err(Error::argument(op, "dtype", "\"f32\" or \"bf16\"", format!("\"{name}\"")).into()),
+            Some(name) => match parse_dtype(&name) {
+                Some(dtype) => Some(dtype),
+                None => return Err(Error::argument(op, "dtype", "\"f32\", \"bf16\" or \"int8\"", format!("\"{name}\"")).into()),
             },
         };
+        let is_int8 = dtype == Some(Dtype::I8);
+        if is_int8 && !options.value("lora")?.is_nil() {
+            return Err(Error::argument(op, "dtype", "f32 or bf16 under an adapter that trains", "\"int8\", which is for inference").into());
+        }
         let making = Making {
             dtype,
-            frozen: options.boolean("frozen")?.unwrap_or(false),
+            frozen: is_int8 || options.boolean("frozen")?.unwrap_or(false),
             scores: score_option(op, options)?,
             lora: lora_option(op, options)?,
             adapter: options.string("adapter")?.map(PathBuf::from),
@@ -404,7 +408,7 @@ impl Class for ModelObject {
         Field { name: "adapter", get: |lua, this| adapter_value(lua, &this.model) },
         Field { name: "config", get: |lua, this| Ok(json_to_lua(lua, &this.model.config().to_json())?) },
         Field { name: "count", get: |_, this| Ok(Value::Integer(this.model.count() as i64)) },
-        Field { name: "dtype", get: |lua, this| Ok(Value::String(lua.create_string(this.model.dtype().name())?)) },
+        Field { name: "dtype", get: |lua, this| Ok(Value::String(lua.create_string(this.model.dtype_name())?)) },
         Field { name: "frozen", get: |_, this| Ok(Value::Boolean(this.frozen)) },
         Field {
             name: "tokenizer",

@@ -14,7 +14,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::tensor::autograd::with_recording;
 use crate::tensor::experts::load_balance;
-use crate::tensor::parameter::Trainable;
+use crate::tensor::parameter::{Layout, Trainable};
 use crate::tensor::{AnyTensor, ModelElement, Tensor};
 use crate::tensor::{head, logprobs};
 use half::bf16;
@@ -65,6 +65,17 @@ fn check_memory(config: &Config, dtype: Dtype) -> Result<()> {
     Err(Error::argument("model", "weights", format!("what fits the memory{free}"), got))
 }
 
+/// What users call weights of 8 bits.
+const INT8: &str = "int8";
+
+/// The type of a model's weights by its name: f32, bf16, or int8 for inference.
+pub fn parse_dtype(name: &str) -> Option<Dtype> {
+    match Dtype::parse(name) {
+        Some(dtype @ (Dtype::F32 | Dtype::Bf16)) => Some(dtype),
+        _ => (name == INT8).then_some(Dtype::I8),
+    }
+}
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 impl Model {
@@ -76,9 +87,9 @@ impl Model {
         config.check(Path::new("model"))?;
         check_memory(&config, dtype)?;
         let graph = match dtype {
-            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(config, seed)?)),
-            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::random(config, seed)?)),
-            other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(config, false, seed)?)),
+            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::random(config, dtype == Dtype::I8, seed)?)),
+            other => return Err(Error::argument("model", "dtype", "f32, bf16 or int8", other)),
         };
         Ok(Self::of(graph))
     }
@@ -114,11 +125,13 @@ impl Model {
         remark: &mut dyn FnMut(String),
     ) -> Result<Self> {
         let files = CheckpointFolder::open(folder)?;
-        check_memory(&config, dtype.unwrap_or(config.dtype))?;
-        let graph = match dtype.unwrap_or(config.dtype) {
-            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, trains, seed, remark)?)),
-            Dtype::Bf16 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, trains, seed, remark)?)),
-            other => return Err(Error::argument("model", "dtype", "f32 or bf16", other)),
+        let dtype = dtype.unwrap_or(config.dtype);
+        check_memory(&config, dtype)?;
+        let (int8, trains) = (dtype == Dtype::I8, trains && dtype != Dtype::I8);
+        let graph = match dtype {
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, false, trains, seed, remark)?)),
+            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, int8, trains, seed, remark)?)),
+            other => return Err(Error::argument("model", "dtype", "f32, bf16 or int8", other)),
         };
         Ok(Self::of(graph))
     }
@@ -130,6 +143,10 @@ impl Model {
     ///
     /// Errors: as [`Graph::save`]; [`Error::Argument`] for a type that checkpoints do not hold.
     pub fn save(&self, folder: &Path, dtype: Option<Dtype>, files: &[(String, Vec<u8>)]) -> Result<()> {
+        if self.is_int8() {
+            let expected = "a model of whole weights: load it in f32 or bf16";
+            return Err(Error::argument("save", "model", expected, "one whose weights are rounded to 8 bits for inference"));
+        }
         match dtype.unwrap_or(self.dtype()) {
             dtype @ (Dtype::F32 | Dtype::Bf16) => on_graph!(self, graph => graph.save(folder, dtype, files)),
             other => Err(Error::argument("save", "dtype", "f32 or bf16", other)),
@@ -163,6 +180,16 @@ impl Model {
 
     pub fn config(&self) -> &Config {
         on_graph!(self, graph => &graph.config)
+    }
+
+    /// Whether its matrices are integers of 8 bits with scales; [`Model::dtype`] is then the type of its activations.
+    pub fn is_int8(&self) -> bool {
+        on_graph!(self, graph => graph.head.layout() == Layout::Int8)
+    }
+
+    /// What users call the type of its weights, as [`parse_dtype`] reads it.
+    pub fn dtype_name(&self) -> &'static str {
+        if self.is_int8() { INT8 } else { self.dtype().name() }
     }
 
     /// The element type of weights and activations.

@@ -18,6 +18,6 @@ mod training_state;
 mod weight_space;
 pub mod weights;
 
-pub use any::{Loss, Model};
+pub use any::{Loss, Model, parse_dtype};
 pub use graph::Packed;
 pub use lora::Lora;

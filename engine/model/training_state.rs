@@ -139,7 +139,7 @@ mod tests {
     }
 
     fn check<E: ModelElement>(moe: bool) {
-        let graph = Graph::<E>::random(config(moe), 3).unwrap();
+        let graph = Graph::<E>::random(config(moe), false, 3).unwrap();
         // Every third parameter has a gradient.
         for (index, parameter) in graph.parameters().iter().enumerate().filter(|(index, _)| index % 3 == 1) {
             parameter.accumulate(|gradient, _| gradient.iter_mut().enumerate().for_each(|(i, value)| *value = (i * index) as f32 * 0.1));
@@ -168,7 +168,7 @@ mod tests {
         same(&copy, &loaded);
         graph.copy_from(&copy);
         same(&graph, &copy);
-        let error = Graph::<E>::random(config(!moe), 3).unwrap().load_training_state(&folder.path().join("state")).unwrap_err();
+        let error = Graph::<E>::random(config(!moe), false, 3).unwrap().load_training_state(&folder.path().join("state")).unwrap_err();
         assert!(error.to_string().contains("training_state.safetensors"), "{error}");
     }
 

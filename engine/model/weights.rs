@@ -37,21 +37,21 @@ impl<E: ModelElement> Graph<E> {
     /// A model of zeros.
     ///
     /// Errors: those of [`Config::check`].
-    pub fn zeros(config: Config) -> Result<Self> {
+    pub fn zeros(config: Config, int8: bool) -> Result<Self> {
         config.check(Path::new("model"))?;
         let head = match (config.score, config.tied) {
             (true, _) => Head::Score,
             (false, true) => Head::Tied,
             (false, false) => Head::Own,
         };
-        Ok(Self::build(config, head))
+        Ok(Self::build(config, head, int8))
     }
 
     /// A new model with random weights: each is a function of the seed, the tensor's name and its index there.
     ///
     /// Errors: those of [`Config::check`].
-    pub fn random(config: Config, seed: u64) -> Result<Self> {
-        let graph = Self::zeros(config)?;
+    pub fn random(config: Config, int8: bool, seed: u64) -> Result<Self> {
+        let graph = Self::zeros(config, int8)?;
         graph.named().iter().for_each(|named| graph.begin(named, seed));
         Ok(graph)
     }
@@ -84,11 +84,18 @@ impl<E: ModelElement> Graph<E> {
     /// - `seed`: of a head that scores, if `config` has one and the folder does not
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
-    pub fn load(folder: &CheckpointFolder, config: Config, trains: bool, seed: u64, remark: &mut dyn FnMut(String)) -> Result<Self> {
+    pub fn load(
+        folder: &CheckpointFolder,
+        config: Config,
+        int8: bool,
+        trains: bool,
+        seed: u64,
+        remark: &mut dyn FnMut(String),
+    ) -> Result<Self> {
         let head = if config.score { Head::Score } else { choose_head(folder, &config, remark)? };
         let tied = if config.score { config.tied } else { head == Head::Tied };
         let config = Config { tied, ..config };
-        let graph = Self::build(config, head);
+        let graph = Self::build(config, head, int8);
         let named = graph.named();
         refuse_unexpected(folder, &named)?;
         for tensor in &named {
@@ -112,9 +119,12 @@ impl<E: ModelElement> Graph<E> {
         Ok(graph)
     }
 
-    fn build(config: Config, head: Head) -> Self {
+    fn build(config: Config, head: Head, int8: bool) -> Self {
+        let packed = if int8 { Layout::Int8 } else { Layout::Panels };
         let (hidden, query, key) = (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let matrix = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, Layout::Panels));
+        let matrix = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, packed));
+        // Routers are small, and a token that is sent elsewhere is another token.
+        let router = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, Layout::Panels));
         let vector = |name: String, rows| Arc::new(Parameter::zeros(name, rows, 1, Layout::Rows));
         let mlp = |name: String, intermediate| Expert {
             gate_up: matrix(format!("{name}.gate_up_proj"), 2 * intermediate, hidden),
@@ -126,10 +136,10 @@ impl<E: ModelElement> Graph<E> {
                 let second = match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
                     None => Mlp::Dense(mlp(format!("{name}.mlp"), config.intermediate)),
                     Some(moe) => Mlp::Sparse(Box::new(Sparse {
-                        router: matrix(format!("{name}.mlp.gate"), moe.experts, hidden),
+                        router: router(format!("{name}.mlp.gate"), moe.experts, hidden),
                         experts: (0..moe.experts).map(|e| mlp(format!("{name}.mlp.experts.{e}"), moe.moe_intermediate)).collect(),
                         shared: mlp(format!("{name}.mlp.shared_expert"), moe.shared_intermediate),
-                        shared_gate: matrix(format!("{name}.mlp.shared_expert_gate"), 1, hidden),
+                        shared_gate: router(format!("{name}.mlp.shared_expert_gate"), 1, hidden),
                     })),
                 };
                 Layer {
@@ -143,7 +153,7 @@ impl<E: ModelElement> Graph<E> {
                 }
             })
             .collect();
-        let embed_layout = if head == Head::Tied { Layout::Panels } else { Layout::Rows };
+        let embed_layout = if head == Head::Tied { packed } else { Layout::Rows };
         let embed = Arc::new(Parameter::zeros("model.embed_tokens", config.vocab, hidden, embed_layout));
         let head = match head {
             Head::Tied => embed.clone(),

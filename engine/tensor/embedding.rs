@@ -29,6 +29,12 @@ pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) ->
     let order = match weight.layout() {
         Layout::Rows => Order::Rows,
         Layout::Panels => Order::Panels,
+        Layout::Int8 => {
+            for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden.max(1))) {
+                weight.read_weight_rows(*token as usize..*token as usize + 1, x);
+            }
+            return Tensor::new([tokens.len(), hidden], x);
+        }
     };
     embed(&weight.read().weight, order, vocab, hidden, tokens, &mut x);
     let (tokens, weight): (Arc<[i32]>, _) = (tokens.into(), weight.clone());

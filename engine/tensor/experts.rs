@@ -137,14 +137,14 @@ pub fn mixture<E: ModelElement>(
         let weight = &experts[index].gate_up;
         let tokens = &routing.groups.rows[rows.clone()];
         let y = &mut gate_up[part(&rows, 2 * intermediate)];
-        gemm::forward(&mut *y, normed.values(), Some(tokens), weight.product_weight(&weight.read()), None, None);
+        weight.multiply(&mut *y, normed.values(), Some(tokens), None, None);
         gate_up_parts[index] = Some(Applied::forward(weight, y, normed.values(), Some(tokens)));
     });
     swiglu::swiglu(&gate_up, intermediate, &mut activation);
     each_expert(&routing.groups, |index, rows| {
         let weight = &experts[index].down;
         let (from, y) = (&activation[part(&rows, intermediate)], &mut out[part(&rows, hidden)]);
-        gemm::forward(&mut *y, from, None, weight.product_weight(&weight.read()), None, None);
+        weight.multiply(&mut *y, from, None, None, None);
         down_parts[index] = Some(Applied::forward(weight, y, from, None));
     });
     drop(activation);

@@ -64,7 +64,7 @@ fn product<E: ModelElement, const R: usize>(
     let [rows, hidden] = x.shape();
     check_weight(op, hidden, head)?;
     let mut y = Buffer::scratch(rows * head.rows());
-    gemm::forward::<E, f32>(&mut y, x.values(), None, head.product_weight(&head.read()), None, None);
+    head.multiply(&mut y, x.values(), None, None, None);
     let (saved, head, seen) = (head.trains().then(|| x.data().clone()), head.clone(), head.version());
     Ok(Tensor::from_operation(shape, Data::ready(y), &[x.node()], head.trains(), {
         move |dy, sink| {

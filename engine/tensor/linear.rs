@@ -171,7 +171,7 @@ pub(super) fn product<E: ModelElement>(
     let mut y = Buffer::scratch(tokens * weight.rows());
     let bias = bias.map(|bias| bias.read());
     let bias = bias.as_ref().map(|bias| &bias.weight[..]);
-    gemm::forward(&mut y[..], x, None, weight.product_weight(&weight.read()), bias, residual.map(Tensor::values));
+    weight.multiply(&mut y[..], x, None, bias, residual.map(Tensor::values));
     let applied = Applied::forward(weight, &mut y, x, None);
     Ok((y, applied))
 }
@@ -185,7 +185,7 @@ pub(super) fn weight_gradients<E: ModelElement>(dy: &[E], x: &[E], weight: &Para
 }
 
 pub(super) fn check_weight<E: ModelElement>(op: &'static str, input: usize, weight: &Parameter<E>) -> Result<()> {
-    assert_eq!(weight.layout(), parameter::Layout::Panels, "{op}: {} is not packed", weight.name());
+    assert_ne!(weight.layout(), parameter::Layout::Rows, "{op}: {} is not packed", weight.name());
     if weight.columns() != input {
         return Err(Error::Shape {
             op,

@@ -114,7 +114,7 @@ impl<E: ModelElement> Targets<E> {
 fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32) -> Buffer<f32> {
     let rows = x.len() / head.columns();
     let mut logits = Buffer::scratch(rows * head.rows());
-    gemm::forward::<E, f32>(&mut logits, x, None, head.product_weight(&head.read()), None, None);
+    head.multiply(&mut logits, x, None, None, None);
     if temperature != 1.0 {
         norm::scale(&mut logits, temperature.recip());
     }

@@ -67,9 +67,9 @@ impl<E: ModelElement> Applied<E> {
         let tokens = y.len() / width;
         let apply = |part: &LowRank<E>| {
             let mut inner = Buffer::<E>::scratch(tokens * part.rank());
-            gemm::forward(&mut inner[..], x, choice, part.a.product_weight(&part.a.read()), None, None);
+            part.a.multiply(&mut inner[..], x, choice, None, None);
             let mut delta = Buffer::<f32>::scratch(tokens * part.rows.len());
-            gemm::forward::<E, f32>(&mut delta, &inner, None, part.b.product_weight(&part.b.read()), None, None);
+            part.b.multiply(&mut delta, &inner, None, None, None);
             low_rank::add_columns(y, width, part.rows.clone(), &delta, part.scale);
             inner
         };

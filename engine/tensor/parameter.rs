@@ -9,9 +9,11 @@ use super::low_rank::LowRank;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW;
-use crate::kernels::cpu::gemm::Weight;
+use crate::kernels::cpu::gemm::{self, Weight};
+use crate::kernels::cpu::int8::{self, Int8Weight};
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::panels;
+use crate::kernels::element::Float;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
@@ -26,6 +28,8 @@ pub enum Layout {
     Rows,
     /// Panels of 32 rows with the columns running down.
     Panels,
+    /// The same of integers of 8 bits, with a scale for each row: for inference alone.
+    Int8,
 }
 
 /// The value of a parameter.
@@ -35,6 +39,15 @@ pub struct Value<E: ModelElement> {
     pub weight: Buffer<E>,
     /// For bf16 only, while it trains: what completes each element to its f32 master, in the order of `weight`.
     pub remainder: Option<Vec<i16>>,
+    /// In place of `weight`, which is empty then.
+    pub int8: Option<Int8>,
+}
+
+/// The integers of a weight, in panels, and what each row's are multiplied by.
+#[derive(Clone)]
+pub struct Int8 {
+    values: Vec<i8>,
+    scales: Buffer<f32>,
 }
 
 /// A trainable weight of `rows x columns`; a vector is one column.
@@ -86,16 +99,19 @@ impl<E: ModelElement> Parameter<E> {
         let len = match layout {
             Layout::Rows => rows * columns,
             Layout::Panels => panels::len::<E>(rows, columns),
+            Layout::Int8 => 0,
         };
+        let int8 = || Int8 { values: vec![0; panels::len::<E>(rows, columns)], scales: Buffer::zeroed(rows) };
+        let int8 = (layout == Layout::Int8).then(int8);
         Self {
             name: name.into(),
             rows,
             columns,
             layout,
-            value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None })),
+            value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None, int8 })),
             adapters: RwLock::default(),
             gradient: Mutex::new(None),
-            trains: AtomicBool::new(true),
+            trains: AtomicBool::new(layout != Layout::Int8),
             version: AtomicU64::new(0),
             gradients: AtomicU64::new(0),
         }
@@ -128,7 +144,7 @@ impl<E: ModelElement> Parameter<E> {
     pub fn gradient_len(&self) -> usize {
         match self.layout {
             Layout::Rows => self.rows * self.columns,
-            Layout::Panels => panels::len_f32(self.rows, self.columns),
+            Layout::Panels | Layout::Int8 => panels::len_f32(self.rows, self.columns),
         }
     }
 
@@ -137,8 +153,9 @@ impl<E: ModelElement> Parameter<E> {
         self.trains.load(Relaxed)
     }
 
-    /// Freezes or thaws it. A frozen one has no gradient.
+    /// Freezes or thaws it. A frozen one has no gradient; one of 8 bits is always frozen.
     pub fn set_trains(&self, trains: bool) {
+        let trains = trains && self.layout != Layout::Int8;
         self.trains.store(trains, Relaxed);
         if !trains {
             self.clear_gradient();
@@ -162,6 +179,20 @@ impl<E: ModelElement> Parameter<E> {
     pub fn product_weight<'a>(&self, value: &'a Value<E>) -> Weight<'a, E> {
         assert_eq!(self.layout, Layout::Panels, "{} is not packed", self.name);
         Weight { panels: &value.weight, outputs: self.rows, inputs: self.columns }
+    }
+
+    /// `y = x Wᵀ (+ bias) (+ residual)` with the weight as it is, low-rank parts left out; arguments as in [`gemm::forward`].
+    /// Panics for `Rows`.
+    pub fn multiply<O: Float>(&self, y: &mut [O], x: &[E], rows: Option<&[u32]>, bias: Option<&[E]>, residual: Option<&[O]>) {
+        let value = self.read();
+        match &value.int8 {
+            None => gemm::forward(y, x, rows, self.product_weight(&value), bias, residual),
+            Some(int8) => int8::forward(y, x, rows, self.int8_weight(int8), bias, residual),
+        }
+    }
+
+    fn int8_weight<'a>(&self, int8: &'a Int8) -> Int8Weight<'a> {
+        Int8Weight { values: &int8.values, scales: &int8.scales, outputs: self.rows, inputs: self.columns }
     }
 
     /// Number of updates so far.
@@ -327,6 +358,10 @@ impl<E: ModelElement> Parameter<E> {
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
     pub fn read_rows(&self, rows: Range<usize>, values: &mut [f32]) {
         let value = self.read();
+        if let Some(int8) = &value.int8 {
+            let rows = rows.zip(values.chunks_exact_mut(self.columns.max(1)));
+            return rows.for_each(|(row, out)| int8::read_row::<E>(self.int8_weight(int8), row, out));
+        }
         let mut narrow = Buffer::<E>::scratch(values.len());
         self.unpack(&value.weight, rows.clone(), &mut narrow);
         match &value.remainder {
@@ -341,6 +376,11 @@ impl<E: ModelElement> Parameter<E> {
 
     /// Copies `rows` of the weight itself, row-major: what products read, not the f32 master beside it.
     pub fn read_weight_rows(&self, rows: Range<usize>, values: &mut [E]) {
+        if self.layout == Layout::Int8 {
+            let mut wide = Buffer::<f32>::scratch(values.len());
+            self.read_rows(rows, &mut wide);
+            return values.iter_mut().zip(wide.iter()).for_each(|(to, from)| *to = E::from_f32(*from));
+        }
         self.unpack(&self.read().weight, rows, values);
     }
 
@@ -354,6 +394,7 @@ impl<E: ModelElement> Parameter<E> {
         match self.layout {
             Layout::Rows => to.copy_from_slice(&from[rows.start * self.columns..rows.end * self.columns]),
             Layout::Panels => panels::unpack(from, self.rows, self.columns, rows, to),
+            Layout::Int8 => unreachable!("integers are read by their own functions"),
         }
     }
 
@@ -361,6 +402,7 @@ impl<E: ModelElement> Parameter<E> {
         match self.layout {
             Layout::Rows => to[rows.start * self.columns..rows.end * self.columns].copy_from_slice(from),
             Layout::Panels => panels::pack(to, self.rows, self.columns, rows, from),
+            Layout::Int8 => unreachable!("integers are written by their own functions"),
         }
     }
 
@@ -374,6 +416,9 @@ impl<E: ModelElement> Parameter<E> {
 
     fn write_value(&self, value: &mut Value<E>, rows: Range<usize>, values: &[f32], split_master: bool) {
         assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
+        if let Some(int8) = &mut value.int8 {
+            return int8::pack::<E>(&mut int8.values, &mut int8.scales, self.columns, rows, values);
+        }
         let mut narrow = Buffer::<E>::scratch(values.len());
         if E::HAS_REMAINDER && (split_master || value.remainder.is_some()) {
             let mut rest = Buffer::<E>::scratch(values.len());
@@ -420,7 +465,7 @@ impl<E: ModelElement> Parameter<E> {
         let mut values = Buffer::scratch(rows.len() * self.columns);
         match self.layout {
             Layout::Rows => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
-            Layout::Panels => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
+            Layout::Panels | Layout::Int8 => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
         }
         Some(values)
     }
@@ -429,7 +474,8 @@ impl<E: ModelElement> Parameter<E> {
     pub fn state_bytes(&self) -> usize {
         let value = self.read();
         let gradient = self.with_gradient(|gradient| gradient.map_or(0, <[f32]>::len));
-        value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2 + gradient * 4
+        let int8 = value.int8.as_ref().map_or(0, |int8| int8.values.len() + 4 * int8.scales.len());
+        int8 + value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2 + gradient * 4
     }
 
     /// Lets `write` put a gradient in place, in the f32 layout: with `true` it must add to what is there, with `false`
@@ -554,7 +600,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
             self.read_rows(rows.clone(), &mut block);
             match self.layout {
                 Layout::Rows => values[rows.start * self.columns..rows.end * self.columns].copy_from_slice(&block),
-                Layout::Panels => panels::pack(values, self.rows, self.columns, rows, &block),
+                Layout::Panels | Layout::Int8 => panels::pack(values, self.rows, self.columns, rows, &block),
             }
         }
     }
@@ -567,7 +613,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
             self.read_rows(rows.clone(), &mut values);
             match self.layout {
                 Layout::Rows => step.copy_from_slice(&delta[rows.start * self.columns..rows.end * self.columns]),
-                Layout::Panels => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),
+                Layout::Panels | Layout::Int8 => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),
             }
             norm::add(&mut values, &step);
             norm::scale(&mut values, scale);

@@ -158,7 +158,7 @@ impl OnlineMerge {
             let count = ((rows.len() * columns) as f64 * self.settings.reserve) as usize;
             let place = |row: usize, column: usize| match parameter.layout() {
                 Layout::Rows => row * columns + column,
-                Layout::Panels => (row / 32 * columns + column) * 32 + row % 32,
+                Layout::Panels | Layout::Int8 => (row / 32 * columns + column) * 32 + row % 32,
             };
             let places = rows.clone().flat_map(|row| (0..columns).map(move |column| place(row, column)));
             keep_largest(values, places, count.max(1));

@@ -11,7 +11,7 @@ local optim = {}
 ---@field adapter { rank: integer, alpha: number, rank_stabilized: boolean, targets: string[], modules_to_save: string[], merged: boolean }? its adapter, if it has one
 ---@field config table as config.json writes it, with Hugging Face's names
 ---@field count integer parameters, those of an adapter included
----@field dtype "f32"|"bf16" of weights and activations
+---@field dtype "f32"|"bf16"|"int8" of the weights; int8 is for inference, with activations in bf16
 ---@field frozen boolean
 ---@field tokenizer engine.Tokenizer? of the folder it came from
 ---@field trainable integer parameters that an optimizer would change
@@ -36,7 +36,7 @@ local Optimizer = {}
 
 ---@class engine.ModelOptions
 ---@field adapter? string folder of a PEFT adapter, put on the model
----@field dtype? "f32"|"bf16"
+---@field dtype? "f32"|"bf16"|"int8" int8: each row of a matrix rounded to 127 steps, frozen
 ---@field frozen? boolean nothing trains it
 ---@field head? "score" one number for each document in place of logits; new, unless the folder has it
 ---@field lora? engine.Lora a new adapter: the weights are frozen, only it trains

@@ -45,7 +45,7 @@ impl<E: TileElement> Weight<'_, E> {
 }
 
 /// Rows of a row-major matrix, all or a choice of them.
-struct Rows<'a, E> {
+pub(super) struct Rows<'a, E> {
     values: &'a [E],
     width: usize,
     choice: Option<&'a [u32]>,
@@ -53,7 +53,7 @@ struct Rows<'a, E> {
 
 impl<'a, E> Rows<'a, E> {
     /// Asserts that there are `count` rows.
-    fn new(values: &'a [E], width: usize, choice: Option<&'a [u32]>, count: usize) -> Self {
+    pub(super) fn new(values: &'a [E], width: usize, choice: Option<&'a [u32]>, count: usize) -> Self {
         match choice {
             None => assert_eq!(values.len(), count * width, "values of [{count}, {width}]"),
             Some(choice) => {
@@ -302,7 +302,7 @@ vectorised! {
 }
 
 /// Packs columns `taken` of `rows` into tiles, as the form's [`Layout`] says.
-fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
+pub(super) fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
     let layout = E::layout(isa);
     let row_len = layout.padded(E::units(taken.len())) * E::UNIT;
     for (i, tile) in out.chunks_mut((layout.rows * row_len).max(1)).enumerate() {

@@ -19,6 +19,7 @@ mod epilogue;
 pub mod exp;
 pub mod gemm;
 pub mod heads;
+pub mod int8;
 pub mod isa;
 pub mod lanes;
 pub mod likelihood;
