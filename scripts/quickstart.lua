@@ -86,7 +86,7 @@ return engine.workflow {
     local reference = run:model("reference", sft, { dtype = args.dtype, frozen = true })
 
     -- 3. DPO: of several answers to a prompt, a right one and a wrong one.
-    run:step("sample pairs", { group = args.group }, function()
+    local pairs_found = run:step("sample pairs", { group = args.group }, function()
       local problems, pairs_made = tasks.problems { count = 400, seed = seed + 4, digits = digits }, {}
       local rollouts = policy:generate(problems, { n = args.group, max_tokens = args.max_tokens, seed = seed })
       local scores = rewards.score(rollouts, tasks.reward()):to_table()
@@ -102,17 +102,21 @@ return engine.workflow {
       end
       return tasks.write(path "pairs.jsonl", pairs_made)
     end)
-    local pairs_read = run:data("pairs", engine.data.jsonl(path "pairs.jsonl"):pairs(tokenizer):shuffle():forever())
-    for step in run:loop("dpo", { steps = args.dpo }) do
-      rate(step, 1e-4, 5, 0.1)
-      local batch = pairs_read:take(16)
-      local reference_sums = tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end)
-      local loss, stats = losses.dpo(losses.sequence_sums(policy:logprobs(batch), batch), reference_sums, {
-        beta = 0.1, nll = 0.1, lengths = losses.sequence_lengths(batch),
-      })
-      loss:backward()
-      step:log { loss = loss, accuracy = stats.accuracy, margin = stats.margin, grad_norm = optim:step() }
-      table.insert(curves.dpo, { step.count, loss:item() })
+    if pairs_found == 0 then
+      print "no prompt has a right and a wrong answer: nothing to prefer"
+    else
+      local pairs_read = run:data("pairs", engine.data.jsonl(path "pairs.jsonl"):pairs(tokenizer):shuffle():forever())
+      for step in run:loop("dpo", { steps = args.dpo }) do
+        rate(step, 1e-4, 5, 0.1)
+        local batch = pairs_read:take(16)
+        local reference_sums = tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end)
+        local loss, stats = losses.dpo(losses.sequence_sums(policy:logprobs(batch), batch), reference_sums, {
+          beta = 0.1, nll = 0.1, lengths = losses.sequence_lengths(batch),
+        })
+        loss:backward()
+        step:log { loss = loss, accuracy = stats.accuracy, margin = stats.margin, grad_norm = optim:step() }
+        table.insert(curves.dpo, { step.count, loss:item() })
+      end
     end
     evaluate "DPO"
 
