@@ -423,12 +423,12 @@ mod tests {
     fn conversations_that_cannot_be_rendered_stop_with_their_line_or_are_counted() {
         let good = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#;
         let (_folder, path) =
-            file(&[good, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, r#"{"messages": "x"}"#, good].join("\n"));
+            file(&[good, r#"{"messages": "x"}"#, r#"{"messages": [{"role": "wizard", "content": "a"}]}"#, good].join("\n"));
         let data = Dataset::jsonl([&path]).chat(Arc::new(ChatTemplate::default()), Rules::new(Form::Conversations)).tokenizer(bytes());
         let data = || data.fresh().pack(Packing::BestFit { seq_len: 1000, pool: 1 });
         let mut failing = data();
         let error = (0..4).find_map(|_| failing.take_batch(1).err()).unwrap().to_string();
-        assert!(error.contains("line 3, messages: expected a list of messages, found a string"), "{error}");
+        assert!(error.contains("line 2, messages: expected a list of messages, found a string"), "{error}");
         let mut skipping = data().on_error(OnError::Skip);
         let batch = skipping.take_batch(9).unwrap().unwrap();
         // "b" and the end of its turn, twice.

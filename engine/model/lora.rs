@@ -163,6 +163,9 @@ fn is_called(module: &str, name: &str) -> bool {
     module == name || module.strip_suffix(name).is_some_and(|rest| rest.ends_with('.'))
 }
 
+/// A weight, and the low-rank parts that it gets.
+type Adapted<E> = (Arc<Parameter<E>>, Vec<LowRank<E>>);
+
 impl<E: ModelElement> Graph<E> {
     /// Gives the modules that `lora` names low-rank parts of zeros and freezes all else but what is saved whole.
     ///
@@ -184,7 +187,7 @@ impl<E: ModelElement> Graph<E> {
                 return Err(Error::argument("lora", "targets", expected, format!("{target:?}{remedy}")));
             }
         }
-        let mut parts: Vec<(Arc<Parameter<E>>, Vec<LowRank<E>>)> = Vec::new();
+        let mut parts: Vec<Adapted<E>> = Vec::new();
         for tensor in modules {
             let module = module(&tensor.name);
             if !lora.targets.iter().any(|target| target == ALL || is_called(module, target)) {
