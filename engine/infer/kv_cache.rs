@@ -17,7 +17,7 @@ impl Table {
     }
 
     /// Cached positions.
-    pub fn len(&self) -> usize {
+    pub fn cached(&self) -> usize {
         self.len
     }
 }
@@ -123,7 +123,7 @@ mod tests {
         assert_eq!((cache.used(), table.blocks()), (4, &[0, 1, 2][..]));
         assert_eq!(fork.blocks(), [0, 1, 3]);
         cache.extend(&mut fork, BLOCK_POSITIONS);
-        assert_eq!((cache.used(), fork.len()), (5, 3 * BLOCK_POSITIONS + 1));
+        assert_eq!((cache.used(), fork.cached()), (5, 3 * BLOCK_POSITIONS + 1));
         let even = cache.fork(&Table { blocks: vec![0, 1], len: 2 * BLOCK_POSITIONS });
         assert_eq!((cache.used(), even.blocks()), (5, &[0, 1][..]));
         cache.release(even);

@@ -257,7 +257,7 @@ impl<'a> Scheduler<'a> {
         let mut events = self.admit();
         let (mut input, mut rows) = (NewTokens::default(), Vec::new());
         for (index, member) in self.running.iter_mut().enumerate() {
-            let position = member.table.len();
+            let position = member.table.cached();
             self.cache.extend(&mut member.table, 1);
             input.rows.push(input.tokens.len());
             input.push(&member.tokens[position..], position, member.table.blocks());
@@ -328,7 +328,7 @@ impl<'a> Scheduler<'a> {
             && let Some(mut prompt) = self.prompts.pop_front()
         {
             let tokens = &self.jobs[&prompt.job].prompt;
-            let position = prompt.table.len();
+            let position = prompt.table.cached();
             let count = (tokens.len() - position).min(budget);
             budget -= count;
             self.cache.extend(&mut prompt.table, count);

@@ -17,6 +17,9 @@ const LOGITS_BYTES: usize = 64 << 20;
 /// Cached keys and values of a model's texts.
 pub type Cache = Arc<Mutex<KvBlocks>>;
 
+/// Sees the logits of some of the wanted rows: their range, and `[rows, vocab]`.
+pub type EachLogits<'a> = dyn FnMut(Range<usize>, &[f32]) -> Result<()> + 'a;
+
 /// The new tokens of some texts, end to end.
 #[derive(Debug, Default)]
 pub struct NewTokens {
@@ -48,7 +51,7 @@ impl Model {
     /// `input.rows`, and `[rows, vocab]` f32. They have the bits that [`Model::logits`] gives for the whole text.
     ///
     /// Errors: [`crate::error::Error::Argument`] for a token outside the vocabulary, or a model that scores; those of `each`.
-    pub fn logits_paged(&self, input: NewTokens, cache: &Cache, each: &mut dyn FnMut(Range<usize>, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn logits_paged(&self, input: NewTokens, cache: &Cache, each: &mut EachLogits) -> Result<()> {
         self.check_language("generate")?;
         let NewTokens { tokens, position_ids, spans, rows } = input;
         on_graph!(self, graph => with_recording(false, || {

@@ -158,7 +158,7 @@ mod tests {
         copy.save(&folder.path().join("model"), E::DTYPE, &[]).unwrap();
         copy.save_training_state(&folder.path().join("state")).unwrap();
         let files = crate::checkpoint::folder::CheckpointFolder::open(&folder.path().join("model")).unwrap();
-        let loaded = Graph::<E>::load(&files, Config { dtype: E::DTYPE, ..config(moe) }, true, 0, &mut |_| {}).unwrap();
+        let loaded = Graph::<E>::load(&files, Config { dtype: E::DTYPE, ..config(moe) }, false, true, 0, &mut |_| {}).unwrap();
         loaded.load_training_state(&folder.path().join("state")).unwrap();
         same(&graph, &loaded);
         // Changes of the original do not reach the copy, and the copy brings them back.
