@@ -13,7 +13,7 @@ return engine.workflow {
     dtype = { "bf16", choices = { "f32", "bf16" } },
     documents = { 12000, min = 100, help = "of the text for pretraining" }, chats = { 20000, min = 100 },
     digits = { 2, min = 1, max = 4, help = "of the numbers in sums: how hard it is" },
-    pretrain = { 800, min = 1, help = "steps" }, sft = { 2000, min = 1 }, dpo = { 40, min = 1 }, grpo = { 80, min = 1 },
+    pretrain = { 800, min = 1, help = "steps" }, sft = { 2400, min = 1 }, dpo = { 40, min = 1 }, grpo = { 100, min = 1 },
     questions = { 24, min = 1, help = "prompts of a GRPO step" }, group = { 8, min = 2, help = "answers of each" },
     max_tokens = { 80, min = 8, help = "of an answer" }, held_out = { 200, min = 10, help = "problems of each evaluation" },
   },
@@ -23,7 +23,7 @@ return engine.workflow {
     run:step("make the tasks", { args.documents, args.chats, digits }, function()
       local file <close> = assert(io.open(path "pretrain.txt", "w"))
       file:write(tasks.text { count = args.documents, seed = seed, digits = digits, tales = 0.3 })
-      tasks.write(path "sft.jsonl", tasks.conversations { count = args.chats, seed = seed + 1, digits = digits, steps = 0.5 })
+      tasks.write(path "sft.jsonl", tasks.conversations { count = args.chats, seed = seed + 1, digits = digits, steps = 0.35 })
       tasks.write(path "prompts.jsonl", tasks.problems { count = 4000, seed = seed + 2, digits = digits })
     end)
     local held_out = tasks.problems { count = args.held_out, seed = seed + 3, digits = digits, split = "test" }
@@ -111,7 +111,7 @@ return engine.workflow {
         local batch = pairs_read:take(16)
         local reference_sums = tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end)
         local loss, stats = losses.dpo(losses.sequence_sums(policy:logprobs(batch), batch), reference_sums, {
-          beta = 0.1, nll = 0.1, lengths = losses.sequence_lengths(batch),
+          beta = 0.1, nll = 0.2, lengths = losses.sequence_lengths(batch),
         })
         loss:backward()
         step:log { loss = loss, accuracy = stats.accuracy, margin = stats.margin, grad_norm = optim:step() }
@@ -123,7 +123,7 @@ return engine.workflow {
     -- 4. GRPO: answers that are better than the group's mean become likelier. Nothing but the answer is checked.
     local prompts = run:data("prompts", engine.data.jsonl(path "prompts.jsonl"):shuffle():forever())
     for step in run:loop("grpo", { steps = args.grpo }) do
-      rate(step, 3e-4, 5, 0.3)
+      rate(step, 4e-4, 5, 0.3)
       local rollouts = policy:generate(prompts:take(args.questions), { n = args.group, max_tokens = args.max_tokens })
       local scores = rewards.score(rollouts, tasks.reward())
       local advantage, kl = losses.group_advantage(scores, args.group), 0.0

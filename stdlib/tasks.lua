@@ -228,15 +228,16 @@ end
 
 MAKERS.words = function(draw, settings)
   local a, b, operation = operands(draw, math.min(settings.digits, 2), settings.operations)
-  local _, right = columns(a, b, operation, true)
+  local steps, right = columns(a, b, operation, true)
   local question = ("%s %s %s"):format(tasks.in_words(a), SIGN_WORDS[operation], tasks.in_words(b))
-  local work = ("%d %s %d = %d"):format(a, operation, b, right)
+  local work = ("%d %s %d: %s = %d"):format(a, operation, b, steps, right)
   return {
     id = id_of("words", a, b, operation), prompt = draw.pick { "What is %s?", "How much is %s?" }:format(question),
     answer = tasks.in_words(right), work = work, fact = ("%s is %s: %s."):format(question, tasks.in_words(right), work),
     mistake = function(draw_mistake)
-      local value = wrong_number(draw_mistake, right)
-      return tasks.in_words(value), ("%d %s %d = %d"):format(a, operation, b, value)
+      local steps_forgotten, forgotten = columns(a, b, operation, false)
+      local value = wrong_number(draw_mistake, right, forgotten)
+      return tasks.in_words(value), ("%d %s %d: %s = %d"):format(a, operation, b, value == forgotten and steps_forgotten or steps, value)
     end,
   }
 end
