@@ -14,8 +14,8 @@ local schedules = {}
 ---@field final? number multiplier at the end of the run; default 0
 
 local function check(name, step, steps, options, known)
-  if math.type(step) ~= "integer" or step < 0 then
-    error(("std.schedules.%s: `step` should be an integer of at least 0, got %s"):format(name, tostring(step)), 3)
+  if type(step) ~= "number" or not (step >= 0) then
+    error(("std.schedules.%s: `step` should be a number of at least 0, got %s"):format(name, tostring(step)), 3)
   end
   if math.type(steps) ~= "integer" or steps < 1 then
     error(("std.schedules.%s: `steps` should be an integer of at least 1, got %s"):format(name, tostring(steps)), 3)
@@ -47,7 +47,7 @@ local function warm_up(step, steps, warmup)
 end
 
 --- Warm-up, then 1.
----@param step integer counted from 0, as step.index
+---@param step number counted from 0, as step.index; with `steps` 1 a share that is done, as step.progress
 ---@param steps integer
 ---@param options? { warmup?: number }
 ---@return number multiplier
@@ -58,7 +58,7 @@ function schedules.constant(step, steps, options)
 end
 
 --- Warm-up, then a straight line: 1 - (1 - f) u.
----@param step integer counted from 0, as step.index
+---@param step number counted from 0, as step.index; with `steps` 1 a share that is done, as step.progress
 ---@param steps integer
 ---@param options? std.ScheduleOptions
 ---@return number multiplier
@@ -70,7 +70,7 @@ function schedules.linear(step, steps, options)
 end
 
 --- Warm-up, then half a cosine: f + (1 - f) (1 + cos(pi u)) / 2. Source: arXiv 1608.03983, equation 5, without restarts.
----@param step integer counted from 0, as step.index
+---@param step number counted from 0, as step.index; with `steps` 1 a share that is done, as step.progress
 ---@param steps integer
 ---@param options? std.ScheduleOptions
 ---@return number multiplier
@@ -84,7 +84,7 @@ end
 
 --- Warm-up, then 1, then over the last `decay` steps (D) a straight line to f: 1 - (1 - f) (t - (T - D)) / D.
 --- Source: MiniCPM, arXiv 2404.06395, section 4, with the straight line of arXiv 2405.18392.
----@param step integer counted from 0, as step.index
+---@param step number counted from 0, as step.index; with `steps` 1 a share that is done, as step.progress
 ---@param steps integer
 ---@param options? { warmup?: number, decay?: number, final?: number } decay: steps, or a share below 1; default 0.1
 ---@return number multiplier

@@ -78,7 +78,7 @@ fn a_reward_that_is_edited_while_grpo_runs_is_a_generation() {
     let script = place.path().join("edited.lua");
     std::fs::write(&script, &text).unwrap();
     let mut child = place
-        .command(&["run", "--seed", "5", "--runs", "edited", "edited.lua", "--steps", "40", "--wait", "0.05"])
+        .command(&["run", "--watch", "--seed", "5", "--runs", "edited", "edited.lua", "--steps", "40", "--wait", "0.05"])
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
