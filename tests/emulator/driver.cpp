@@ -3,9 +3,11 @@
 // - each allocation ends at a page that nobody may touch, is filled with NaN, and is unmapped when freed;
 // - shared memory is filled with NaN before each block;
 // - an asynchronous copy lands when its group is waited for, not before;
+// - a product of a warpgroup reads its operands when its group is waited for, not before;
 // - threads that can never meet end the launch with an error that says where they stand;
 // - threads run in ascending or in descending order (emulator_set_order), so that a missing barrier shows.
 #include <atomic>
+#include <cmath>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -27,6 +29,7 @@ static const size_t SHARED_BYTES = 227 * 1024, STACK_BYTES = 64 * 1024, PAGE = 4
 struct Triple { unsigned x, y, z; };
 struct Place { Triple thread, block, block_size, grid_size; };
 struct Copy { void* to; const void* from; unsigned bytes, zeros; };
+struct Product { float* d; int columns; unsigned long long a, b; int add, a_transposed, b_transposed; };
 enum State { READY, AT_BLOCK, AT_WARP, DONE };
 struct Fiber {
     void* sp;
@@ -36,6 +39,8 @@ struct Fiber {
     unsigned exchanges;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
+    std::vector<Product> open_products;
+    std::vector<std::vector<Product>> product_groups;
 };
 
 static std::recursive_mutex mutex;
@@ -89,6 +94,34 @@ static void fiber_main() {
     abort();
 }
 
+// An element of an operand of wgmma in shared memory, with the 128-byte swizzle. Source: PTX ISA, matrix descriptors; the canonical
+// layouts as CUTLASS states them (mma_sm90_desc.hpp).
+static float operand_element(unsigned long long descriptor, bool transposed, int row, int step) {
+    if (descriptor >> 62 != 1) return NAN;
+    unsigned place = (descriptor & 0x3fff) << 4, block = (descriptor >> 16 & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+    unsigned at = transposed ? place + row / 64 * block + row % 64 * 2 + step % 8 * 128 + step / 8 * group
+                             : place + row / 8 * group + row % 8 * 128 + step * 2;
+    at ^= (at >> 7 & 7) << 4;
+    unsigned short bits;
+    memcpy(&bits, shared_memory + at, 2);
+    unsigned wide = (unsigned)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+// The thread's elements of d: rows 16 warp + lane / 4 (+ 8), columns 8 j + 2 (lane % 4) (+ 1).
+static void multiply(const Product& p) {
+    unsigned thread = current->place.thread.x % 128, lane = thread % 32;
+    for (int i = 0; i < p.columns / 2; i++) {
+        int row = thread / 32 * 16 + lane / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = p.add ? p.d[i] : 0.0f;
+        for (int step = 0; step < 16; step++)
+            sum += operand_element(p.a, p.a_transposed, row, step) * operand_element(p.b, p.b_transposed, column, step);
+        p.d[i] = sum;
+    }
+}
+
 static void start(Fiber& fiber) {
     void** top = (void**)(fiber.stack + STACK_BYTES);
     *--top = nullptr;                // keeps the stack aligned as after a call
@@ -99,6 +132,8 @@ static void start(Fiber& fiber) {
     fiber.exchanges = 0;
     fiber.open.clear();
     fiber.groups.clear();
+    fiber.open_products.clear();
+    fiber.product_groups.clear();
 }
 
 extern "C" {
@@ -126,6 +161,20 @@ void emu_copy_wait(int left) {
             memset((char*)copy.to + copy.bytes, 0, copy.zeros);
         }
         current->groups.erase(current->groups.begin());
+    }
+}
+unsigned emu_shared_offset(const void* p) { return (const unsigned char*)p - shared_memory; }
+void emu_wgmma(float* d, int columns, unsigned long long a, unsigned long long b, int add, int a_transposed, int b_transposed) {
+    current->open_products.push_back({d, columns, a, b, add, a_transposed, b_transposed});
+}
+void emu_wgmma_commit() {
+    current->product_groups.push_back(current->open_products);
+    current->open_products.clear();
+}
+void emu_wgmma_wait(int left) {
+    while ((int)current->product_groups.size() > left) {
+        for (auto& product : current->product_groups.front()) multiply(product);
+        current->product_groups.erase(current->product_groups.begin());
     }
 }
 void emu_trap(const char* why) {

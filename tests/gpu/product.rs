@@ -51,6 +51,8 @@ fn linear_layers_agree() {
     // The tile of 128 rows; few columns, since the emulator pays for each.
     linear_agrees::<bf16>(264, 136, 40);
     linear_agrees::<bf16>(40, 264, 24);
+    // More columns than 1024, for which Hopper has a wider tile.
+    linear_agrees::<bf16>(130, 1032, 24);
 }
 
 #[test]

@@ -5,8 +5,13 @@
 #include "attention_core.cuh"
 
 // Groups of 16 query rows of a warp: each operand of keys and values that is read serves all of them.
+#ifndef ATOMS
 constexpr int ATOMS = DIM <= 128 ? 2 : 1;
-constexpr int WARPS = 4, THREADS = 32 * WARPS;
+#endif
+#ifndef WARPS
+constexpr int WARPS = 4;
+#endif
+constexpr int THREADS = 32 * WARPS;
 constexpr int QUERIES = 16 * ATOMS * WARPS;
 
 // tiles: [blocks.x][4]: the row of the document's position 0, the keys it has, the position of the first query, and which line of
@@ -38,23 +43,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const bf16* qkv,
 
     int last = min(first + QUERIES, length) - 1;
     int begin = max(first - window + 1, 0) / BLOCK, end = last / BLOCK + 1;
-    auto keys = [&](const bf16* base, int block) {
+    auto load_keys = [&](bf16* tile, const bf16* base, int block) {
 #if PAGED
         const bf16* start = base + (i64)block_table[block] * BLOCK * key_width;
 #else
         const bf16* start = base + (i64)block * BLOCK * key_width;
 #endif
-        int count = length - block * BLOCK;
-        return [=](int row) { return row < count ? start + row * key_width : (const bf16*)nullptr; };
+        load_rows<BLOCK, THREADS>(tile, start, key_width, length - block * BLOCK, aligned);
     };
-    load_rows<QUERIES, THREADS>(q_tile, [=](int row) { return first + row < length ? q + (first + row) * width : (const bf16*)nullptr; }, aligned);
-    load_rows<BLOCK, THREADS>(k_tiles, keys(k, begin), aligned);
+    load_rows<QUERIES, THREADS>(q_tile, q + first * width, width, length - first, aligned);
+    load_keys(k_tiles, k, begin);
     copy_async_commit();
 
     int warp_row = warp_id() * 16 * ATOMS;
     float sums[ATOMS][DIM_ATOMS][4], maximum[ATOMS][2], sum[ATOMS][2];
     // Sums of the spans before, if there are any.
-    float earlier[ATOMS][DIM_ATOMS][4], earlier_maximum[ATOMS][2], earlier_sum[ATOMS][2];
+    // They are touched once in SPAN keys, so they are kept out of the registers: the compiler must not know what `earlier` is.
+    float earlier_memory[ATOMS * DIM_ATOMS * 4];
+    float* earlier = hidden(earlier_memory);
+    float earlier_maximum[ATOMS][2], earlier_sum[ATOMS][2];
     bool has_earlier = false;
     auto clear = [&] {
 #pragma unroll
@@ -81,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const bf16* qkv,
 #pragma unroll
                 for (int j = 0; j < DIM_ATOMS; j++)
 #pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; e++) sums[a][j][e] = merge(earlier[a][j][e], sums[a][j][e], f, g);
+                    for (int e = 2 * half; e < 2 * half + 2; e++) sums[a][j][e] = merge(earlier[(a * DIM_ATOMS + j) * 4 + e], sums[a][j][e], f, g);
             }
     };
     clear();
@@ -90,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const bf16* qkv,
         copy_async_wait<0>();
         __syncthreads();
         bf16* k_tile = k_tiles + (block - begin) % 2 * TILE_ELEMENTS;
-        load_rows<BLOCK, THREADS>(v_tile, keys(v, block), aligned);
+        load_keys(v_tile, v, block);
         copy_async_commit();
-        if (block + 1 < end) load_rows<BLOCK, THREADS>(k_tiles + (block + 1 - begin) % 2 * TILE_ELEMENTS, keys(k, block + 1), aligned);
+        if (block + 1 < end) load_keys(k_tiles + (block + 1 - begin) % 2 * TILE_ELEMENTS, k, block + 1);
         copy_async_commit();
 
         if (block != begin && block % (SPAN / BLOCK) == 0) {
@@ -104,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const bf16* qkv,
 #pragma unroll
                 for (int j = 0; j < DIM_ATOMS; j++)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) earlier[a][j][e] = sums[a][j][e];
+                    for (int e = 0; e < 4; e++) earlier[(a * DIM_ATOMS + j) * 4 + e] = sums[a][j][e];
             }
             has_earlier = true;
             clear();

@@ -49,7 +49,16 @@ pub struct Plan {
 
 /// Queries of a tile of attention.cu.
 fn tile_queries(head_dim: usize) -> usize {
-    if head_dim.next_multiple_of(16) <= 128 { 128 } else { 64 }
+    let (a, w) = trial(head_dim);
+    16 * a * w
+}
+
+fn trial(head_dim: usize) -> (usize, usize) {
+    match std::env::var("TRIAL").as_deref() {
+        Ok("14") => (1, 4),
+        Ok("18") => (1, 8),
+        _ => (if head_dim.next_multiple_of(16) <= 128 { 2 } else { 1 }, 4),
+    }
 }
 
 /// Elements of a row of a tile in shared memory (`ROW` of attention_core.cuh).
@@ -175,6 +184,8 @@ pub(super) fn run<E: Float>(
     let plain = E::DTYPE == Dtype::F32;
     let program = if plain { Program::AttentionPlain } else { Program::Attention };
     let variant = Variant::of::<E>(program).with("HEAD_DIM", head_dim as u32).with("PAGED", u32::from(cache.is_some()));
+    let (a, w) = trial(head_dim);
+    let variant = if plain { variant } else { variant.with("ATOMS", a as u32).with("WARPS", w as u32) };
     assert!(plain || o.address.is_multiple_of(4), "{op}: o begins at an odd element");
     let launch = Launch::new(device, op, variant, "attention")?.read(qkv).write(&mut o).write(&mut lse);
     let launch = if plain { launch.read(plan.each_row.view()).int(plan.rows * heads) } else { launch.read(plan.forward.view()) };
@@ -189,7 +200,7 @@ pub(super) fn run<E: Float>(
     let shared = (tile_queries(head_dim) + 3 * BLOCK) * tile_row(head_dim) * 2;
     // SAFETY: the arguments are attention's in attention.cu. The plan's tiles lie within `rows` rows, which qkv, o and lse have;
     // rows beyond a document's end are neither read nor written. The shared memory holds a tile of queries and three of keys.
-    unsafe { launch.run((plan.forward.len() / 4, heads, 1), THREADS, shared) }
+    unsafe { launch.run((plan.forward.len() / 4, heads, 1), 32 * w, shared) }
 }
 
 #[cfg(test)]

@@ -88,13 +88,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
     bool aligned = HEAD_DIM % 8 == 0 && is_aligned(qkv) && is_aligned(d_o);
 
     int last = min(first + BLOCK, length) - 1, begin = max(first - window + 1, 0) / BLOCK, end = last / BLOCK + 1;
-    auto rows = [&](const bf16* base, i64 stride, int start) {
-        return [=](int row) { return start + row < length ? base + (start + row) * stride : (const bf16*)nullptr; };
+    auto load_tile = [&](bf16* tile, const bf16* base, i64 stride, int start) {
+        load_rows<BLOCK, THREADS>(tile, base + start * stride, stride, length - start, aligned);
     };
-    load_rows<BLOCK, THREADS>(q_tile, rows(q, width, first), aligned);
-    load_rows<BLOCK, THREADS>(d_tile, rows(d, d_width, first), aligned);
-    load_rows<BLOCK, THREADS>(k_tiles, rows(k, width, begin * BLOCK), aligned);
-    load_rows<BLOCK, THREADS>(v_tiles, rows(v, width, begin * BLOCK), aligned);
+    load_tile(q_tile, q, width, first);
+    load_tile(d_tile, d, d_width, first);
+    load_tile(k_tiles, k, width, begin * BLOCK);
+    load_tile(v_tiles, v, width, begin * BLOCK);
     copy_async_commit();
 
     int warp_row = 16 * warp_id();
@@ -115,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
         __syncthreads();
         int now = (block - begin) % 2 * TILE_ELEMENTS, next = TILE_ELEMENTS - now;
         if (block + 1 < end) {
-            load_rows<BLOCK, THREADS>(k_tiles + next, rows(k, width, (block + 1) * BLOCK), aligned);
-            load_rows<BLOCK, THREADS>(v_tiles + next, rows(v, width, (block + 1) * BLOCK), aligned);
+            load_tile(k_tiles + next, k, width, (block + 1) * BLOCK);
+            load_tile(v_tiles + next, v, width, (block + 1) * BLOCK);
         }
         copy_async_commit();
         float scores[8][4], d_scores[8][4];
@@ -126,11 +126,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int position = first + warp_row + e / 2 * 8 + lane_id() / 4, key = block * BLOCK + 8 * j + 2 * (lane_id() % 4) + e % 2;
-                bool seen = key <= position && key > position - window && position < length;
-                float p = seen ? fast_exp2(scores[j][e] * (scale * LOG2_E) - row_lse[e / 2]) : 0.0f;
+                float p = fast_exp2(scores[j][e] * (scale * LOG2_E) - row_lse[e / 2]);
                 d_scores[j][e] = p * (d_scores[j][e] - row_delta[e / 2]);
             }
+        // Whether some query of the tile does not see the whole block, or does not exist.
+        int first_key = block * BLOCK;
+        if (first_key + BLOCK > first + 1 || first_key < last - window + 1 || first + BLOCK > length) {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int position = first + warp_row + e / 2 * 8 + lane_id() / 4, key = first_key + 8 * j + 2 * (lane_id() % 4) + e % 2;
+                    bool seen = key <= position && key > position - window && position < length;
+                    if (!seen) d_scores[j][e] = 0.0f;
+                }
+        }
         add_weighted(sums, d_scores, k_tiles + now);
     }
     copy_async_wait<0>();
@@ -160,21 +170,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
     int last_key = min(first + BLOCK, length) - 1;
     int last = (int)min((i64)last_key + window - 1, (i64)length - 1);
     int begin = first / BLOCK, blocks = last / BLOCK + 1 - begin, steps = blocks * group;
-    auto rows = [&](const bf16* base, i64 stride, int start) {
-        return [=](int row) { return start + row < length ? base + (start + row) * stride : (const bf16*)nullptr; };
+    auto load_tile = [&](bf16* tile, const bf16* base, i64 stride, int start) {
+        load_rows<BLOCK, THREADS>(tile, base + start * stride, stride, length - start, aligned);
     };
     auto load_step = [&](int step) {
         int head = kv_head * group + step / blocks, start = (begin + step % blocks) * BLOCK, place = step % 2;
-        load_rows<BLOCK, THREADS>(q_tiles + place * TILE_ELEMENTS, rows(qkv + document * width + head * HEAD_DIM, width, start), aligned);
-        load_rows<BLOCK, THREADS>(d_tiles + place * TILE_ELEMENTS, rows(d_o + document * d_width + head * HEAD_DIM, d_width, start), aligned);
+        load_tile(q_tiles + place * TILE_ELEMENTS, qkv + document * width + head * HEAD_DIM, width, start);
+        load_tile(d_tiles + place * TILE_ELEMENTS, d_o + document * d_width + head * HEAD_DIM, d_width, start);
         if (threadIdx.x < BLOCK) {
             i64 at = (i64)(document + min(start + (int)threadIdx.x, length - 1)) * heads + head;
             lse_tiles[place * BLOCK + threadIdx.x] = lse[at] * LOG2_E;
             delta_tiles[place * BLOCK + threadIdx.x] = deltas[at];
         }
     };
-    load_rows<BLOCK, THREADS>(k_tile, rows(k, width, first), aligned);
-    load_rows<BLOCK, THREADS>(v_tile, rows(v, width, first), aligned);
+    load_tile(k_tile, k, width, first);
+    load_tile(v_tile, v, width, first);
     load_step(0);
     copy_async_commit();
 
@@ -199,10 +209,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys(co
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int key = first + warp_row + e / 2 * 8 + lane_id() / 4, column = 8 * j + 2 * (lane_id() % 4) + e % 2, position = start + column;
-                bool seen = key <= position && key > position - window && position < length;
-                scores[j][e] = seen ? fast_exp2(scores[j][e] * (scale * LOG2_E) - lse_tiles[place * BLOCK + column]) : 0.0f;
+                int column = 8 * j + 2 * (lane_id() % 4) + e % 2;
+                scores[j][e] = fast_exp2(scores[j][e] * (scale * LOG2_E) - lse_tiles[place * BLOCK + column]);
             }
+        // Whether some query does not see all keys of the tile, or does not exist. Keys that do not exist have rows of their own.
+        if (first + BLOCK > start + 1 || first < start + BLOCK - window || start + BLOCK > length) {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int key = first + warp_row + e / 2 * 8 + lane_id() / 4, position = start + 8 * j + 2 * (lane_id() % 4) + e % 2;
+                    bool seen = key <= position && key > position - window && position < length;
+                    if (!seen) scores[j][e] = 0.0f;
+                }
+        }
         add_weighted(dv, scores, d_tile);
         score_tile(d_scores, v_tile, warp_row, d_tile);
 #pragma unroll

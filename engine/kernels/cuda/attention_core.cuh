@@ -13,25 +13,41 @@ constexpr int ROW = DIM + 8;
 constexpr int TILE_ELEMENTS = BLOCK * ROW;
 constexpr int DIM_ATOMS = DIM / 8, DIM_STEPS = DIM / 16;
 
-// Copies COUNT rows; `address(row)` gives where a row lies, or null for a row of zeros.
-template <int COUNT, int THREADS, class Address> __device__ __forceinline__ void load_rows(bf16* tile, Address address, bool aligned) {
-    constexpr int CHUNKS = DIM / 8;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < COUNT * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, chunk = i % CHUNKS;
-        const bf16* from = address(row);
-        bf16* to = tile + row * ROW + chunk * 8;
-        int count = from ? HEAD_DIM - chunk * 8 : 0;
-        if (aligned) {
-            copy_async16(to, count > 0 ? from + chunk * 8 : (const bf16*)tile, count > 0);
-        } else {
-            u32 words[4];
+// Copies 8 elements of a row, of which `whole` exist.
+__device__ __forceinline__ void load_chunk(bf16* to, const bf16* from, int whole, const bf16* anything, bool aligned) {
+    if (aligned) {
+        copy_async16(to, whole > 0 ? from : anything, whole > 0);
+        return;
+    }
+    u32 words[4];
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
-                u32 low = 2 * w < count ? from[chunk * 8 + 2 * w].bits : 0, high = 2 * w + 1 < count ? from[chunk * 8 + 2 * w + 1].bits : 0;
-                words[w] = low | high << 16;
-            }
-            *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int w = 0; w < 4; w++) {
+        u32 low = 2 * w < whole ? from[2 * w].bits : 0, high = 2 * w + 1 < whole ? from[2 * w + 1].bits : 0;
+        words[w] = low | high << 16;
+    }
+    *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Copies rows 0..COUNT that lie `stride` apart; those from `count` on, and columns from HEAD_DIM on, become zero.
+template <int COUNT, int THREADS> __device__ __forceinline__ void load_rows(bf16* tile, const bf16* base, i64 stride, int count, bool aligned) {
+    constexpr int CHUNKS = DIM / 8;
+    if (THREADS % CHUNKS == 0) {
+        // A thread stays in its column, so that addresses are sums.
+        constexpr int STEP = THREADS / CHUNKS;
+        int line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        const bf16* from = base + line * stride + chunk * 8;
+        bf16* to = tile + line * ROW + chunk * 8;
+#pragma unroll
+        for (int start = 0; start < COUNT; start += STEP) {
+            int row = start + line;
+            if (COUNT % STEP == 0 || row < COUNT) load_chunk(to, from, row < count ? HEAD_DIM - chunk * 8 : 0, base, aligned);
+            from += STEP * stride;
+            to += STEP * ROW;
+        }
+    } else {
+        for (int i = threadIdx.x; i < COUNT * CHUNKS; i += THREADS) {
+            int row = i / CHUNKS, chunk = i % CHUNKS;
+            load_chunk(tile + row * ROW + chunk * 8, base + row * stride + chunk * 8, row < count ? HEAD_DIM - chunk * 8 : 0, base, aligned);
         }
     }
 }
@@ -67,18 +83,20 @@ __device__ __forceinline__ void softmax_block(float (&scores)[8][4], const int (
     float (&maximum)[2], float (&sum)[2], float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
+        if (masked) {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    int key = 8 * j + 2 * (lane_id() % 4) + e;
+                    if (key < from[half] || key >= to[half]) scores[j][2 * half + e] = -INFINITE;
+                }
+        }
         float top = -INFINITE;
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                float& score = scores[j][2 * half + e];
-                if (masked) {
-                    int key = 8 * j + 2 * (lane_id() % 4) + e;
-                    if (key < from[half] || key >= to[half]) score = -INFINITE;
-                }
-                top = score > top ? score : top;
-            }
+            for (int e = 0; e < 2; e++) top = scores[j][2 * half + e] > top ? scores[j][2 * half + e] : top;
         float other = __shfl_xor_sync(~0u, top, 1);
         top = other > top ? other : top;
         other = __shfl_xor_sync(~0u, top, 2);

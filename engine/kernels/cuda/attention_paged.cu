@@ -30,13 +30,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
     bool aligned = HEAD_DIM % 8 == 0 && is_aligned(qkv) && is_aligned(k_cache) && is_aligned(v_cache);
     scale *= LOG2_E;
 
-    auto keys = [&](const bf16* base, int block) {
+    auto load_keys = [&](bf16* tile, const bf16* base, int block) {
         const bf16* start = base + (i64)block_table[block] * BLOCK * key_width + kv_head * HEAD_DIM;
-        int count = length - block * BLOCK;
-        return [=](int row) { return row < count ? start + row * key_width : (const bf16*)nullptr; };
+        load_rows<BLOCK, THREADS>(tile, start, key_width, length - block * BLOCK, aligned);
     };
-    load_rows<16, THREADS>(q_tile, [=](int row) { return row < head_count ? q + row * HEAD_DIM : (const bf16*)nullptr; }, aligned);
-    load_rows<BLOCK, THREADS>(k_tiles, keys(k_cache, begin), aligned);
+    load_rows<16, THREADS>(q_tile, q, HEAD_DIM, head_count, aligned);
+    load_keys(k_tiles, k_cache, begin);
     copy_async_commit();
 
     int warp = warp_id();
@@ -50,9 +49,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
         copy_async_wait<0>();
         __syncthreads();
         bf16* k_tile = k_tiles + (block - begin) % 2 * TILE_ELEMENTS;
-        load_rows<BLOCK, THREADS>(v_tile, keys(v_cache, block), aligned);
+        load_keys(v_tile, v_cache, block);
         copy_async_commit();
-        if (block + 1 < end) load_rows<BLOCK, THREADS>(k_tiles + (block + 1 - begin) % 2 * TILE_ELEMENTS, keys(k_cache, block + 1), aligned);
+        if (block + 1 < end) load_keys(k_tiles + (block + 1 - begin) % 2 * TILE_ELEMENTS, k_cache, block + 1);
         copy_async_commit();
 
         float own[2][4] = {};

@@ -15,6 +15,7 @@ extern "C" __global__ void logprobs(const float* logits, int vocab, const int* l
     logits += (i64)row * vocab;
     // Each thread keeps its own maximum, so that the row is read once.
     float largest = -INFINITE, sum = 0.0f, weighted = 0.0f;
+#pragma unroll 4
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
         float logit = logits[i];
         if (logit > largest) {
@@ -51,6 +52,7 @@ extern "C" __global__ void logprobs_gradient(const float* logits, int vocab, con
     logits += (i64)row * vocab, out += (i64)row * vocab;
     float lse = logsumexp[row], coefficient = coefficients[row];
     float bend = entropy ? entropy_coefficients[row] : 0.0f, mean = entropy ? entropy[row] : 0.0f;
+#pragma unroll 4
     for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
         float value = 0.0f;
         if (label >= 0) {

@@ -73,6 +73,14 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int LEFT> __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 #endif
 
+// The same pointer, of which the compiler knows nothing.
+__device__ __forceinline__ float* hidden(float* p) {
+#ifndef EMULATED
+    asm volatile("" : "+l"(p)::"memory");
+#endif
+    return p;
+}
+
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
 template <class T> __device__ __forceinline__ T from_float(float v);

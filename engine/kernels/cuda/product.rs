@@ -54,19 +54,27 @@ impl<E: Float> Product<'_, E> {
         }
         let wide = E::DTYPE == Dtype::Bf16;
         assert!(wide || O::DTYPE == Dtype::F32, "{}: products of f32 are f32", self.op);
-        let (tile_rows, tile_columns) = match (wide, self.rows) {
-            (false, _) => (64, 64),
-            (true, ..=16) => (16, 64),
-            (true, ..=256) => (64, 64),
-            (true, _) => (128, 128),
+        // (program, rows and columns of a tile, threads, shared bytes)
+        let hopper = device.capability == (9, 0);
+        let stage = |rows: usize, columns: usize| (rows + columns) * 64 * 2;
+        let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
+            (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
+            // A strided operand of 16 rows takes the room of 64.
+            (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(if self.a_strided { 64 } else { 16 }, 64)),
+            (true, ..=128) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
+            (true, _) if hopper && self.columns > 1024 => (Program::ProductHopper, 128, 256, 256, 4 * stage(128, 256)),
+            (true, _) if hopper => (Program::ProductHopper, 128, 128, 256, 4 * stage(128, 128)),
+            (true, ..=256) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
+            (true, _) => (Program::Product, 128, 128, 128, 3 * stage(128, 128)),
         };
-        let program = if wide { Program::Product } else { Program::ProductPlain };
+        let on_hopper = program == Program::ProductHopper;
         let mut variant = Variant::of::<E>(program)
             .with("A_STRIDED", u32::from(self.a_strided))
             .with("B_STRIDED", u32::from(self.b_strided))
             .with("GROUPED", self.grouped);
         if wide {
-            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32)).with("TILE_ROWS", tile_rows as u32);
+            let (name, size) = if on_hopper { ("TILE_COLUMNS", tile_columns) } else { ("TILE_ROWS", tile_rows) };
+            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32)).with(name, size as u32);
         }
         let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
         let launch = match residual {
@@ -81,13 +89,6 @@ impl<E: Float> Product<'_, E> {
         let launch = launch.long(self.a_stride).long(self.b_stride).read_or_null(self.groups.map(|groups| groups.offsets));
         let launch = launch.long(self.b_group).long(self.out_group);
         let tiles = self.rows.div_ceil(tile_rows) * self.columns.div_ceil(tile_columns);
-        // The swizzle of product.cu takes bands of 8 rows of tiles, the last one perhaps in part.
-        let (threads, shared) = match (wide, tile_rows) {
-            (false, _) => (256, 0),
-            (true, 16) => (128, 6 * (16 + 64) * 64 * 2),
-            (true, 64) => (128, 4 * (64 + 64) * 64 * 2),
-            (true, _) => (128, 3 * (128 + 128) * 64 * 2),
-        };
         let layers = self.groups.map_or(1, |groups| groups.count());
         // SAFETY: the arguments are product's. The public functions below have checked that a, b, bias, out and residual have
         // rows x depth, columns x depth, columns and rows x columns elements for each group; blocks beyond the tiles return,

@@ -5,8 +5,12 @@ use crate::kernels::element::{Dtype, Float};
 use std::sync::Arc;
 
 /// What all sources include.
-pub const HEADERS: [(&str, &str); 2] =
-    [("prelude.cuh", include_str!("prelude.cuh")), ("attention_core.cuh", include_str!("attention_core.cuh"))];
+pub const HEADERS: [(&str, &str); 4] = [
+    ("prelude.cuh", include_str!("prelude.cuh")),
+    ("attention_core.cuh", include_str!("attention_core.cuh")),
+    ("hopper.cuh", include_str!("hopper.cuh")),
+    ("product_tile.cuh", include_str!("product_tile.cuh")),
+];
 
 /// A source file.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -20,6 +24,8 @@ pub enum Program {
     Logprobs,
     Norm,
     Product,
+    /// For compute capability 9.0 alone.
+    ProductHopper,
     ProductPlain,
     RmsNorm,
     Rope,
@@ -43,6 +49,7 @@ impl Program {
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
+            Self::ProductHopper => ("product_hopper.cu", include_str!("product_hopper.cu")),
             Self::ProductPlain => ("product_plain.cu", include_str!("product_plain.cu")),
             Self::RmsNorm => ("rms_norm.cu", include_str!("rms_norm.cu")),
             Self::Rope => ("rope.cu", include_str!("rope.cu")),
@@ -100,4 +107,35 @@ impl Variant {
         let macros = self.macros.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
         self.program.source().0.to_owned() + &macros.collect::<String>()
     }
+}
+
+/// The programs that launchers ask for on a device of this capability, with the head widths of Qwen2.5; for tests that compile
+/// all of them. Of the products' many variants each loop is there: each order of the operands in each tile, each grouping.
+pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
+    use Program::*;
+    let (plain, wide) = (Dtype::F32, Dtype::Bf16);
+    let mut all = Vec::new();
+    for program in [Adamw, Embedding, Logprobs, Norm, RmsNorm, Rope, Route, Swiglu] {
+        all.extend([plain, wide].map(|dtype| Variant::new(program.clone(), dtype)));
+    }
+    all.push(Variant::new(Sample, plain));
+    for head_dim in [64, 128] {
+        for paged in [0, 1] {
+            for (program, dtype) in [(Attention, wide), (AttentionPlain, plain)] {
+                all.push(Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged));
+            }
+        }
+        all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
+    }
+    // (a strided, b strided, grouped): forward, gradient of the input, gradient of the weight.
+    for (a, b, grouped) in [(0, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 1, 2)] {
+        let operands = |variant: Variant| variant.with("A_STRIDED", a).with("B_STRIDED", b).with("GROUPED", grouped);
+        all.push(operands(Variant::new(ProductPlain, plain)));
+        let product = |program| operands(Variant::new(program, wide)).with("OUT_F32", a);
+        all.extend([16, 64, 128].map(|rows| product(Product).with("TILE_ROWS", rows)));
+        if capability == (9, 0) {
+            all.extend([128, 256].map(|columns| product(ProductHopper).with("TILE_COLUMNS", columns)));
+        }
+    }
+    all
 }
