@@ -29,7 +29,8 @@ static const size_t SHARED_BYTES = 227 * 1024, STACK_BYTES = 64 * 1024, PAGE = 4
 struct Triple { unsigned x, y, z; };
 struct Place { Triple thread, block, block_size, grid_size; };
 struct Copy { void* to; const void* from; unsigned bytes, zeros; };
-struct Product { float* d; int columns; unsigned long long a, b; int add, a_transposed, b_transposed; };
+// `rows`: the left operand's rows lane / 4 and lane / 4 + 8, if it came in registers.
+struct Product { float* d; int columns; unsigned long long a, b; int add, a_transposed, b_transposed, in_registers; float rows[2][16]; };
 enum State { READY, AT_BLOCK, AT_WARP, DONE };
 struct Fiber {
     void* sp;
@@ -117,7 +118,8 @@ static void multiply(const Product& p) {
         int row = thread / 32 * 16 + lane / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         float sum = p.add ? p.d[i] : 0.0f;
         for (int step = 0; step < 16; step++)
-            sum += operand_element(p.a, p.a_transposed, row, step) * operand_element(p.b, p.b_transposed, column, step);
+            sum += (p.in_registers ? p.rows[i % 4 / 2][step] : operand_element(p.a, p.a_transposed, row, step)) *
+                operand_element(p.b, p.b_transposed, column, step);
         p.d[i] = sum;
     }
 }
@@ -165,7 +167,20 @@ void emu_copy_wait(int left) {
 }
 unsigned emu_shared_offset(const void* p) { return (const unsigned char*)p - shared_memory; }
 void emu_wgmma(float* d, int columns, unsigned long long a, unsigned long long b, int add, int a_transposed, int b_transposed) {
-    current->open_products.push_back({d, columns, a, b, add, a_transposed, b_transposed});
+    current->open_products.push_back({d, columns, a, b, add, a_transposed, b_transposed, 0, {}});
+}
+void emu_wgmma_registers(float* d, int columns, const unsigned* a, unsigned long long b, int add, int b_transposed) {
+    Product product = {d, columns, 0, b, add, 0, b_transposed, 1, {}};
+    const unsigned char* all = emu_warp_exchange(a, 16);
+    for (int half = 0; half < 2; half++)
+        for (int step = 0; step < 16; step++) {
+            int lane = current->place.thread.x % 32 / 4 * 4 + step % 8 / 2, place = half + 2 * (step >= 8);
+            unsigned short bits;
+            memcpy(&bits, all + 64 * lane + 4 * place + 2 * (step % 2), 2);
+            unsigned wide = (unsigned)bits << 16;
+            memcpy(&product.rows[half][step], &wide, 4);
+        }
+    current->open_products.push_back(product);
 }
 void emu_wgmma_commit() {
     current->product_groups.push_back(current->open_products);

@@ -38,6 +38,7 @@ void emu_copy_commit();
 void emu_copy_wait(int groups_left);
 unsigned emu_shared_offset(const void* p);
 void emu_wgmma(float* d, int columns, unsigned long long a, unsigned long long b, int add, int a_transposed, int b_transposed);
+void emu_wgmma_registers(float* d, int columns, const unsigned* a, unsigned long long b, int add, int b_transposed);
 void emu_wgmma_commit();
 void emu_wgmma_wait(int groups_left);
 [[noreturn]] void emu_trap(const char* why);

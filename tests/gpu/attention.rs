@@ -91,6 +91,8 @@ fn attention_over_several_spans_agrees() {
     // 512 keys are a span: the sums of three meet here, and a window ends in the middle of one.
     attention_agrees::<bf16>(heads(1, 1, 16), &[1100], None);
     attention_agrees::<bf16>(heads(1, 1, 16), &[1100], Some(520));
+    // A width for which Hopper has a kernel of its own.
+    attention_agrees::<bf16>(heads(1, 1, 64), &[600], None);
 }
 
 #[test]

@@ -35,10 +35,12 @@ fn linear_agrees<E: TileElement>(m: usize, n: usize, k: usize) {
         product::weight_gradient(device, dw.view_mut(), dy.view(), x.view(), (n, k), false, None).unwrap();
         (y.to_vec().unwrap(), dx.to_vec().unwrap(), dw.to_vec().unwrap())
     });
-    // f32 sums of up to 300 products in another order; y in bf16 is rounded once.
-    assert_close("y", &got.0, &y, tolerance::<E>(1e-5, 8e-3));
-    assert_close("dx", &got.1, &dx, 1e-5);
-    assert_close("dw", &got.2, &dw, 1e-5);
+    // f32 sums in another order; y in bf16 is rounded once. Tensor cores cut what does not fit their sum instead of rounding it, so
+    // their errors have one sign and grow with the number of products: 1e-5 for 256 of them.
+    let by = |products: usize| 1e-5 * (products as f32 / 256.0).max(1.0);
+    assert_close("y", &got.0, &y, tolerance::<E>(by(k), 8e-3));
+    assert_close("dx", &got.1, &dx, by(n));
+    assert_close("dw", &got.2, &dw, by(m));
 }
 
 #[test]
@@ -68,7 +70,7 @@ fn a_row_has_the_same_bits_in_every_tile() {
         y.to_vec().unwrap()
     };
     let all = forward(&x);
-    // 1 and 16 rows take the tile of 16, 40 that of 64, all of them that of 128.
+    // 1 and 16 rows take a tile of 16, 40 that of 64, all of them that of 128 (Hopper's, on it).
     for range in [0..1, 5..6, 250..266, 100..140, 269..270] {
         assert_same("y", &forward(&x[range.start * k..range.end * k]), &all[range.start * n..range.end * n]);
     }

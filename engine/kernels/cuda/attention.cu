@@ -1,16 +1,10 @@
 // Causal attention in bf16 over packed documents, forward, on the tensor cores; scores never leave the registers.
 // A block is a tile of queries of one head; its warps share keys and values. See attention.rs and paged.rs.
 // Source: Dao, arXiv 2307.08691.
-// Macros: HEAD_DIM. PAGED: 1 if keys and values lie in blocks of 64 rows, [blocks][64][kv_heads][HEAD_DIM], that a table names.
+// Macros: HEAD_DIM. ATOMS: groups of 16 queries of a warp; each key and value that it reads serves all of them. PAGED: 1 if keys and values lie in blocks of 64 rows, [blocks][64][kv_heads][HEAD_DIM], that a table names.
 #include "attention_core.cuh"
 
-// Groups of 16 query rows of a warp: each operand of keys and values that is read serves all of them.
-#ifndef ATOMS
-constexpr int ATOMS = DIM <= 128 ? 2 : 1;
-#endif
-#ifndef WARPS
 constexpr int WARPS = 4;
-#endif
 constexpr int THREADS = 32 * WARPS;
 constexpr int QUERIES = 16 * ATOMS * WARPS;
 

@@ -98,6 +98,11 @@ template <class T, int N> __device__ __forceinline__ void store(T* to, const Pac
 // Elements of 16 bytes.
 constexpr int WIDE = 16 / sizeof(E);
 
+// Operands of products lie in shared memory in lines of 128 bytes, whose 16-byte chunks are permuted by the line's number mod 8; 64
+// lines are a block.
+constexpr int LINE = 64;
+constexpr int BLOCK_ELEMENTS = 64 * LINE;
+
 __device__ __forceinline__ bool is_aligned(const void* p) { return (u64)p % 16 == 0; }
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }

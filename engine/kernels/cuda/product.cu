@@ -4,15 +4,14 @@
 //
 // Macros: A_STRIDED, B_STRIDED: 0 if r runs along memory, 1 if rows (columns) do. OUT_F32: the element of out and residual.
 // GROUPED: 0; 1: group z has rows offsets[z]..offsets[z + 1] and its own b; 2: group z sums over those r and has its own out.
-// TILE_ROWS: 128, 64 or 16.
+// TILE_ROWS, TILE_COLUMNS: 128 x 128, 64 x 64, 16 x 64 or 16 x 32.
 #include "product_tile.cuh"
 
-constexpr int TILE_COLUMNS = TILE_ROWS == 128 ? 128 : 64;
-constexpr int STAGES = TILE_ROWS == 128 ? 3 : TILE_ROWS == 64 ? 4 : 6;
-constexpr int THREADS = 128;
-// Warps side by side: 2 x 2 tiles of a quarter, or 1 x 4 where there are 16 rows.
+constexpr int STAGES = TILE_ROWS == 128 ? 3 : TILE_ROWS == 64 ? 4 : TILE_COLUMNS == 64 ? 6 : 8;
+// Warps side by side: 2 x 2 tiles of a quarter; where there are 16 rows, a row of warps with 16 columns each.
+constexpr int THREADS = TILE_ROWS == 16 ? TILE_COLUMNS * 2 : 128;
 constexpr int WARP_ROWS = TILE_ROWS == 16 ? 16 : TILE_ROWS / 2;
-constexpr int WARP_COLUMNS = TILE_ROWS == 16 ? TILE_COLUMNS / 4 : TILE_COLUMNS / 2;
+constexpr int WARP_COLUMNS = TILE_ROWS == 16 ? 16 : TILE_COLUMNS / 2;
 constexpr int ROW_ATOMS = WARP_ROWS / 16, COLUMN_ATOMS = WARP_COLUMNS / 8;
 typedef Operand<TILE_ROWS, A_STRIDED, THREADS> A;
 typedef Operand<TILE_COLUMNS, B_STRIDED, THREADS> B;

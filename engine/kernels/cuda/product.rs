@@ -57,24 +57,26 @@ impl<E: Float> Product<'_, E> {
         // (program, rows and columns of a tile, threads, shared bytes)
         let hopper = device.capability == (9, 0);
         let stage = |rows: usize, columns: usize| (rows + columns) * 64 * 2;
+        // A strided operand of few rows takes the room of 64.
+        let few = if self.a_strided || self.b_strided { 64 } else { 16 };
         let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
             (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
-            // A strided operand of 16 rows takes the room of 64.
-            (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(if self.a_strided { 64 } else { 16 }, 64)),
+            // Narrow tiles where wide ones would leave multiprocessors without one.
+            (true, ..=16) if self.columns.div_ceil(64) < device.multiprocessors => (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32))),
+            (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(few, 64)),
             (true, ..=128) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
             (true, _) if hopper && self.columns > 1024 => (Program::ProductHopper, 128, 256, 256, 4 * stage(128, 256)),
             (true, _) if hopper => (Program::ProductHopper, 128, 128, 256, 4 * stage(128, 128)),
             (true, ..=256) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
             (true, _) => (Program::Product, 128, 128, 128, 3 * stage(128, 128)),
         };
-        let on_hopper = program == Program::ProductHopper;
         let mut variant = Variant::of::<E>(program)
             .with("A_STRIDED", u32::from(self.a_strided))
             .with("B_STRIDED", u32::from(self.b_strided))
             .with("GROUPED", self.grouped);
         if wide {
-            let (name, size) = if on_hopper { ("TILE_COLUMNS", tile_columns) } else { ("TILE_ROWS", tile_rows) };
-            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32)).with(name, size as u32);
+            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32));
+            variant = variant.with("TILE_ROWS", tile_rows as u32).with("TILE_COLUMNS", tile_columns as u32);
         }
         let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
         let launch = match residual {

@@ -2,21 +2,15 @@
 // at a time. Two warpgroups share a tile of 128 rows; what is copied next never is what a product in flight still reads.
 // See product.rs.
 //
-// Macros: as product.cu, with TILE_COLUMNS 128 or 256 in place of TILE_ROWS.
-#include "hopper.cuh"
+// Macros: as product.cu, with TILE_ROWS 128 and TILE_COLUMNS 128 or 256.
 #include "product_tile.cuh"
+#include "hopper.cuh"
 
-constexpr int TILE_ROWS = 128, THREADS = 256;
+constexpr int THREADS = 256;
 constexpr int STAGES = 4;
 typedef Operand<TILE_ROWS, A_STRIDED, THREADS> A;
 typedef Operand<TILE_COLUMNS, B_STRIDED, THREADS> B;
 constexpr int A_ELEMENTS = TILE_ROWS * DEPTH, B_ELEMENTS = TILE_COLUMNS * DEPTH;
-
-// 16 steps of the sum from `step` on, rows from `row` on.
-template <bool STRIDED> __device__ __forceinline__ u64 describe(const bf16* tile, int row, int step) {
-    if (STRIDED) return operand_descriptor(tile + row / 64 * BLOCK_ELEMENTS + step * LINE, BLOCK_ELEMENTS * 2, 8 * LINE * 2);
-    return operand_descriptor(tile + row * LINE + step, 16, 8 * LINE * 2);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const bf16* a, const bf16* b, Out* out, const Out* residual,
     const bf16* bias, int m, int n, int depth, i64 a_stride, i64 b_stride, const int* offsets, i64 b_group, i64 out_group) {

@@ -6,8 +6,6 @@
 #include "prelude.cuh"
 
 constexpr int DEPTH = 64;
-constexpr int LINE = 64;
-constexpr int BLOCK_ELEMENTS = 64 * LINE;
 
 // Elements of a tile of TILE rows.
 template <int TILE, bool STRIDED> constexpr int tile_elements = STRIDED ? (TILE + 63) / 64 * BLOCK_ELEMENTS : TILE * LINE;

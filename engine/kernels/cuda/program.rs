@@ -18,6 +18,8 @@ pub enum Program {
     Adamw,
     Attention,
     AttentionBackward,
+    /// For compute capability 9.0 alone.
+    AttentionHopper,
     AttentionPaged,
     AttentionPlain,
     Embedding,
@@ -43,6 +45,7 @@ impl Program {
             Self::Adamw => ("adamw.cu", include_str!("adamw.cu")),
             Self::Attention => ("attention.cu", include_str!("attention.cu")),
             Self::AttentionBackward => ("attention_backward.cu", include_str!("attention_backward.cu")),
+            Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
@@ -67,7 +70,7 @@ impl Program {
 }
 
 /// Most macros of a variant.
-const MACROS_MAX: usize = 6;
+const MACROS_MAX: usize = 7;
 
 /// A program with the values of its macros.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -121,8 +124,11 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     all.push(Variant::new(Sample, plain));
     for head_dim in [64, 128] {
         for paged in [0, 1] {
-            for (program, dtype) in [(Attention, wide), (AttentionPlain, plain)] {
-                all.push(Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged));
+            let variant = |program, dtype| Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged);
+            all.push(variant(Attention, wide).with("ATOMS", head_dim / 64));
+            all.push(variant(AttentionPlain, plain));
+            if capability == (9, 0) {
+                all.push(variant(AttentionHopper, wide));
             }
         }
         all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
@@ -132,9 +138,10 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         let operands = |variant: Variant| variant.with("A_STRIDED", a).with("B_STRIDED", b).with("GROUPED", grouped);
         all.push(operands(Variant::new(ProductPlain, plain)));
         let product = |program| operands(Variant::new(program, wide)).with("OUT_F32", a);
-        all.extend([16, 64, 128].map(|rows| product(Product).with("TILE_ROWS", rows)));
+        let tiled = |program, rows, columns| product(program).with("TILE_ROWS", rows).with("TILE_COLUMNS", columns);
+        all.extend([(16, 32), (16, 64), (64, 64), (128, 128)].map(|(rows, columns)| tiled(Product, rows, columns)));
         if capability == (9, 0) {
-            all.extend([128, 256].map(|columns| product(ProductHopper).with("TILE_COLUMNS", columns)));
+            all.extend([128, 256].map(|columns| tiled(ProductHopper, 128, columns)));
         }
     }
     all
