@@ -23,6 +23,9 @@ const PEAK_TFLOPS: f64 = 989.4;
 /// Timed runs of each case.
 const RUNS: usize = 12;
 
+/// One table of figures.
+type Group = fn(&Arc<Device>) -> Result<()>;
+
 fn main() -> Result<()> {
     let device = match Device::open(0) {
         Ok(device) => device,
@@ -33,8 +36,7 @@ fn main() -> Result<()> {
     };
     println!("{}, compute capability {:?}, {} multiprocessors", device.name, device.capability, device.multiprocessors);
     let only = std::env::args().nth(1).filter(|word| !word.starts_with('-')).unwrap_or_default();
-    let groups: [(&str, fn(&Arc<Device>) -> Result<()>); 4] =
-        [("products", products), ("attention", attentions), ("decoding", decoding), ("rows", rows)];
+    let groups: [(&str, Group); 4] = [("products", products), ("attention", attentions), ("decoding", decoding), ("rows", rows)];
     groups.iter().filter(|(name, _)| name.contains(&only)).try_for_each(|(_, group)| group(&device))
 }
 
@@ -126,8 +128,13 @@ fn attentions(device: &Arc<Device>) -> Result<()> {
 }
 
 fn decoding(device: &Arc<Device>) -> Result<()> {
-    for (name, n, k) in [("0.5B gate_up", 9728, 896), ("0.5B down", 896, 4864), ("7B gate_up", 37_888, 3584), ("7B down", 3584, 18_944), ("0.5B head", 151_936, 896)]
-    {
+    for (name, n, k) in [
+        ("0.5B gate_up", 9728, 896),
+        ("0.5B down", 896, 4864),
+        ("7B gate_up", 37_888, 3584),
+        ("7B down", 3584, 18_944),
+        ("0.5B head", 151_936, 896),
+    ] {
         // Several weights in turn, so that the cache does not hold them.
         let copies = (400_000_000 / (2 * n * k)).clamp(1, 24);
         let weights = (0..copies).map(|_| filled::<bf16>(device, n * k)).collect::<Result<Vec<_>>>()?;
@@ -152,7 +159,8 @@ fn decoding(device: &Arc<Device>) -> Result<()> {
         let table = DeviceBuffer::copy_of(device, "bench", &(0..(sequences * width) as i32).collect::<Vec<_>>())?;
         let lengths = DeviceBuffer::copy_of(device, "bench", &vec![len as i32; sequences])?;
         let qkv = filled::<bf16>(device, sequences * heads.width())?;
-        let (mut o, mut lse) = (scratch::<bf16>(device, sequences * heads.heads * head_dim)?, scratch::<f32>(device, sequences * heads.heads)?);
+        let (mut o, mut lse) =
+            (scratch::<bf16>(device, sequences * heads.heads * head_dim)?, scratch::<f32>(device, sequences * heads.heads)?);
         let cache = Cache { keys: keys.view(), values: values.view(), block_table: table.view(), table_width: width };
         let settings = Decode { heads, scale: 0.1, window: None, length_max: len };
         let ms = median_ms(device, || decode(device, settings, qkv.view(), cache, lengths.view(), o.view_mut(), lse.view_mut()))?;
@@ -169,7 +177,8 @@ fn rows(device: &Arc<Device>) -> Result<()> {
     let ms = median_ms(device, || rms_norm::rms_norm(device, x.view(), None, weight.view(), 1e-6, y.view_mut(), inv.view_mut()))?;
     report_bytes("rms_norm [8192, 3584]", ms, 2.0 * size);
     let dy = filled::<bf16>(device, tokens * hidden)?;
-    let ms = median_ms(device, || rms_norm::rms_norm_backward(device, x.view(), weight.view(), inv.view(), dy.view(), y.view_mut(), false))?;
+    let ms =
+        median_ms(device, || rms_norm::rms_norm_backward(device, x.view(), weight.view(), inv.view(), dy.view(), y.view_mut(), false))?;
     report_bytes("rms_norm backward", ms, 3.0 * size);
     let (gate_up, mut act) = (filled::<bf16>(device, tokens * 2 * inter)?, scratch::<bf16>(device, tokens * inter)?);
     let ms = median_ms(device, || swiglu::swiglu(device, gate_up.view(), inter, act.view_mut()))?;
@@ -196,7 +205,8 @@ fn rows(device: &Arc<Device>) -> Result<()> {
     let ms = median_ms(device, || embedding::embed_backward(device, x.part(..tokens * 896), ids.view(), 896, d_weight.view_mut()))?;
     report_bytes("embedding gradient, 8192 tokens of 896", ms, 10.0 * (tokens * 896) as f64);
     let count = 200_000_000;
-    let (mut w, mut rest, g) = (filled::<bf16>(device, count)?, DeviceBuffer::<i16>::zeroed(device, "bench", count)?, filled::<f32>(device, count)?);
+    let (mut w, mut rest, g) =
+        (filled::<bf16>(device, count)?, DeviceBuffer::<i16>::zeroed(device, "bench", count)?, filled::<f32>(device, count)?);
     let (mut m, mut v) = (DeviceBuffer::<f32>::zeroed(device, "bench", count)?, DeviceBuffer::<f32>::zeroed(device, "bench", count)?);
     let settings = AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1, gradient_scale: 1.0 };
     let mut table = Table::default();

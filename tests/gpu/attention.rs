@@ -92,7 +92,7 @@ fn attention_over_several_spans_agrees() {
     attention_agrees::<bf16>(heads(1, 1, 16), &[1100], None);
     attention_agrees::<bf16>(heads(1, 1, 16), &[1100], Some(520));
     // A width for which Hopper has a kernel of its own.
-    attention_agrees::<bf16>(heads(1, 1, 64), &[600], None);
+    attention_agrees::<bf16>(heads(1, 1, 128), &[600], None);
 }
 
 #[test]

@@ -20,7 +20,8 @@ fn routing_agrees(tokens: usize, experts: usize, k: usize, renormalise: bool) {
     let signed = |values: &[u32]| values.iter().map(|v| *v as i32).collect::<Vec<_>>();
     let got = bench.run(|device| {
         let (logits, d_weights, d_probs) = (bench.upload(&logits), bench.upload(&d_weights), bench.upload(&d_probs));
-        let (mut p, mut c, mut w) = (bench.poisoned::<f32>(probs.len()), bench.poisoned::<i32>(chosen.len()), bench.poisoned(weights.len()));
+        let (mut p, mut c, mut w) =
+            (bench.poisoned::<f32>(probs.len()), bench.poisoned::<i32>(chosen.len()), bench.poisoned(weights.len()));
         route::route(device, routing, logits.view(), p.view_mut(), c.view_mut(), w.view_mut()).unwrap();
         let mut d = bench.poisoned::<f32>(probs.len());
         let further = Some(d_probs.view());

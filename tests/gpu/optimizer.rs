@@ -68,7 +68,8 @@ fn adamw_has_the_bits_of_the_cpu_in_bf16_and_waits_for_finite_gradients() {
             let gradient = bench.upload(gradient);
             norm.compute(&mut Table::default(), &[gradient.view()], norm_max).unwrap();
             let (w, rest_view) = (weight.view_mut(), Some(rest.view_mut()));
-            let parameter = Parameter { weight: w, rest: rest_view, gradient: gradient.view(), m: m.view_mut(), v: v.view_mut(), decays: true };
+            let parameter =
+                Parameter { weight: w, rest: rest_view, gradient: gradient.view(), m: m.view_mut(), v: v.view_mut(), decays: true };
             let settings = AdamW { step: 1, ..SETTINGS };
             adamw(device, &mut Table::default(), &mut [parameter], &settings, Some(&norm)).unwrap();
             results.push((norm.factor().unwrap(), weight.to_vec().unwrap(), rest.to_vec().unwrap()));

@@ -95,8 +95,7 @@ fn decoding_in_bf16_has_the_bits_of_training() {
     decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 16), &[1100, 513], None);
     decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 16), &[1100], Some(530));
     // Training takes Hopper's kernel here, decoding the one for all.
-    decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 64), &[600], None);
-    decoding_has_the_bits_of_training::<bf16>(heads(2, 1, 128), &[140], None);
+    decoding_has_the_bits_of_training::<bf16>(heads(2, 1, 128), &[600], None);
 }
 
 #[test]

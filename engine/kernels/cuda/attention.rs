@@ -53,9 +53,10 @@ fn atoms(head_dim: usize) -> usize {
     if (65..=128).contains(&head_dim) { 2 } else { 1 }
 }
 
-/// Whether attention_hopper.cu computes this width on this device.
+/// Whether attention_hopper.cu computes this width on this device. It could compute 64 too, but on an H200 8 documents of 1024
+/// take 0.114 ms with it and 0.104 ms with attention.cu; with 128 they take 0.246 and 0.316 ms.
 fn on_hopper(device: &Device, head_dim: usize) -> bool {
-    device.capability == (9, 0) && matches!(head_dim, 64 | 128)
+    device.capability == (9, 0) && head_dim == 128
 }
 
 /// Queries of a tile of the forward step.
@@ -80,9 +81,8 @@ impl Plan {
         if !ascend {
             return Err(Error::argument("attention", "cu_seqlens", "ascending borders from 0", format!("{cu_seqlens:?}")));
         }
-        let spans: Vec<Span> = (cu_seqlens.windows(2))
-            .map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize })
-            .collect();
+        let spans: Vec<Span> =
+            (cu_seqlens.windows(2)).map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize }).collect();
         Self::of_spans(device, heads, &spans, scale, window)
     }
 
@@ -222,7 +222,8 @@ mod tests {
 
     #[test]
     fn tiles_cover_each_query_once_and_the_longest_come_first() {
-        let spans = [Span { row: 0, cached: 0, count: 130 }, Span { row: 130, cached: 70, count: 1 }, Span { row: 131, cached: 0, count: 0 }];
+        let spans =
+            [Span { row: 0, cached: 0, count: 130 }, Span { row: 130, cached: 70, count: 1 }, Span { row: 131, cached: 0, count: 0 }];
         assert_eq!(tiles(&spans, 64), [[0, 130, 128, 0], [60, 71, 70, 1], [0, 130, 64, 0], [0, 130, 0, 0]]);
     }
 }

@@ -91,7 +91,13 @@ fn run_nvrtc(op: &'static str, variant: &Variant, target: Target) -> Result<Comp
     result
 }
 
-fn outcome(op: &'static str, variant: &Variant, target: Target, program: nvrtc::nvrtcProgram, code: nvrtc::nvrtcResult) -> Result<Compiled> {
+fn outcome(
+    op: &'static str,
+    variant: &Variant,
+    target: Target,
+    program: nvrtc::nvrtcProgram,
+    code: nvrtc::nvrtcResult,
+) -> Result<Compiled> {
     let mut log_bytes = 0;
     // SAFETY: the program lives; one size is written.
     check(op, "nvrtcGetProgramLogSize", unsafe { nvrtc::nvrtcGetProgramLogSize(program, &mut log_bytes) })?;

@@ -80,8 +80,8 @@ impl Device {
     /// [`Device::open`] with settings.
     pub fn open_with(ordinal: usize, settings: Settings) -> Result<Arc<Self>> {
         let op = "cuda";
-        let driver = cuda_probe::probe()
-            .map_err(|absence| Error::Device { op, what: format!("{}; {}", absence.reason(), absence.remedy()) })?;
+        let driver =
+            cuda_probe::probe().map_err(|absence| Error::Device { op, what: format!("{}; {}", absence.reason(), absence.remedy()) })?;
         let Some(gpu) = driver.gpus.get(ordinal) else {
             let have = driver.gpus.len();
             return Err(Error::Device { op, what: format!("there is no cuda:{ordinal}; this machine has cuda:0 to cuda:{}", have - 1) });

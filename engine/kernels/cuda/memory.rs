@@ -115,7 +115,9 @@ impl<E: Pod> DeviceBuffer<E> {
     /// Copies all elements to `values`, after everything that was asked for before.
     pub fn download(&self, values: &mut [E]) -> Result<()> {
         assert!(values.len() == self.len, "download: a buffer of {} to {} values", self.len, values.len());
-        with_staging(&self.device, "download", |staging| staging.download(&self.device, self.block.address, bytemuck::cast_slice_mut(values)))
+        with_staging(&self.device, "download", |staging| {
+            staging.download(&self.device, self.block.address, bytemuck::cast_slice_mut(values))
+        })
     }
 
     /// [`DeviceBuffer::download`] to a new vector.

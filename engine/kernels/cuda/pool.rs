@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn classes_hold_their_request_and_waste_an_eighth_at_most() {
-        for bytes in (0..4096).chain((0..400).map(|i| 1usize << (12 + i % 25) | i * 7919)) {
+        for bytes in (0..4096).chain((0..400).map(|i| (1usize << (12 + i % 25)) | (i * 7919))) {
             let class = size_class(bytes);
             assert!(class >= bytes && class.is_multiple_of(GRAIN), "{bytes} {class}");
             assert!(class - bytes <= (bytes / 8).max(GRAIN), "{bytes} {class}");

@@ -2,8 +2,9 @@
 //! rows: `W` is `[outputs, inputs]`, as files have it.
 //!
 //! Batch invariance: an element is one chain along its reduction in steps of 16 (bf16) or 1 (f32), and the tile, which does
-//! depend on the number of rows, does not change it. bf16 uses mma.sync on every architecture, for 1 row and for 4096: were
-//! some sizes left to a library, or to Hopper's wgmma, their last bits would differ.
+//! depend on the number of rows, does not change it. Nor does the instruction: on an H200 Hopper's wgmma, which takes more than
+//! 128 rows, gave the bits of mma.sync, which takes fewer, and `tests/gpu` holds that wherever it meets a Hopper. A library's
+//! product would promise neither.
 
 use super::device::Device;
 use super::launch::Launch;
@@ -62,7 +63,9 @@ impl<E: Float> Product<'_, E> {
         let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
             (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
             // Narrow tiles where wide ones would leave multiprocessors without one.
-            (true, ..=16) if self.columns.div_ceil(64) < device.multiprocessors => (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32))),
+            (true, ..=16) if self.columns.div_ceil(64) < device.multiprocessors => {
+                (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32)))
+            }
             (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(few, 64)),
             (true, ..=128) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
             (true, _) if hopper && self.columns > 1024 => (Program::ProductHopper, 128, 256, 256, 4 * stage(128, 256)),
@@ -120,7 +123,13 @@ impl<E: Float> Weight<'_, E> {
     fn check(&self, op: &str, groups: usize) -> usize {
         assert!(self.outputs > 0 && self.inputs > 0, "{op}: a weight of [{}, {}]", self.outputs, self.inputs);
         let len = self.outputs * self.inputs;
-        assert!(self.values.len() == groups * len, "{op}: {} values for {groups} weights [{}, {}]", self.values.len(), self.outputs, self.inputs);
+        assert!(
+            self.values.len() == groups * len,
+            "{op}: {} values for {groups} weights [{}, {}]",
+            self.values.len(),
+            self.outputs,
+            self.inputs
+        );
         len
     }
 }
