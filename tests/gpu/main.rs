@@ -16,6 +16,7 @@ mod sample;
 use half::bf16;
 use perilune::kernels::cuda::device::{Device, Settings};
 use perilune::kernels::cuda::memory::DeviceBuffer;
+use perilune::kernels::cuda_probe::{Absence, probe};
 use perilune::kernels::element::{Element, Float};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -41,13 +42,23 @@ pub fn bench() -> Option<&'static Bench> {
 
 fn open() -> Option<Bench> {
     let emulated = std::env::var("PERILUNE_GPU").is_ok_and(|value| value == "emulated");
-    if !emulated && perilune::kernels::cuda_probe::probe().is_ok() {
-        let device = Device::open(0).unwrap();
-        announce(&format!("on {} (compute capability {:?})", device.name, device.capability));
-        return Some(Bench { device, set_order: None });
+    if !emulated {
+        match probe() {
+            Ok(_) => {
+                let device = Device::open(0).unwrap();
+                announce(&format!("on {} (compute capability {:?})", device.name, device.capability));
+                return Some(Bench { device, set_order: None });
+            }
+            Err(Absence::NoDriver) => {}
+            // The driver's library stays loaded, so the emulator could not take its name any more.
+            Err(absence) => {
+                announce(&format!("nowhere: SKIPPED, {}; PERILUNE_GPU=emulated emulates them", absence.reason()));
+                return None;
+            }
+        }
     }
     let Some(driver) = build_emulator() else {
-        announce("SKIPPED: there is no GPU, and no g++ on x86-64 to build the emulator with");
+        announce("nowhere: SKIPPED, there is no GPU, and no g++ on x86-64 to build the emulator with");
         return None;
     };
     let symbol = c"emulator_set_order";

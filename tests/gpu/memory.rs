@@ -2,6 +2,7 @@
 
 use crate::{bench, uniform};
 use perilune::kernels::cuda::device::{Device, Settings};
+use perilune::kernels::cuda::embedding::embed;
 use perilune::kernels::cuda::memory::DeviceBuffer;
 
 /// A device of its own on the same GPU, whose memory no other test counts in.
@@ -56,6 +57,20 @@ fn running_out_of_memory_names_the_largest_holders() {
     let error = error.to_string();
     let (weights, moments) = (error.find("weights 33.6 MB").unwrap(), error.find("moments 16.8 MB").unwrap());
     assert!(error.contains("out of memory: 67.1 MB wanted for logits") && weights < moments && !error.contains("activations"), "{error}");
+}
+
+#[test]
+fn a_lost_device_says_so_from_then_on() {
+    // On a GPU this would take the device from all other tests of the process.
+    let Some(device) = own(usize::MAX).filter(|_| bench().is_some_and(|bench| bench.is_emulated())) else { return };
+    let weight = DeviceBuffer::copy_of(&device, "test", &[1.0f32; 8]).unwrap();
+    let ids = DeviceBuffer::copy_of(&device, "test", &[0, 2]).unwrap();
+    let mut out = DeviceBuffer::<f32>::scratch(&device, "test", 8).unwrap();
+    // A table of two rows has no row 2: the kernel stops.
+    let error = embed(&device, weight.view(), 4, ids.view(), out.view_mut()).unwrap_err().to_string();
+    assert!(error.starts_with("embedding:") && error.contains("lost") && error.contains("perilune resume"), "{error}");
+    let again = out.to_vec().unwrap_err().to_string();
+    assert!(again.starts_with("download:") && again.contains("cuLaunchKernel"), "the first reason is told again: {again}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Sampling on the device against infer/sampler.rs.
 
 use crate::{bench, uniform};
-use perilune::infer::sampler::{Rules, choose};
+use perilune::infer::sampler::{History, Rules, choose};
 use perilune::kernels::cuda::sample::{Choice, sample};
 
 fn on_device(vocab: usize, rules: &Rules, logits: &[f32], uniforms: &[f64], previous: &[i32]) -> Vec<i32> {
@@ -49,10 +49,11 @@ fn choices_are_those_of_the_cpu() {
         let mut logits: Vec<f32> = uniform::<f32>(vocab as u64, vocab * 6).iter().map(|v| (v * 16.0).round() / 4.0).collect();
         logits.iter_mut().step_by(5).skip(1).for_each(|logit| *logit = f32::NEG_INFINITY);
         let previous: Vec<i32> = [0, 3, 3, 600].into_iter().filter(|id| *id < vocab as i32).collect();
+        let history = History { tokens: &previous, prompt: previous.len() };
         for rules in &sets {
             let got = on_device(vocab, rules, &logits, &uniforms, &previous);
             for (row, (got, uniform)) in got.iter().zip(&uniforms).enumerate() {
-                let want = choose(rules, &logits[row * vocab..(row + 1) * vocab], &previous, *uniform);
+                let want = choose(rules, &[], &logits[row * vocab..(row + 1) * vocab], history, *uniform);
                 assert_eq!(*got, want.map_or(-1, |id| id as i32), "{rules:?}, vocabulary of {vocab}, row {row}");
             }
         }

@@ -127,3 +127,10 @@ impl<'a> Launch<'a> {
 pub(super) fn blocks(count: usize, threads: usize, blocks_max: usize) -> usize {
     count.div_ceil(threads).clamp(1, blocks_max)
 }
+
+/// Asserts that rows of `columns` elements begin at whole 16 bytes if they are as long as whole 16 bytes: kernels then read 16
+/// bytes at a time. Parts of a buffer do if they begin at a row.
+pub(super) fn assert_aligned<E>(op: &str, columns: usize, addresses: &[u64]) {
+    let is_wide = (columns * size_of::<E>()).is_multiple_of(16);
+    assert!(!is_wide || addresses.iter().all(|address| address.is_multiple_of(16)), "{op}: an operand begins inside a row of {columns}");
+}

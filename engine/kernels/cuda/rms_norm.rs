@@ -1,7 +1,7 @@
 //! Launchers of rms_norm.cu: RMS normalisation of rows, with the residual sum before it, and its derivative.
 
 use super::device::Device;
-use super::launch::Launch;
+use super::launch::{Launch, assert_aligned};
 use super::memory::{View, ViewMut};
 use super::norm;
 use super::program::{Program, Variant};
@@ -41,10 +41,12 @@ pub fn rms_norm<E: Float>(
     if tokens == 0 {
         return Ok(());
     }
+    assert_aligned::<E>("rms_norm", hidden, &[x.address, weight.address, y.address]);
     let launch = Launch::new(device, "rms_norm", Variant::of::<E>(Program::RmsNorm), "rms_norm")?.read(x);
     let launch = match residual {
         Some(Residual { residual, mut sum }) => {
             assert!(residual.len() == x.len() && sum.len() == x.len(), "rms_norm: a residual of {}", residual.len());
+            assert_aligned::<E>("rms_norm", hidden, &[residual.address, sum.address]);
             launch.read(residual).write(&mut sum)
         }
         None => launch.read_or_null::<E>(None).write_or_null::<E>(None),
@@ -75,6 +77,7 @@ pub fn rms_norm_backward<E: Float>(
     if tokens == 0 {
         return Ok(());
     }
+    assert_aligned::<E>("rms_norm_backward", hidden, &[x.address, weight.address, dy.address, dx.address]);
     let launch = Launch::new(device, "rms_norm_backward", Variant::of::<E>(Program::RmsNorm), "rms_norm_backward")?;
     let launch = launch.read(x).read(weight).read(inv_rms).read(dy).write(&mut dx).int(usize::from(add)).int(hidden);
     // SAFETY: the arguments are rms_norm_backward's. Block t stays in row t of each.

@@ -1,7 +1,7 @@
 //! Launchers of rope.cu: tables of angles, and the turn of queries and keys inside the fused activation.
 
 use super::device::Device;
-use super::launch::{Launch, blocks};
+use super::launch::{Launch, assert_aligned, blocks};
 use super::memory::{View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::{Error, Result};
@@ -74,6 +74,7 @@ fn turn<E: Float>(
         return Ok(());
     }
     let turned = heads.heads + heads.kv_heads;
+    assert_aligned::<E>(op, half, &[qkv.address]);
     let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope")?;
     let launch = launch.write(&mut qkv).read(cos).read(sin).float(direction).int(heads.width()).int(turned).int(half);
     // SAFETY: the arguments are rope's. Block t stays in row t; the heads it turns are within a row's width.

@@ -1,5 +1,6 @@
 //! Launcher of sample.cu: the choice of the next token of each sequence on the device, by the rules of `infer/sampler.rs` in
-//! the same order. The repetition penalty acts on logits in f32 (there: f64); all else is f64 as there.
+//! the same order. The repetition penalty acts on logits in f32 (there: f64); all else is f64 as there. Logit bias and the
+//! additive penalties come before these rules and are not here yet.
 
 use super::device::Device;
 use super::launch::Launch;

@@ -1,7 +1,7 @@
 //! Launchers of swiglu.cu: the gated activation of the feed-forward block, forward and backward.
 
 use super::device::Device;
-use super::launch::{Launch, blocks};
+use super::launch::{Launch, assert_aligned, blocks};
 use super::memory::{View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::Result;
@@ -15,6 +15,7 @@ pub fn swiglu<E: Float>(device: &Device, gate_up: View<E>, inter: usize, mut act
     if act.is_empty() {
         return Ok(());
     }
+    assert_aligned::<E>("swiglu", inter, &[gate_up.address, act.address]);
     let launch = Launch::new(device, "swiglu", Variant::of::<E>(Program::Swiglu), "swiglu")?;
     let count = act.len();
     let launch = launch.read(gate_up).write(&mut act).long(count).int(inter);
@@ -51,6 +52,8 @@ pub fn swiglu_backward<E: Float>(
     if d_act.is_empty() {
         return Ok(());
     }
+    let act_address = act.as_ref().map_or(0, |act| act.address);
+    assert_aligned::<E>("swiglu_backward", inter, &[out.address, d_act.address, act_address, source.map_or(0, |source| source.address)]);
     let launch = Launch::new(device, "swiglu_backward", Variant::of::<E>(Program::Swiglu), "swiglu_backward")?;
     let launch = match source {
         Some(source) => launch.read(source),
