@@ -44,7 +44,7 @@ impl std::fmt::Display for Dtype {
 }
 
 /// An element of a tensor: plain old data, for which all-zero bytes are a valid value.
-pub trait Element: Copy + Send + Sync + Default + PartialEq + std::fmt::Debug + 'static {
+pub trait Element: bytemuck::Pod + Send + Sync + Default + PartialEq + std::fmt::Debug {
     const DTYPE: Dtype;
     /// Exact for every type but i32 beyond 2^24, which rounds to nearest even.
     fn to_f32(self) -> f32;

@@ -3,6 +3,7 @@
 pub mod available_memory;
 pub mod buffer;
 pub mod cpu;
+pub mod cuda;
 pub mod cuda_probe;
 pub mod element;
 pub mod random;

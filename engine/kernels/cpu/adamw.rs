@@ -34,20 +34,20 @@ pub struct AdamW {
 
 /// The factors of one update.
 #[derive(Clone, Copy)]
-struct Factors {
-    decay: f32,
-    beta1: f32,
-    beta2: f32,
-    rest1: f32,
-    rest2: f32,
-    step_size: f32,
-    root_correction2: f32,
-    eps: f32,
-    gradient_scale: f32,
+pub(in crate::kernels) struct Factors {
+    pub decay: f32,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub rest1: f32,
+    pub rest2: f32,
+    pub step_size: f32,
+    pub root_correction2: f32,
+    pub eps: f32,
+    pub gradient_scale: f32,
 }
 
 impl AdamW {
-    fn factors(&self) -> Factors {
+    pub(in crate::kernels) fn factors(&self) -> Factors {
         assert!(self.step > 0, "adamw: updates count from 1");
         assert!(self.eps > 0.0, "adamw: eps is {}", self.eps);
         let step = i32::try_from(self.step).unwrap_or(i32::MAX);

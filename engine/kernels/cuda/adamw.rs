@@ -1,0 +1,69 @@
+//! Launcher of adamw.cu: AdamW over all parameters of one type in one launch, with the bits of the CPU. The clipping factor
+//! and whether the gradients are finite are read on the device, so that a step never waits for them.
+
+use super::device::Device;
+use super::launch::Launch;
+use super::memory::{View, ViewMut};
+use super::norm::{Norm, PIECE, Table};
+use super::program::{Program, Variant};
+use crate::error::Result;
+use crate::kernels::cpu::adamw::AdamW;
+use crate::kernels::element::{Dtype, Float};
+use std::sync::Arc;
+
+/// A parameter and what is kept beside it; all have one length and one order.
+pub struct Parameter<'a, E: Float> {
+    pub weight: ViewMut<'a, E>,
+    /// The low halves of the masters of a bf16 weight (`kernels/cpu/adamw.rs`); none for f32.
+    pub rest: Option<ViewMut<'a, i16>>,
+    pub gradient: View<'a, f32>,
+    pub m: ViewMut<'a, f32>,
+    pub v: ViewMut<'a, f32>,
+    /// Whether the weight decays.
+    pub decays: bool,
+}
+
+/// Updates all parameters. With `norm`, gradients are multiplied by its factor (and not by `settings.gradient_scale`), and
+/// nothing at all is changed if its sum is not finite.
+pub fn adamw<E: Float>(
+    device: &Arc<Device>,
+    table: &mut Table,
+    parameters: &mut [Parameter<E>],
+    settings: &AdamW,
+    norm: Option<&Norm>,
+) -> Result<()> {
+    let mut lines = Vec::with_capacity(8 * parameters.len());
+    for Parameter { weight, rest, gradient, m, v, decays } in &*parameters {
+        let length = weight.len();
+        assert!(gradient.len() == length, "adamw: {length} weights, {} gradients", gradient.len());
+        assert!(m.len() == length && v.len() == length, "adamw: {length} weights, {} and {} moments", m.len(), v.len());
+        let split = E::DTYPE == Dtype::Bf16;
+        assert!(rest.as_ref().map(|rest| rest.len()) == split.then_some(length), "adamw: the remainders do not fit {length} weights");
+        for ordinal in [weight.ordinal, gradient.ordinal, m.ordinal, v.ordinal] {
+            assert!(ordinal == device.ordinal, "adamw: a buffer of cuda:{ordinal} on cuda:{}", device.ordinal);
+        }
+        let rest = rest.as_ref().map_or(0, |rest| rest.address);
+        lines.extend([weight.address, rest, gradient.address, m.address, v.address, length as u64, u64::from(*decays), 0]);
+    }
+    let lengths: Vec<usize> = parameters.iter().map(|parameter| parameter.weight.len()).collect();
+    table.set(device, &lines, &lengths)?;
+    let (lines, pieces, count) = table.get();
+    if count == 0 {
+        return Ok(());
+    }
+    let f = settings.factors();
+    let launch = Launch::new(device, "adamw", Variant::of::<E>(Program::Adamw), "adamw")?.read(lines).read(pieces).int(PIECE);
+    let scale = super::memory::DeviceBuffer::copy_of(device, "adamw", &[f.gradient_scale])?;
+    let launch = match norm {
+        Some(norm) => {
+            let (total, factor) = norm.on_device();
+            launch.read(total).read(factor)
+        }
+        None => launch.read_or_null::<f64>(None).read(scale.view()),
+    };
+    let launch = launch.float(f.decay).float(f.beta1).float(f.beta2).float(f.rest1).float(f.rest2);
+    let launch = launch.float(f.step_size).float(f.root_correction2).float(f.eps);
+    // SAFETY: the arguments are adamw's. Each line of the table holds the addresses and the length of buffers that
+    // `parameters` borrows, the written ones alone; each piece lies in one of them and is one block's.
+    unsafe { launch.run((count, 1, 1), 256, 0) }
+}

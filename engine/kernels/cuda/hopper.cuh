@@ -1,0 +1,99 @@
+// Hopper's asynchronous products of a warpgroup (wgmma) behind functions. Operands are read from shared memory, in lines of 128
+// bytes with the 128-byte swizzle (product_tile.cuh). With EMULATED the functions are those of tests/emulator/shim.h.
+// Source: PTX ISA, asynchronous warpgroup level matrix instructions.
+#pragma once
+#include "prelude.cuh"
+
+#ifdef EMULATED
+__device__ __forceinline__ u32 shared_address(const void* p) { return emu_shared_offset(p); }
+__device__ __forceinline__ void fence_async_proxy() {}
+__device__ __forceinline__ void wgmma_fence() {}
+__device__ __forceinline__ void wgmma_commit() { emu_wgmma_commit(); }
+template <int LEFT> __device__ __forceinline__ void wgmma_wait() { emu_wgmma_wait(LEFT); }
+template <int N, int A_TRANSPOSED, int B_TRANSPOSED> __device__ __forceinline__ void wgmma(float (&d)[N / 2], u64 a, u64 b, int add) {
+    emu_wgmma(d, N, a, b, add, A_TRANSPOSED, B_TRANSPOSED);
+}
+template <int N, int B_TRANSPOSED> __device__ __forceinline__ void wgmma_registers(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int add) {
+    emu_wgmma_registers(&d[0][0], N, a, b, add, B_TRANSPOSED);
+}
+#else
+// What was written to shared memory the ordinary way is seen by wgmma after this and a barrier.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+#define EIGHT(d, i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+
+// d (+)= a b: 64 x 16 times 16 x N, by the 128 threads of a warpgroup. The registers of d are free again when it is waited for.
+template <int N, int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma;
+template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<128, A_TRANSPOSED, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[64], u64 a, u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                     "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
+                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
+                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
+    }
+};
+template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<256, A_TRANSPOSED, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[128], u64 a, u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+                     "}, %128, %129, p, 1, 1, %131, %132;\n}\n"
+                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88), EIGHT(d, 96), EIGHT(d, 104), EIGHT(d, 112), EIGHT(d, 120)
+                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
+    }
+};
+template <int N, int A_TRANSPOSED, int B_TRANSPOSED> __device__ __forceinline__ void wgmma(float (&d)[N / 2], u64 a, u64 b, int add) {
+    Wgmma<N, A_TRANSPOSED, B_TRANSPOSED>::run(d, a, b, add);
+}
+
+#define FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+
+template <int N, int B_TRANSPOSED> struct WgmmaRegisters;
+template <int B_TRANSPOSED> struct WgmmaRegisters<64, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[8][4], const u32 (&a)[4], u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+                     "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}\n"
+                     : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_TRANSPOSED));
+    }
+};
+template <int B_TRANSPOSED> struct WgmmaRegisters<128, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[16][4], const u32 (&a)[4], u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+                     "}, {%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}\n"
+                     : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7]), FOUR(d[8]), FOUR(d[9]), FOUR(d[10]), FOUR(d[11]), FOUR(d[12]), FOUR(d[13]), FOUR(d[14]), FOUR(d[15])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_TRANSPOSED));
+    }
+};
+// The same with the left operand in registers, as mma has them: warp w of the warpgroup holds rows 16 w and on.
+template <int N, int B_TRANSPOSED> __device__ __forceinline__ void wgmma_registers(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int add) {
+    WgmmaRegisters<N, B_TRANSPOSED>::run(d, a, b, add);
+}
+#endif
+
+// Names an operand: its place, the distance of its blocks of 64 rows (if strided) and of its groups of 8 lines, in bytes.
+__device__ __forceinline__ u64 operand_descriptor(const void* place, u32 block_bytes, u32 group_bytes) {
+    return (u64)((shared_address(place) & 0x3ffff) >> 4) | (u64)(block_bytes >> 4) << 16 | (u64)(group_bytes >> 4) << 32 | (u64)1 << 62;
+}
+
+// 16 steps of the sum from `step` on, rows from `row` on, of an operand in lines. Not strided: a line is a row and 64 steps.
+// Strided: a line is a step and 64 rows, and 64 lines are a block.
+template <bool STRIDED> __device__ __forceinline__ u64 describe(const bf16* tile, int row, int step) {
+    if (STRIDED) return operand_descriptor(tile + row / 64 * BLOCK_ELEMENTS + step * LINE, BLOCK_ELEMENTS * 2, 8 * LINE * 2);
+    return operand_descriptor(tile + row * LINE + step, 16, 8 * LINE * 2);
+}

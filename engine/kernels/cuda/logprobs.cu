@@ -1,0 +1,66 @@
+// Log-probabilities of labels and entropies of rows of logits, and their gradient. A block is a row. See logprobs.rs.
+#include "prelude.cuh"
+
+// lse, log-probability of the label and (if wanted) entropy of each row; rows with a negative label give 0.
+extern "C" __global__ void logprobs(const float* logits, int vocab, const int* labels, float* logsumexp, float* logprobs, float* entropy) {
+    int row = blockIdx.x, label = labels[row];
+    if (label >= vocab) __trap();
+    if (label < 0) {
+        if (threadIdx.x == 0) {
+            logsumexp[row] = 0.0f, logprobs[row] = 0.0f;
+            if (entropy) entropy[row] = 0.0f;
+        }
+        return;
+    }
+    logits += (i64)row * vocab;
+    // Each thread keeps its own maximum, so that the row is read once.
+    float largest = -INFINITE, sum = 0.0f, weighted = 0.0f;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        float logit = logits[i];
+        if (logit > largest) {
+            float factor = expf(largest - logit);
+            if (sum > 0.0f) weighted = factor * (weighted + sum * (largest - logit));
+            sum *= factor;
+            largest = logit;
+        }
+        float power = logit == -INFINITE ? 0.0f : expf(logit - largest);
+        sum += power;
+        if (power > 0.0f) weighted += power * (logit - largest);
+        // Not a number: the row's results must show it.
+        if (logit != logit) sum = logit;
+    }
+    float top = block_max(largest);
+    float factor = sum > 0.0f ? expf(largest - top) : 0.0f;
+    double sums = block_sum(sum == sum ? (double)(factor * sum) : (double)sum);
+    double bends = 0.0;
+    if (entropy) bends = block_sum(sum > 0.0f ? (double)factor * ((double)weighted + (double)sum * (double)(largest - top)) : 0.0);
+    if (threadIdx.x == 0) {
+        double log_sum = log(sums);
+        logsumexp[row] = (float)((double)top + log_sum);
+        logprobs[row] = (float)((double)logits[label] - (double)top - log_sum);
+        if (entropy) entropy[row] = (float)(log_sum - bends / sums);
+    }
+}
+
+// The loss's gradient in the logits: coefficient * (softmax - onehot(label)) - entropy_coefficient * p (ln p + entropy), to `out`
+// in its element type. `out` may be the logits themselves when that type is f32. The entropy's three arguments are null together.
+extern "C" __global__ void logprobs_gradient(const float* logits, int vocab, const int* labels, const float* logsumexp, const float* coefficients,
+    const float* entropy, const float* entropy_coefficients, E* out) {
+    int row = blockIdx.x, label = labels[row];
+    if (label >= vocab) __trap();
+    logits += (i64)row * vocab, out += (i64)row * vocab;
+    float lse = logsumexp[row], coefficient = coefficients[row];
+    float bend = entropy ? entropy_coefficients[row] : 0.0f, mean = entropy ? entropy[row] : 0.0f;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
+        float value = 0.0f;
+        if (label >= 0) {
+            float logprob = logits[i] - lse;
+            float p = expf(logprob);
+            value = i == label ? coefficient * expm1f(logprob) : coefficient * p;
+            if (entropy && p > 0.0f) value -= bend * (p * (logprob + mean));
+        }
+        out[i] = from_float<E>(value);
+    }
+}

@@ -1,0 +1,191 @@
+//! The caching allocator of a device: freed blocks wait in classes of sizes and are taken again, since asking the driver
+//! stops the device. All work is ordered on one stream, so a block may be taken again the moment it is freed.
+//! Every block carries a label, so that running out of memory names who holds it.
+
+use super::device::{Device, lock};
+use crate::error::{Error, Result};
+use cudarc::driver::sys;
+use std::collections::{BTreeMap, HashMap};
+
+/// Holders that an out-of-memory error names.
+const HOLDERS_NAMED: usize = 5;
+/// Sizes are multiples of this, which also is how addresses are aligned.
+pub const GRAIN: usize = 512;
+
+/// Device memory as the pool sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Bytes in buffers that live.
+    pub live_bytes: usize,
+    /// The most that this was.
+    pub live_bytes_max: usize,
+    /// Bytes that wait to be taken again.
+    pub free_bytes: usize,
+    /// Times that the driver was asked for memory.
+    pub driver_calls: usize,
+    /// Times that a waiting block was taken instead.
+    pub reuses: usize,
+}
+
+/// The blocks of a device.
+#[derive(Default)]
+pub struct Pool {
+    free: BTreeMap<usize, Vec<u64>>,
+    holders: HashMap<&'static str, usize>,
+    statistics: Statistics,
+}
+
+/// A piece of device memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    pub address: u64,
+    pub bytes: usize,
+    pub label: &'static str,
+}
+
+/// The size that a request of `bytes` gets: eight classes between two powers of two, so at most an eighth is wasted.
+pub fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(1).next_multiple_of(GRAIN);
+    if bytes <= 8 * GRAIN {
+        return bytes;
+    }
+    let step = (bytes.next_power_of_two() / 2 / 8).max(GRAIN);
+    bytes.next_multiple_of(step)
+}
+
+impl Pool {
+    /// Frees the blocks that wait.
+    pub(super) fn close(&mut self) {
+        for (bytes, addresses) in std::mem::take(&mut self.free) {
+            for address in addresses {
+                // SAFETY: the block came from cuMemAlloc, no buffer holds it, and the caller has waited for the stream.
+                // A failure would leave nothing to do.
+                unsafe { sys::cuMemFree_v2(address) };
+                self.statistics.free_bytes -= bytes;
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: usize) -> Option<u64> {
+        let addresses = self.free.get_mut(&bytes)?;
+        let address = addresses.pop();
+        if addresses.is_empty() {
+            self.free.remove(&bytes);
+        }
+        address
+    }
+
+    fn count(&mut self, bytes: usize, label: &'static str) {
+        *self.holders.entry(label).or_default() += bytes;
+        self.statistics.live_bytes += bytes;
+        self.statistics.live_bytes_max = self.statistics.live_bytes_max.max(self.statistics.live_bytes);
+    }
+
+    /// "weights 12.0 GiB, gradients 6.0 GiB": the largest holders first.
+    fn largest(&self) -> String {
+        let mut holders: Vec<_> = self.holders.iter().filter(|(_, bytes)| **bytes > 0).collect();
+        holders.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
+        let named: Vec<_> = holders.iter().take(HOLDERS_NAMED).map(|(label, bytes)| format!("{label} {}", size(**bytes))).collect();
+        if named.is_empty() { "nothing of this process".into() } else { named.join(", ") }
+    }
+}
+
+fn size(bytes: usize) -> String {
+    let bytes = bytes as f64;
+    if bytes >= 1e9 { format!("{:.2} GB", bytes / 1e9) } else { format!("{:.1} MB", bytes / 1e6) }
+}
+
+impl Device {
+    /// A block for `bytes`, from those that wait or from the driver.
+    ///
+    /// Errors: [`Error::Device`] that names the largest holders, if the device has no room.
+    pub(super) fn take(&self, op: &'static str, label: &'static str, bytes: usize) -> Result<Block> {
+        self.enter(op)?;
+        let bytes = if self.settings.size_classes { size_class(bytes) } else { bytes.max(1) };
+        let mut pool = lock(&self.pool);
+        if let Some(address) = pool.take(bytes) {
+            pool.statistics.free_bytes -= bytes;
+            pool.statistics.reuses += 1;
+            pool.count(bytes, label);
+            return Ok(Block { address, bytes, label });
+        }
+        let address = match self.ask(op, &mut pool, bytes)? {
+            Some(address) => Some(address),
+            // What waits in other classes may make room, once nothing uses it any more.
+            None if pool.statistics.free_bytes > 0 => {
+                // SAFETY: the stream lives as long as `self`.
+                self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })?;
+                pool.close();
+                self.ask(op, &mut pool, bytes)?
+            }
+            None => None,
+        };
+        let Some(address) = address else {
+            let what = format!(
+                "{} is out of memory: {} wanted for {label}, {} of {} in use; the largest holders: {}",
+                self.name,
+                size(bytes),
+                size(pool.statistics.live_bytes),
+                size(self.memory_bytes.min(self.settings.memory_bytes_max)),
+                pool.largest()
+            );
+            return Err(Error::Device { op, what });
+        };
+        pool.count(bytes, label);
+        Ok(Block { address, bytes, label })
+    }
+
+    /// Memory from the driver, or none if it has too little.
+    fn ask(&self, op: &'static str, pool: &mut Pool, bytes: usize) -> Result<Option<u64>> {
+        let held = pool.statistics.live_bytes + pool.statistics.free_bytes;
+        if held.saturating_add(bytes) > self.settings.memory_bytes_max {
+            return Ok(None);
+        }
+        let mut address = 0;
+        // SAFETY: writes one address to an exclusive place; the context is the thread's own.
+        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes) } {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            code => {
+                self.check(op, "cuMemAlloc", code)?;
+                pool.statistics.driver_calls += 1;
+                Ok(Some(address))
+            }
+        }
+    }
+
+    /// Takes a block back. Work on it that is still in the stream comes before any that its next holder asks for.
+    pub(super) fn give_back(&self, block: Block) {
+        let mut pool = lock(&self.pool);
+        *pool.holders.entry(block.label).or_default() -= block.bytes;
+        pool.statistics.live_bytes -= block.bytes;
+        pool.statistics.free_bytes += block.bytes;
+        pool.free.entry(block.bytes).or_default().push(block.address);
+    }
+
+    /// How much memory lives, waits and was asked for.
+    pub fn memory_statistics(&self) -> Statistics {
+        lock(&self.pool).statistics
+    }
+
+    /// Gives what waits back to the driver.
+    pub fn release_free_memory(&self) -> Result<()> {
+        self.synchronize()?;
+        lock(&self.pool).close();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_hold_their_request_and_waste_an_eighth_at_most() {
+        for bytes in (0..4096).chain((0..400).map(|i| (1usize << (12 + i % 25)) | (i * 7919))) {
+            let class = size_class(bytes);
+            assert!(class >= bytes && class.is_multiple_of(GRAIN), "{bytes} {class}");
+            assert!(class - bytes <= (bytes / 8).max(GRAIN), "{bytes} {class}");
+            assert_eq!(size_class(class), class, "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Launchers of product.cu and product_plain.cu: the products of linear layers and of groups of experts. Weights lie in
+//! rows: `W` is `[outputs, inputs]`, as files have it.
+//!
+//! Batch invariance: an element is one chain along its reduction in steps of 16 (bf16) or 1 (f32), and the tile, which does
+//! depend on the number of rows, does not change it. Nor does the instruction: on an H200 Hopper's wgmma, which takes more than
+//! 128 rows, gave the bits of mma.sync, which takes fewer, and `tests/gpu` holds that wherever it meets a Hopper. A library's
+//! product would promise neither.
+
+use super::device::Device;
+use super::launch::Launch;
+use super::memory::{View, ViewMut};
+use super::program::{Program, Variant};
+use crate::error::Result;
+use crate::kernels::element::{Dtype, Float};
+
+/// Grouped rows: those of group `g` are `offsets[g]..offsets[g + 1]`.
+#[derive(Clone, Copy)]
+pub struct Groups<'a> {
+    /// `[groups + 1]`, on the device: the host need not know how many rows a group has.
+    pub offsets: View<'a, i32>,
+}
+
+impl Groups<'_> {
+    fn count(&self) -> usize {
+        assert!(self.offsets.len() > 1, "groups: offsets of {} values", self.offsets.len());
+        self.offsets.len() - 1
+    }
+}
+
+/// What a product is of, in the words of product.cu.
+struct Product<'a, E: Float> {
+    op: &'static str,
+    a: View<'a, E>,
+    b: View<'a, E>,
+    bias: Option<View<'a, E>>,
+    /// Rows, columns and length of the sums; with groups, the most that a group has.
+    rows: usize,
+    columns: usize,
+    depth: usize,
+    a_stride: usize,
+    b_stride: usize,
+    a_strided: bool,
+    b_strided: bool,
+    /// 0, or how groups.offsets is meant.
+    grouped: u32,
+    groups: Option<Groups<'a>>,
+    b_group: usize,
+    out_group: usize,
+}
+
+impl<E: Float> Product<'_, E> {
+    fn run<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        let wide = E::DTYPE == Dtype::Bf16;
+        assert!(wide || O::DTYPE == Dtype::F32, "{}: products of f32 are f32", self.op);
+        // (program, rows and columns of a tile, threads, shared bytes)
+        let hopper = device.capability == (9, 0);
+        let stage = |rows: usize, columns: usize| (rows + columns) * 64 * 2;
+        // A strided operand of few rows takes the room of 64.
+        let few = if self.a_strided || self.b_strided { 64 } else { 16 };
+        let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
+            (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
+            // Narrow tiles where wide ones would leave multiprocessors without one.
+            (true, ..=16) if self.columns.div_ceil(64) < device.multiprocessors => {
+                (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32)))
+            }
+            (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(few, 64)),
+            (true, ..=128) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
+            (true, _) if hopper && self.columns > 1024 => (Program::ProductHopper, 128, 256, 256, 4 * stage(128, 256)),
+            (true, _) if hopper => (Program::ProductHopper, 128, 128, 256, 4 * stage(128, 128)),
+            (true, ..=256) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
+            (true, _) => (Program::Product, 128, 128, 128, 3 * stage(128, 128)),
+        };
+        let mut variant = Variant::of::<E>(program)
+            .with("A_STRIDED", u32::from(self.a_strided))
+            .with("B_STRIDED", u32::from(self.b_strided))
+            .with("GROUPED", self.grouped);
+        if wide {
+            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32));
+            variant = variant.with("TILE_ROWS", tile_rows as u32).with("TILE_COLUMNS", tile_columns as u32);
+        }
+        let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
+        let launch = match residual {
+            Residual::None => launch.read_or_null::<O>(None),
+            Residual::Own => launch.read(out.view()),
+            Residual::Other(view) => {
+                assert!(view.len() == out.len(), "{}: a residual of {} for {}", self.op, view.len(), out.len());
+                launch.read(view)
+            }
+        };
+        let launch = launch.read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
+        let launch = launch.long(self.a_stride).long(self.b_stride).read_or_null(self.groups.map(|groups| groups.offsets));
+        let launch = launch.long(self.b_group).long(self.out_group);
+        let tiles = self.rows.div_ceil(tile_rows) * self.columns.div_ceil(tile_columns);
+        let layers = self.groups.map_or(1, |groups| groups.count());
+        // SAFETY: the arguments are product's. The public functions below have checked that a, b, bias, out and residual have
+        // rows x depth, columns x depth, columns and rows x columns elements for each group; blocks beyond the tiles return,
+        // and the kernel cuts its tiles at those sizes. The residual may be `out`: a thread reads an element, then writes it.
+        unsafe { launch.run((tiles, 1, layers), threads, shared) }
+    }
+}
+
+/// What is added to a product, in f32 before it is rounded.
+pub enum Residual<'a, O: Float> {
+    None,
+    /// What the output holds: `+=`.
+    Own,
+    /// Something of the output's size.
+    Other(View<'a, O>),
+}
+
+/// A weight `[outputs, inputs]` in rows, or one for each group, one after the other.
+#[derive(Clone, Copy)]
+pub struct Weight<'a, E: Float> {
+    pub values: View<'a, E>,
+    pub outputs: usize,
+    pub inputs: usize,
+}
+
+impl<E: Float> Weight<'_, E> {
+    fn check(&self, op: &str, groups: usize) -> usize {
+        assert!(self.outputs > 0 && self.inputs > 0, "{op}: a weight of [{}, {}]", self.outputs, self.inputs);
+        let len = self.outputs * self.inputs;
+        assert!(
+            self.values.len() == groups * len,
+            "{op}: {} values for {groups} weights [{}, {}]",
+            self.values.len(),
+            self.outputs,
+            self.inputs
+        );
+        len
+    }
+}
+
+/// `y = x W^T + bias + residual`, in f32, rounded once.
+///
+/// - `y`: `[m, outputs]`, E or f32; `x`: `[m, inputs]`; `bias`: `[outputs]`, one for each group if there are groups
+/// - `groups`: rows of each group use its own weight
+pub fn forward<E: Float, O: Float>(
+    device: &Device,
+    y: ViewMut<O>,
+    x: View<E>,
+    weight: Weight<E>,
+    bias: Option<View<E>>,
+    residual: Residual<O>,
+    groups: Option<Groups>,
+) -> Result<()> {
+    let op = "linear";
+    let count = groups.map_or(1, |groups| groups.count());
+    let len = weight.check(op, count);
+    let Weight { values, outputs, inputs } = weight;
+    assert!(y.len().is_multiple_of(outputs), "{op}: y has {} values, rows of {outputs}", y.len());
+    let rows = y.len() / outputs;
+    assert!(x.len() == rows * inputs, "{op}: x has {} values for [{rows}, {inputs}]", x.len());
+    assert!(bias.is_none_or(|bias| bias.len() == count * outputs), "{op}: a bias of {outputs}");
+    let product = Product {
+        op,
+        a: x,
+        b: values,
+        bias,
+        rows,
+        columns: outputs,
+        depth: inputs,
+        a_stride: inputs,
+        b_stride: inputs,
+        a_strided: false,
+        b_strided: false,
+        grouped: u32::from(groups.is_some()),
+        groups,
+        b_group: len,
+        out_group: 0,
+    };
+    product.run(device, y, residual)
+}
+
+/// `dx = dy W`, or `dx += dy W`: the gradient of the layer's input.
+///
+/// - `dx`: `[m, inputs]`, E or f32; `dy`: `[m, outputs]`
+pub fn input_gradient<E: Float, O: Float>(
+    device: &Device,
+    dx: ViewMut<O>,
+    dy: View<E>,
+    weight: Weight<E>,
+    add: bool,
+    groups: Option<Groups>,
+) -> Result<()> {
+    let op = "linear_backward";
+    let len = weight.check(op, groups.map_or(1, |groups| groups.count()));
+    let Weight { values, outputs, inputs } = weight;
+    assert!(dx.len().is_multiple_of(inputs), "{op}: dx has {} values, rows of {inputs}", dx.len());
+    let rows = dx.len() / inputs;
+    assert!(dy.len() == rows * outputs, "{op}: dy has {} values for [{rows}, {outputs}]", dy.len());
+    let product = Product {
+        op,
+        a: dy,
+        b: values,
+        bias: None,
+        rows,
+        columns: inputs,
+        depth: outputs,
+        a_stride: outputs,
+        b_stride: inputs,
+        a_strided: false,
+        b_strided: true,
+        grouped: u32::from(groups.is_some()),
+        groups,
+        b_group: len,
+        out_group: 0,
+    };
+    product.run(device, dx, if add { Residual::Own } else { Residual::None })
+}
+
+/// `dW = dy^T x`, or `dW += dy^T x`, in f32: the gradient of the weight, tokens in their order.
+///
+/// - `dw`: `[outputs, inputs]`, f32, one for each group; `dy`: `[m, outputs]`; `x`: `[m, inputs]`
+/// - `groups`: the weight of a group sums over its rows
+pub fn weight_gradient<E: Float>(
+    device: &Device,
+    dw: ViewMut<f32>,
+    dy: View<E>,
+    x: View<E>,
+    (outputs, inputs): (usize, usize),
+    add: bool,
+    groups: Option<Groups>,
+) -> Result<()> {
+    let op = "linear_backward";
+    let count = groups.map_or(1, |groups| groups.count());
+    assert!(dw.len() == count * outputs * inputs, "{op}: dw has {} values for {count} of [{outputs}, {inputs}]", dw.len());
+    assert!(dy.len().is_multiple_of(outputs), "{op}: dy has {} values, rows of {outputs}", dy.len());
+    let depth = dy.len() / outputs;
+    assert!(x.len() == depth * inputs, "{op}: x has {} values for [{depth}, {inputs}]", x.len());
+    let product = Product {
+        op,
+        a: dy,
+        b: x,
+        bias: None,
+        rows: outputs,
+        columns: inputs,
+        depth,
+        a_stride: outputs,
+        b_stride: inputs,
+        a_strided: true,
+        b_strided: true,
+        grouped: if groups.is_some() { 2 } else { 0 },
+        groups,
+        b_group: 0,
+        out_group: outputs * inputs,
+    };
+    product.run(device, dw, if add { Residual::Own } else { Residual::None })
+}

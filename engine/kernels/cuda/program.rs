@@ -1,0 +1,148 @@
+//! The CUDA C++ sources of this folder, and which of their variants exist: one program is compiled for each element type
+//! and head width that is used, with the numbers as macros, so that loops unroll.
+
+use crate::kernels::element::{Dtype, Float};
+use std::sync::Arc;
+
+/// What all sources include.
+pub const HEADERS: [(&str, &str); 4] = [
+    ("prelude.cuh", include_str!("prelude.cuh")),
+    ("attention_core.cuh", include_str!("attention_core.cuh")),
+    ("hopper.cuh", include_str!("hopper.cuh")),
+    ("product_tile.cuh", include_str!("product_tile.cuh")),
+];
+
+/// A source file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Program {
+    Adamw,
+    Attention,
+    AttentionBackward,
+    /// For compute capability 9.0 alone.
+    AttentionHopper,
+    AttentionPaged,
+    AttentionPlain,
+    Embedding,
+    Logprobs,
+    Norm,
+    Product,
+    /// For compute capability 9.0 alone.
+    ProductHopper,
+    ProductPlain,
+    RmsNorm,
+    Rope,
+    Route,
+    Sample,
+    Swiglu,
+    /// Written by generic.rs.
+    Generated(Arc<str>),
+}
+
+impl Program {
+    /// Its name in messages, and its text.
+    pub fn source(&self) -> (&'static str, &str) {
+        match self {
+            Self::Adamw => ("adamw.cu", include_str!("adamw.cu")),
+            Self::Attention => ("attention.cu", include_str!("attention.cu")),
+            Self::AttentionBackward => ("attention_backward.cu", include_str!("attention_backward.cu")),
+            Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
+            Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
+            Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
+            Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
+            Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
+            Self::Norm => ("norm.cu", include_str!("norm.cu")),
+            Self::Product => ("product.cu", include_str!("product.cu")),
+            Self::ProductHopper => ("product_hopper.cu", include_str!("product_hopper.cu")),
+            Self::ProductPlain => ("product_plain.cu", include_str!("product_plain.cu")),
+            Self::RmsNorm => ("rms_norm.cu", include_str!("rms_norm.cu")),
+            Self::Rope => ("rope.cu", include_str!("rope.cu")),
+            Self::Route => ("route.cu", include_str!("route.cu")),
+            Self::Sample => ("sample.cu", include_str!("sample.cu")),
+            Self::Swiglu => ("swiglu.cu", include_str!("swiglu.cu")),
+            Self::Generated(text) => ("generated.cu", text),
+        }
+    }
+
+    /// Whether products and sums may be contracted to one rounding. Where the CPU's bits are wanted they may not.
+    fn contracts(&self) -> bool {
+        !matches!(self, Self::Adamw | Self::Embedding | Self::Rope | Self::Route | Self::Generated(_))
+    }
+}
+
+/// Most macros of a variant.
+const MACROS_MAX: usize = 7;
+
+/// A program with the values of its macros.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Variant {
+    pub program: Program,
+    macros: [Option<(&'static str, u32)>; MACROS_MAX],
+}
+
+impl Variant {
+    /// A program for elements of `dtype`: f32 or bf16.
+    pub fn new(program: Program, dtype: Dtype) -> Self {
+        assert!(matches!(dtype, Dtype::F32 | Dtype::Bf16), "kernels compute in f32 or bf16, not {dtype}");
+        Self { program, macros: [None; MACROS_MAX] }.with("ELEMENT_BF16", u32::from(dtype == Dtype::Bf16))
+    }
+
+    /// A program for elements of `E`.
+    pub fn of<E: Float>(program: Program) -> Self {
+        Self::new(program, E::DTYPE)
+    }
+
+    /// With one more macro.
+    pub fn with(mut self, name: &'static str, value: u32) -> Self {
+        let place = self.macros.iter().position(Option::is_none).expect("a variant has few macros");
+        self.macros[place] = Some((name, value));
+        self
+    }
+
+    /// The options for the compiler, the architecture not among them.
+    pub fn options(&self) -> Vec<String> {
+        let mut options = vec!["--std=c++17".to_owned(), format!("--fmad={}", self.program.contracts())];
+        options.extend(self.macros.iter().flatten().map(|(name, value)| format!("-D{name}={value}")));
+        options
+    }
+
+    /// "attention.cu ELEMENT_BF16=1 HEAD_DIM=64".
+    pub fn title(&self) -> String {
+        let macros = self.macros.iter().flatten().map(|(name, value)| format!(" {name}={value}"));
+        self.program.source().0.to_owned() + &macros.collect::<String>()
+    }
+}
+
+/// The programs that launchers ask for on a device of this capability, with the head widths of Qwen2.5; for tests that compile
+/// all of them. Of the products' many variants each loop is there: each order of the operands in each tile, each grouping.
+pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
+    use Program::*;
+    let (plain, wide) = (Dtype::F32, Dtype::Bf16);
+    let mut all = Vec::new();
+    for program in [Adamw, Embedding, Logprobs, Norm, RmsNorm, Rope, Route, Swiglu] {
+        all.extend([plain, wide].map(|dtype| Variant::new(program.clone(), dtype)));
+    }
+    all.push(Variant::new(Sample, plain));
+    for head_dim in [64, 128] {
+        for paged in [0, 1] {
+            let variant = |program, dtype| Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged);
+            all.push(variant(Attention, wide).with("ATOMS", head_dim / 64));
+            all.push(variant(AttentionPlain, plain));
+            if capability == (9, 0) && head_dim == 128 {
+                all.push(variant(AttentionHopper, wide));
+            }
+        }
+        all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
+    }
+    // (a strided, b strided, grouped): forward, gradient of the input, gradient of the weight.
+    for (a, b, grouped) in [(0, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 1, 2)] {
+        let operands = |variant: Variant| variant.with("A_STRIDED", a).with("B_STRIDED", b).with("GROUPED", grouped);
+        all.push(operands(Variant::new(ProductPlain, plain)));
+        let product = |program| operands(Variant::new(program, wide)).with("OUT_F32", a);
+        let tiled = |program, rows, columns| product(program).with("TILE_ROWS", rows).with("TILE_COLUMNS", columns);
+        all.extend([(16, 32), (16, 64), (64, 64), (128, 128)].map(|(rows, columns)| tiled(Product, rows, columns)));
+        if capability == (9, 0) {
+            all.extend([128, 256].map(|columns| tiled(ProductHopper, 128, columns)));
+        }
+    }
+    all
+}

@@ -1,0 +1,83 @@
+//! The allocator, the copies and the errors of a device.
+
+use crate::{bench, uniform};
+use perilune::kernels::cuda::device::{Device, Settings};
+use perilune::kernels::cuda::embedding::embed;
+use perilune::kernels::cuda::memory::DeviceBuffer;
+
+/// A device of its own on the same GPU, whose memory no other test counts in.
+fn own(memory_bytes_max: usize) -> Option<std::sync::Arc<Device>> {
+    bench()?;
+    Some(Device::open_with(0, Settings { memory_bytes_max, ..Settings::default() }).unwrap())
+}
+
+#[test]
+fn copies_come_back_whole_whatever_their_size() {
+    let Some(bench) = bench() else { return };
+    // More than all slots of pinned memory together (16 MiB).
+    for count in [0, 1, 7, 1 << 20, (5 << 20) + 3] {
+        let values = uniform::<f32>(1, count);
+        let buffer = bench.upload(&values);
+        assert_eq!(buffer.to_vec().unwrap(), values);
+        let mut copy = bench.poisoned::<f32>(count);
+        copy.copy_from(buffer.view()).unwrap();
+        assert!(copy.to_vec().unwrap() == values);
+    }
+}
+
+#[test]
+fn freed_memory_is_taken_again() {
+    let Some(device) = own(usize::MAX) else { return };
+    let first = DeviceBuffer::<f32>::scratch(&device, "a", 100_000).unwrap();
+    let other = DeviceBuffer::<f32>::scratch(&device, "b", 10).unwrap();
+    let before = device.memory_statistics();
+    assert_eq!((before.driver_calls, before.free_bytes), (2, 0));
+    assert!(before.live_bytes >= 400_040 && before.live_bytes < 500_000, "{before:?}");
+    drop(first);
+    let again = DeviceBuffer::<f32>::scratch(&device, "c", 99_000).unwrap();
+    let after = device.memory_statistics();
+    assert_eq!((after.driver_calls, after.reuses, after.free_bytes, after.live_bytes), (2, 1, 0, before.live_bytes));
+    drop((again, other));
+    let empty = device.memory_statistics();
+    assert_eq!((empty.live_bytes, empty.live_bytes_max, empty.free_bytes), (0, before.live_bytes, before.live_bytes));
+    device.release_free_memory().unwrap();
+    assert_eq!(device.memory_statistics().free_bytes, 0);
+}
+
+#[test]
+fn running_out_of_memory_names_the_largest_holders() {
+    let Some(device) = own(64 << 20) else { return };
+    let _weights = DeviceBuffer::<f32>::scratch(&device, "weights", 8 << 20).unwrap();
+    let _moments = DeviceBuffer::<f32>::scratch(&device, "moments", 4 << 20).unwrap();
+    drop(DeviceBuffer::<f32>::scratch(&device, "activations", 2 << 20).unwrap());
+    // What waits makes room first.
+    let fits = DeviceBuffer::<f32>::scratch(&device, "logits", 3 << 20).unwrap();
+    drop(fits);
+    let Err(error) = DeviceBuffer::<f32>::scratch(&device, "logits", 16 << 20) else { panic!("64 MiB cannot hold 112") };
+    let error = error.to_string();
+    let (weights, moments) = (error.find("weights 33.6 MB").unwrap(), error.find("moments 16.8 MB").unwrap());
+    assert!(error.contains("out of memory: 67.1 MB wanted for logits") && weights < moments && !error.contains("activations"), "{error}");
+}
+
+#[test]
+fn a_lost_device_says_so_from_then_on() {
+    // On a GPU this would take the device from all other tests of the process.
+    let Some(device) = own(usize::MAX).filter(|_| bench().is_some_and(|bench| bench.is_emulated())) else { return };
+    let weight = DeviceBuffer::copy_of(&device, "test", &[1.0f32; 8]).unwrap();
+    let ids = DeviceBuffer::copy_of(&device, "test", &[0, 2]).unwrap();
+    let mut out = DeviceBuffer::<f32>::scratch(&device, "test", 8).unwrap();
+    // A table of two rows has no row 2: the kernel stops.
+    let error = embed(&device, weight.view(), 4, ids.view(), out.view_mut()).unwrap_err().to_string();
+    assert!(error.starts_with("embedding:") && error.contains("lost") && error.contains("perilune resume"), "{error}");
+    let again = out.to_vec().unwrap_err().to_string();
+    assert!(again.starts_with("download:") && again.contains("cuLaunchKernel"), "the first reason is told again: {again}");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    if bench().is_none() {
+        return;
+    }
+    let Err(error) = Device::open(63) else { panic!("no machine has 64 GPUs") };
+    assert!(error.to_string().contains("no cuda:63"), "{error}");
+}

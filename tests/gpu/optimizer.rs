@@ -1,0 +1,102 @@
+//! AdamW over many parameters in one launch, and the global norm.
+
+use crate::{assert_same, bench, uniform};
+use half::bf16;
+use perilune::kernels::cpu::adamw as cpu_adamw;
+use perilune::kernels::cpu::adamw::AdamW;
+use perilune::kernels::cpu::norm::sum_of_squares;
+use perilune::kernels::cuda::adamw::{Parameter, adamw};
+use perilune::kernels::cuda::norm::{Norm, Table};
+
+const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, gradient_scale: 0.5 };
+/// One is longer than what a block takes.
+const LENGTHS: [usize; 4] = [1, 33, 70_000, 256];
+
+#[test]
+fn adamw_has_the_bits_of_the_cpu_in_f32() {
+    let Some(bench) = bench() else { return };
+    let (weights, gradients) = (LENGTHS.map(|len| uniform::<f32>(1, len)), LENGTHS.map(|len| uniform::<f32>(2, len)));
+    let (ms, vs) = (LENGTHS.map(|len| uniform::<f32>(3, len)), LENGTHS.map(|len| uniform::<f32>(4, len).iter().map(|v| v.abs()).collect()));
+    let vs: [Vec<f32>; 4] = vs;
+    let got = bench.run(|device| {
+        let gradients = gradients.each_ref().map(|g| bench.upload(g));
+        let mut lines: Vec<_> =
+            weights.iter().zip(&ms).zip(&vs).map(|((w, m), v)| (bench.upload(w), bench.upload(m), bench.upload(v))).collect();
+        let mut parameters: Vec<_> = (lines.iter_mut().zip(&gradients).enumerate())
+            .map(|(index, ((w, m, v), g))| Parameter {
+                weight: w.view_mut(),
+                rest: None,
+                gradient: g.view(),
+                m: m.view_mut(),
+                v: v.view_mut(),
+                decays: index != 1,
+            })
+            .collect();
+        let mut table = Table::default();
+        adamw(device, &mut table, &mut parameters, &SETTINGS, None).unwrap();
+        // Again with the same table: nothing is uploaded, the state goes on.
+        adamw(device, &mut table, &mut parameters, &AdamW { step: 4, ..SETTINGS }, None).unwrap();
+        lines.iter().map(|(w, m, v)| [w, m, v].map(|buffer| buffer.to_vec().unwrap())).collect::<Vec<_>>()
+    });
+    for index in 0..LENGTHS.len() {
+        let (mut w, mut m, mut v) = (weights[index].clone(), ms[index].clone(), vs[index].clone());
+        for step in [3, 4] {
+            let weight_decay = if index == 1 { 0.0 } else { SETTINGS.weight_decay };
+            cpu_adamw::adamw(&mut w, &gradients[index], &mut m, &mut v, &AdamW { step, weight_decay, ..SETTINGS });
+        }
+        for (got, want) in got[index].iter().zip([&w, &m, &v]) {
+            assert_same("state", got, want);
+        }
+    }
+}
+
+#[test]
+fn adamw_has_the_bits_of_the_cpu_in_bf16_and_waits_for_finite_gradients() {
+    let Some(bench) = bench() else { return };
+    let len = 1000;
+    let (start, gradient) = (uniform::<f32>(1, len).iter().map(|w| w / 3.0).collect::<Vec<_>>(), uniform::<f32>(2, len));
+    let (mut hi, mut lo) = (vec![bf16::ZERO; len], vec![0i16; len]);
+    cpu_adamw::split_all(&start, &mut hi, &mut lo);
+    let damaged: Vec<f32> = gradient.iter().enumerate().map(|(i, g)| if i == 700 { f32::INFINITY } else { *g }).collect();
+    let norm_max = 0.25;
+    let got = bench.run(|device| {
+        let (mut weight, mut rest) = (bench.upload(&hi), bench.upload(&lo));
+        let (mut m, mut v) = (bench.upload(&vec![0.0f32; len]), bench.upload(&vec![0.0f32; len]));
+        let mut norm = Norm::new(device).unwrap();
+        let mut results = Vec::new();
+        for gradient in [&damaged, &gradient] {
+            let gradient = bench.upload(gradient);
+            norm.compute(&mut Table::default(), &[gradient.view()], norm_max).unwrap();
+            let (w, rest_view) = (weight.view_mut(), Some(rest.view_mut()));
+            let parameter =
+                Parameter { weight: w, rest: rest_view, gradient: gradient.view(), m: m.view_mut(), v: v.view_mut(), decays: true };
+            let settings = AdamW { step: 1, ..SETTINGS };
+            adamw(device, &mut Table::default(), &mut [parameter], &settings, Some(&norm)).unwrap();
+            results.push((norm.factor().unwrap(), weight.to_vec().unwrap(), rest.to_vec().unwrap()));
+        }
+        results
+    });
+    assert!(got[0].1 == hi && got[0].2 == lo, "a gradient that is not finite must change nothing");
+    let norm = sum_of_squares(&[&gradient[..]]).sqrt();
+    assert_eq!(got[1].0, (norm_max / norm) as f32);
+    let (mut m, mut v) = (vec![0.0; len], vec![0.0; len]);
+    let settings = AdamW { step: 1, gradient_scale: f64::from(got[1].0), ..SETTINGS };
+    cpu_adamw::adamw_bf16(&mut hi, &mut lo, &gradient, &mut m, &mut v, &settings);
+    assert!(got[1].1 == hi && got[1].2 == lo, "weights and remainders are those of the CPU");
+}
+
+#[test]
+fn the_global_norm_agrees() {
+    let Some(bench) = bench() else { return };
+    let tensors = LENGTHS.map(|len| uniform::<f32>(len as u64, len));
+    let want = sum_of_squares(&tensors.each_ref().map(|t| &t[..]));
+    let got = bench.run(|device| {
+        let buffers = tensors.each_ref().map(|t| bench.upload(t));
+        let views: Vec<_> = buffers.iter().map(|buffer| buffer.view()).collect();
+        let mut norm = Norm::new(device).unwrap();
+        norm.compute(&mut Table::default(), &views, 1e9).unwrap();
+        (norm.sum_of_squares().unwrap(), norm.factor().unwrap())
+    });
+    assert!((got.0 - want).abs() <= 1e-12 * want, "{} and {want}", got.0);
+    assert_eq!(got.1, 1.0, "a small norm is left as it is");
+}

@@ -1,0 +1,136 @@
+//! Attention over a paged cache: prefill and decoding have the bits of training.
+
+use crate::attention::heads;
+use crate::{Bench, assert_same, bench, uniform};
+use half::bf16;
+use perilune::kernels::cpu::heads::Heads;
+use perilune::kernels::cuda::attention::{BLOCK, Cache, Plan, Span, attention};
+use perilune::kernels::cuda::memory::DeviceBuffer;
+use perilune::kernels::cuda::paged::{self, Decode};
+use perilune::kernels::element::Float;
+
+/// One document per sequence, attended to in one go: the bits that everything else must have.
+struct Document<E> {
+    qkv: Vec<E>,
+    o: Vec<E>,
+    lse: Vec<f32>,
+}
+
+fn document<E: Float>(bench: &Bench, heads: Heads, window: Option<usize>, seed: u64, len: usize) -> Document<E> {
+    let qkv = uniform::<E>(seed, len * heads.width());
+    let plan = Plan::packed(&bench.device, heads, &[0, len as i32], SCALE, window).unwrap();
+    let given = bench.upload(&qkv);
+    let (mut o, mut lse) = (bench.poisoned(len * heads.heads * heads.head_dim), bench.poisoned(len * heads.heads));
+    attention(&bench.device, &plan, given.view(), o.view_mut(), lse.view_mut()).unwrap();
+    Document { qkv, o: o.to_vec().unwrap(), lse: lse.to_vec().unwrap() }
+}
+
+const SCALE: f32 = 0.3;
+
+/// A cache whose blocks belong to the sequences in a scattered order.
+struct Pages<E: Float> {
+    keys: DeviceBuffer<E>,
+    values: DeviceBuffer<E>,
+    table: Vec<Vec<i32>>,
+    table_on_device: DeviceBuffer<i32>,
+}
+
+impl<E: Float> Pages<E> {
+    fn new(bench: &Bench, heads: Heads, lens: &[usize]) -> Self {
+        let width = lens.iter().map(|len| len.div_ceil(BLOCK)).max().unwrap();
+        let blocks = width * lens.len();
+        // 13 and the number of blocks have no common factor in these tests.
+        let table: Vec<Vec<i32>> = (0..lens.len()).map(|s| (0..width).map(|b| ((s * width + b) * 13 % blocks) as i32).collect()).collect();
+        let mut seen = table.concat();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..blocks as i32).collect::<Vec<_>>());
+        let size = blocks * BLOCK * heads.kv_heads * heads.head_dim;
+        let table_on_device = bench.upload(&table.concat());
+        Self { keys: bench.poisoned(size), values: bench.poisoned(size), table, table_on_device }
+    }
+
+    fn append(&mut self, bench: &Bench, heads: Heads, sequence: usize, span: Span, qkv: &[E]) {
+        let (rows, slots) = (bench.upload(qkv), bench.upload(&paged::slots(span, &self.table[sequence])));
+        let (keys, values) = (self.keys.view_mut(), self.values.view_mut());
+        paged::append(&bench.device, heads, rows.view(), slots.view(), keys, values).unwrap();
+    }
+
+    fn cache(&self) -> Cache<'_, E> {
+        let (keys, values) = (self.keys.view(), self.values.view());
+        Cache { keys, values, block_table: self.table_on_device.view(), table_width: self.table[0].len() }
+    }
+}
+
+fn decoding_has_the_bits_of_training<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>) {
+    let Some(bench) = bench() else { return };
+    let width = heads.width();
+    let documents: Vec<Document<E>> =
+        lens.iter().enumerate().map(|(index, len)| document(bench, heads, window, index as u64 + 1, *len)).collect();
+    let mut pages = Pages::new(bench, heads, lens);
+    let mut last = Vec::new();
+    for (sequence, (document, len)) in documents.iter().zip(lens).enumerate() {
+        pages.append(bench, heads, sequence, Span { row: 0, cached: 0, count: *len }, &document.qkv);
+        last.extend_from_slice(&document.qkv[(len - 1) * width..]);
+    }
+    let (o, lse) = bench.run(|device| {
+        let qkv = bench.upload(&last);
+        let lengths = bench.upload(&lens.iter().map(|len| *len as i32).collect::<Vec<_>>());
+        let (mut o, mut lse) = (bench.poisoned::<E>(lens.len() * heads.heads * heads.head_dim), bench.poisoned(lens.len() * heads.heads));
+        let settings = Decode { heads, scale: SCALE, window, length_max: *lens.iter().max().unwrap() };
+        paged::decode(device, settings, qkv.view(), pages.cache(), lengths.view(), o.view_mut(), lse.view_mut()).unwrap();
+        (o.to_vec().unwrap(), lse.to_vec().unwrap())
+    });
+    let want_o: Vec<E> = documents.iter().flat_map(|d| d.o[d.o.len() - heads.heads * heads.head_dim..].to_vec()).collect();
+    let want_lse: Vec<f32> = documents.iter().flat_map(|d| d.lse[d.lse.len() - heads.heads..].to_vec()).collect();
+    assert_same("lse", &lse, &want_lse);
+    assert_same("o", &o, &want_o);
+}
+
+#[test]
+fn decoding_in_bf16_has_the_bits_of_training() {
+    decoding_has_the_bits_of_training::<bf16>(heads(4, 2, 64), &[1, 64, 65], None);
+    decoding_has_the_bits_of_training::<bf16>(heads(3, 1, 10), &[70, 3, 90], Some(40));
+    // More heads than 16 rows of a tile, more keys than a span of 512, a window that begins inside a span.
+    decoding_has_the_bits_of_training::<bf16>(heads(18, 1, 16), &[40], None);
+    decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 16), &[1100, 513], None);
+    decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 16), &[1100], Some(530));
+    // Training takes Hopper's kernel here, decoding the one for all.
+    decoding_has_the_bits_of_training::<bf16>(heads(2, 1, 128), &[600], None);
+}
+
+#[test]
+fn decoding_in_f32_has_the_bits_of_training() {
+    decoding_has_the_bits_of_training::<f32>(heads(4, 2, 8), &[1, 64, 65], None);
+    decoding_has_the_bits_of_training::<f32>(heads(2, 1, 64), &[70], Some(33));
+}
+
+fn prefill_has_the_bits_of_training<E: Float>(heads: Heads, len: usize, cuts: &[usize], window: Option<usize>) {
+    let Some(bench) = bench() else { return };
+    let (width, o_width) = (heads.width(), heads.heads * heads.head_dim);
+    let whole = document::<E>(bench, heads, window, 7, len);
+    let mut pages = Pages::new(bench, heads, &[len]);
+    let mut start = 0;
+    for end in cuts.iter().copied().chain([len]) {
+        let span = Span { row: 0, cached: start, count: end - start };
+        let part = &whole.qkv[start * width..end * width];
+        pages.append(bench, heads, 0, span, part);
+        let (o, lse) = bench.run(|device| {
+            let plan = Plan::of_spans(device, heads, &[span], SCALE, window).unwrap();
+            let qkv = bench.upload(part);
+            let (mut o, mut lse) = (bench.poisoned::<E>(span.count * o_width), bench.poisoned(span.count * heads.heads));
+            paged::prefill(device, &plan, qkv.view(), pages.cache(), o.view_mut(), lse.view_mut()).unwrap();
+            (o.to_vec().unwrap(), lse.to_vec().unwrap())
+        });
+        assert_same("lse", &lse, &whole.lse[start * heads.heads..end * heads.heads]);
+        assert_same("o", &o, &whole.o[start * o_width..end * o_width]);
+        start = end;
+    }
+}
+
+#[test]
+fn prefill_in_pieces_has_the_bits_of_training() {
+    prefill_has_the_bits_of_training::<bf16>(heads(2, 1, 64), 150, &[1, 60, 129], None);
+    prefill_has_the_bits_of_training::<bf16>(heads(2, 2, 16), 100, &[33], Some(20));
+    prefill_has_the_bits_of_training::<bf16>(heads(1, 1, 16), 700, &[500, 640], None);
+    prefill_has_the_bits_of_training::<f32>(heads(2, 1, 16), 70, &[33], None);
+}

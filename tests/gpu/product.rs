@@ -1,0 +1,140 @@
+//! Products of linear layers, alone and in groups.
+
+use crate::{assert_close, assert_same, bench, tolerance, uniform};
+use half::bf16;
+use perilune::kernels::cpu::{gemm, panels, tile::TileElement};
+use perilune::kernels::cuda::product::{self, Groups, Residual, Weight};
+use perilune::kernels::element::Float;
+
+/// A linear layer on the CPU: (y, dx, dw).
+fn on_cpu<E: TileElement>(x: &[E], w: &[E], bias: Option<&[E]>, dy: &[E], (n, k): (usize, usize)) -> (Vec<E>, Vec<f32>, Vec<f32>) {
+    let m = x.len() / k;
+    let mut packed = vec![E::default(); panels::len::<E>(n, k)];
+    panels::pack(&mut packed, n, k, 0..n, w);
+    let weight = gemm::Weight { panels: &packed, outputs: n, inputs: k };
+    let (mut y, mut dx) = (vec![E::default(); m * n], vec![0.0f32; m * k]);
+    gemm::forward(&mut y, x, None, weight, bias, None);
+    gemm::input_gradient(&mut dx, dy, gemm::Weight { panels: &packed, outputs: n, inputs: k }, false);
+    let (mut dw_panels, mut dw) = (vec![0.0f32; panels::len_f32(n, k)], vec![0.0f32; n * k]);
+    gemm::weight_gradient(&mut dw_panels, dy, x, None, n, k, false);
+    panels::unpack(&dw_panels, n, k, 0..n, &mut dw);
+    (y, dx, dw)
+}
+
+fn linear_agrees<E: TileElement>(m: usize, n: usize, k: usize) {
+    let Some(bench) = bench() else { return };
+    let (x, w, dy) = (uniform::<E>(1, m * k), uniform::<E>(2, n * k), uniform::<E>(3, m * n));
+    let bias = uniform::<E>(4, n);
+    let (y, dx, dw) = on_cpu(&x, &w, Some(&bias), &dy, (n, k));
+    let got = bench.run(|device| {
+        let (x, w, dy, bias) = (bench.upload(&x), bench.upload(&w), bench.upload(&dy), bench.upload(&bias));
+        let weight = Weight { values: w.view(), outputs: n, inputs: k };
+        let (mut y, mut dx, mut dw) = (bench.poisoned::<E>(m * n), bench.poisoned::<f32>(m * k), bench.poisoned::<f32>(n * k));
+        product::forward(device, y.view_mut(), x.view(), weight, Some(bias.view()), Residual::None, None).unwrap();
+        product::input_gradient(device, dx.view_mut(), dy.view(), weight, false, None).unwrap();
+        product::weight_gradient(device, dw.view_mut(), dy.view(), x.view(), (n, k), false, None).unwrap();
+        (y.to_vec().unwrap(), dx.to_vec().unwrap(), dw.to_vec().unwrap())
+    });
+    // f32 sums in another order; y in bf16 is rounded once. Tensor cores cut what does not fit their sum instead of rounding it, so
+    // their errors have one sign and grow with the number of products: 1e-5 for 256 of them.
+    let by = |products: usize| 1e-5 * (products as f32 / 256.0).max(1.0);
+    assert_close("y", &got.0, &y, tolerance::<E>(by(k), 8e-3));
+    assert_close("dx", &got.1, &dx, by(n));
+    assert_close("dw", &got.2, &dw, by(m));
+}
+
+#[test]
+fn linear_layers_agree() {
+    let shapes = [(1, 1, 1), (1, 65, 40), (3, 7, 5), (17, 130, 72), (33, 9, 129), (130, 72, 64)];
+    for (m, n, k) in shapes {
+        linear_agrees::<f32>(m, n, k);
+        linear_agrees::<bf16>(m, n, k);
+    }
+    // The tile of 128 rows; few columns, since the emulator pays for each.
+    linear_agrees::<bf16>(264, 136, 40);
+    linear_agrees::<bf16>(40, 264, 24);
+    // More columns than 1024, for which Hopper has a wider tile.
+    linear_agrees::<bf16>(130, 1032, 24);
+}
+
+#[test]
+fn a_row_has_the_same_bits_in_every_tile() {
+    let Some(bench) = bench() else { return };
+    let (rows, n, k) = (270, 72, 200);
+    let (x, w) = (uniform::<bf16>(1, rows * k), uniform::<bf16>(2, n * k));
+    let forward = |x: &[bf16]| {
+        let m = x.len() / k;
+        let (x, w, mut y) = (bench.upload(x), bench.upload(&w), bench.poisoned::<f32>(m * n));
+        let weight = Weight { values: w.view(), outputs: n, inputs: k };
+        product::forward(&bench.device, y.view_mut(), x.view(), weight, None, Residual::None, None).unwrap();
+        y.to_vec().unwrap()
+    };
+    let all = forward(&x);
+    // 1 and 16 rows take a tile of 16, 40 that of 64, all of them that of 128 (Hopper's, on it).
+    for range in [0..1, 5..6, 250..266, 100..140, 269..270] {
+        assert_same("y", &forward(&x[range.start * k..range.end * k]), &all[range.start * n..range.end * n]);
+    }
+}
+
+#[test]
+fn sums_go_on_in_what_is_there() {
+    let Some(bench) = bench() else { return };
+    let (m, n, k) = (5, 12, 24);
+    let (x, w, dy, old) = (uniform::<bf16>(1, m * k), uniform::<bf16>(2, n * k), uniform::<bf16>(3, m * n), uniform::<bf16>(4, m * n));
+    let (_, dx, dw) = on_cpu(&x, &w, None, &dy, (n, k));
+    let got = bench.run(|device| {
+        let (x, w, dy, old) = (bench.upload(&x), bench.upload(&w), bench.upload(&dy), bench.upload(&old));
+        let weight = Weight { values: w.view(), outputs: n, inputs: k };
+        let (mut y, mut plain) = (bench.poisoned::<f32>(m * n), bench.poisoned::<f32>(m * n));
+        let (mut dx, mut dw) = (bench.upload(&vec![1.0f32; m * k]), bench.upload(&vec![2.0f32; n * k]));
+        let wide: Vec<f32> = old.to_vec().unwrap().iter().map(|v| v.to_f32()).collect();
+        let other = bench.upload(&wide);
+        product::forward(device, plain.view_mut(), x.view(), weight, None, Residual::None, None).unwrap();
+        product::forward(device, y.view_mut(), x.view(), weight, None, Residual::Other(other.view()), None).unwrap();
+        product::input_gradient(device, dx.view_mut(), dy.view(), weight, true, None).unwrap();
+        product::weight_gradient(device, dw.view_mut(), dy.view(), x.view(), (n, k), true, None).unwrap();
+        let sum: Vec<f32> = plain.to_vec().unwrap().iter().zip(&wide).map(|(y, old)| y + old).collect();
+        assert_same("y + residual", &y.to_vec().unwrap(), &sum);
+        (dx.to_vec().unwrap(), dw.to_vec().unwrap())
+    });
+    assert_close("dx", &got.0, &dx.iter().map(|v| v + 1.0).collect::<Vec<_>>(), 1e-5);
+    assert_close("dw", &got.1, &dw.iter().map(|v| v + 2.0).collect::<Vec<_>>(), 1e-5);
+}
+
+fn groups_agree<E: TileElement + Float>(offsets: &[i32], n: usize, k: usize) {
+    let Some(bench) = bench() else { return };
+    let (count, m) = (offsets.len() - 1, *offsets.last().unwrap() as usize);
+    let (x, w, dy) = (uniform::<E>(1, m * k), uniform::<E>(2, count * n * k), uniform::<E>(3, m * n));
+    let (mut y, mut dx, mut dw) = (Vec::new(), Vec::new(), Vec::new());
+    for (group, pair) in offsets.windows(2).enumerate() {
+        let rows = pair[0] as usize..pair[1] as usize;
+        let (x, dy) = (&x[rows.start * k..rows.end * k], &dy[rows.start * n..rows.end * n]);
+        let (own_y, own_dx, own_dw) = on_cpu(x, &w[group * n * k..(group + 1) * n * k], None, dy, (n, k));
+        y.extend(own_y);
+        dx.extend(own_dx);
+        dw.extend(own_dw);
+    }
+    let got = bench.run(|device| {
+        let (x, w, dy, offsets) = (bench.upload(&x), bench.upload(&w), bench.upload(&dy), bench.upload(offsets));
+        let groups = Some(Groups { offsets: offsets.view() });
+        let weight = Weight { values: w.view(), outputs: n, inputs: k };
+        let (mut y, mut dx, mut dw) = (bench.poisoned::<E>(m * n), bench.poisoned::<f32>(m * k), bench.poisoned::<f32>(count * n * k));
+        product::forward(device, y.view_mut(), x.view(), weight, None, Residual::None, groups).unwrap();
+        product::input_gradient(device, dx.view_mut(), dy.view(), weight, false, groups).unwrap();
+        product::weight_gradient(device, dw.view_mut(), dy.view(), x.view(), (n, k), false, groups).unwrap();
+        (y.to_vec().unwrap(), dx.to_vec().unwrap(), dw.to_vec().unwrap())
+    });
+    assert_close("y", &got.0, &y, tolerance::<E>(1e-5, 8e-3));
+    assert_close("dx", &got.1, &dx, 1e-5);
+    assert_close("dw", &got.2, &dw, 1e-5);
+}
+
+#[test]
+fn groups_of_experts_agree() {
+    // An expert without tokens, one with one, one with more than a tile.
+    for offsets in [&[0, 0, 1, 70, 75][..], &[0, 3]] {
+        groups_agree::<f32>(offsets, 24, 40);
+        groups_agree::<bf16>(offsets, 24, 40);
+        groups_agree::<bf16>(offsets, 9, 7);
+    }
+}
