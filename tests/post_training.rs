@@ -149,13 +149,16 @@ fn the_scripts_hand_their_results_to_each_other() {
             "0.1",
             "--loss",
             loss,
+            "--reward",
+            "exact",
         ];
         std::fs::remove_dir_all(place.path().join("grpo")).ok();
         let (_, grpo) = script(&place, "grpo", &[&args[..], &sampling].concat());
         assert_eq!(lines(&grpo.join("metrics.jsonl")), 2, "{loss}");
     }
     let grpo = place.folder("grpo");
-    let args = ["--model", &model(&grpo), "--prompts", &prompts, "--judge", &model(&reward), "--n", "2", "--max_tokens", "8"];
+    let args =
+        ["--model", &model(&grpo), "--prompts", &prompts, "--judge", &model(&reward), "--reward", "exact", "--n", "2", "--max_tokens", "8"];
     let (_, rejection) = script(&place, "rejection", &args);
     assert_eq!(lines(&rejection.join("chats.jsonl")), 40);
     for how in ["data", "samples"] {
@@ -200,6 +203,8 @@ fn the_scripts_hand_their_results_to_each_other() {
         "8",
         "--by",
         "kind",
+        "--reward",
+        "exact",
     ];
     let (said, eval) = script(&place, "eval", &args);
     assert!(said.contains("problems_accuracy") && lines(&eval.join("problems.jsonl")) == 40, "{said}");

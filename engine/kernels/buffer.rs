@@ -50,6 +50,12 @@ static LIVE_BYTES_MAX: AtomicUsize = AtomicUsize::new(0);
 /// Blocks up to this size are not recycled here: the allocator is quick with them.
 const SMALL: usize = 4096;
 
+/// A large page of the system's.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Blocks of at least this size lie on large pages.
+const HUGE_LEAST: usize = 2 * HUGE_PAGE;
+
 /// Most bytes of free blocks kept beyond the most that were ever live.
 const SLACK: usize = 32 << 20;
 
@@ -65,7 +71,20 @@ fn block_size(bytes: usize) -> usize {
 }
 
 fn layout(size: usize) -> Layout {
-    Layout::from_size_align(size, ALIGN).expect("block sizes are multiples of the alignment and below isize::MAX")
+    let align = if size >= HUGE_LEAST { HUGE_PAGE } else { ALIGN };
+    Layout::from_size_align(size, align).expect("block sizes are multiples of the alignment and below isize::MAX")
+}
+
+/// Asks the system for pages of 2 MiB, before the block is first written to: where a model is read once for a few rows, looking up
+/// its small pages took up to a quarter of the time (8 texts of the 0.5B shape in bf16: 92 ms a token, 74 with them).
+fn ask_for_huge_pages(block: *mut u8, size: usize) {
+    #[cfg(target_os = "linux")]
+    if size >= HUGE_LEAST {
+        // A system without them says no, and nothing is lost.
+        // SAFETY: the block is this program's own, begins at a page and is not in use; the advice changes no content.
+        let _ = unsafe { rustix::mm::madvise(block.cast(), size / HUGE_PAGE * HUGE_PAGE, rustix::mm::Advice::LinuxHugepage) };
+    }
+    let _ = (block, size);
 }
 
 /// A block of at least `wanted` bytes, and its size: a free one that is at most a quarter larger, else a new one.
@@ -78,7 +97,12 @@ fn take(wanted: usize) -> (NonNull<u8>, usize) {
         return (NonNull::new(block as *mut u8).expect("a block that was once allocated is not null"), size);
     }
     // SAFETY: the layout's size is at least ALIGN, so not zero.
-    let block = unsafe { System.alloc_zeroed(layout(size)) };
+    let block = unsafe { System.alloc(layout(size)) };
+    if !block.is_null() {
+        ask_for_huge_pages(block, size);
+        // SAFETY: the block has `size` bytes and nobody else knows it.
+        unsafe { block.write_bytes(0, size) };
+    }
     (NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout(size))), size)
 }
 
@@ -172,7 +196,7 @@ impl<E: Element> Drop for Buffer<E> {
 impl<E: Element> Deref for Buffer<E> {
     type Target = [E];
     fn deref(&self) -> &[E] {
-        // SAFETY: the block holds at least `len` elements, initialised by alloc_zeroed or by an earlier owner; every
+        // SAFETY: the block holds at least `len` elements, initialised when it was allocated or by an earlier owner; every
         // bit pattern is a valid element. With len 0 the dangling pointer is aligned, which is all a slice asks.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }

@@ -46,7 +46,7 @@ pub struct Value<E: ModelElement> {
 /// The integers of a weight, in panels, and what each row's are multiplied by.
 #[derive(Clone)]
 pub struct Int8 {
-    values: Vec<i8>,
+    values: Buffer<i8>,
     scales: Buffer<f32>,
 }
 
@@ -101,7 +101,7 @@ impl<E: ModelElement> Parameter<E> {
             Layout::Panels => panels::len::<E>(rows, columns),
             Layout::Int8 => 0,
         };
-        let int8 = || Int8 { values: vec![0; panels::len::<E>(rows, columns)], scales: Buffer::zeroed(rows) };
+        let int8 = || Int8 { values: Buffer::zeroed(panels::len::<E>(rows, columns)), scales: Buffer::zeroed(rows) };
         let int8 = (layout == Layout::Int8).then(int8);
         Self {
             name: name.into(),
