@@ -1,6 +1,6 @@
 --- Merging: an adapter into its base, or several models of one shape into one.
 --- Run: perilune run scripts/merge.lua --base checkpoints/base --adapter checkpoints/adapter
----      perilune run scripts/merge.lua --base checkpoints/base --models checkpoints/a checkpoints/b --how ties
+---      perilune run scripts/merge.lua --base checkpoints/base --models checkpoints/a,checkpoints/b --how ties
 --- Sources: model soups, arXiv 2203.05482; task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 2311.03099.
 local engine = require "engine"
 local merging = require "std.merging"

@@ -184,7 +184,7 @@ fn the_scripts_hand_their_results_to_each_other() {
     }
     for how in ["linear", "ties", "dare"] {
         std::fs::remove_dir_all(place.path().join("merge")).ok();
-        script(&place, "merge", &["--base", &base, "--models", &model(&dpo), &model(&grpo), "--how", how]);
+        script(&place, "merge", &["--base", &base, "--models", &format!("{},{}", model(&dpo), model(&grpo)), "--how", how]);
     }
     std::fs::remove_dir_all(place.path().join("merge")).ok();
     let (_, merged) = script(&place, "merge", &["--base", &base, "--adapter", &text(&sft.join("adapter"))]);

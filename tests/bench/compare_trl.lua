@@ -28,7 +28,8 @@ return engine.workflow {
       return table.move(all, 1, math.min(#all, 256), 1, {})
     end
     local function learn(batch)
-      local loss = policy:cross_entropy(batch)
+      -- transformers' trainer divides by all labels, also those of first tokens, which nothing predicts.
+      local loss = policy:cross_entropy(batch, { normalizer = batch.count })
       loss:backward()
       return loss:item(), batch.count
     end
