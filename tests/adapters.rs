@@ -150,7 +150,7 @@ fn averages_are_those_of_the_weights_and_of_masters_in_bf16() {
         a.average(&a, 0.5).unwrap();
         assert_eq!(a.version(), again);
 
-        let value = AnyTensor::new(&a.value(name).unwrap().shape().to_vec(), perilune::kernels::buffer::Buffer::copy_of(&before)).unwrap();
+        let value = AnyTensor::new(a.value(name).unwrap().shape(), perilune::kernels::buffer::Buffer::copy_of(&before)).unwrap();
         a.set_value(name, &value).unwrap();
         assert!(values(&a) == before);
         assert!(a.set_value("model.norm.weight", &value).unwrap_err().to_string().contains("model.norm.weight"));

@@ -165,7 +165,7 @@ mod tests {
         let (model, tokenizer) = (byte_model(), Tokenizer::bytes_with_chat());
         let job = |index: usize| Job {
             members: 1 + index % 3,
-            stops: if index % 2 == 0 { vec!["e".into()] } else { vec![] },
+            stops: if index.is_multiple_of(2) { vec!["e".into()] } else { vec![] },
             top_logprobs: index % 2 * 4,
             rules: if index % 4 == 3 { Rules::GREEDY } else { Rules { top_k: index, temperature: 0.8, ..WARM } },
             ..Job::new((0..1 + index * 3).map(|i| (i * 7 % 250) as i32).collect(), 3 + index * 2, WARM, index as u64)
