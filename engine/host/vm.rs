@@ -205,10 +205,9 @@ mod tests {
 
     #[test]
     fn pcall_hands_out_strings_and_lets_panics_pass() {
-        assert_eq!(
-            run("local ok, err = pcall(require, 'std.loses') return err").unwrap(),
-            "test.lua:1: no module \"std.loses\"; there are std.eval, std.losses, std.schedules, std.tales; did you mean `losses`?"
-        );
+        let message = run("local ok, err = pcall(require, 'std.loses') return err").unwrap();
+        assert!(message.starts_with("test.lua:1: no module \"std.loses\"; there are std.answers, std.eval, "), "{message}");
+        assert!(message.ends_with("; did you mean `losses`?"), "{message}");
         assert_eq!(run("local ok, err = pcall(error, { 7 }) return err[1]").unwrap(), "7");
         assert_eq!(run("return select(2, pcall(function() error('x') end))").unwrap(), "test.lua:1: x");
         assert_eq!(run("return select(2, xpcall(function() math.randomseed(1) end, function(e) return type(e) end))").unwrap(), "string");
