@@ -106,7 +106,7 @@ fn what_cannot_be_done_is_one_line_that_says_why() {
     assert!(refusal(&["generate", "missing-folder", "--prompt", "x"]).contains("missing-folder"));
     assert!(refusal(&["generate", &path, "--prompt", ""]).contains("--prompt"));
     assert!(refusal(&["generate", &path, "--prompt", "x", "--top-p", "2"]).contains("top_p"));
-    assert!(refusal(&["generate", &path, "--prompt", "x", "--dtype", "i8"]).contains("f32 or bf16"));
+    assert!(refusal(&["generate", &path, "--prompt", "x", "--dtype", "i8"]).contains("f32, bf16 or int8"));
     assert!(refusal(&["generate", &path, "--prompt", "x", "--stop", ""]).contains("stop"));
     assert!(refusal(&["bench", "train", "--config", "huge"]).contains("tiny"));
     assert!(refusal(&["bench", "ops", "--seconds", "0"]).contains("--seconds"));
