@@ -252,9 +252,14 @@ describe("schedules", function()
     expect(schedules.cosine(3, 4, { warmup = 8 })).is(0.5)
     expect(schedules.linear(8, 8, { warmup = 8, final = 0.5 })).is(0.5)
   end)
+  it("take a share of one step that is done", function()
+    expect(schedules.cosine(0.5, 1, { final = 0.1 })).near(0.55, 1e-12)
+    expect(schedules.cosine(1.0, 1, { final = 0.1 })).near(0.1, 1e-12)
+  end)
   it("refuse what cannot be meant", function()
     expect(function() schedules.cosine(0, 0) end).fails "`steps` should be"
-    expect(function() schedules.cosine(1.5, 10) end).fails "`step` should be"
+    expect(function() schedules.cosine(-0.5, 10) end).fails "`step` should be"
+    expect(function() schedules.cosine(0 / 0, 10) end).fails "`step` should be"
     expect(function() schedules.cosine(0, 10, { warm = 1 }) end).fails "`warm`"
   end)
 end)
