@@ -10,7 +10,7 @@ use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::graph::Graph;
 use crate::model::{Model, flops};
-use crate::tensor::parameter::Trainable;
+use crate::tensor::trainable::Trainable;
 use crate::tensor::{ModelElement, logprobs};
 use crate::train::optimizer::{AdamW, Settings};
 use half::bf16;

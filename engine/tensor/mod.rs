@@ -30,6 +30,7 @@ pub mod reduce;
 pub mod rms_norm;
 mod shape;
 pub mod softmax;
+pub mod trainable;
 mod typed;
 
 pub use any::AnyTensor;

@@ -6,7 +6,8 @@
 use crate::error::{Error, Result};
 use crate::kernels::cpu::online_merge::{keep_largest, keep_some};
 use crate::kernels::random::Stream;
-use crate::tensor::parameter::{Layout, Trainable};
+use crate::tensor::parameter::Layout;
+use crate::tensor::trainable::Trainable;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;

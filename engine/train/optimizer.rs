@@ -8,7 +8,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW as Update;
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::online_merge::adam_update;
-use crate::tensor::parameter::Trainable;
+use crate::tensor::trainable::Trainable;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 

@@ -1,0 +1,112 @@
+//! `Trainable`: a parameter of any element type, as optimizers see it. What a parameter is stands in parameter.rs.
+
+use super::ModelElement;
+use super::parameter::{Layout, Parameter};
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::adamw::AdamW;
+use crate::kernels::cpu::{norm, panels};
+
+/// A parameter of any element type, as optimizers see it.
+pub trait Trainable: Send + Sync {
+    fn name(&self) -> &str;
+    /// Whether it is a matrix: biases and norm weights, which are not, usually go without weight decay.
+    fn is_matrix(&self) -> bool;
+    /// Elements, padding of the layout not counted.
+    fn count(&self) -> usize;
+    /// Elements of its gradient and moments, padding counted.
+    fn gradient_len(&self) -> usize;
+    fn trains(&self) -> bool;
+    /// Reads the gradient, if there is one.
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>));
+    fn clear_gradient(&self);
+    /// One AdamW update by the gradient, which is gone afterwards. Nothing happens without a gradient.
+    ///
+    /// - `m`, `v`: `gradient_len` elements each
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
+    /// How the elements of the gradient lie.
+    fn layout(&self) -> Layout;
+    /// Inputs of a matrix; 1 for a vector.
+    fn columns(&self) -> usize;
+    /// Copies the f32 values, `gradient_len` of them, in the layout of the gradient; padding is zero.
+    fn read_master(&self, values: &mut [f32]);
+    /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
+    fn add_and_scale(&self, delta: &[f32], scale: f32);
+}
+
+impl<E: ModelElement> Trainable for Parameter<E> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_matrix(&self) -> bool {
+        self.layout == Layout::Panels || self.columns > 1
+    }
+
+    fn count(&self) -> usize {
+        self.rows * self.columns
+    }
+
+    fn gradient_len(&self) -> usize {
+        Parameter::gradient_len(self)
+    }
+
+    fn trains(&self) -> bool {
+        Parameter::trains(self)
+    }
+
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) {
+        self.with_gradient(read);
+    }
+
+    fn clear_gradient(&self) {
+        Parameter::clear_gradient(self);
+    }
+
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+        let panel_columns = (self.layout == Layout::Panels).then_some(self.columns);
+        self.update(|value, gradient| {
+            if E::HAS_REMAINDER && value.remainder.is_none() {
+                // The first update of a weight that came as bf16: its master is that bf16 value.
+                value.remainder = Some(vec![0; value.weight.len()]);
+            }
+            E::adamw(&mut value.weight, value.remainder.as_deref_mut(), gradient, m, v, panel_columns, settings);
+        });
+    }
+
+    fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    fn columns(&self) -> usize {
+        self.columns
+    }
+
+    fn read_master(&self, values: &mut [f32]) {
+        assert_eq!(values.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
+        values.fill(0.0);
+        for rows in self.row_blocks() {
+            let mut block = Buffer::<f32>::scratch(rows.len() * self.columns);
+            self.read_rows(rows.clone(), &mut block);
+            match self.layout {
+                Layout::Rows => values[rows.start * self.columns..rows.end * self.columns].copy_from_slice(&block),
+                Layout::Panels | Layout::Int8 => panels::pack(values, self.rows, self.columns, rows, &block),
+            }
+        }
+    }
+
+    fn add_and_scale(&self, delta: &[f32], scale: f32) {
+        assert_eq!(delta.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
+        for rows in self.row_blocks() {
+            let len = rows.len() * self.columns;
+            let (mut values, mut step) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
+            self.read_rows(rows.clone(), &mut values);
+            match self.layout {
+                Layout::Rows => step.copy_from_slice(&delta[rows.start * self.columns..rows.end * self.columns]),
+                Layout::Panels | Layout::Int8 => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),
+            }
+            norm::add(&mut values, &step);
+            norm::scale(&mut values, scale);
+            self.write_rows(rows, &values, E::HAS_REMAINDER);
+        }
+    }
+}
