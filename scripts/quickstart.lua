@@ -40,7 +40,7 @@ return engine.workflow {
     local curves = run:state("curves", { pretrain = {}, sft = {}, dpo = {}, reward = {}, length = {}, kl = {} })
     local stages, samples = {}, {}
     --- Sampled answers to the held-out problems: the same measure after every stage. Recorded, so that a resume keeps it.
-    local function evaluate(stage, prompts_are_chats)
+    local function evaluate(stage)
       local seconds_from = run:now()
       local numbers = run:step("evaluate " .. stage, {}, function()
         local result = eval.generate(policy, held_out, tasks.reward(), {

@@ -66,8 +66,6 @@ pub enum Finish {
     StopText,
     /// At `max_tokens`, or at the model's last position.
     Length,
-    /// Because somebody wanted no more.
-    Cancelled,
 }
 
 impl Finish {
@@ -77,7 +75,6 @@ impl Finish {
             Self::StopToken => "stop_token",
             Self::StopText => "stop_text",
             Self::Length => "length",
-            Self::Cancelled => "cancelled",
         }
     }
 }
@@ -230,24 +227,6 @@ impl<'a> Scheduler<'a> {
     /// Whether nothing is left to do.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.prompts.is_empty() && self.running.is_empty()
-    }
-
-    /// Ends a job: its texts so far, by member. Those that had not begun are left out.
-    pub fn cancel(&mut self, job: usize) -> Vec<(usize, Text)> {
-        self.waiting.retain(|waiting| *waiting != job);
-        for index in (0..self.prompts.len()).rev().filter(|index| self.prompts[*index].job == job).collect::<Vec<_>>() {
-            let prompt = self.prompts.remove(index).expect("the index was found just now");
-            self.cache.release(prompt.table);
-        }
-        let mut texts = Vec::new();
-        for index in (0..self.running.len()).rev().filter(|index| self.running[*index].job == job).collect::<Vec<_>>() {
-            let member = self.running.remove(index);
-            texts.push((member.member, self.end(member, Finish::Cancelled)));
-        }
-        self.promised.remove(&job);
-        self.jobs.remove(&job);
-        texts.reverse();
-        texts
     }
 
     /// Runs every text on by a token, and some prompts by a piece.
