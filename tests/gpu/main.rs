@@ -64,7 +64,7 @@ fn open() -> Option<Bench> {
     let symbol = c"emulator_set_order";
     // SAFETY: the emulator's driver has a function of this name and type.
     let set_order = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, symbol.as_ptr())) };
-    let device = Device::open_with(0, Settings { size_classes: false, ..Settings::default() }).unwrap();
+    let device = Device::open_with(0, Settings { size_classes: false, keeps_kernels: false, ..Settings::default() }).unwrap();
     announce("emulated on the CPU; no GPU was used");
     Some(Bench { device, set_order: Some(set_order) })
 }

@@ -22,11 +22,13 @@ pub struct Settings {
     pub size_classes: bool,
     /// Bytes that the pool may take from the driver; more is out of memory.
     pub memory_bytes_max: usize,
+    /// Keep machine code in the user's cache. An emulator's is none, and must not be found there by a GPU.
+    pub keeps_kernels: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { size_classes: true, memory_bytes_max: usize::MAX }
+        Self { size_classes: true, memory_bytes_max: usize::MAX, keeps_kernels: true }
     }
 }
 
@@ -220,7 +222,8 @@ impl Device {
     }
 
     fn load(&self, op: &'static str, variant: &Variant) -> Result<Module> {
-        let compiled = compile::compile(op, variant, self.target())?;
+        let compile = if self.settings.keeps_kernels { compile::compile } else { compile::compile_anew };
+        let compiled = compile(op, variant, self.target())?;
         let mut module = std::ptr::null_mut();
         // SAFETY: the image is what NVRTC made for this device's architecture, and the driver copies it.
         let code = unsafe { sys::cuModuleLoadData(&mut module, compiled.image.as_ptr().cast()) };
