@@ -28,6 +28,7 @@ pub mod parameter;
 pub mod recompute;
 pub mod reduce;
 pub mod rms_norm;
+pub mod select_rows;
 mod shape;
 pub mod softmax;
 pub mod trainable;
