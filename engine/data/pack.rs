@@ -161,7 +161,8 @@ impl TokenBatch {
             let earlier = start as usize..end as usize;
             let pairs = self.tokens[earlier.clone()].iter().zip(&self.labels[earlier]).zip(tokens.iter().zip(labels));
             let shared = pairs.take_while(|((token, label), (own, own_label))| token == own && **label == IGNORED && **own_label == IGNORED);
-            start..start + shared.count().min(tokens.len().saturating_sub(1)) as u32
+            let shared = shared.count().min(tokens.len().saturating_sub(1)) as u32;
+            if shared == 0 { 0..0 } else { start..start + shared }
         });
         if !prefix.is_empty() || !self.prefixes.is_empty() {
             self.prefixes.resize(self.documents(), 0..0);
