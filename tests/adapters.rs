@@ -105,7 +105,7 @@ fn training_an_adapter_keeps_nothing_for_its_base() {
             let mut optimizer = AdamW::new(model.parameters(), Settings::default()).unwrap();
             model.cross_entropy(&batch.packed(), &labels, 63.0, 0.0).unwrap().total.backward().unwrap();
             let gradients = live_bytes() - start - weights;
-            optimizer.step();
+            optimizer.step().unwrap();
             (model.count(), model.trainable(), weights, gradients, live_bytes() - start - weights)
         };
         let (count, trainable, weights, gradients, state) = kept(true);

@@ -65,7 +65,7 @@ impl Training {
             let lr = self.settings.lr * self.rate(step as f64);
             optimizer.set(Settings { lr, ..self.settings }).unwrap();
             let loss = Self::backward(model, batch);
-            let update = optimizer.step();
+            let update = optimizer.step().unwrap();
             assert!(update.applied);
             for (curve, value) in curves.iter_mut().zip([loss.total.values()[0], update.grad_norm as f32, lr as f32]) {
                 curve.push(value);
@@ -199,7 +199,7 @@ fn an_update_between_the_passes_is_refused() {
     let (batch, labels) = &training.batches[0];
     let late = model.cross_entropy(&batch.packed(), labels, 1.0, 0.0).unwrap().total;
     Training::backward(&model, &training.batches[0]);
-    optimizer.step();
+    optimizer.step().unwrap();
     let message = late.backward().unwrap_err().to_string();
     assert!(message.contains("before the update"), "{message}");
     assert!(late.data().force().is_err());

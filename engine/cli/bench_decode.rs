@@ -88,7 +88,7 @@ fn prompt(model: &Model, tokens: usize, number: usize) -> Vec<i32> {
 
 /// Decodes `batch` texts together; adds the time of each step after the prompts'.
 fn decode(model: &Model, batch: usize, steps: &mut Vec<f64>) -> Result<()> {
-    let mut scheduler = Scheduler::new(model, None, batch);
+    let mut scheduler = Scheduler::new(model, None, batch)?;
     for number in 0..batch {
         scheduler.add(Job::new(prompt(model, PROMPT_TOKENS, number), DECODED_TOKENS + 1, Rules::GREEDY, 0))?;
     }
@@ -102,7 +102,7 @@ fn decode(model: &Model, batch: usize, steps: &mut Vec<f64>) -> Result<()> {
 }
 
 fn prefill(model: &Model, tokens: usize) -> Result<()> {
-    let mut scheduler = Scheduler::new(model, None, 1);
+    let mut scheduler = Scheduler::new(model, None, 1)?;
     scheduler.add(Job::new(prompt(model, tokens, 0), 1, Rules::GREEDY, 0))?;
     while !scheduler.is_idle() {
         scheduler.step()?;

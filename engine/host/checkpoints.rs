@@ -134,11 +134,11 @@ impl Snapshot {
                     stored_models
                         .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
                     // A copy of what does not train shares its weights, so that it costs nothing.
-                    models.push(Copied { name, copy: model.copy(), version: model.model.version(), as_made: frozen });
+                    models.push(Copied { name, copy: model.image()?, version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {
                     let held = optimizer.lock();
-                    optimizers.push((name.clone(), held.adamw.state()));
+                    optimizers.push((name.clone(), held.adamw.state()?));
                     let stored = StoredOptimizer { script: held.script, asked: held.asked, forced: held.forced.clone() };
                     stored_optimizers.insert(name, stored);
                 }
@@ -210,7 +210,7 @@ impl Snapshot {
             if let Some(Resource::Model(object)) = live.get(name.as_str())
                 && object.model.version() != *version
             {
-                object.model.copy_from(&copy.model);
+                object.model.copy_from(&copy.model)?;
             }
         }
         for (name, state) in &self.optimizers {

@@ -4,14 +4,14 @@
 
 use super::config::Config;
 use crate::error::{Error, Result};
-use crate::tensor::attention::{Heads, Rope, attention};
+use crate::tensor::attention::{Documents, Heads, Rope, attention};
 use crate::tensor::embedding::embedding;
-use crate::tensor::experts::{Expert, Routing, mixture, routing};
+use crate::tensor::experts::{Expert, Experts, Routing, mixture, routing};
 use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
-use crate::tensor::paged_attention::{KvBlocks, Span, paged_attention};
+use crate::tensor::paged_attention::{KvBlocks, Span, Texts, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
-use crate::tensor::{ModelElement, Parameter, Tensor};
+use crate::tensor::{ModelElement, Parameter, Place, Tensor};
 use std::sync::{Arc, Mutex};
 
 /// Documents laid end to end: `tokens` and `position_ids` of `[tokens]`, and the borders of the documents, from 0 to
@@ -82,7 +82,7 @@ pub enum Mlp<E: ModelElement> {
 pub struct Sparse<E: ModelElement> {
     /// `[experts, hidden]`
     pub router: Arc<Parameter<E>>,
-    pub experts: Arc<[Expert<E>]>,
+    pub experts: Experts<E>,
     pub shared: Expert<E>,
     /// `[1, hidden]`
     pub shared_gate: Arc<Parameter<E>>,
@@ -114,6 +114,11 @@ impl<E: ModelElement> Graph<E> {
         self.config.rms_norm_eps as f32
     }
 
+    /// Where the weights lie, and all that is computed from them.
+    pub fn place(&self) -> &Place {
+        self.embed.place()
+    }
+
     /// How a layer's attention sees the heads.
     pub fn heads(&self) -> Heads {
         Heads { heads: self.config.heads, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
@@ -127,10 +132,10 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: those of [`Packed::check`].
     pub fn forward(self: &Arc<Self>, input: &Packed, recompute_layers: bool, observe: impl FnMut(&Tensor<E, 2>)) -> Result<Forward<E>> {
         input.check("forward", self.config.vocab)?;
-        let tables = Arc::new(self.rope.tables::<E>(input.position_ids)?);
-        let borders: Arc<[i32]> = input.cu_seqlens.iter().map(|border| *border as i32).collect();
+        let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
+        let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
         let heads = self.heads();
-        let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &borders, window);
+        let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
         self.forward_with(input.tokens, recompute_layers, observe, attend)
     }
 
@@ -149,11 +154,11 @@ impl<E: ModelElement> Graph<E> {
         cache: &Arc<Mutex<KvBlocks>>,
     ) -> Result<Forward<E>> {
         Packed { tokens, position_ids, cu_seqlens: &[0, tokens.len() as u32] }.check("generate", self.config.vocab)?;
-        let tables = Arc::new(self.rope.tables::<E>(position_ids)?);
-        let (heads, spans, cache) = (self.heads(), Arc::new(spans), cache.clone());
+        let tables = Arc::new(self.rope.tables::<E>(position_ids, self.place())?);
+        let (heads, texts, cache) = (self.heads(), Arc::new(Texts::new(spans)), cache.clone());
         let attend = move |layer, qkv: &Tensor<E, 2>, window| {
             let mut cache = cache.lock().expect("attention does not panic under this lock");
-            paged_attention(qkv, heads, &tables, &spans, &mut cache, layer, window)
+            paged_attention(qkv, heads, &tables, &texts, &mut cache, layer, window)
         };
         self.forward_with(tokens, false, |_| {}, attend)
     }

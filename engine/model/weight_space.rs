@@ -46,7 +46,7 @@ impl Model {
             }
             value.force()?;
             let masters = named.parameter.trains();
-            named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters);
+            named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters)?;
         });
         Ok(())
     }
@@ -78,6 +78,5 @@ fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapter: O
         other.cloned().map(|other| (parameter.clone(), other)).ok_or_else(lacks)
     });
     let pairs = pairs.collect::<Result<Vec<_>>>()?;
-    pairs.iter().for_each(|(parameter, other)| parameter.average(other, weight));
-    Ok(())
+    pairs.iter().try_for_each(|(parameter, other)| parameter.average(other, weight))
 }

@@ -7,6 +7,7 @@ mod attention;
 mod experts;
 mod generic;
 mod memory;
+mod model;
 mod optimizer;
 mod paged;
 mod product;
