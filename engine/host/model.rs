@@ -84,6 +84,9 @@ impl ModelObject {
             lora: lora_option(op, options)?,
             adapter: options.string("adapter")?.map(PathBuf::from),
         };
+        if let (Some(device), Some(screen)) = (making.place.device(), lua.app_data_ref::<Screen>()) {
+            screen.note(&format!("a model on {}, {}", making.place, device.name));
+        }
         let mut this = match source {
             Value::String(folder) => Self::load(lua, &PathBuf::from(folder.to_string_lossy()), &making)?,
             Value::Table(fields) => Self::random(lua, fields, &making)?,

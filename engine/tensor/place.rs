@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::norm;
+use crate::kernels::cuda::compile::nvrtc_version;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::elements;
 use crate::kernels::cuda::memory::DeviceBuffer;
@@ -25,8 +26,8 @@ pub enum Place {
 static DEVICES: Mutex<BTreeMap<usize, Arc<Device>>> = Mutex::new(BTreeMap::new());
 
 impl Place {
-    /// The place that a user names: `cpu`, `cuda` (the first GPU), `cuda:1`, or `auto`, which is `cuda` if the driver shows a
-    /// GPU that the engine can use and `cpu` if not.
+    /// The place that a user names: `cpu`, `cuda` (the first GPU), `cuda:1`, or `auto`, which is `cuda` if there is a
+    /// GPU that the engine can use, with NVRTC to compile its kernels, and `cpu` if not.
     ///
     /// Errors: [`Error::Argument`] for another name; [`Error::Device`] with the remedy if that GPU cannot be used.
     pub fn named(name: &str) -> Result<Self> {
@@ -35,7 +36,9 @@ impl Place {
         match name {
             "cpu" => Ok(Self::Host),
             "auto" => match probe() {
-                Ok(Driver { gpus, .. }) if gpus[0].compute_capability >= Device::CAPABILITY_LEAST => Self::cuda(0),
+                Ok(Driver { gpus, .. }) if gpus[0].compute_capability >= Device::CAPABILITY_LEAST && nvrtc_version("cuda").is_ok() => {
+                    Self::cuda(0)
+                }
                 _ => Ok(Self::Host),
             },
             "cuda" => Self::cuda(0),
@@ -49,6 +52,8 @@ impl Place {
             return Ok(Self::Cuda(device.clone()));
         }
         let device = Device::open(ordinal)?;
+        // Said now, not at the first kernel, after the weights have been read.
+        nvrtc_version("cuda")?;
         devices.insert(ordinal, device.clone());
         Ok(Self::Cuda(device))
     }

@@ -5,6 +5,8 @@
 
 mod attention;
 mod experts;
+#[path = "../fixtures/mod.rs"]
+mod fixtures;
 mod generic;
 mod memory;
 mod model;
@@ -13,6 +15,8 @@ mod paged;
 mod product;
 mod rows;
 mod sample;
+#[path = "../fixtures/training.rs"]
+mod training;
 
 use half::bf16;
 use perilune::kernels::cuda::device::{Device, Settings};

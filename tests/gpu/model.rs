@@ -1,5 +1,7 @@
 //! Whole models on the device: forward, loss, every gradient and steps of AdamW against the CPU's; laws that hold to the bit.
 
+use crate::fixtures::clear_gradients;
+use crate::training::{Training, check_gradients};
 use crate::{Bench, bench};
 use perilune::infer::sampler::Rules;
 use perilune::infer::scheduler::{Job, Scheduler};
@@ -298,6 +300,34 @@ fn adapters_train_as_on_the_cpu() {
     }
     let error = on(bench, true, Dtype::F32).adapt(Lora { targets: vec!["all-linear".into()], ..lora }, 5).unwrap_err().to_string();
     assert!(error.contains("experts") && error.contains("CPU"), "{error}");
+}
+
+/// PyTorch's numbers (tests/golden): the loss and every gradient of the first batch, then steps of AdamW on a cosine schedule; all
+/// twenty of them on a GPU, the first on the emulator.
+#[test]
+fn training_follows_the_reference() {
+    let Some(bench) = bench() else { return };
+    for name in ["train_dense", "train_moe"] {
+        let training = Training::open(name);
+        let golden = &training.golden;
+        let place = Place::Cuda(bench.device.clone());
+        let model = Model::load_at(&place, golden.folder(), Some(Dtype::F32), true, &mut |remark| panic!("{remark}")).unwrap();
+        let loss = Training::backward(&model, &training.batches[0]);
+        golden.check("loss", loss.total.values());
+        if let Some(balance) = loss.load_balance {
+            golden.check("aux_loss", balance.values());
+        }
+        check_gradients(golden, &model);
+        clear_gradients(&model);
+        let steps = if bench.is_emulated() { 2 } else { training.batches.len() };
+        let [losses, norms, _] = training.run(&model, steps);
+        // The fixture's own tolerance of a loss is about this; later steps carry the rounding of the earlier ones on.
+        for (got, want) in [(losses, golden.floats("step_loss")), (norms, golden.floats("step_grad_norm"))] {
+            for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 1e-3 * want.abs(), "{name}, step {step}: {got} and {want}");
+            }
+        }
+    }
 }
 
 #[test]
