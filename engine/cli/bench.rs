@@ -24,7 +24,7 @@ pub struct BenchArgs {
     /// f32 or bf16; with decode also int8.
     #[arg(long, default_value = "f32")]
     dtype: String,
-    /// With train: cpu, cuda (the first GPU), cuda:1 ..., or auto: cuda if there is a GPU.
+    /// With train and decode: cpu, cuda (the first GPU), cuda:1 ..., or auto: cuda if there is a GPU.
     #[arg(long, default_value = "cpu")]
     device: String,
     /// With train and ops: tokens of each sequence.
@@ -96,8 +96,8 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     };
     let config = preset(&args.config)?;
     let place = Place::named(&args.device)?;
-    if place.device().is_some() && !matches!(args.what, What::Train) {
-        return Err(Error::argument("bench", "--device", "cpu, but for `bench train`", args.device));
+    if place.device().is_some() && !matches!(args.what, What::Train | What::Decode) {
+        return Err(Error::argument("bench", "--device", "cpu, but for `bench train` and `bench decode`", args.device));
     }
     for (arg, value, most) in [("--sequence", args.sequence, config.max_positions), ("--sequences", args.sequences, 4096)] {
         if !(1..=most).contains(&value) {

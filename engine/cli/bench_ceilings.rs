@@ -78,6 +78,16 @@ fn product_on<E: Element + Float>(device: &Arc<Device>, seconds: f64) -> Result<
     Ok(Ceiling::new(times, 2.0 * (SIZE as f64).powi(3)))
 }
 
+/// GB/s of a copy of 256 MiB on a device: bytes read and bytes written together.
+///
+/// Errors: those of the device.
+pub fn copy_on(device: &Arc<Device>, seconds: f64) -> Result<Ceiling> {
+    let new = || DeviceBuffer::<f32>::zeroed(device, "the copy of a ceiling", COPY_BYTES / 4);
+    let (from, mut to) = (new()?, new()?);
+    let times = timed(seconds, || Ok(Duration::from_secs_f64(f64::from(device.time_ms(|| to.copy_from(from.view()))?) / 1e3)))?;
+    Ok(Ceiling::new(times, 2.0 * COPY_BYTES as f64))
+}
+
 /// Numbers between -1 and 1: zeros or denormals would take other times.
 pub fn filled<E: Element>(len: usize) -> Buffer<E> {
     let mut values = Buffer::<E>::scratch(len);

@@ -2,7 +2,7 @@
 //! that drops one a step would pile up thousands before Lua thinks of collecting. The engine counts the bytes itself and
 //! runs the collector when they have grown.
 
-use crate::kernels::buffer::live_bytes;
+use crate::tensor::place::live_bytes;
 use mlua::Lua;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 

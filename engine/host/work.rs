@@ -27,7 +27,7 @@ pub fn explanation() -> String {
   engine on this machine in the model's element type, of 4096^3 where the model is on a GPU. Recomputed layers count once; a forward pass alone is a third,
   and a step that trains an adapter two thirds.
 {FORMULA}
-memory: bytes of live tensors, of the process's resident memory.
+memory: bytes of live tensors, of the process's resident memory; and those of live tensors on GPUs.
 left: seconds so far, times the share to do over the share done."
     )
 }

@@ -14,10 +14,14 @@ impl Model {
     /// adapters it is the adapters that are averaged.
     ///
     /// Errors: [`Error::Argument`] for a weight that is not finite, models of another shape or element type, one adapter alone
-    /// or two different ones, and adapters that are merged.
+    /// or two different ones, and adapters that are merged; [`Error::Device`] for models that lie apart.
     pub fn average(&self, other: &Self, weight: f64) -> Result<()> {
         if !weight.is_finite() {
             return Err(Error::argument("average", "weight", "a finite number", weight));
+        }
+        if !self.place().is(other.place()) {
+            let what = format!("`other` should be on {}, as self is, got a model on {}", self.place(), other.place());
+            return Err(Error::Device { op: "average", what });
         }
         if self.adapter() != other.adapter() || self.is_merged() || other.is_merged() {
             let expected = "two models without adapters, or with adapters of one shape that are not merged";

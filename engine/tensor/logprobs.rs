@@ -22,12 +22,19 @@ pub const IGNORE: i32 = -100;
 /// once over its gradient, so that a step of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384; on AMX these
 /// passes take longer than the products.
 const CHUNK_BYTES: usize = 384 << 20;
+/// The same on a device, where each chunk reads and writes the gradient of the head once more.
+const CHUNK_BYTES_ON_DEVICE: usize = 1 << 30;
 
 /// Rows of a chunk, of `count` in all: as few chunks as fit, of about the same size, in whole tiles of the product, which have
 /// 12 or 32 rows; and a multiple of 32 is where the head's gradient may be cut without changing a bit.
-pub(super) fn chunk_rows(vocab: usize, count: usize) -> usize {
-    let most = (CHUNK_BYTES / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
+fn chunk_rows(vocab: usize, count: usize, chunk_bytes: usize) -> usize {
+    let most = (chunk_bytes / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
     count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(96).clamp(96, most)
+}
+
+/// Rows whose logits exist together on a device, of `count` in all.
+pub fn rows_on_device(vocab: usize, count: usize) -> usize {
+    chunk_rows(vocab, count, CHUNK_BYTES_ON_DEVICE)
 }
 
 /// Log-probabilities of chosen tokens from logits that are there already: the bits of [`logprobs`] over the same rows.
@@ -151,7 +158,7 @@ fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32)
 /// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
 fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: impl FnMut(std::ops::Range<usize>, &[E], &[i32])) {
     let count = targets.rows.len();
-    let size = chunk_rows(vocab, count);
+    let size = chunk_rows(vocab, count, CHUNK_BYTES);
     for start in (0..count).step_by(size) {
         let range = start..(start + size).min(count);
         visit(range.clone(), &targets.x()[range.start * targets.hidden..range.end * targets.hidden], &targets.labels[range]);

@@ -2,7 +2,7 @@
 //! host always: a model's results come there, and on a device there are weights, activations and gradients alone.
 
 use crate::error::{Error, Result};
-use crate::kernels::buffer::Buffer;
+use crate::kernels::buffer::{self, Buffer};
 use crate::kernels::cpu::norm;
 use crate::kernels::cuda::compile::nvrtc_version;
 use crate::kernels::cuda::device::Device;
@@ -81,6 +81,17 @@ impl Place {
             _ => false,
         }
     }
+}
+
+/// Bytes of live tensors on all devices in use.
+pub fn device_bytes() -> usize {
+    let devices = DEVICES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    devices.values().map(|device| device.memory_statistics().live_bytes).sum()
+}
+
+/// Bytes of live tensors, wherever they lie.
+pub fn live_bytes() -> usize {
+    buffer::live_bytes() + device_bytes()
 }
 
 impl std::fmt::Display for Place {

@@ -18,8 +18,6 @@ const TOKENS: [i32; 26] = [5, 61, 3, 3, 17, 40, 66, 0, 12, 5, 9, 31, 5, 28, 44, 
 const BORDERS: [u32; 3] = [0, 19, 26];
 const NORMALIZER: f32 = 21.0;
 const BALANCE: f32 = 0.01;
-/// How much further apart than activations the ways of weights may be.
-const UPDATES: f64 = 100.0;
 
 fn config(moe: bool) -> Config {
     let mut fields = vec![("vocab", json!(67)), ("hidden", json!(24)), ("layers", json!(2)), ("heads", json!(2)), ("kv_heads", json!(1))];
@@ -114,6 +112,7 @@ fn distance(got: &[f32], want: &[f32]) -> f64 {
 #[track_caller]
 fn assert_near(what: &str, got: &[f32], want: &[f32], by: f64) {
     let apart = distance(got, want);
+    println!("{what}: {apart:.2e}, at most {by:.0e}");
     assert!(apart <= by, "{what}: {apart:.2e} of its length from the CPU's, at most {by:.0e}");
 }
 
@@ -129,7 +128,7 @@ fn trains_as_on_the_cpu(moe: bool, dtype: Dtype) {
     let want = train(&host);
     let got = bench.run(|_| train(&on(bench, moe, dtype)));
     // f32 sums in another order; bf16 rounds activations and gradients to 8 bits some ten times on the way through two layers.
-    let by = if dtype == Dtype::F32 { 1e-5 } else { 2e-2 };
+    let (by, way) = if dtype == Dtype::F32 { (1e-5, 1e-3) } else { (2e-2, 0.3) };
     assert_near("logits", &got.logits, &want.logits, by);
     assert_near("log-probabilities", &got.logprobs, &want.logprobs, by);
     assert_near("entropies", &got.entropies, &want.entropies, by);
@@ -146,7 +145,7 @@ fn trains_as_on_the_cpu(moe: bool, dtype: Dtype) {
     // difference is held against the way that the weight has gone.
     let moved = |now: &[f32], before: &[f32]| now.iter().zip(before).map(|(now, before)| now - before).collect::<Vec<f32>>();
     for (((name, got), (_, want)), (_, before)) in got.values.iter().zip(&want.values).zip(&before) {
-        assert_near(&format!("the way of {name} in three steps"), &moved(got, before), &moved(want, before), UPDATES * by);
+        assert_near(&format!("the way of {name} in three steps"), &moved(got, before), &moved(want, before), way);
     }
 }
 

@@ -12,7 +12,7 @@ use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::cuda::product::{self, Residual};
 use crate::kernels::cuda::{elements, embedding::embed};
 use crate::tensor::autograd::{Node, Sink};
-use crate::tensor::logprobs::{Extra, Score, chunk_rows, labelled_rows, scalar};
+use crate::tensor::logprobs::{Extra, Score, labelled_rows, rows_on_device, scalar};
 use crate::tensor::parameter::Parameter;
 use crate::tensor::place::downloaded;
 use crate::tensor::{Data, ModelElement, Tensor};
@@ -69,7 +69,7 @@ impl<E: ModelElement> Targets<E> {
 
     /// Ranges of rows whose logits exist together.
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
-        let (count, size) = (self.count(), chunk_rows(self.vocab, self.count()));
+        let (count, size) = (self.count(), rows_on_device(self.vocab, self.count()));
         (0..count).step_by(size).map(move |start| start..(start + size).min(count))
     }
 
