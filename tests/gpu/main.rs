@@ -4,6 +4,7 @@
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
 mod attention;
+mod elements;
 mod experts;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
@@ -32,6 +33,9 @@ unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
 }
+
+/// How the emulated device is opened: so that it sees each access beyond the end of a buffer, and its code is not kept.
+const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
 
 /// What the tests run on.
 pub struct Bench {
@@ -69,7 +73,7 @@ fn open() -> Option<Bench> {
     let symbol = c"emulator_set_order";
     // SAFETY: the emulator's driver has a function of this name and type.
     let set_order = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, symbol.as_ptr())) };
-    let device = Device::open_with(0, Settings { size_classes: false, keeps_kernels: false, ..Settings::default() }).unwrap();
+    let device = Device::open_with(0, EMULATED).unwrap();
     announce("emulated on the CPU; no GPU was used");
     Some(Bench { device, set_order: Some(set_order) })
 }
@@ -113,6 +117,11 @@ fn build_emulator() -> Option<*mut c_void> {
 }
 
 impl Bench {
+    /// The same device once more, with a memory of its own that no other test takes from.
+    pub fn apart(&self) -> Arc<Device> {
+        if self.is_emulated() { Device::open_with(0, EMULATED).unwrap() } else { Device::open(0).unwrap() }
+    }
+
     /// Whether there is no GPU: shapes stay small then.
     pub fn is_emulated(&self) -> bool {
         self.set_order.is_some()

@@ -24,15 +24,20 @@ extern "C" __global__ void put_rows(const E* from, const int* rows, E* to, int t
     for (int c = threadIdx.x; c < width; c += blockDim.x) to[c] = add ? from_float<E>(to_float(to[c]) + to_float(from[c])) : from[c];
 }
 
+// Where element `i` of a part of some columns lies in the whole; all columns need no division.
+__device__ __forceinline__ i64 in_whole(i64 i, int width, int first, int columns) {
+    return columns == width ? i : i / columns * width + first + i % columns;
+}
+
 // y[:, first..first + columns] += scale * delta.
 extern "C" __global__ void add_columns(E* y, int width, int first, int columns, const float* delta, float scale, i64 count) {
     EACH(i, count) {
-        E* at = y + i / columns * width + first + i % columns;
+        E* at = y + in_whole(i, width, first, columns);
         *at = from_float<E>(to_float(*at) + scale * delta[i]);
     }
 }
 
 // out = scale * dy[:, first..first + columns].
 extern "C" __global__ void take_columns(const E* dy, int width, int first, int columns, float scale, E* out, i64 count) {
-    EACH(i, count) out[i] = from_float<E>(to_float(dy[i / columns * width + first + i % columns]) * scale);
+    EACH(i, count) out[i] = from_float<E>(to_float(dy[in_whole(i, width, first, columns)]) * scale);
 }

@@ -1,6 +1,6 @@
 //! The low-rank parts of a product on a GPU; see tensor/low_rank.rs.
 
-use super::{GRADIENTS, activation, gradient, operand, scratch};
+use super::{activation, gradient, operand, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::elements;
@@ -60,7 +60,7 @@ impl<E: ModelElement> Applied<E> {
         let tokens = dy.len() / self.width;
         let backward = |(part, inner): (&LowRank<E>, &DeviceBuffer<E>)| {
             let (rank, outputs) = (part.rank(), part.rows.len());
-            let mut d_delta = DeviceBuffer::<E>::scratch(device, GRADIENTS, tokens * outputs)?;
+            let mut d_delta = gradient::<E>(device, tokens * outputs)?;
             elements::take_columns(device, dy, self.width, part.rows.clone(), part.scale, d_delta.view_mut())?;
             part.b.accumulate_on_device(|dw, add| {
                 product::weight_gradient(device, dw, d_delta.view(), inner.view(), (outputs, rank), add, None)
