@@ -109,7 +109,11 @@ impl<E: ModelElement> Graph<E> {
                 Some(info) if E::HAS_REMAINDER => {
                     let name = info.name.clone();
                     if info.elements() != parameter.weight_len() {
-                        let expected = format!("{} integers, as a model on {} keeps them", parameter.weight_len(), parameter.place());
+                        let expected = format!(
+                            "{} integers, as a model on {} keeps them; resume where the checkpoint was made",
+                            parameter.weight_len(),
+                            parameter.place()
+                        );
                         return Err(Error::format(file.path(), name, expected, format!("{}", info.elements())));
                     }
                     let in_range = |value: i64| {
@@ -135,7 +139,8 @@ impl<E: ModelElement> Graph<E> {
         if taken == file.tensors().len() {
             return Ok(());
         }
-        let expected = format!("the {taken} remainders and gradients of this model's parameters");
+        let kept = "as a model at this place keeps them; resume where the checkpoint was made";
+        let expected = format!("the {taken} remainders and gradients of this model's parameters, {kept}");
         Err(Error::format(file.path(), "tensors", expected, format!("{} tensors", file.tensors().len())))
     }
 }

@@ -89,6 +89,12 @@ pub fn device_bytes() -> usize {
     devices.values().map(|device| device.memory_statistics().live_bytes).sum()
 }
 
+/// Whether live tensors take most of the memory of some device in use.
+pub fn is_a_device_nearly_full() -> bool {
+    let devices = DEVICES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    devices.values().any(|device| device.memory_statistics().live_bytes > device.memory_bytes / 4 * 3)
+}
+
 /// Bytes of live tensors, wherever they lie.
 pub fn live_bytes() -> usize {
     buffer::live_bytes() + device_bytes()

@@ -116,7 +116,9 @@ impl AdamW {
         for (name, (m, v)) in &state.moments {
             let expected = lengths.get(name.as_str()).copied();
             if expected != Some(m.len()) || expected != Some(v.len()) {
+                let at_place = "as a model at this place keeps them; resume where the checkpoint was made";
                 let expected = expected.map_or("a parameter of the model".to_string(), |len| format!("{len} values"));
+                let expected = format!("{expected}, {at_place}");
                 return Err(Error::argument("adamw", format!("moments of {name}"), expected, format!("{} values", m.len())));
             }
         }

@@ -15,6 +15,7 @@ mod optimizer;
 mod paged;
 mod product;
 mod rows;
+mod run;
 mod sample;
 #[path = "../fixtures/training.rs"]
 mod training;
@@ -84,34 +85,45 @@ fn announce(what: &str) {
     let _ = writeln!(std::io::stderr(), "the CUDA kernels run {what}");
 }
 
-/// Builds the emulator's driver and compiler and loads them under the names by which the engine looks for NVIDIA's.
-fn build_emulator() -> Option<*mut c_void> {
+/// Builds the emulator's driver and compiler in the folder `libraries`, under the names by which the engine looks for NVIDIA's.
+/// False where there is no compiler for it.
+pub fn build_libraries(libraries: &Path) -> bool {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
-        return None;
+        return false;
     }
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator");
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::copy(sources.join("shim.h"), folder.join("shim.h")).unwrap();
+    let work = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    std::fs::create_dir_all(&work).unwrap();
+    std::fs::create_dir_all(libraries).unwrap();
+    std::fs::copy(sources.join("shim.h"), work.join("shim.h")).unwrap();
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
-    let mut driver = std::ptr::null_mut();
     for (source, library) in [("nvrtc.cpp", "libnvrtc.so.13"), ("driver.cpp", "libcuda.so.1")] {
-        // Under a name of this process, since another may run the same file.
-        let out = folder.join(format!("{library}-{}", std::process::id()));
         let built = Command::new(&compiler)
             .args(["-std=c++17", "-O2", "-fPIC", "-shared", &format!("-Wl,-soname,{library}")])
-            .arg(format!("-DEMULATOR_FOLDER=\"{}\"", folder.display()))
+            .arg(format!("-DEMULATOR_FOLDER=\"{}\"", work.display()))
             .arg(sources.join(source))
             .args(["-ldl", "-o"])
-            .arg(&out)
+            .arg(libraries.join(library))
             .output();
-        let built = built.ok()?;
+        let Ok(built) = built else { return false };
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let path = CString::new(out.to_str().unwrap()).unwrap();
+    }
+    true
+}
+
+/// Builds the emulator and loads it.
+fn build_emulator() -> Option<*mut c_void> {
+    let folder = tempfile::tempdir().unwrap();
+    let libraries = folder.path();
+    if !build_libraries(libraries) {
+        return None;
+    }
+    let mut driver = std::ptr::null_mut();
+    for library in ["libnvrtc.so.13", "libcuda.so.1"] {
+        let path = CString::new(libraries.join(library).to_str().unwrap()).unwrap();
         // SAFETY: our own library. RTLD_NOW | RTLD_GLOBAL: kernels find the driver's functions in it.
         driver = unsafe { dlopen(path.as_ptr(), 0x102) };
-        assert!(!driver.is_null(), "{} cannot be loaded", out.display());
-        std::fs::remove_file(&out).unwrap();
+        assert!(!driver.is_null(), "{library} cannot be loaded");
     }
     Some(driver)
 }
