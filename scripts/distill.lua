@@ -13,14 +13,15 @@ return engine.workflow {
     how = { "data", choices = { "data", "samples" }, help = "samples: the student answers, the teacher rates each token" },
     divergence = { "forward", choices = { "forward", "reverse", "jsd" }, help = "with --how data" },
     temperature = { 1.0, min = 0.01 },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
     seq_len = { 1024, min = 2 }, rows = { 4, min = 1, help = "rows, or prompts, of an update" }, max_tokens = { 128, min = 1 },
     steps = { 500, min = 1 },
     lr = { 1e-5, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
   },
   run = function(run, args)
-    local student = run:model("student", args.student, { dtype = args.dtype })
-    local teacher = run:model("teacher", args.teacher, { dtype = args.dtype, frozen = true })
+    local student = run:model("student", args.student, { device = args.device, dtype = args.dtype })
+    local teacher = run:model("teacher", args.teacher, { device = args.device, dtype = args.dtype, frozen = true })
     local optim = run:optimizer("adamw", student, { lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm })
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local given = args.how == "data"

@@ -12,6 +12,7 @@ return engine.workflow {
     kind = { "sigmoid", choices = { "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "bco_pair", "sppo_hard", "nca_pair" } },
     beta = { 0.1, min = 0 }, label_smoothing = { 0.0, min = 0, max = 0.49 }, nll = { 0.0, min = 0 }, reference_free = false,
     base = engine.optional("string", { help = "folder of the model before SFT: merges each update online (arXiv 2405.17931)" }),
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
     max_tokens = { 1024, min = 2 }, pairs = { 8, min = 1, help = "pairs of a micro-batch" }, accumulate = { 1, min = 1 },
     epochs = { 1, min = 1 },
@@ -20,10 +21,11 @@ return engine.workflow {
   },
   run = function(run, args)
     local lora = args.lora > 0 and { rank = args.lora } or nil
-    local policy = run:model("policy", args.model, { dtype = args.dtype, lora = lora })
+    local policy = run:model("policy", args.model, { device = args.device, dtype = args.dtype, lora = lora })
     -- The base of an adapter is the reference, at no cost; else it is a second, frozen model.
-    local reference = lora and policy:base() or run:model("reference", args.model, { dtype = args.dtype, frozen = true })
-    local merge = args.base and { base = run:model("base", args.base, { dtype = args.dtype, frozen = true }), reference = reference }
+    local frozen = { device = args.device, dtype = args.dtype, frozen = true }
+    local reference = lora and policy:base() or run:model("reference", args.model, frozen)
+    local merge = args.base and { base = run:model("base", args.base, frozen), reference = reference }
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local data = run:data("pairs", read(args.data):pairs(policy.tokenizer, { max_tokens = args.max_tokens }):shuffle())
     local optim = run:optimizer("adamw", policy, {

@@ -23,11 +23,12 @@ return engine.workflow {
     n = { 1, min = 1, help = "answers of a problem" }, max_tokens = { 256, min = 1 },
     temperature = { 0.0, min = 0, help = "0: greedy" }, top_p = { 1.0, min = 0.01, max = 1 },
     by = engine.optional("string", { help = "a field of problems: accuracies by its values" }),
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     seq_len = { 1024, min = 2 }, dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
   },
   run = function(run, args)
     assert(args.text or args.choices or args.problems, "eval: give --text, --choices or --problems")
-    local model = run:model("model", args.model, { dtype = args.dtype, frozen = true })
+    local model = run:model("model", args.model, { device = args.device, dtype = args.dtype, frozen = true })
     local numbers = {}
     local function keep(name, result)
       for key, value in pairs(eval.summary(result)) do numbers[name .. "_" .. key] = value end

@@ -19,6 +19,7 @@ return engine.workflow {
     prompts = engine.required("strings", { help = "prompts with answers, .jsonl or .parquet: prompt or messages, answer" }),
     reward = { "numeric", choices = { "numeric", "exact" } }, overlong = { 0.5, min = 0, help = "weight of the penalty for long answers" },
     loss = { "grpo", choices = { "grpo", "dapo", "dr_grpo", "gspo", "cispo" } },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
     steps = { 200, min = 1 }, questions = { 16, min = 1, help = "prompts of a step" }, group = { 8, min = 2, help = "answers of a prompt" },
     max_tokens = { 128, min = 1 }, temperature = { 1.0, min = 0.01 },
@@ -30,8 +31,9 @@ return engine.workflow {
   },
   run = function(run, args)
     local lora = args.lora > 0 and { rank = args.lora } or nil
-    local policy = run:model("policy", args.model, { dtype = args.dtype, lora = lora })
-    local reference = args.beta > 0 and (lora and policy:base() or run:model("reference", args.model, { dtype = args.dtype, frozen = true }))
+    local policy = run:model("policy", args.model, { device = args.device, dtype = args.dtype, lora = lora })
+    local frozen = { device = args.device, dtype = args.dtype, frozen = true }
+    local reference = args.beta > 0 and (lora and policy:base() or run:model("reference", args.model, frozen))
     local optim = run:optimizer("adamw", policy, { lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm })
     local read = args.prompts[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local prompts = run:data("prompts", read(args.prompts):shuffle():forever())

@@ -13,6 +13,7 @@ return engine.workflow {
     hidden = 128, layers = 4, heads = 4, kv_heads = 2, intermediate = 344,
     experts = { 0, min = 0, help = "experts in each layer; 0 makes a dense model" },
     experts_per_token = { 2, min = 1 },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = { "bf16", choices = { "f32", "bf16" }, help = "of weights and activations; master weights are f32" },
     recompute = { false, help = "compute layers again in the backward pass: less memory, more time" },
     seq_len = { 256, min = 2, help = "tokens of a training window" },
@@ -54,7 +55,7 @@ return engine.workflow {
       shape.experts, shape.experts_per_token = args.experts, args.experts_per_token
       shape.moe_intermediate, shape.shared_intermediate = args.intermediate // args.experts_per_token, args.intermediate
     end
-    local model = run:model("model", shape, { dtype = args.dtype, recompute = args.recompute, tokenizer = tokenizer })
+    local model = run:model("model", shape, { device = args.device, dtype = args.dtype, recompute = args.recompute, tokenizer = tokenizer })
     local optim = run:optimizer("adamw", model, {
       lr = args.lr, betas = { 0.9, args.beta2 }, weight_decay = args.weight_decay,
       clip_norm = args.clip_norm > 0 and args.clip_norm,

@@ -10,6 +10,7 @@ return engine.workflow {
   name = "quickstart",
   args = {
     hidden = 128, layers = 4, heads = 4, kv_heads = 2, intermediate = 384, vocab = { 512, min = 300 },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = { "bf16", choices = { "f32", "bf16" } },
     documents = { 12000, min = 100, help = "of the text for pretraining" }, chats = { 20000, min = 100 },
     digits = { 2, min = 1, max = 4, help = "of the numbers in sums: how hard it is" },
@@ -33,7 +34,7 @@ return engine.workflow {
     local policy = run:model("policy", {
       vocab = tokenizer.vocab_size, hidden = args.hidden, layers = args.layers, heads = args.heads, kv_heads = args.kv_heads,
       intermediate = args.intermediate, initializer_range = 0.05, max_positions = 1024,
-    }, { dtype = args.dtype, tokenizer = tokenizer })
+    }, { device = args.device, dtype = args.dtype, tokenizer = tokenizer })
     local optim = run:optimizer("adamw", policy, { betas = { 0.9, 0.98 }, weight_decay = 0.1, clip_norm = 1.0 })
     print(("%.2fM parameters, %s"):format(policy.count / 1e6, policy.dtype))
 
@@ -83,7 +84,7 @@ return engine.workflow {
     end
     local sft = run:save("sft", policy)
     evaluate "SFT"
-    local reference = run:model("reference", sft, { dtype = args.dtype, frozen = true })
+    local reference = run:model("reference", sft, { device = args.device, dtype = args.dtype, frozen = true })
 
     -- 3. DPO: of several answers to a prompt, a right one and a wrong one.
     local pairs_found = run:step("sample pairs", { group = args.group }, function()

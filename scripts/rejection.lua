@@ -27,11 +27,12 @@ return engine.workflow {
     n = { 8, min = 2, help = "answers of a prompt" }, questions = { 32, min = 1, help = "prompts of a step" },
     max_tokens = { 256, min = 1 }, temperature = { 0.8, min = 0.01 }, top_p = { 0.95, min = 0.01, max = 1 },
     keep = { 1, min = 1, help = "answers of a prompt that are kept at most" },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
   },
   run = function(run, args)
-    local model = run:model("model", args.model, { dtype = args.dtype, frozen = true })
-    local judge = args.judge and run:model("judge", args.judge, { dtype = args.dtype, frozen = true, head = "score" })
+    local model = run:model("model", args.model, { device = args.device, dtype = args.dtype, frozen = true })
+    local judge = args.judge and run:model("judge", args.judge, { device = args.device, dtype = args.dtype, frozen = true, head = "score" })
     local read = args.prompts[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local prompts = run:data("prompts", read(args.prompts))
     local kept = run:state("kept", { chats = {}, pairs = {} })

@@ -9,6 +9,7 @@ return engine.workflow {
   args = {
     model = engine.required("string", { help = "folder of the model that it begins as" }),
     data = engine.required("strings", { help = "pairs, .jsonl or .parquet: prompt, chosen, rejected" }),
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
     max_tokens = { 1024, min = 2, help = "longer answers are cut" },
     pairs = { 16, min = 1, help = "pairs of an update" },
@@ -20,7 +21,7 @@ return engine.workflow {
   },
   run = function(run, args)
     local lora = args.lora > 0 and { rank = args.lora } or nil
-    local model = run:model("reward", args.model, { dtype = args.dtype, head = "score", lora = lora })
+    local model = run:model("reward", args.model, { device = args.device, dtype = args.dtype, head = "score", lora = lora })
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local function part(name)
       return read(args.data):split(name, args.validation):pairs(model.tokenizer, { max_tokens = args.max_tokens })

@@ -10,6 +10,7 @@ return engine.workflow {
     model = engine.required("string", { help = "folder of a Hugging Face checkpoint" }),
     data = engine.required("strings", { help = "conversations, .jsonl or .parquet: messages, or prompt and completion" }),
     learn = { "all", choices = { "all", "last" }, help = "which of the assistant's turns are learned" },
+    device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" }, help = "default: the checkpoint's own" }),
     seq_len = { 1024, min = 2, help = "tokens of a packed row; longer conversations are cut" },
     rows = { 4, min = 1, help = "rows of a micro-batch" },
@@ -24,7 +25,7 @@ return engine.workflow {
   },
   run = function(run, args)
     local lora = args.lora > 0 and { rank = args.lora } or nil
-    local model = run:model("model", args.model, { dtype = args.dtype, recompute = args.recompute, lora = lora })
+    local model = run:model("model", args.model, { device = args.device, dtype = args.dtype, recompute = args.recompute, lora = lora })
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local packed = { seq_len = args.seq_len, how = "best_fit" }
     local function part(name)

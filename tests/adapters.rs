@@ -105,7 +105,7 @@ fn training_an_adapter_keeps_nothing_for_its_base() {
             let mut optimizer = AdamW::new(model.parameters(), Settings::default()).unwrap();
             model.cross_entropy(&batch.packed(), &labels, 63.0, 0.0).unwrap().total.backward().unwrap();
             let gradients = live_bytes() - start - weights;
-            optimizer.step();
+            optimizer.step().unwrap();
             (model.count(), model.trainable(), weights, gradients, live_bytes() - start - weights)
         };
         let (count, trainable, weights, gradients, state) = kept(true);
@@ -172,7 +172,7 @@ fn scores_come_from_last_tokens_and_differentiate() {
     for name in ["dense_tied", "moe_norm_true"] {
         let golden = Golden::open(name);
         let folder = golden.folder().join(golden.meta["checkpoint"].as_str().unwrap());
-        let model = Model::load_scoring(&folder, Some(Dtype::F32), true, 7, &mut |_| ()).unwrap();
+        let model = Model::load_scoring(&perilune::tensor::Place::Host, &folder, Some(Dtype::F32), true, 7, &mut |_| ()).unwrap();
         let batch = Batch::new(&[vec![3, 1, 4, 1, 5], vec![9], vec![2, 6, 5]]);
         let scores = || model.scores(&batch.packed()).unwrap();
         let head = model.value("score.weight").unwrap();

@@ -9,6 +9,7 @@ use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::presets::preset;
 use crate::model::{Packed, flops};
+use crate::tensor::Place;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,15 @@ pub struct BenchArgs {
     /// f32 or bf16; with decode also int8.
     #[arg(long, default_value = "f32")]
     dtype: String,
+    /// With train and decode: cpu, cuda (the first GPU), cuda:1 ..., or auto: cuda if there is a GPU.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// With train and ops: tokens of each sequence.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    sequence: usize,
+    /// With train and ops: sequences of a step.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    sequences: usize,
     /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, decode 30, durability 180].
     #[arg(long, value_name = "N")]
     seconds: Option<f64>,
@@ -41,7 +51,7 @@ pub struct BenchArgs {
 enum What {
     /// Matrix product 4096^3 in f32 and bf16, and a copy of 256 MiB.
     Ceilings,
-    /// A step of training: forward, backward, AdamW, on 4 sequences of 512 random tokens.
+    /// A step of training: forward, backward, AdamW, on sequences of random tokens.
     Train,
     /// Each fused operation, forward and backward, at the shapes of that step.
     Ops,
@@ -51,15 +61,14 @@ enum What {
     Durability,
 }
 
-/// Sequences and tokens of each in the measured step.
-pub const SEQUENCES: usize = 4;
-pub const SEQUENCE_TOKENS: usize = 512;
-
 /// What to measure.
 pub struct Case {
     pub name: String,
     pub config: Config,
     pub dtype: Dtype,
+    pub place: Place,
+    pub sequences: usize,
+    pub sequence_tokens: usize,
     pub seconds: f64,
     pub profile: bool,
 }
@@ -86,7 +95,17 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         _ => return Err(Error::argument("bench", "--dtype", "f32 or bf16", format!("{:?}", args.dtype))),
     };
     let config = preset(&args.config)?;
-    let case = Case { name: args.config, config, dtype, seconds, profile: args.profile };
+    let place = Place::named(&args.device)?;
+    if place.device().is_some() && !matches!(args.what, What::Train | What::Decode) {
+        return Err(Error::argument("bench", "--device", "cpu, but for `bench train` and `bench decode`", args.device));
+    }
+    for (arg, value, most) in [("--sequence", args.sequence, config.max_positions), ("--sequences", args.sequences, 4096)] {
+        if !(1..=most).contains(&value) {
+            return Err(Error::argument("bench", arg, format!("1 to {most}"), value));
+        }
+    }
+    let (sequences, sequence_tokens, profile) = (args.sequences, args.sequence, args.profile);
+    let case = Case { name: args.config, config, dtype, place, sequences, sequence_tokens, seconds, profile };
     let (mut report, text) = match args.what {
         What::Ceilings => bench_ceilings::run(&case)?,
         What::Train => bench_train::run(&case)?,
@@ -96,9 +115,13 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     };
     if args.json {
         report["machine"] = json!({ "threads": threads(), "instructions": isa().name(), "perilune": env!("CARGO_PKG_VERSION") });
+        report["device"] = json!(case.place.device().map_or_else(|| case.place.to_string(), |device| device.name.clone()));
         println!("{report:#}");
     } else {
-        print!("{} threads, {}\n{text}", threads(), isa().name());
+        match case.place.device() {
+            Some(device) => print!("{} ({})\n{text}", device.name, case.place),
+            None => print!("{} threads, {}\n{text}", threads(), isa().name()),
+        }
     }
     Ok(())
 }
@@ -174,17 +197,17 @@ pub struct Batch {
 
 impl Batch {
     /// Random tokens below `vocab`; the speed does not depend on which.
-    pub fn random(vocab: usize) -> Self {
+    pub fn random(vocab: usize, sequences: usize, sequence_tokens: usize) -> Self {
         let stream = crate::kernels::random::Stream::new(0, "bench");
-        let count = SEQUENCES * SEQUENCE_TOKENS;
+        let count = sequences * sequence_tokens;
         let tokens: Vec<i32> = (0..count as u64).map(|counter| stream.below(counter, vocab as u64) as i32).collect();
-        let is_last = |index: usize| (index + 1).is_multiple_of(SEQUENCE_TOKENS);
+        let is_last = |index: usize| (index + 1).is_multiple_of(sequence_tokens);
         let labels = (0..count).map(|index| if is_last(index) { -100 } else { tokens[index + 1] }).collect();
         Self {
             labels,
             tokens,
-            position_ids: (0..count).map(|index| (index % SEQUENCE_TOKENS) as i32).collect(),
-            cu_seqlens: (0..=SEQUENCES).map(|sequence| (sequence * SEQUENCE_TOKENS) as u32).collect(),
+            position_ids: (0..count).map(|index| (index % sequence_tokens) as i32).collect(),
+            cu_seqlens: (0..=sequences).map(|sequence| (sequence * sequence_tokens) as u32).collect(),
         }
     }
 
@@ -218,7 +241,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_four_documents_labelled_by_their_next_tokens() {
-        let batch = Batch::random(4096);
+        let batch = Batch::random(4096, 4, 512);
         batch.packed().check("bench", 4096).unwrap();
         assert_eq!((batch.tokens.len(), batch.labelled(), batch.labels[511]), (2048, 2044, -100));
         assert_eq!((batch.labels[0], batch.labels[512], batch.position_ids[512]), (batch.tokens[1], batch.tokens[513], 0));

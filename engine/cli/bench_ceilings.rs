@@ -7,9 +7,15 @@ use crate::kernels::cpu::gemm::{self, Weight};
 use crate::kernels::cpu::panels;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::cpu::tile::TileElement;
-use crate::kernels::element::{Dtype, Element};
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::memory::DeviceBuffer;
+use crate::kernels::cuda::product;
+use crate::kernels::element::{Dtype, Element, Float};
+use crate::tensor::Place;
 use half::bf16;
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Rows, columns and depth of the matrix product.
 const SIZE: usize = 4096;
@@ -46,6 +52,40 @@ fn product_of<E: TileElement>(seconds: f64) -> Result<Ceiling> {
         Ok(clocked(|| gemm::forward(&mut y, &x, None, weight, None, None)).0)
     })?;
     Ok(Ceiling::new(times, 2.0 * (SIZE as f64).powi(3)))
+}
+
+/// As [`matrix_product`], at a place.
+///
+/// Errors: those of the device.
+pub fn matrix_product_at(place: &Place, dtype: Dtype, seconds: f64) -> Result<Ceiling> {
+    let Some(device) = place.device() else { return matrix_product(dtype, seconds) };
+    match dtype {
+        Dtype::Bf16 => product_on::<bf16>(device, seconds),
+        _ => product_on::<f32>(device, seconds),
+    }
+}
+
+fn product_on<E: Element + Float>(device: &Arc<Device>, seconds: f64) -> Result<Ceiling> {
+    let label = "the matrices of a ceiling";
+    let (x, w) = (filled::<E>(SIZE * SIZE), filled::<E>(SIZE * SIZE));
+    let (x, w) = (DeviceBuffer::copy_of(device, label, &x)?, DeviceBuffer::copy_of(device, label, &w)?);
+    let mut y = DeviceBuffer::<E>::zeroed(device, label, SIZE * SIZE)?;
+    let times = timed(seconds, || {
+        let weight = product::Weight { values: w.view(), outputs: SIZE, inputs: SIZE };
+        let product = || product::forward(device, y.view_mut(), x.view(), weight, None, product::Residual::None, None);
+        Ok(Duration::from_secs_f64(f64::from(device.time_ms(product)?) / 1e3))
+    })?;
+    Ok(Ceiling::new(times, 2.0 * (SIZE as f64).powi(3)))
+}
+
+/// GB/s of a copy of 256 MiB on a device: bytes read and bytes written together.
+///
+/// Errors: those of the device.
+pub fn copy_on(device: &Arc<Device>, seconds: f64) -> Result<Ceiling> {
+    let new = || DeviceBuffer::<f32>::zeroed(device, "the copy of a ceiling", COPY_BYTES / 4);
+    let (from, mut to) = (new()?, new()?);
+    let times = timed(seconds, || Ok(Duration::from_secs_f64(f64::from(device.time_ms(|| to.copy_from(from.view()))?) / 1e3)))?;
+    Ok(Ceiling::new(times, 2.0 * COPY_BYTES as f64))
 }
 
 /// Numbers between -1 and 1: zeros or denormals would take other times.

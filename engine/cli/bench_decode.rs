@@ -21,17 +21,20 @@ const READ_BYTES: usize = 512 << 20;
 
 /// Report and text. Errors: those of the model.
 pub fn run(case: &Case) -> Result<(Value, String)> {
-    let model = Model::random(case.config.clone(), case.dtype, 0)?;
+    let model = Model::random_at(&case.place, case.config.clone(), case.dtype, 0)?;
     model.set_trains(false);
-    let read = read_rate(case.seconds / 10.0)?;
+    let read = match case.place.device() {
+        Some(device) => bench_ceilings::copy_on(device, case.seconds / 10.0)?.best,
+        None => read_rate(case.seconds / 10.0)?,
+    };
+    let read_by = case.place.device().map_or_else(|| format!("read by {} threads", threads()), |_| "read and written by a copy".into());
     let bytes = weight_bytes(&model);
     let (mut report, mut text) = (json!({}), String::new());
     text += &format!(
-        "decode {} ({} parameters), {}, prompts of {PROMPT_TOKENS} tokens, {DECODED_TOKENS} tokens each\nceiling   {read:.1} GB/s read by {} threads\n",
+        "decode {} ({} parameters), {}, prompts of {PROMPT_TOKENS} tokens, {DECODED_TOKENS} tokens each\nceiling   {read:.1} GB/s {read_by}\n",
         case.name,
         units::count(model.count() as f64),
-        model.dtype_name(),
-        threads()
+        model.dtype_name()
     );
     for batch in BATCHES {
         let mut steps = Vec::new();
@@ -49,7 +52,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         );
         report[format!("decode_{batch}")] = json!({ "tokens_per_s": rate, "best": batch as f64 / times.best(), "weights_gb_s": gbs, "share_of_read": gbs / read, "step": times.to_json() });
     }
-    let matrix = bench_ceilings::matrix_product(model.dtype(), (case.seconds / 10.0).min(2.0))?;
+    let matrix = bench_ceilings::matrix_product_at(&case.place, model.dtype(), (case.seconds / 10.0).min(2.0))?;
     for tokens in PREFILLS.into_iter().filter(|tokens| *tokens <= case.config.max_positions) {
         let times = timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| prefill(&model, tokens));
@@ -88,7 +91,7 @@ fn prompt(model: &Model, tokens: usize, number: usize) -> Vec<i32> {
 
 /// Decodes `batch` texts together; adds the time of each step after the prompts'.
 fn decode(model: &Model, batch: usize, steps: &mut Vec<f64>) -> Result<()> {
-    let mut scheduler = Scheduler::new(model, None, batch);
+    let mut scheduler = Scheduler::new(model, None, batch)?;
     for number in 0..batch {
         scheduler.add(Job::new(prompt(model, PROMPT_TOKENS, number), DECODED_TOKENS + 1, Rules::GREEDY, 0))?;
     }
@@ -102,7 +105,7 @@ fn decode(model: &Model, batch: usize, steps: &mut Vec<f64>) -> Result<()> {
 }
 
 fn prefill(model: &Model, tokens: usize) -> Result<()> {
-    let mut scheduler = Scheduler::new(model, None, 1);
+    let mut scheduler = Scheduler::new(model, None, 1)?;
     scheduler.add(Job::new(prompt(model, tokens, 0), 1, Rules::GREEDY, 0))?;
     while !scheduler.is_idle() {
         scheduler.step()?;

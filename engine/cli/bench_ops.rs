@@ -1,6 +1,6 @@
 //! `perilune bench ops`: every fused operation of a layer, forward and backward, at the shapes of the measured step.
 
-use super::bench::{Batch, Case, SEQUENCE_TOKENS, SEQUENCES, Times, clocked, timed};
+use super::bench::{Batch, Case, Times, clocked, timed};
 use super::bench_ceilings::{self, filled};
 use crate::error::Result;
 use crate::kernels::element::Dtype;
@@ -8,12 +8,12 @@ use crate::model::config::Config;
 use crate::model::flops::attention_pairs;
 use crate::model::graph::{Graph, Mlp};
 use crate::model::presets::with_fields;
-use crate::tensor::attention::attention;
+use crate::tensor::attention::{Documents, attention};
 use crate::tensor::embedding::embedding;
 use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
 use crate::tensor::rms_norm::rms_norm;
 use crate::tensor::trainable::Trainable;
-use crate::tensor::{ModelElement, Tensor, logprobs};
+use crate::tensor::{ModelElement, Place, Tensor, logprobs};
 use crate::train::optimizer::{AdamW, Settings};
 use half::bf16;
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
             "{}, {}, {} tokens; ceilings {product:.0} GFLOP/s, {copy:.1} GB/s\n{:<36}{:>10}{:>10}{:>9}{:>20}{:>8}\n",
             case.name,
             case.dtype,
-            SEQUENCES * SEQUENCE_TOKENS,
+            case.sequences * case.sequence_tokens,
             "operation",
             "median ms",
             "best ms",
@@ -90,8 +90,8 @@ impl Table {
 fn measure<E: ModelElement>(case: &Case, table: &mut Table) -> Result<()> {
     // One layer has every operation, and a large vocabulary is large enough once.
     let config = with_fields(&case.config, &[("layers".into(), json!(1))])?;
-    let graph = Graph::<E>::random(config.clone(), false, 0)?;
-    let batch = Batch::random(config.vocab);
+    let graph = Graph::<E>::random(&Place::Host, config.clone(), false, 0)?;
+    let batch = Batch::random(config.vocab, case.sequences, case.sequence_tokens);
     let parameters: Vec<Arc<dyn Trainable>> = graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect();
     let Config { vocab, hidden, intermediate, heads, kv_heads, head_dim, .. } = config;
     let (tokens, eps) = (batch.tokens.len(), config.rms_norm_eps as f32);
@@ -122,11 +122,11 @@ fn measure<E: ModelElement>(case: &Case, table: &mut Table) -> Result<()> {
     op("embedding", Work::Bytes(rows(2, hidden), embedding_backward), &x, &|_| embedding(&batch.tokens, &graph.embed))?;
     op("rms_norm", Work::Bytes(rows(2, hidden), rows(3, hidden)), &x, &|x| rms_norm(x, &graph.norm, eps))?;
     op("norm + qkv linear", product(width, hidden), &x, &|x| norm_linear(x, &layer.input_norm, eps, &layer.qkv, Some(&layer.qkv_bias)))?;
-    let tables = Arc::new(graph.rope.tables::<E>(&batch.position_ids)?);
-    let borders: Arc<[i32]> = batch.cu_seqlens.iter().map(|border| *border as i32).collect();
-    let pairs = SEQUENCES as f64 * attention_pairs(&config, SEQUENCE_TOKENS);
+    let tables = Arc::new(graph.rope.tables::<E>(&batch.position_ids, &Place::Host)?);
+    let documents = Arc::new(Documents::new(batch.cu_seqlens.iter().map(|border| *border as i32).collect()));
+    let pairs = case.sequences as f64 * attention_pairs(&config, case.sequence_tokens);
     op("rope + attention", Work::Flops(4.0 * query as f64 * pairs), &input(width)?, &|qkv| {
-        attention(qkv, graph.heads(), &tables, &borders, None)
+        attention(qkv, graph.heads(), &tables, &documents, None)
     })?;
     op("output linear + residual", product(hidden, query), &input(query)?, &|mixed| linear(mixed, &layer.o, None, Some(&x)))?;
     op("norm + gate, up linear", product(2 * intermediate, hidden), &x, &|x| norm_linear(x, &layer.post_norm, eps, &mlp.gate_up, None))?;
@@ -178,7 +178,8 @@ fn adamw<E: ModelElement>(case: &Case, table: &mut Table, graph: &Graph<E>, para
         for parameter in graph.parameters() {
             parameter.accumulate(|gradient, _| gradient.fill(1e-3));
         }
-        Ok(clocked(|| optimizer.step()).0)
+        let (took, step) = clocked(|| optimizer.step());
+        step.map(|_| took)
     })?;
     table.add("adamw + gradient norm", &times, 32.0 * count as f64, false);
     Ok(())

@@ -1,11 +1,11 @@
 //! `perilune bench train`: tokens a second of a whole training step, its share of the machine, and where its time goes.
 
-use super::bench::{Batch, Case, SEQUENCE_TOKENS, SEQUENCES, Times, clocked, timed};
+use super::bench::{Batch, Case, Times, clocked, timed};
 use super::bench_ceilings::{self, Ceiling};
 use super::peak_memory::peak_memory_bytes;
 use super::units;
 use crate::error::Result;
-use crate::kernels::buffer::{Buffer, live_bytes_max};
+use crate::kernels::buffer::live_bytes_max;
 use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::graph::Graph;
@@ -25,27 +25,33 @@ fn settings() -> Settings {
 
 /// Report and text. Errors: those of the model and of the optimizer.
 pub fn run(case: &Case) -> Result<(Value, String)> {
-    let model = Model::random(case.config.clone(), case.dtype, 0)?;
+    let model = Model::random_at(&case.place, case.config.clone(), case.dtype, 0)?;
     let mut optimizer = AdamW::new(model.parameters(), settings())?;
-    let batch = Batch::random(case.config.vocab);
+    let batch = Batch::random(case.config.vocab, case.sequences, case.sequence_tokens);
     let mut losses = Vec::new();
     let times = timed(case.seconds, || {
         let start = Instant::now();
         let loss = model.cross_entropy(&batch.packed(), &batch.labels, batch.labelled() as f32, 0.0)?.total;
         loss.backward()?;
-        optimizer.step();
+        // On a device too the step has ended then: its norm has been read.
+        optimizer.step()?;
         let took = start.elapsed();
         losses.push(loss.values()[0]);
         Ok(took)
     })?;
     // The ceiling comes second: its matrices would count as the step's memory, of which only the maximum is known.
-    let (peak, tensors) = (peak_memory_bytes(), live_bytes_max());
+    let (peak, tensors) = match case.place.device() {
+        Some(device) => (Some(device.memory_bytes as u64 - device.memory_bytes_free()), device.memory_statistics().live_bytes_max),
+        None => (peak_memory_bytes(), live_bytes_max()),
+    };
+    let driver_calls = case.place.device().map(|device| device.memory_statistics().driver_calls);
     let parameters = model.count();
     drop((model, optimizer));
-    let ceiling = bench_ceilings::matrix_product(case.dtype, (case.seconds / 5.0).min(3.0))?;
+    let ceiling = bench_ceilings::matrix_product_at(&case.place, case.dtype, (case.seconds / 5.0).min(3.0))?;
     let (mut report, mut text) = summary(case, &ceiling, &times, parameters);
     report["peak_memory_bytes"] = json!(peak);
     report["tensor_bytes_max"] = json!(tensors);
+    report["driver_calls_for_memory"] = json!(driver_calls);
     report["loss"] = json!({ "first": losses.first(), "last": losses.last() });
     if let Some(peak) = peak {
         text += &format!("memory    {} at the peak, {} of it tensors\n", units::bytes(peak), units::bytes(tensors as u64));
@@ -63,12 +69,13 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
 }
 
 fn summary(case: &Case, ceiling: &Ceiling, times: &Times, parameters: usize) -> (Value, String) {
-    let tokens = (SEQUENCES * SEQUENCE_TOKENS) as f64;
-    let work = SEQUENCES as f64 * flops::train_flops(&case.config, SEQUENCE_TOKENS);
+    let (sequences, length) = (case.sequences, case.sequence_tokens);
+    let tokens = (sequences * length) as f64;
+    let work = sequences as f64 * flops::train_flops(&case.config, length);
     let gflops = work / times.median() / 1e9;
     let share = gflops / ceiling.best;
     let text = format!(
-        "train {} ({} parameters), {}, {SEQUENCES} x {SEQUENCE_TOKENS} tokens\n\
+        "train {} ({} parameters), {}, {sequences} x {length} tokens\n\
          ceiling   {:.0} GFLOP/s, a matrix product of 4096^3\n\
          step      {:.1} ms median, {:.1} best, spread {:.0}% of {}\n\
          speed     {:.0} tokens/s median, {:.0} best\n\
@@ -109,24 +116,29 @@ fn head_flops(config: &Config, labelled: usize) -> f64 {
 
 /// Times the step cut at the final norm: layers forward, head forward and backward, layers backward, optimizer.
 fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Result<(Value, String)> {
-    let graph = Arc::new(Graph::<E>::random(case.config.clone(), false, 0)?);
+    let graph = Arc::new(Graph::<E>::random(&case.place, case.config.clone(), false, 0)?);
     let parameters: Vec<Arc<dyn Trainable>> = graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect();
     let count: usize = parameters.iter().map(|parameter| parameter.count()).sum();
     let mut optimizer = AdamW::new(parameters, settings())?;
     let mut phases: [Vec<f64>; 4] = Default::default();
     timed(case.seconds, || {
-        let (forward, hidden) = clocked(|| graph.final_norm(&graph.forward(&batch.packed(), false, |_| {})?.hidden));
+        let (forward, hidden) = clocked(|| {
+            let hidden = graph.final_norm(&graph.forward(&batch.packed(), false, |_| {})?.hidden)?;
+            case.place.synchronize().map(|()| hidden)
+        });
         let hidden = hidden?;
         let (head, gradient) = clocked(|| {
             let cut = hidden.leaf();
             logprobs::cross_entropy(&cut, &graph.head, &batch.labels, batch.labelled() as f32, None)?.backward()?;
             let gradient = cut.gradient().expect("every hidden state has a way to the loss");
-            Ok::<_, crate::error::Error>(Buffer::copy_of(gradient.values()))
+            case.place.synchronize()?;
+            gradient.data().force()?.try_clone()
         });
         let gradient = gradient?;
-        let (backward, done) = clocked(|| hidden.backward_with(gradient));
+        let (backward, done) = clocked(|| hidden.backward_from(gradient).and_then(|()| case.place.synchronize()));
         done?;
-        let (update, _) = clocked(|| optimizer.step());
+        let (update, done) = clocked(|| optimizer.step());
+        done?;
         for (times, took) in phases.iter_mut().zip([forward, head, backward, update]) {
             times.push(took.as_secs_f64());
         }
@@ -137,7 +149,7 @@ fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Re
     let total: f64 = times.iter().map(Times::median).sum();
     let tokens = batch.tokens.len();
     let head_of_all = 2.0 * (case.config.vocab * case.config.hidden) as f64 * tokens as f64;
-    let layers = SEQUENCES as f64 * flops::forward_flops(&case.config, SEQUENCE_TOKENS) - head_of_all;
+    let layers = case.sequences as f64 * flops::forward_flops(&case.config, case.sequence_tokens) - head_of_all;
     let work = [("forward", layers), ("head", head_flops(&case.config, batch.labelled())), ("backward", 2.0 * layers)];
     let mut report = json!({});
     let mut text = String::from("phase        median ms   of step   GFLOP/s   of ceiling\n");

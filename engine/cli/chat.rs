@@ -11,6 +11,7 @@ use crate::infer::scheduler::{Finish, Job};
 use crate::kernels::random::Stream;
 use crate::model::Model;
 use crate::model::generation_config::GenerationConfig;
+use crate::tensor::Place;
 use serde_json::{Value, json};
 use std::io::{self, BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,9 @@ pub struct ChatArgs {
     /// Weights in f32, bf16 or int8 [default: as they are stored].
     #[arg(long)]
     dtype: Option<String>,
+    /// Where to compute: cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one.
+    #[arg(long, default_value = "cpu")]
+    device: String,
 }
 
 const HELP: &str = "\
@@ -99,7 +103,7 @@ pub fn chat(args: ChatArgs) -> Result<()> {
     let defaults = GenerationConfig::load(&args.model)?.unwrap_or_default();
     let tokenizer = Tokenizer::from_folder(&args.model)?;
     let template = ChatTemplate::from_folder(&args.model)?;
-    let model = Model::load(&args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
+    let model = Model::load_at(&Place::named(&args.device)?, &args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
     tokenizer.check_fits(model.config().vocab)?;
     let rules = rules(&args, &defaults);
     rules.check()?;

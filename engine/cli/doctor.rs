@@ -10,6 +10,8 @@ use crate::host::sandbox::executable;
 use crate::host::sandbox_job::{Outcome, Status, find_python, probe};
 use crate::kernels::cpu::isa::{Isa, isa};
 use crate::kernels::cpu::threads::{cores, threads};
+use crate::kernels::cuda::compile::nvrtc_version;
+use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda_probe::{self, Absence, Driver};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -34,8 +36,10 @@ struct Finding {
 /// Prints the report. Errors: none of its own; what cannot be found out is said so.
 pub fn doctor(args: DoctorArgs) -> Result<()> {
     let held = executable().and_then(|executable| probe(&executable));
-    let gpu = gpu(&cuda_probe::probe());
-    let findings = [versions(), rustc(), cpu(), instructions(), thread_count(), memory(), disk(), sandbox(&held, find_python()), gpu];
+    let probed = cuda_probe::probe();
+    let mut findings = vec![versions(), rustc(), cpu(), instructions(), thread_count(), memory(), disk(), sandbox(&held, find_python())];
+    findings.push(gpu(&probed));
+    findings.extend(kernels(&probed));
     if args.json {
         let object: serde_json::Map<String, Value> = findings
             .into_iter()
@@ -188,6 +192,22 @@ fn sandbox(probed: &Result<Outcome>, python: Option<PathBuf>) -> Finding {
     Finding { name: "sandbox", text, remedy, value: json!({ "holds": missing.is_none(), "python": python }) }
 }
 
+/// What compiles the kernels of a GPU; none where there is no GPU.
+fn kernels(probed: &std::result::Result<Driver, Absence>) -> Option<Finding> {
+    probed.as_ref().ok()?;
+    let name = "kernels";
+    Some(match nvrtc_version("doctor") {
+        Ok((major, minor)) => {
+            let value = json!({ "nvrtc": format!("{major}.{minor}") });
+            Finding { name, text: format!("compiled at first use by NVRTC {major}.{minor}"), remedy: None, value }
+        }
+        Err(error) => {
+            let remedy = Some("without it the GPU is not used; the CPU is".into());
+            Finding { name, text: error.to_string(), remedy, value: json!({ "nvrtc": null }) }
+        }
+    })
+}
+
 fn gpu(probed: &std::result::Result<Driver, Absence>) -> Finding {
     match probed {
         Ok(driver) => {
@@ -205,8 +225,7 @@ fn gpu(probed: &std::result::Result<Driver, Absence>) -> Finding {
                 .collect();
             let (major, minor) = driver.cuda;
             let lines: Vec<String> = driver.gpus.iter().map(line).collect();
-            // Kernels are built for Ampere and later: bf16 products need compute capability 8.
-            let old = driver.gpus.iter().any(|gpu| gpu.compute_capability < (8, 0));
+            let old = driver.gpus.iter().any(|gpu| gpu.compute_capability < Device::CAPABILITY_LEAST);
             Finding {
                 name: "gpu",
                 text: format!("{}; driver for CUDA {major}.{minor}", lines.join("; ")),
@@ -272,6 +291,7 @@ mod tests {
 
     #[test]
     fn a_gpu_and_its_absence_are_described() {
+        assert!(kernels(&Err(Absence::NoDriver)).is_none(), "without a GPU nobody asks for its compiler");
         let device = Gpu { name: "Example".into(), memory_bytes: 80 << 30, compute_capability: (9, 0) };
         let found = gpu(&Ok(Driver { cuda: (13, 0), gpus: vec![device.clone()] }));
         assert!(found.text.contains("Example, 80.0 GiB, compute capability 9.0; driver for CUDA 13.0") && found.remedy.is_none());

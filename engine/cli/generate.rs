@@ -10,6 +10,7 @@ use crate::infer::scheduler::{Job, Text};
 use crate::kernels::element::Dtype;
 use crate::model::Model;
 use crate::model::generation_config::GenerationConfig;
+use crate::tensor::Place;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,9 @@ pub struct GenerateArgs {
     /// Weights in f32, bf16 or int8 [default: as they are stored].
     #[arg(long)]
     dtype: Option<String>,
+    /// Where to compute: cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one.
+    #[arg(long, default_value = "cpu")]
+    device: String,
     /// Print one JSON object at the end instead of the text as it comes.
     #[arg(long)]
     json: bool,
@@ -76,7 +80,8 @@ pub fn generate(args: GenerateArgs) -> Result<()> {
     rules.check()?;
     let tokenizer = Tokenizer::from_folder(&args.model)?;
     let prompt = prompt_tokens(&args, &tokenizer)?;
-    let model = Model::load(&args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
+    let place = Place::named(&args.device)?;
+    let model = Model::load_at(&place, &args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;
     tokenizer.check_fits(model.config().vocab)?;
     let stop_ids = stop_ids(&args, &defaults, &model.config().eos, &tokenizer);
     let prompt_tokens = prompt.len();

@@ -7,6 +7,7 @@ use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::flops::train_flops;
 use crate::model::{presets, sizes};
+use crate::tensor::Place;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -22,6 +23,10 @@ pub struct ParamsArgs {
     /// Texts served together.
     #[arg(long, default_value_t = 8)]
     sequences: usize,
+    /// Also what a step of `sequences` of `context` tokens takes on a GPU, the largest part first; of `cuda`, `cuda:1` ... what
+    /// of it fits. `gpu` needs none.
+    #[arg(long, value_name = "gpu|cuda|cuda:N")]
+    device: Option<String>,
     /// List every tensor and its shape.
     #[arg(long)]
     tensors: bool,
@@ -39,8 +44,18 @@ pub fn params(args: ParamsArgs) -> Result<()> {
         }
     }
     let config = find(&args.model)?;
-    let report = report(&args, &config);
-    print!("{}", if args.json { format!("{report:#}\n") } else { text(&args, &config) });
+    let place = match args.device.as_deref() {
+        None | Some("gpu") => Place::Host,
+        Some(name) => Place::named(name)?,
+    };
+    let mut report = report(&args, &config);
+    let mut text = text(&args, &config);
+    if args.device.is_some() {
+        let (parts, lines) = on_device(&args, &config, &place);
+        report["device"] = parts;
+        text += &lines;
+    }
+    print!("{}", if args.json { format!("{report:#}\n") } else { text });
     Ok(())
 }
 
@@ -53,6 +68,31 @@ fn find(model: &str) -> Result<Config> {
         let known = presets::names().collect::<Vec<_>>().join(", ");
         Error::argument("params", "MODEL|PRESET", format!("a folder with a config.json, or one of {known}"), format!("{model:?}"))
     })
+}
+
+/// What a training step takes on a GPU, and whether it and serving fit the one at `place`.
+fn on_device(args: &ParamsArgs, config: &Config, place: &Place) -> (Value, String) {
+    let tokens = args.context.saturating_mul(args.sequences);
+    let (mut report, mut lines) = (json!({ "tokens": tokens }), String::new());
+    let fits = |bytes: u64| match place.device() {
+        Some(device) if bytes > device.memory_bytes as u64 => format!(", more than {} has", device.name),
+        Some(device) => format!(", {:.0}% of {}", 100.0 * bytes as f64 / device.memory_bytes as f64, device.name),
+        None => String::new(),
+    };
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let parts = sizes::device_training_parts(config, dtype, tokens);
+        let total = parts.iter().fold(0, |total: u64, (_, bytes)| total.saturating_add(*bytes));
+        lines += &format!("\na step of {tokens} tokens on a GPU in {dtype}: {}{}\n", units::bytes(total), fits(total));
+        for (part, bytes) in &parts {
+            lines += &format!("  {part:<52}{:>12}\n", units::bytes(*bytes));
+        }
+        let serving = sizes::serve_bytes(config, dtype, args.context, args.sequences);
+        lines += &format!("serving {} texts of {} tokens: {}{}\n", args.sequences, args.context, units::bytes(serving), fits(serving));
+        let named: serde_json::Map<String, Value> = parts.iter().map(|(part, bytes)| ((*part).to_string(), json!(bytes))).collect();
+        report[dtype.name()] = json!({ "train_bytes": total, "parts": named, "serve_bytes": serving });
+    }
+    report["memory_bytes"] = json!(place.device().map(|device| device.memory_bytes));
+    (report, lines)
 }
 
 fn report(args: &ParamsArgs, config: &Config) -> Value {
@@ -131,7 +171,7 @@ mod tests {
     use super::*;
 
     fn args(model: &str) -> ParamsArgs {
-        ParamsArgs { model: model.into(), context: 1000, sequences: 3, tensors: true, json: false }
+        ParamsArgs { model: model.into(), context: 1000, sequences: 3, device: None, tensors: true, json: false }
     }
 
     #[test]
@@ -145,6 +185,14 @@ mod tests {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/moe_norm_true");
         let config = find(golden.to_str().unwrap()).unwrap();
         assert!(super::text(&args("x"), &config).contains("experts "));
+    }
+
+    #[test]
+    fn the_parts_on_a_gpu_come_largest_first() {
+        let (report, lines) = on_device(&args("0.5B"), &find("0.5B").unwrap(), &Place::Host);
+        assert!(lines.contains("a step of 3000 tokens on a GPU in bf16"), "{lines}");
+        assert!(lines.find("moments of AdamW").unwrap() < lines.find("weights").unwrap(), "{lines}");
+        assert_eq!(report["bf16"]["parts"]["weights"], 2 * 494_032_768u64);
     }
 
     #[test]

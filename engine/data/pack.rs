@@ -160,7 +160,8 @@ impl TokenBatch {
             let (start, end) = (self.cu_seqlens[like], self.cu_seqlens[like + 1]);
             let earlier = start as usize..end as usize;
             let pairs = self.tokens[earlier.clone()].iter().zip(&self.labels[earlier]).zip(tokens.iter().zip(labels));
-            let shared = pairs.take_while(|((token, label), (own, own_label))| token == own && **label == IGNORED && **own_label == IGNORED);
+            let shared =
+                pairs.take_while(|((token, label), (own, own_label))| token == own && **label == IGNORED && **own_label == IGNORED);
             let shared = shared.count().min(tokens.len().saturating_sub(1)) as u32;
             if shared == 0 { 0..0 } else { start..start + shared }
         });

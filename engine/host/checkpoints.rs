@@ -21,6 +21,7 @@ use crate::data::cursor::Cursor;
 use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::isa;
+use crate::kernels::cuda_probe;
 use crate::store::records::{CheckpointRecord, StepRecord};
 use crate::train::optimizer::Settings;
 use crate::train::optimizer_state::AdamWState;
@@ -55,9 +56,11 @@ pub struct State {
     /// Number of the last event that is in all this; 0 for none.
     #[serde(default)]
     pub events: u64,
-    /// What the numbers depend on besides: the program and the instructions that its products use.
+    /// What the numbers depend on besides: the program, the instructions that its products use, and the GPUs that models were on.
     pub build: String,
     pub instructions: String,
+    #[serde(default)]
+    pub gpus: BTreeSet<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -108,6 +111,8 @@ pub(super) struct Snapshot {
 struct Copied {
     name: String,
     copy: ModelObject,
+    /// The GPU that it was on.
+    gpu: Option<String>,
     version: u64,
     /// Whether it need not be written.
     as_made: bool,
@@ -134,11 +139,12 @@ impl Snapshot {
                     stored_models
                         .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
                     // A copy of what does not train shares its weights, so that it costs nothing.
-                    models.push(Copied { name, copy: model.copy(), version: model.model.version(), as_made: frozen });
+                    let gpu = model.model.place().device().map(|device| device.name.clone());
+                    models.push(Copied { name, gpu, copy: model.image()?, version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {
                     let held = optimizer.lock();
-                    optimizers.push((name.clone(), held.adamw.state()));
+                    optimizers.push((name.clone(), held.adamw.state()?));
                     let stored = StoredOptimizer { script: held.script, asked: held.asked, forced: held.forced.clone() };
                     stored_optimizers.insert(name, stored);
                 }
@@ -165,6 +171,7 @@ impl Snapshot {
             events: run.events_seen(),
             build: build_id().to_string(),
             instructions: isa::isa().name().to_string(),
+            gpus: models.iter().filter_map(|copied: &Copied| copied.gpu.clone()).collect(),
         };
         let (generation, version, unasked) = (run.code().number, run.resources.version(), run.states.rest());
         let position = (position.0.to_string(), position.1);
@@ -210,7 +217,7 @@ impl Snapshot {
             if let Some(Resource::Model(object)) = live.get(name.as_str())
                 && object.model.version() != *version
             {
-                object.model.copy_from(&copy.model);
+                object.model.copy_from(&copy.model)?;
             }
         }
         for (name, state) in &self.optimizers {
@@ -304,15 +311,23 @@ impl Origin {
 
     /// What a resume from here can promise, in a sentence.
     pub fn exactness(&self) -> String {
-        if self.state.build == build_id() && self.state.instructions == isa::isa().name() {
+        let here: Vec<String> = if self.state.gpus.is_empty() {
+            Vec::new()
+        } else {
+            cuda_probe::probe().map_or_else(|_| Vec::new(), |driver| driver.gpus.into_iter().map(|gpu| gpu.name).collect())
+        };
+        let has_gpus = self.state.gpus.iter().all(|gpu| here.contains(gpu));
+        if self.state.build == build_id() && self.state.instructions == isa::isa().name() && has_gpus {
             return "exact: the same program on the same instructions, every number will be as if it had not been interrupted".into();
         }
+        let with = |instructions: &str, gpus: &[String]| [&[instructions.to_string()], gpus].concat().join(", ");
+        let gpus: Vec<String> = self.state.gpus.iter().cloned().collect();
         format!(
             "numeric: the checkpoint is from {} with {}, this is {} with {}; results agree but for rounding",
             self.state.build,
-            self.state.instructions,
+            with(&self.state.instructions, &gpus),
             build_id(),
-            isa::isa().name()
+            with(isa::isa().name(), &here)
         )
     }
 

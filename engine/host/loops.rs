@@ -14,7 +14,7 @@ use super::run_object::{check_name, standing};
 use super::work::Work;
 use crate::checkpoint::retention::{Best, Keep, Order};
 use crate::error::{Error, Result};
-use crate::kernels::buffer::live_bytes;
+use crate::tensor::place::live_bytes;
 use mlua::{AnyUserData, IntoLuaMulti, Lua, MetaMethod, UserData, UserDataMethods, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};

@@ -2,7 +2,7 @@
 //! that drops one a step would pile up thousands before Lua thinks of collecting. The engine counts the bytes itself and
 //! runs the collector when they have grown.
 
-use crate::kernels::buffer::live_bytes;
+use crate::tensor::place::{is_a_device_nearly_full, live_bytes};
 use mlua::Lua;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -25,14 +25,17 @@ impl Default for Watermark {
 }
 
 /// Called wherever a tensor is handed to Lua: collects if tensors have grown by half since the last time, and by 64 MiB
-/// at least. So Lua's garbage never holds more than about a third of the memory, and the collector's cost stays small.
+/// at least, or by that alone where a device is nearly full. So Lua's garbage never holds more than about a third of the
+/// memory, and the collector's cost stays small.
 pub fn tensor_made(lua: &Lua) -> mlua::Result<()> {
     let Some(watermark) = lua.app_data_ref::<Watermark>() else { return Ok(()) };
     let (before, now) = (watermark.0.load(Relaxed), live_bytes());
     if now < before {
         watermark.0.store(now, Relaxed);
     }
-    if now.saturating_sub(before) < GROWTH_LEAST.max(before / 2) {
+    // What a device has is all there is: nobody swaps, and garbage in a graph may be what the next step lacks.
+    let least = if is_a_device_nearly_full() { GROWTH_LEAST } else { GROWTH_LEAST.max(before / 2) };
+    if now.saturating_sub(before) < least {
         return Ok(());
     }
     drop(watermark);

@@ -19,8 +19,8 @@ use crate::model::config::Config;
 use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
 use crate::model::{Lora, Model, Packed, parse_dtype};
-use crate::tensor::AnyTensor;
 use crate::tensor::autograd::with_recording;
+use crate::tensor::{AnyTensor, Place};
 use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,7 @@ pub struct ModelObject {
 
 /// What a script says of a new model besides its source.
 struct Making {
+    place: Place,
     dtype: Option<Dtype>,
     frozen: bool,
     scores: bool,
@@ -57,7 +58,7 @@ impl Making {
 }
 
 /// Options of `engine.model.load` and of `run:model`.
-pub const OPTIONS: &[&str] = &["adapter", "dtype", "frozen", "head", "lora", "recompute", "tokenizer"];
+pub const OPTIONS: &[&str] = &["adapter", "device", "dtype", "frozen", "head", "lora", "recompute", "tokenizer"];
 
 impl ModelObject {
     /// A model from `source`: the folder of a checkpoint, or the fields of a new model.
@@ -76,12 +77,16 @@ impl ModelObject {
             return Err(Error::argument(op, "dtype", "f32 or bf16 under an adapter that trains", "\"int8\", which is for inference").into());
         }
         let making = Making {
+            place: options.string("device")?.map_or(Ok(Place::Host), |name| Place::named(&name))?,
             dtype,
             frozen: is_int8 || options.boolean("frozen")?.unwrap_or(false),
             scores: score_option(op, options)?,
             lora: lora_option(op, options)?,
             adapter: options.string("adapter")?.map(PathBuf::from),
         };
+        if let (Some(device), Some(screen)) = (making.place.device(), lua.app_data_ref::<Screen>()) {
+            screen.note(&format!("a model on {}, {}", making.place, device.name));
+        }
         let mut this = match source {
             Value::String(folder) => Self::load(lua, &PathBuf::from(folder.to_string_lossy()), &making)?,
             Value::Table(fields) => Self::random(lua, fields, &making)?,
@@ -133,9 +138,9 @@ impl ModelObject {
         let mut remarks = Vec::new();
         let mut remark = |remark| remarks.push(remark);
         let model = if making.scores {
-            Model::load_scoring(folder, making.dtype, making.trains(), seed(lua), &mut remark)?
+            Model::load_scoring(&making.place, folder, making.dtype, making.trains(), seed(lua), &mut remark)?
         } else {
-            Model::load(folder, making.dtype, making.trains(), &mut remark)?
+            Model::load_at(&making.place, folder, making.dtype, making.trains(), &mut remark)?
         };
         note(lua, folder, &remarks);
         let has_tokenizer = ["tokenizer.json", "vocab.json"].iter().any(|file| folder.join(file).is_file());
@@ -167,7 +172,7 @@ impl ModelObject {
         changes.sort_by(|a, b| a.0.cmp(&b.0));
         let config = Config { score: making.scores, ..with_fields(&preset(&base)?, &changes)? };
         let dtype = making.dtype.unwrap_or(Dtype::F32);
-        let model = Model::random(config, dtype, seed(lua))?;
+        let model = Model::random_at(&making.place, config, dtype, seed(lua))?;
         model.set_trains(making.trains());
         Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen: making.frozen, source: None, made: None })
     }
@@ -184,13 +189,17 @@ impl ModelObject {
     }
 
     /// The model without its adapter, frozen, with which it shares its weights.
-    pub fn base(&self) -> Self {
-        Self { model: Arc::new(self.model.base()), frozen: true, ..self.clone() }
+    ///
+    /// Errors: those of [`Model::base`].
+    pub fn base(&self) -> Result<Self> {
+        Ok(Self { model: Arc::new(self.model.base()?), frozen: true, ..self.clone() })
     }
 
-    /// A model of its own in the same state, to be written while this one trains on.
-    pub fn copy(&self) -> Self {
-        Self { model: Arc::new(self.model.copy()), ..self.clone() }
+    /// Its state on the host, to be written while this one trains on.
+    ///
+    /// Errors: those of [`Model::image`].
+    pub fn image(&self) -> Result<Self> {
+        Ok(Self { model: Arc::new(self.model.image()?), ..self.clone() })
     }
 
     /// Whether nothing trains it, and nothing else has changed it: it can be made again from its source.
@@ -412,6 +421,7 @@ impl Class for ModelObject {
         Field { name: "adapter", get: |lua, this| adapter_value(lua, &this.model) },
         Field { name: "config", get: |lua, this| Ok(json_to_lua(lua, &this.model.config().to_json())?) },
         Field { name: "count", get: |_, this| Ok(Value::Integer(this.model.count() as i64)) },
+        Field { name: "device", get: |lua, this| Ok(Value::String(lua.create_string(this.model.place().to_string())?)) },
         Field { name: "dtype", get: |lua, this| Ok(Value::String(lua.create_string(this.model.dtype_name())?)) },
         Field { name: "frozen", get: |_, this| Ok(Value::Boolean(this.frozen)) },
         Field {

@@ -38,7 +38,7 @@ pub fn write(draft: &Draft, name: &str, object: &ModelObject) -> Result<()> {
     if !has_adapter {
         object.save(&draft.place(&format!("models/{name}"))?, None, None)?;
     } else if object.model.base_changed() {
-        object.base().save(&draft.place(&format!("models/{name}"))?, None, None)?;
+        object.base()?.save(&draft.place(&format!("models/{name}"))?, None, None)?;
     }
     object.model.save_training_state(&draft.place(&format!("training/{name}"))?)
 }
@@ -81,12 +81,12 @@ pub fn put_back(checkpoint: &Path, name: &str, model: &Model, merged: bool, touc
         model.unmerge()?;
     }
     if touched && weights.is_dir() {
-        let again = Model::load(&weights, Some(model.dtype()), !has_adapter, &mut |_| {})?;
+        let again = Model::load_at(model.place(), &weights, Some(model.dtype()), !has_adapter, &mut |_| {})?;
         match model.adapter() {
-            None => model.copy_from(&again),
+            None => model.copy_from(&again)?,
             Some(_) => {
                 again.load_adapter(&adapter, true, &mut |_| {})?;
-                model.copy_from(&again);
+                model.copy_from(&again)?;
                 model.forget_source();
             }
         }

@@ -97,7 +97,7 @@ pub const METHODS: &[Function] = &[
         op: "Model:base",
         params: &[],
         call: |call| {
-            let base = call.subject::<ModelObject>()?.base();
+            let base = call.subject::<ModelObject>()?.base()?;
             call.give(base)
         },
     },

@@ -270,7 +270,7 @@ fn step(call: &Call) -> super::call::Answer {
     let (step, skipped) = {
         let this = call.subject::<OptimizerObject>()?;
         let adamw = &mut this.lock().adamw;
-        (adamw.step(), adamw.skipped())
+        (adamw.step()?, adamw.skipped())
     };
     if !step.grad_norm.is_finite()
         && let Some(screen) = call.lua.app_data_ref::<Screen>()

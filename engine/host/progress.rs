@@ -3,6 +3,7 @@
 
 use super::memory::resident_bytes;
 use crate::kernels::buffer::live_bytes;
+use crate::tensor::place::device_bytes;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::{Arc, Mutex};
@@ -143,6 +144,7 @@ impl Progress {
         }
         let resident = resident_bytes().map_or_else(String::new, |bytes| format!(" of {}", memory(bytes)));
         facts.push(format!("{}{resident}", memory(live_bytes())));
+        facts.extend((device_bytes() > 0).then(|| format!("{} on the GPU", memory(device_bytes()))));
         facts
     }
 

@@ -1,17 +1,22 @@
 //! Counts what models compute for a run, for the numbers that progress shows: tokens, floating-point operations, and the
 //! share of what this machine can do, which is the rate of one large matrix product of the engine, measured once.
 
+use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
 use crate::kernels::cpu::panels;
 use crate::kernels::cpu::tile::TileElement;
-use crate::kernels::element::Dtype;
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::memory::DeviceBuffer;
+use crate::kernels::cuda::product;
+use crate::kernels::element::{Dtype, Float};
 use crate::model::Model;
 use crate::model::flops::{FORMULA, forward_flops};
+use crate::tensor::Place;
 use crate::tensor::autograd::is_recording;
 use half::bf16;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 /// How the numbers come about, as `--explain` prints it.
@@ -19,10 +24,10 @@ pub fn explanation() -> String {
     format!(
         "tokens/s: tokens that went through a model's forward pass in the step, over the step's seconds.
 % of peak: FLOPs of the step over its seconds, as a share of the rate of a [512, 1024] x [1024, 1024] matrix product of this
-  engine on this machine in the model's element type. Recomputed layers count once; a forward pass alone is a third,
+  engine on this machine in the model's element type, of 4096^3 where the model is on a GPU. Recomputed layers count once; a forward pass alone is a third,
   and a step that trains an adapter two thirds.
 {FORMULA}
-memory: bytes of live tensors, of the process's resident memory.
+memory: bytes of live tensors, of the process's resident memory; and those of live tensors on GPUs.
 left: seconds so far, times the share to do over the share done."
     )
 }
@@ -34,8 +39,10 @@ pub struct Work {
     operations: AtomicU64,
     /// Whether the model that worked last computes in bf16.
     is_bf16: AtomicBool,
-    /// Operations a second of a large matrix product, in f32 and in bf16.
-    ceilings: [OnceLock<f64>; 2],
+    /// Where it lies.
+    place: Mutex<Place>,
+    /// Operations a second of a large matrix product, in f32 and in bf16, on the CPU and then on a GPU.
+    ceilings: [OnceLock<f64>; 4],
 }
 
 impl Work {
@@ -58,7 +65,7 @@ impl Work {
             (true, true) => 2,
             (true, false) => 3,
         };
-        self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
+        self.remember(model);
         self.tokens.fetch_add(tokens, Relaxed);
         self.operations.fetch_add(passes * once as u64, Relaxed);
     }
@@ -66,20 +73,33 @@ impl Work {
     /// Texts that `model` generated: lengths of prompt and output, each text counted as one forward pass.
     pub fn generation(&self, model: &Model, lengths: &[(usize, usize)]) {
         let once: f64 = lengths.iter().map(|(prompt, output)| forward_flops(model.config(), prompt + output)).sum();
-        self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
+        self.remember(model);
         self.tokens.fetch_add(lengths.iter().map(|(prompt, output)| (prompt + output) as u64).sum(), Relaxed);
         self.operations.fetch_add(once as u64, Relaxed);
     }
 
-    /// `operations_per_second` as a share of the matrix rate, in the element type of the model that worked last. The rate is
+    fn remember(&self, model: &Model) {
+        self.is_bf16.store(model.dtype() == Dtype::Bf16, Relaxed);
+        *self.place.lock().expect("no panic happens under this lock") = model.place().clone();
+    }
+
+    /// `operations_per_second` as a share of the matrix rate, in the element type and at the place of the model that worked last. The rate is
     /// measured once, when the script has done as much work as that takes, about a tenth of a second; before, there is none.
     pub fn share_of_peak(&self, operations_per_second: f64) -> Option<f64> {
         if self.operations.load(Relaxed) < MEASURED_OPERATIONS {
             return None;
         }
         let is_bf16 = self.is_bf16.load(Relaxed);
-        let ceiling =
-            self.ceilings[usize::from(is_bf16)].get_or_init(|| if is_bf16 { matrix_rate::<bf16>() } else { matrix_rate::<f32>() });
+        let place = self.place.lock().expect("no panic happens under this lock").clone();
+        let ceiling = self.ceilings[usize::from(is_bf16) + 2 * usize::from(place.device().is_some())].get_or_init(|| {
+            match (place.device(), is_bf16) {
+                (None, true) => matrix_rate::<bf16>(),
+                (None, false) => matrix_rate::<f32>(),
+                // A device that cannot even multiply makes every share 0; the step's own error says more.
+                (Some(device), true) => matrix_rate_on::<bf16>(device).unwrap_or(f64::INFINITY),
+                (Some(device), false) => matrix_rate_on::<f32>(device).unwrap_or(f64::INFINITY),
+            }
+        });
         Some(operations_per_second / ceiling)
     }
 }
@@ -90,6 +110,23 @@ const SIDE: usize = 1024;
 const PRODUCTS: u64 = 24;
 const PRODUCT_OPERATIONS: u64 = (2 * ROWS * SIDE * SIDE) as u64;
 const MEASURED_OPERATIONS: u64 = PRODUCTS * PRODUCT_OPERATIONS;
+
+/// Rows, columns and depth of the product on a GPU, and how many are timed.
+const SIDE_ON_DEVICE: usize = 4096;
+const PRODUCTS_ON_DEVICE: usize = 4;
+
+/// Operations a second of the best of some products of 4096^3, by the device's clock. Errors: those of the device.
+fn matrix_rate_on<E: Float>(device: &Arc<Device>) -> Result<f64> {
+    let buffer = || DeviceBuffer::<E>::zeroed(device, "the matrices of a ceiling", SIDE_ON_DEVICE * SIDE_ON_DEVICE);
+    let (x, weight, mut y) = (buffer()?, buffer()?, buffer()?);
+    let mut best = f64::INFINITY;
+    for _ in 0..PRODUCTS_ON_DEVICE {
+        let weight = product::Weight { values: weight.view(), outputs: SIDE_ON_DEVICE, inputs: SIDE_ON_DEVICE };
+        let multiply = || product::forward(device, y.view_mut(), x.view(), weight, None, product::Residual::None, None);
+        best = best.min(f64::from(device.time_ms(multiply)?) / 1e3);
+    }
+    Ok(2.0 * (SIDE_ON_DEVICE as f64).powi(3) / best)
+}
 
 /// Operations a second of the best of some products, after the first few have woken the threads, of `[512, 1024]` and `[1024, 1024]`, on all threads.
 fn matrix_rate<E: TileElement>() -> f64 {

@@ -20,7 +20,7 @@ pub fn generate(
     watch: &mut dyn FnMut(Option<&Event>) -> Result<()>,
 ) -> Result<Vec<Vec<Text>>> {
     let mut texts: Vec<Vec<Option<Text>>> = jobs.iter().map(|job| vec![None; job.members]).collect();
-    let mut scheduler = Scheduler::new(model, tokenizer, texts_max.unwrap_or(TEXTS_MAX));
+    let mut scheduler = Scheduler::new(model, tokenizer, texts_max.unwrap_or(TEXTS_MAX))?;
     for job in jobs {
         scheduler.add(job)?;
     }

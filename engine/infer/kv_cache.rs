@@ -1,6 +1,7 @@
 //! Which text has which blocks of cached keys and values: tables, shared beginnings, and what is free. The blocks' memory
 //! and layout are kernels/cpu/attention_paged.rs's.
 
+use crate::error::Result;
 use crate::model::Model;
 use crate::model::paged::{BLOCK_POSITIONS, Cache};
 
@@ -36,10 +37,16 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    pub fn new(model: &Model) -> Self {
-        let memory = model.cache();
+    /// Errors: those of the device.
+    pub fn new(model: &Model) -> Result<Self> {
+        let memory = model.cache()?;
         let block_bytes = memory.lock().expect("a new lock").block_bytes();
-        Self { memory, names: Vec::new(), free: Vec::new(), block_bytes }
+        Ok(Self { memory, names: Vec::new(), free: Vec::new(), block_bytes })
+    }
+
+    /// Bytes that are free for blocks where the model lies, if the system says it.
+    pub fn bytes_free(&self) -> Option<u64> {
+        self.lock().bytes_free()
     }
 
     pub fn memory(&self) -> &Cache {
@@ -57,17 +64,22 @@ impl KvCache {
     }
 
     /// Counts `count` more positions as cached, with blocks for them.
-    pub fn extend(&mut self, table: &mut Table, count: usize) {
+    ///
+    /// Errors: [`crate::error::Error::Device`] if the device has no room.
+    pub fn extend(&mut self, table: &mut Table, count: usize) -> Result<()> {
         table.len += count;
         while table.blocks.len() < blocks_for(table.len) {
             let id = self.take();
-            self.lock().make(id);
+            self.lock().make(id)?;
             table.blocks.push(id);
         }
+        Ok(())
     }
 
     /// Another table over the same positions: whole blocks are shared, and the last one, which both will write into, copied.
-    pub fn fork(&mut self, table: &Table) -> Table {
+    ///
+    /// Errors: as [`KvCache::extend`].
+    pub fn fork(&mut self, table: &Table) -> Result<Table> {
         let mut fork = Table { blocks: table.blocks.clone(), len: table.len };
         let whole = table.len / BLOCK_POSITIONS;
         for id in &fork.blocks[..whole] {
@@ -75,10 +87,10 @@ impl KvCache {
         }
         if let Some(last) = fork.blocks.get_mut(whole) {
             let id = self.take();
-            self.lock().copy(*last, id);
+            self.lock().copy(*last, id)?;
             *last = id;
         }
-        fork
+        Ok(fork)
     }
 
     /// Forgets a text; blocks that no other one names are free.
@@ -116,15 +128,15 @@ mod tests {
     #[test]
     fn forks_share_whole_blocks_and_copy_the_last() {
         let model = Model::random(preset("tiny").unwrap(), Dtype::F32, 1).unwrap();
-        let mut cache = KvCache::new(&model);
+        let mut cache = KvCache::new(&model).unwrap();
         let mut table = Table::default();
-        cache.extend(&mut table, 2 * BLOCK_POSITIONS + 1);
-        let mut fork = cache.fork(&table);
+        cache.extend(&mut table, 2 * BLOCK_POSITIONS + 1).unwrap();
+        let mut fork = cache.fork(&table).unwrap();
         assert_eq!((cache.used(), table.blocks()), (4, &[0, 1, 2][..]));
         assert_eq!(fork.blocks(), [0, 1, 3]);
-        cache.extend(&mut fork, BLOCK_POSITIONS);
+        cache.extend(&mut fork, BLOCK_POSITIONS).unwrap();
         assert_eq!((cache.used(), fork.cached()), (5, 3 * BLOCK_POSITIONS + 1));
-        let even = cache.fork(&Table { blocks: vec![0, 1], len: 2 * BLOCK_POSITIONS });
+        let even = cache.fork(&Table { blocks: vec![0, 1], len: 2 * BLOCK_POSITIONS }).unwrap();
         assert_eq!((cache.used(), even.blocks()), (5, &[0, 1][..]));
         cache.release(even);
         cache.release(table);
@@ -132,7 +144,7 @@ mod tests {
         cache.release(fork);
         assert_eq!(cache.used(), 0);
         let mut again = Table::default();
-        cache.extend(&mut again, 1);
+        cache.extend(&mut again, 1).unwrap();
         assert_eq!((cache.used(), again.blocks().len()), (1, 1));
     }
 }

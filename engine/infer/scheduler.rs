@@ -9,12 +9,10 @@ use super::sampler::{History, Rules, choose};
 use super::stop_text::StopText;
 use crate::data::tokenizer::{StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
-use crate::kernels::available_memory::available_bytes;
 use crate::kernels::cpu::threads::parallel;
 use crate::kernels::random::Stream;
 use crate::model::Model;
-use crate::model::paged::NewTokens;
-use crate::tensor::logprobs::logprobs_of_logits;
+use crate::model::paged::{LogitRows, NewTokens};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -157,12 +155,14 @@ enum Row {
 impl<'a> Scheduler<'a> {
     /// - `tokenizer`: for texts and stop strings; without it there are only tokens
     /// - `texts_max`: texts that are continued at a time
-    pub fn new(model: &'a Model, tokenizer: Option<&'a Tokenizer>, texts_max: usize) -> Self {
+    ///
+    /// Errors: those of the device that the model lies on.
+    pub fn new(model: &'a Model, tokenizer: Option<&'a Tokenizer>, texts_max: usize) -> Result<Self> {
         let vocab = tokenizer.map_or(usize::MAX, Tokenizer::vocab_size).min(model.config().vocab);
-        let cache = KvCache::new(model);
-        let bytes = available_bytes().map_or(u64::MAX, |free| (free as f64 * MEMORY_SHARE) as u64);
+        let cache = KvCache::new(model)?;
+        let bytes = cache.bytes_free().map_or(u64::MAX, |free| (free as f64 * MEMORY_SHARE) as u64);
         let blocks_max = usize::try_from(bytes / cache.block_bytes().max(1) as u64).unwrap_or(usize::MAX);
-        Self {
+        Ok(Self {
             model,
             tokenizer,
             vocab,
@@ -175,7 +175,7 @@ impl<'a> Scheduler<'a> {
             prompts: VecDeque::new(),
             running: Vec::new(),
             promised: BTreeMap::new(),
-        }
+        })
     }
 
     /// Queues a job and returns its number, from 0 upwards.
@@ -237,26 +237,26 @@ impl<'a> Scheduler<'a> {
         let (mut input, mut rows) = (NewTokens::default(), Vec::new());
         for (index, member) in self.running.iter_mut().enumerate() {
             let position = member.table.cached();
-            self.cache.extend(&mut member.table, 1);
+            self.cache.extend(&mut member.table, 1)?;
             input.rows.push(input.tokens.len());
             input.push(&member.tokens[position..], position, member.table.blocks());
             rows.push(Row::Running(index));
         }
-        self.add_prompts(&mut input, &mut rows);
+        self.add_prompts(&mut input, &mut rows)?;
         if input.tokens.is_empty() {
             return Ok(events);
         }
         let (model, memory, vocab) = (self.model, self.cache.memory().clone(), self.model.config().vocab);
         let mut rows = rows.into_iter();
-        model.logits_paged(input, &memory, &mut |range: Range<usize>, logits: &[f32]| {
+        model.logits_paged(input, &memory, &mut |range: Range<usize>, logits: &LogitRows| {
             let mut picks = Vec::new();
-            for (row, logits) in rows.by_ref().take(range.len()).zip(logits.chunks_exact(vocab)) {
+            for (place, row) in rows.by_ref().take(range.len()).enumerate() {
                 match row {
-                    Row::Running(index) => picks.push((index, logits)),
-                    Row::Prompt(prompt) => picks.extend(self.begin(prompt).map(|index| (index, logits))),
+                    Row::Running(index) => picks.push((index, place)),
+                    Row::Prompt(prompt) => picks.extend(self.begin(prompt)?.map(|index| (index, place))),
                 }
             }
-            self.choose_all(&picks, vocab, &mut events)
+            self.choose_all(&picks, logits, vocab, &mut events)
         })?;
         // The last first, so that indices stay right.
         let mut ended: Vec<(usize, usize, Finish)> = Vec::new();
@@ -301,7 +301,9 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Adds pieces of prompts, up to [`PREFILL_TOKENS`].
-    fn add_prompts(&mut self, input: &mut NewTokens, rows: &mut Vec<Row>) {
+    ///
+    /// Errors: those of [`KvCache::extend`].
+    fn add_prompts(&mut self, input: &mut NewTokens, rows: &mut Vec<Row>) -> Result<()> {
         let mut budget = PREFILL_TOKENS;
         while budget > 0
             && let Some(mut prompt) = self.prompts.pop_front()
@@ -310,7 +312,7 @@ impl<'a> Scheduler<'a> {
             let position = prompt.table.cached();
             let count = (tokens.len() - position).min(budget);
             budget -= count;
-            self.cache.extend(&mut prompt.table, count);
+            self.cache.extend(&mut prompt.table, count)?;
             input.push(&tokens[position..position + count], position, prompt.table.blocks());
             if position + count < tokens.len() {
                 self.prompts.push_front(prompt);
@@ -319,12 +321,15 @@ impl<'a> Scheduler<'a> {
                 rows.push(Row::Prompt(prompt));
             }
         }
+        Ok(())
     }
 
     /// Makes the members of a job whose prompt has run; their indices among the running.
-    fn begin(&mut self, prompt: Prompt) -> Range<usize> {
+    ///
+    /// Errors: those of [`KvCache::fork`].
+    fn begin(&mut self, prompt: Prompt) -> Result<Range<usize>> {
         let job = &self.jobs[&prompt.job];
-        let mut tables: Vec<Table> = (1..job.members).map(|_| self.cache.fork(&prompt.table)).collect();
+        let mut tables = (1..job.members).map(|_| self.cache.fork(&prompt.table)).collect::<Result<Vec<Table>>>()?;
         tables.push(prompt.table);
         let first = self.running.len();
         self.running.extend(tables.into_iter().enumerate().map(|(member, table)| Member {
@@ -339,14 +344,15 @@ impl<'a> Scheduler<'a> {
             stop: StopText::new(&job.stops).expect("stop strings were checked when the job came"),
             text: String::new(),
         }));
-        first..self.running.len()
+        Ok(first..self.running.len())
     }
 
     /// Chooses the next token of some running texts, each from its row of logits.
-    fn choose_all(&mut self, picks: &[(usize, &[f32])], vocab: usize, events: &mut Vec<Event>) -> Result<()> {
+    fn choose_all(&mut self, picks: &[(usize, usize)], logits: &LogitRows, vocab: usize, events: &mut Vec<Event>) -> Result<()> {
+        let row = |place: usize| &logits.values()[place * vocab..][..vocab];
         let chosen: Vec<OnceLock<Result<u32>>> = picks.iter().map(|_| OnceLock::new()).collect();
         parallel(picks.len(), |pick| {
-            let (member, logits) = (&self.running[picks[pick].0], picks[pick].1);
+            let (member, logits) = (&self.running[picks[pick].0], row(picks[pick].1));
             let job = &self.jobs[&member.job];
             let history = History { tokens: &member.tokens, prompt: job.prompt.len() };
             let uniform = member.stream.f64((member.tokens.len() - job.prompt.len()) as u64);
@@ -356,14 +362,13 @@ impl<'a> Scheduler<'a> {
         let labels = chosen.map(|id| id.map(|id| id as i32)).collect::<Result<Vec<i32>>>()?;
         let temperatures: Vec<f32> =
             picks.iter().map(|(index, _)| self.jobs[&self.running[*index].job].rules.reported_temperature()).collect();
-        // Members of a group begin at one row, and each wants it for a label of its own.
-        let rows = picks.iter().map(|(_, logits)| *logits).collect::<Vec<_>>().concat();
-        let (logprobs, lse) = logprobs_of_logits(&rows, vocab, &labels, &temperatures);
-        for (pick, (index, logits)) in picks.iter().enumerate() {
+        let rows: Vec<usize> = picks.iter().map(|(_, place)| *place).collect();
+        let (logprobs, lse) = logits.logprobs(&rows, &labels, &temperatures)?;
+        for (pick, (index, place)) in picks.iter().enumerate() {
             let member = &mut self.running[*index];
             let wanted = self.jobs[&member.job].top_logprobs;
             if wanted > 0 {
-                member.top_logprobs.push(most_likely(logits, wanted, temperatures[pick].recip(), lse[pick]));
+                member.top_logprobs.push(most_likely(row(*place), wanted, temperatures[pick].recip(), lse[pick]));
             }
             member.tokens.push(labels[pick]);
             member.logprobs.push(logprobs[pick]);

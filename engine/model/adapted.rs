@@ -34,7 +34,7 @@ impl Model {
         }
         on_graph!(self, graph => {
             graph.attach(&lora)?;
-            graph.begin_adapters(seed);
+            graph.begin_adapters(seed)?;
         });
         self.remember(lora);
         Ok(())
@@ -90,8 +90,7 @@ impl Model {
     /// Errors: [`Error::Argument`] without an adapter.
     pub fn merge(&self) -> Result<()> {
         self.lora("merge")?;
-        self.keep_seen(|| on_graph!(self, graph => graph.weights().iter().for_each(|weight| weight.merge())));
-        Ok(())
+        self.keep_seen(|| on_graph!(self, graph => graph.weights().iter().try_for_each(|weight| weight.merge())))
     }
 
     /// Puts back, to the bit, what [`Model::merge`] changed. Nothing happens if it is not merged.
@@ -99,8 +98,10 @@ impl Model {
     /// Errors: [`Error::Argument`] without an adapter.
     pub fn unmerge(&self) -> Result<()> {
         self.lora("unmerge")?;
-        self.keep_seen(|| on_graph!(self, graph => graph.weights().iter().for_each(|weight| weight.unmerge())));
-        Ok(())
+        self.keep_seen(|| {
+            on_graph!(self, graph => graph.weights().iter().for_each(|weight| weight.unmerge()));
+            Ok(())
+        })
     }
 
     /// Whether the low-rank parts are in the weights.
@@ -110,8 +111,10 @@ impl Model {
 
     /// The model without its adapter, frozen. It shares the weights with this one, so it takes no memory; an update of a
     /// module that is saved whole does not reach it.
-    pub fn base(&self) -> Self {
-        let base = self.copy();
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for copies of what trains.
+    pub fn base(&self) -> Result<Self> {
+        let base = self.copy()?;
         on_graph!(base, graph => {
             for weight in graph.weights() {
                 weight.unmerge();
@@ -120,7 +123,7 @@ impl Model {
             }
         });
         *base.lock_adapter() = None;
-        base
+        Ok(base)
     }
 
     /// Whether frozen weights differ from what the model was loaded from, merging apart.
@@ -157,13 +160,16 @@ impl Model {
     }
 
     /// Runs `change`, after which the base counts as it did before.
-    fn keep_seen(&self, change: impl FnOnce()) {
+    ///
+    /// Errors: those of `change`.
+    fn keep_seen(&self, change: impl FnOnce() -> Result<()>) -> Result<()> {
         let changed = self.base_changed();
-        change();
+        change()?;
         let seen = (!changed).then(|| self.base_version());
         if let Some(adapter) = self.lock_adapter().as_mut() {
             adapter.seen = seen;
         }
+        Ok(())
     }
 
     /// A number that changes with every change of a frozen weight.
@@ -174,26 +180,45 @@ impl Model {
         })
     }
 
-    /// A model of its own with the same weights, masters, gradients and adapter: what a checkpoint is written from while this
-    /// one trains on. Weights that do not train are shared until one of the two changes them.
-    pub fn copy(&self) -> Self {
-        let graph = match &self.graph {
-            AnyGraph::F32(graph) => AnyGraph::F32(Arc::new(graph.copy())),
-            AnyGraph::Bf16(graph) => AnyGraph::Bf16(Arc::new(graph.copy())),
-        };
+    /// A model of its own with the same weights, masters, gradients and adapter, at the same place. Weights that do not train
+    /// are shared until one of the two changes them.
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for one more.
+    pub fn copy(&self) -> Result<Self> {
+        match &self.graph {
+            AnyGraph::F32(graph) => Ok(self.like(AnyGraph::F32(Arc::new(graph.copy()?)))),
+            AnyGraph::Bf16(graph) => Ok(self.like(AnyGraph::Bf16(Arc::new(graph.copy()?)))),
+        }
+    }
+
+    /// As [`Model::copy`], of the host: what a checkpoint is written from while this one trains on. It can be read, saved, and
+    /// taken back by [`Model::copy_from`].
+    ///
+    /// Errors: those of the device.
+    pub fn image(&self) -> Result<Self> {
+        match &self.graph {
+            AnyGraph::F32(graph) => Ok(self.like(AnyGraph::F32(Arc::new(graph.image()?)))),
+            AnyGraph::Bf16(graph) => Ok(self.like(AnyGraph::Bf16(Arc::new(graph.image()?)))),
+        }
+    }
+
+    fn like(&self, graph: AnyGraph) -> Self {
         let copy = Self { graph, recompute: AtomicBool::new(self.recompute.load(Relaxed)), adapter: Mutex::new(None) };
         copy.take_adapter(self);
         copy
     }
 
-    /// Takes weights, masters, gradients and merging of a copy of this model, to the bit.
-    pub fn copy_from(&self, copy: &Self) {
+    /// Takes weights, masters, gradients and merging of a copy or an image of this model, to the bit.
+    ///
+    /// Errors: those of the device.
+    pub fn copy_from(&self, copy: &Self) -> Result<()> {
         match (&self.graph, &copy.graph) {
-            (AnyGraph::F32(to), AnyGraph::F32(from)) => to.copy_from(from),
-            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => to.copy_from(from),
+            (AnyGraph::F32(to), AnyGraph::F32(from)) => to.copy_from(from)?,
+            (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => to.copy_from(from)?,
             _ => panic!("a copy has the type of its model"),
         }
         self.take_adapter(copy);
+        Ok(())
     }
 
     fn take_adapter(&self, from: &Self) {

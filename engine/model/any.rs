@@ -15,9 +15,9 @@ use crate::kernels::element::Dtype;
 use crate::tensor::autograd::with_recording;
 use crate::tensor::experts::load_balance;
 use crate::tensor::parameter::Layout;
-use crate::tensor::select_rows::select_rows;
+use crate::tensor::select_rows::{row_ids, select_rows};
 use crate::tensor::trainable::Trainable;
-use crate::tensor::{AnyTensor, ModelElement, Tensor};
+use crate::tensor::{AnyTensor, ModelElement, Place, Tensor};
 use crate::tensor::{head, logprobs};
 use half::bf16;
 use std::path::Path;
@@ -56,9 +56,21 @@ pub struct Loss {
     pub load_balance: Option<Tensor<f32, 0>>,
 }
 
-/// Errors: [`Error::Argument`] if the weights alone do not fit the memory that is free.
-fn check_memory(config: &Config, dtype: Dtype) -> Result<()> {
+/// Errors: [`Error::Argument`] if the weights alone do not fit the memory that is free, and for a type in which models at `place`
+/// do not compute.
+fn check_making(place: &Place, config: &Config, dtype: Dtype) -> Result<()> {
     let bytes = load_bytes(config, dtype);
+    if let Some(device) = place.device() {
+        if dtype == Dtype::I8 {
+            return Err(Error::argument("model", "dtype", format!("f32 or bf16 on {place}"), "int8, which the CPU computes with"));
+        }
+        let free = device.memory_bytes_free();
+        if bytes <= free {
+            return Ok(());
+        }
+        let expected = format!("what fits the memory of {place} ({}), of which {:.1} GiB are free", device.name, free as f64 / GIB);
+        return Err(Error::argument("model", "weights", expected, format!("{:.1} GiB in {dtype}", bytes as f64 / GIB)));
+    }
     if fits(bytes) {
         return Ok(());
     }
@@ -86,11 +98,18 @@ impl Model {
     /// Errors: those of [`Config::check`]; [`Error::Argument`] for an element type in which models do not compute, and for
     /// weights that do not fit the memory.
     pub fn random(config: Config, dtype: Dtype, seed: u64) -> Result<Self> {
+        Self::random_at(&Place::Host, config, dtype, seed)
+    }
+
+    /// As [`Model::random`], at `place`: the same numbers everywhere.
+    ///
+    /// Errors: as there; [`Error::Device`] if the device has no room.
+    pub fn random_at(place: &Place, config: Config, dtype: Dtype, seed: u64) -> Result<Self> {
         config.check(Path::new("model"))?;
-        check_memory(&config, dtype)?;
+        check_making(place, &config, dtype)?;
         let graph = match dtype {
-            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(config, false, seed)?)),
-            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::random(config, dtype == Dtype::I8, seed)?)),
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::random(place, config, false, seed)?)),
+            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::random(place, config, dtype == Dtype::I8, seed)?)),
             other => return Err(Error::argument("model", "dtype", "f32, bf16 or int8", other)),
         };
         Ok(Self::of(graph))
@@ -107,18 +126,33 @@ impl Model {
     ///
     /// Errors: those of [`Config::load`], [`CheckpointFolder::open`] and [`Graph::load`].
     pub fn load(folder: &Path, dtype: Option<Dtype>, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
-        Self::load_as(folder, Config::load(folder)?, dtype, trains, 0, remark)
+        Self::load_at(&Place::Host, folder, dtype, trains, remark)
     }
 
-    /// As [`Model::load`], with a head that gives one score: the folder's, or a new one in place of its head, from `seed`.
+    /// As [`Model::load`], to `place`, by blocks of rows.
+    ///
+    /// Errors: as there; [`Error::Device`] if the device has no room.
+    pub fn load_at(place: &Place, folder: &Path, dtype: Option<Dtype>, trains: bool, remark: &mut dyn FnMut(String)) -> Result<Self> {
+        Self::load_as(place, folder, Config::load(folder)?, dtype, trains, 0, remark)
+    }
+
+    /// As [`Model::load_at`], with a head that gives one score: the folder's, or a new one in place of its head, from `seed`.
     ///
     /// Errors: as there.
-    pub fn load_scoring(folder: &Path, dtype: Option<Dtype>, trains: bool, seed: u64, remark: &mut dyn FnMut(String)) -> Result<Self> {
+    pub fn load_scoring(
+        place: &Place,
+        folder: &Path,
+        dtype: Option<Dtype>,
+        trains: bool,
+        seed: u64,
+        remark: &mut dyn FnMut(String),
+    ) -> Result<Self> {
         let config = Config { score: true, ..Config::load(folder)? };
-        Self::load_as(folder, config, dtype, trains, seed, remark)
+        Self::load_as(place, folder, config, dtype, trains, seed, remark)
     }
 
     fn load_as(
+        place: &Place,
         folder: &Path,
         config: Config,
         dtype: Option<Dtype>,
@@ -128,11 +162,11 @@ impl Model {
     ) -> Result<Self> {
         let files = CheckpointFolder::open(folder)?;
         let dtype = dtype.unwrap_or(config.dtype);
-        check_memory(&config, dtype)?;
+        check_making(place, &config, dtype)?;
         let (int8, trains) = (dtype == Dtype::I8, trains && dtype != Dtype::I8);
         let graph = match dtype {
-            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(&files, config, false, trains, seed, remark)?)),
-            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::load(&files, config, int8, trains, seed, remark)?)),
+            Dtype::F32 => AnyGraph::F32(Arc::new(Graph::load(place, &files, config, false, trains, seed, remark)?)),
+            Dtype::Bf16 | Dtype::I8 => AnyGraph::Bf16(Arc::new(Graph::load(place, &files, config, int8, trains, seed, remark)?)),
             other => return Err(Error::argument("model", "dtype", "f32, bf16 or int8", other)),
         };
         Ok(Self::of(graph))
@@ -187,6 +221,11 @@ impl Model {
     /// Whether its matrices are integers of 8 bits with scales; [`Model::dtype`] is then the type of its activations.
     pub fn is_int8(&self) -> bool {
         on_graph!(self, graph => graph.head.layout() == Layout::Int8)
+    }
+
+    /// Where it lies and computes.
+    pub fn place(&self) -> &Place {
+        on_graph!(self, graph => graph.place())
     }
 
     /// What users call the type of its weights, as [`parse_dtype`] reads it.
@@ -244,7 +283,7 @@ impl Model {
     /// Errors: as [`Model::logits`]; [`Error::Argument`] for an index outside the tokens.
     pub fn logits_of(&self, input: &Packed, rows: &[usize]) -> Result<Tensor<f32, 2>> {
         self.check_language("logits")?;
-        let rows: Arc<[i32]> = rows.iter().map(|row| i32::try_from(*row).unwrap_or(-1)).collect();
+        let rows = row_ids(rows);
         on_graph!(self, graph => {
             let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
             let some = select_rows("logits", &forward.hidden, &rows)?;
@@ -277,15 +316,15 @@ impl Model {
     /// Errors: those of [`Packed::check`].
     pub fn hidden_states(&self, input: &Packed) -> Result<Vec<AnyTensor>> {
         on_graph!(self, graph => {
-            let mut states: Vec<AnyTensor> = Vec::new();
+            let mut states: Vec<Result<AnyTensor>> = Vec::new();
             let last = graph.config.layers;
             let forward = graph.forward(input, self.recompute.load(Relaxed), |x| {
                 if states.len() < last {
-                    states.push(x.clone().into());
+                    states.push(x.to_host().map(AnyTensor::from));
                 }
             })?;
-            states.push(graph.final_norm(&forward.hidden)?.into());
-            Ok(states)
+            states.push(graph.final_norm(&forward.hidden)?.to_host().map(AnyTensor::from));
+            states.into_iter().collect()
         })
     }
 
@@ -297,9 +336,9 @@ impl Model {
     pub fn routing(&self, input: &Packed) -> Result<(Vec<(AnyTensor, Vec<u32>, AnyTensor)>, Option<Tensor<f32, 0>>)> {
         on_graph!(self, graph => {
             let (_, forward) = self.run(graph, input)?;
-            let balance = load_balance(&forward.routing);
-            let layers = forward.routing.iter().map(|layer| (layer.logits.clone().into(), layer.chosen.to_vec(), layer.weights.clone().into()));
-            Ok((layers.collect(), balance))
+            let balance = load_balance(&forward.routing)?;
+            let layers = forward.routing.iter().map(|layer| Ok((layer.logits.to_host()?.into(), layer.chosen()?, layer.weights.to_host()?.into())));
+            Ok((layers.collect::<Result<_>>()?, balance))
         })
     }
 
@@ -340,7 +379,7 @@ impl Model {
         self.check_language("cross_entropy")?;
         on_graph!(self, graph => {
             let (normed, forward) = self.run(graph, input)?;
-            let balance = if router_aux_loss_coef == 0.0 { None } else { load_balance(&forward.routing) };
+            let balance = if router_aux_loss_coef == 0.0 { None } else { load_balance(&forward.routing)? };
             let extra = balance.as_ref().map(|balance| (balance, router_aux_loss_coef));
             let total = logprobs::cross_entropy(&normed, &graph.head, labels, normalizer, extra)?;
             Ok(Loss { total, load_balance: balance.map(|balance| balance.detach()) })

@@ -4,15 +4,15 @@
 
 use super::config::Config;
 use crate::error::{Error, Result};
-use crate::tensor::attention::{Heads, Rope, attention};
+use crate::tensor::attention::{Documents, Heads, Rope, attention};
 use crate::tensor::embedding::embedding;
-use crate::tensor::experts::{Expert, Routing, mixture, routing};
+use crate::tensor::experts::{Expert, Experts, Routing, mixture, routing};
 use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
-use crate::tensor::paged_attention::{KvBlocks, Span, paged_attention};
+use crate::tensor::paged_attention::{KvBlocks, Span, Texts, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
 use crate::tensor::select_rows::select_rows;
-use crate::tensor::{ModelElement, Parameter, Tensor};
+use crate::tensor::{ModelElement, Parameter, Place, Tensor};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -84,7 +84,7 @@ impl Packed<'_> {
             rows.extend((pair[0]..pair[1]).map(|row| row as i32));
             borders.push(rows.len() as i32);
         }
-        Some(Unfolded { rows: rows.into(), own: own.into(), borders: borders.into() })
+        Some(Unfolded { rows: rows.into(), own: own.into(), borders })
     }
 }
 
@@ -94,7 +94,7 @@ struct Unfolded {
     rows: Arc<[i32]>,
     /// Where each row stands that is not a copy.
     own: Arc<[i32]>,
-    borders: Arc<[i32]>,
+    borders: Vec<i32>,
 }
 
 /// A transformer layer's weights. q, k and v are rows of one matrix, as are gate and up, so that each input is read once.
@@ -124,7 +124,7 @@ pub enum Mlp<E: ModelElement> {
 pub struct Sparse<E: ModelElement> {
     /// `[experts, hidden]`
     pub router: Arc<Parameter<E>>,
-    pub experts: Arc<[Expert<E>]>,
+    pub experts: Experts<E>,
     pub shared: Expert<E>,
     /// `[1, hidden]`
     pub shared_gate: Arc<Parameter<E>>,
@@ -156,6 +156,11 @@ impl<E: ModelElement> Graph<E> {
         self.config.rms_norm_eps as f32
     }
 
+    /// Where the weights lie, and all that is computed from them.
+    pub fn place(&self) -> &Place {
+        self.embed.place()
+    }
+
     /// How a layer's attention sees the heads.
     pub fn heads(&self) -> Heads {
         Heads { heads: self.config.heads, kv_heads: self.config.kv_heads, head_dim: self.config.head_dim }
@@ -171,15 +176,16 @@ impl<E: ModelElement> Graph<E> {
         input.check("forward", self.config.vocab)?;
         let heads = self.heads();
         let Some(Unfolded { rows, own, borders }) = input.unfolded() else {
-            let tables = Arc::new(self.rope.tables::<E>(input.position_ids)?);
-            let borders: Arc<[i32]> = input.cu_seqlens.iter().map(|border| *border as i32).collect();
-            let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &borders, window);
+            let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
+            let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
+            let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
             return self.forward_with(input.tokens, recompute_layers, observe, attend);
         };
         let positions: Vec<i32> = rows.iter().map(|row| input.position_ids[*row as usize]).collect();
-        let tables = Arc::new(self.rope.tables::<E>(&positions)?);
+        let tables = Arc::new(self.rope.tables::<E>(&positions, self.place())?);
+        let documents = Arc::new(Documents::new(borders));
         let attend = move |_, qkv: &Tensor<E, 2>, window| {
-            let mixed = attention(&select_rows("attention", qkv, &rows)?, heads, &tables, &borders, window)?;
+            let mixed = attention(&select_rows("attention", qkv, &rows)?, heads, &tables, &documents, window)?;
             select_rows("attention", &mixed, &own)
         };
         self.forward_with(input.tokens, recompute_layers, observe, attend)
@@ -200,11 +206,11 @@ impl<E: ModelElement> Graph<E> {
         cache: &Arc<Mutex<KvBlocks>>,
     ) -> Result<Forward<E>> {
         Packed { tokens, position_ids, cu_seqlens: &[0, tokens.len() as u32], prefixes: &[] }.check("generate", self.config.vocab)?;
-        let tables = Arc::new(self.rope.tables::<E>(position_ids)?);
-        let (heads, spans, cache) = (self.heads(), Arc::new(spans), cache.clone());
+        let tables = Arc::new(self.rope.tables::<E>(position_ids, self.place())?);
+        let (heads, texts, cache) = (self.heads(), Arc::new(Texts::new(spans)), cache.clone());
         let attend = move |layer, qkv: &Tensor<E, 2>, window| {
             let mut cache = cache.lock().expect("attention does not panic under this lock");
-            paged_attention(qkv, heads, &tables, &spans, &mut cache, layer, window)
+            paged_attention(qkv, heads, &tables, &texts, &mut cache, layer, window)
         };
         self.forward_with(tokens, false, |_| {}, attend)
     }

@@ -3,7 +3,7 @@
 //! Source: Hu et al., arXiv 2106.09685; rank-stabilised scale of Kalajdzievski, arXiv 2312.03732; files as PEFT 0.18 writes.
 
 use super::fields::{Fields, parse_object};
-use super::graph::Graph;
+use super::graph::{Graph, Mlp};
 use super::names::Named;
 use crate::checkpoint::folder::read_text;
 use crate::checkpoint::safetensors::SafetensorsFile;
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
+use crate::tensor::experts::Experts;
 use crate::tensor::low_rank::LowRank;
 use crate::tensor::parameter::Layout;
 use crate::tensor::{ModelElement, Parameter};
@@ -193,11 +194,19 @@ impl<E: ModelElement> Graph<E> {
             if !lora.targets.iter().any(|target| target == ALL || is_called(module, target)) {
                 continue;
             }
-            let factor = |name: &str, rows, columns| Arc::new(Parameter::zeros(format!("{module}.{name}"), rows, columns, Layout::Panels));
+            if let Some(experts) = stacked(self).find(|experts| Arc::ptr_eq(experts, &tensor.parameter)) {
+                let what = format!("an adapter on {module} of a model on {}", experts.place());
+                let remedy = "name other targets (the attention, the shared expert), or train it on the CPU".into();
+                return Err(Error::Unsupported { what, remedy });
+            }
+            let place = self.place();
+            let factor = |name: &str, rows, columns| -> Result<Arc<Parameter<E>>> {
+                Ok(Arc::new(Parameter::zeros_at(place, format!("{module}.{name}"), rows, columns, Layout::Panels)?))
+            };
             let part = LowRank {
                 rows: tensor.rows.clone(),
-                a: factor("lora_A", lora.rank, tensor.parameter.columns()),
-                b: factor("lora_B", tensor.rows.len(), lora.rank),
+                a: factor("lora_A", lora.rank, tensor.parameter.columns())?,
+                b: factor("lora_B", tensor.rows.len(), lora.rank)?,
                 scale: lora.scale(),
             };
             match parts.iter_mut().rev().find(|(parameter, _)| Arc::ptr_eq(parameter, &tensor.parameter)) {
@@ -214,7 +223,9 @@ impl<E: ModelElement> Graph<E> {
 
     /// Low-rank parts as they begin: A uniform in ±1/sqrt(in), as PEFT's Kaiming initialisation gives, each number a function
     /// of the seed, the tensor's name and its index there; B zero.
-    pub(super) fn begin_adapters(&self, seed: u64) {
+    ///
+    /// Errors: those of the device.
+    pub(super) fn begin_adapters(&self, seed: u64) -> Result<()> {
         for tensor in self.named_adapters().iter().filter(|tensor| tensor.name.ends_with("lora_A.weight")) {
             let columns = tensor.parameter.columns();
             let (stream, bound) = (Stream::new(seed, &tensor.name), (columns as f32).sqrt().recip());
@@ -222,8 +233,9 @@ impl<E: ModelElement> Graph<E> {
             for (index, value) in values.iter_mut().enumerate() {
                 *value = (2.0 * stream.f32(index as u64) - 1.0) * bound;
             }
-            tensor.parameter.write_rows(0..tensor.parameter.rows(), &values, E::HAS_REMAINDER);
+            tensor.parameter.write_rows(0..tensor.parameter.rows(), &values, E::HAS_REMAINDER)?;
         }
+        Ok(())
     }
 
     /// The tensors of the adapter: both factors of every low-rank part, then the modules saved whole.
@@ -285,7 +297,7 @@ impl<E: ModelElement> Graph<E> {
             let values: Vec<f32> = file.read_floats(&file_name(tensor))?;
             // bf16 holds a stored bf16 exactly; of every other type something is left over.
             let is_finer = file.get(&file_name(tensor)).is_some_and(|info| info.dtype != StoredDtype::Bf16);
-            tensor.parameter.write_rows(tensor.rows.clone(), &values, trains && is_finer);
+            tensor.parameter.write_rows(tensor.rows.clone(), &values, trains && is_finer)?;
         }
         Ok(())
     }
@@ -299,6 +311,17 @@ impl<E: ModelElement> Graph<E> {
         self.fill_adapter(folder, &lora, trains)?;
         Ok(lora)
     }
+}
+
+/// The weights of experts that are one matrix.
+fn stacked<E: ModelElement>(graph: &Graph<E>) -> impl Iterator<Item = &Arc<Parameter<E>>> {
+    graph.layers.iter().flat_map(|layer| match &layer.mlp {
+        Mlp::Sparse(sparse) => match &sparse.experts {
+            Experts::Stacked { weights, .. } => vec![&weights.gate_up, &weights.down],
+            Experts::Each(_) => Vec::new(),
+        },
+        Mlp::Dense(_) => Vec::new(),
+    })
 }
 
 /// The name that PEFT gives a tensor.

@@ -4,6 +4,7 @@
 //! Source: the hub layout of Qwen2 and Qwen2-MoE checkpoints.
 
 use super::graph::{Graph, Mlp};
+use crate::tensor::experts::Expert;
 use crate::tensor::{ModelElement, Parameter};
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,13 +36,13 @@ impl<E: ModelElement> Graph<E> {
             }
             list.matrix(&format!("{prefix}.self_attn.o_proj.weight"), &layer.o);
             match &layer.mlp {
-                Mlp::Dense(mlp) => list.expert(&format!("{prefix}.mlp"), &mlp.gate_up, &mlp.down),
+                Mlp::Dense(mlp) => list.whole_expert(&format!("{prefix}.mlp"), mlp),
                 Mlp::Sparse(sparse) => {
                     list.matrix(&format!("{prefix}.mlp.gate.weight"), &sparse.router);
-                    for (index, expert) in sparse.experts.iter().enumerate() {
-                        list.expert(&format!("{prefix}.mlp.experts.{index}"), &expert.gate_up, &expert.down);
+                    for index in 0..sparse.experts.count() {
+                        list.expert(&format!("{prefix}.mlp.experts.{index}"), sparse.experts.get(index));
                     }
-                    list.expert(&format!("{prefix}.mlp.shared_expert"), &sparse.shared.gate_up, &sparse.shared.down);
+                    list.whole_expert(&format!("{prefix}.mlp.shared_expert"), &sparse.shared);
                     list.matrix(&format!("{prefix}.mlp.shared_expert_gate.weight"), &sparse.shared_gate);
                 }
             }
@@ -109,10 +110,15 @@ impl<E: ModelElement> List<E> {
         self.add(name.into(), parameter, 0..parameter.rows(), false);
     }
 
-    fn expert(&mut self, prefix: &str, gate_up: &Arc<Parameter<E>>, down: &Arc<Parameter<E>>) {
-        let half = gate_up.rows() / 2;
-        self.add(format!("{prefix}.gate_proj.weight"), gate_up, 0..half, true);
-        self.add(format!("{prefix}.up_proj.weight"), gate_up, half..2 * half, true);
-        self.matrix(&format!("{prefix}.down_proj.weight"), down);
+    fn whole_expert(&mut self, prefix: &str, expert: &Expert<E>) {
+        self.expert(prefix, (expert, 0..expert.gate_up.rows(), 0..expert.down.rows()));
+    }
+
+    /// An expert that is these rows of both weights, gate before up.
+    fn expert(&mut self, prefix: &str, (expert, gate_up, down): (&Expert<E>, Range<usize>, Range<usize>)) {
+        let middle = gate_up.start + gate_up.len() / 2;
+        self.add(format!("{prefix}.gate_proj.weight"), &expert.gate_up, gate_up.start..middle, true);
+        self.add(format!("{prefix}.up_proj.weight"), &expert.gate_up, middle..gate_up.end, true);
+        self.add(format!("{prefix}.down_proj.weight"), &expert.down, down, true);
     }
 }

@@ -3,11 +3,12 @@
 
 use super::any::Model;
 use crate::error::Result;
-use crate::kernels::buffer::Buffer;
 use crate::tensor::autograd::with_recording;
+pub use crate::tensor::head::LogitRows;
 use crate::tensor::paged_attention::KvBlocks;
 pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
-use crate::tensor::{ModelElement, Tensor, head};
+use crate::tensor::select_rows::{row_ids, select_rows};
+use crate::tensor::{ModelElement, head};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -17,8 +18,8 @@ const LOGITS_BYTES: usize = 64 << 20;
 /// Cached keys and values of a model's texts.
 pub type Cache = Arc<Mutex<KvBlocks>>;
 
-/// Sees the logits of some of the wanted rows: their range, and `[rows, vocab]`.
-pub type EachLogits<'a> = dyn FnMut(Range<usize>, &[f32]) -> Result<()> + 'a;
+/// Sees the logits of some of the wanted rows: their range, and the rows.
+pub type EachLogits<'a> = dyn FnMut(Range<usize>, &LogitRows) -> Result<()> + 'a;
 
 /// The new tokens of some texts, end to end.
 #[derive(Debug, Default)]
@@ -43,12 +44,14 @@ impl NewTokens {
 
 impl Model {
     /// A cache for this model's keys and values, without blocks.
-    pub fn cache(&self) -> Cache {
-        on_graph!(self, graph => Arc::new(Mutex::new(blocks_of(graph))))
+    ///
+    /// Errors: those of the device.
+    pub fn cache(&self) -> Result<Cache> {
+        on_graph!(self, graph => Ok(Arc::new(Mutex::new(blocks_of(graph)?))))
     }
 
     /// Runs new tokens and hands the logits of the wanted rows to `each`, some rows at a time: the range among
-    /// `input.rows`, and `[rows, vocab]` f32. They have the bits that [`Model::logits`] gives for the whole text.
+    /// `input.rows`, and the rows. They have the bits that [`Model::logits`] gives for the whole text.
     ///
     /// Errors: [`crate::error::Error::Argument`] for a token outside the vocabulary, or a model that scores; those of `each`.
     pub fn logits_paged(&self, input: NewTokens, cache: &Cache, each: &mut EachLogits) -> Result<()> {
@@ -56,26 +59,17 @@ impl Model {
         let NewTokens { tokens, position_ids, spans, rows } = input;
         on_graph!(self, graph => with_recording(false, || {
             let forward = graph.forward_paged(&tokens, &position_ids, spans, cache)?;
-            let hidden = forward.hidden.shape()[1];
             let chunk = (LOGITS_BYTES / (4 * graph.config.vocab)).max(1);
             for start in (0..rows.len()).step_by(chunk) {
                 let range = start..rows.len().min(start + chunk);
-                let wanted = rows_of(&forward.hidden, &rows[range.clone()], hidden)?;
-                each(range, head::logits(&graph.final_norm(&wanted)?, &graph.head)?.values())?;
+                let wanted = select_rows("generate", &forward.hidden, &row_ids(&rows[range.clone()]))?;
+                each(range, &head::logit_rows(&graph.final_norm(&wanted)?, &graph.head)?)?;
             }
             Ok(())
         }))
     }
 }
 
-fn blocks_of<E: ModelElement>(graph: &super::graph::Graph<E>) -> KvBlocks {
-    KvBlocks::new::<E>(graph.heads(), graph.config.layers)
-}
-
-fn rows_of<E: ModelElement>(x: &Tensor<E, 2>, rows: &[usize], width: usize) -> Result<Tensor<E, 2>> {
-    let mut some = Buffer::scratch(rows.len() * width);
-    for (to, row) in some.chunks_exact_mut(width).zip(rows) {
-        to.copy_from_slice(&x.values()[row * width..][..width]);
-    }
-    Tensor::new([rows.len(), width], some)
+fn blocks_of<E: ModelElement>(graph: &super::graph::Graph<E>) -> Result<KvBlocks> {
+    KvBlocks::new::<E>(graph.place(), graph.heads(), graph.config.layers)
 }

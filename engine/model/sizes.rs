@@ -117,6 +117,40 @@ pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequenc
     load_bytes(config, dtype).saturating_add(per_layer.saturating_mul(kept).saturating_mul(sequences as u64))
 }
 
+/// What a device holds at the height of a training step of all parameters with AdamW, the largest first: names and bytes.
+///
+/// - `tokens`: of the step, each with a label; activations are those that wait for the backward pass, layers not recomputed
+pub fn device_training_parts(config: &Config, dtype: Dtype, tokens: usize) -> Vec<(&'static str, u64)> {
+    let (count, element, rows) = (parameters(config).total, dtype.size() as u64, tokens as u64);
+    let size = |value: usize| value as u64;
+    let (hidden, query, key) = (size(config.hidden), size(config.heads * config.head_dim), size(config.kv_heads * config.head_dim));
+    // Two inputs of norms, the turned queries, keys and values, and what attention mixed; lengths and sums of rows in f32.
+    let attention = element * (2 * hidden + 2 * query + 2 * key) + 4 * (2 + size(config.heads));
+    let layer = |index: usize| match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
+        None => attention + element * 2 * size(config.intermediate),
+        Some(moe) => {
+            let visits = size(moe.experts_per_token);
+            let experts = visits * (2 * size(moe.moe_intermediate) + hidden) + 2 * size(moe.shared_intermediate) + 3 * hidden;
+            attention + element * (experts + size(moe.experts)) + 4 * (size(moe.experts) + 2 * visits + 2)
+        }
+    };
+    // A script may ask for any number of tokens, here as in `serve_bytes`.
+    let activations = rows.saturating_mul((0..config.layers).map(layer).sum::<u64>());
+    let logits = rows.min(crate::tensor::logprobs::rows_on_device(config.vocab, tokens) as u64) * size(config.vocab) * (4 + element);
+    let remainders = if dtype == Dtype::Bf16 { 2 * count } else { 0 };
+    let mut parts = vec![
+        ("moments of AdamW", 8 * count),
+        ("gradients of weights", 4 * count),
+        ("weights", element * count),
+        ("remainders of masters", remainders),
+        ("activations", activations),
+        ("logits of a chunk and their gradient", logits),
+    ];
+    parts.retain(|(_, bytes)| *bytes > 0);
+    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::presets::{names, preset};
@@ -181,6 +215,21 @@ mod tests {
             let got: Vec<_> = folder.tensors().map(|tensor| (tensor.name.clone(), tensor.shape.clone())).collect();
             assert_eq!(got, want, "{name}");
         }
+    }
+
+    #[test]
+    fn the_parts_of_a_training_step_hold_what_training_keeps() {
+        for (name, dtype) in [("0.5B", Dtype::Bf16), ("0.5B", Dtype::F32), ("Qwen1.5-MoE-A2.7B", Dtype::Bf16)] {
+            let config = preset(name).unwrap();
+            let parts = device_training_parts(&config, dtype, 4096);
+            let of = |wanted: &[&str]| parts.iter().filter(|(part, _)| wanted.contains(part)).map(|(_, bytes)| bytes).sum::<u64>();
+            let kept = of(&["moments of AdamW", "gradients of weights", "weights", "remainders of masters"]);
+            assert_eq!(kept, train_bytes(&config, dtype), "{name}");
+            assert!(parts.is_sorted_by(|a, b| a.1 >= b.1) && of(&["activations"]) > 1 << 28, "{name}: {parts:?}");
+        }
+        // 0.5B: 24 layers of 2 bytes x (2 x 896 + 2 x 896 + 2 x 128 + 2 x 4864) and 4 x (2 + 14) a token.
+        let parts = device_training_parts(&preset("0.5B").unwrap(), Dtype::Bf16, 10);
+        assert!(parts.contains(&("activations", 10 * 24 * (2 * (4 * 896 + 256 + 9728) + 64))), "{parts:?}");
     }
 
     #[test]

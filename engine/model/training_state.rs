@@ -8,7 +8,7 @@ use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
-use crate::tensor::experts::Expert;
+use crate::tensor::experts::{Expert, Experts};
 use crate::tensor::{ModelElement, Parameter};
 use std::path::Path;
 use std::sync::Arc;
@@ -18,34 +18,57 @@ const STEM: &str = "training_state";
 
 impl<E: ModelElement> Graph<E> {
     /// A graph of its own with the same weights, low-rank parts, masters and gradients.
-    pub fn copy(&self) -> Self {
-        let copy = |parameter: &Arc<Parameter<E>>| Arc::new(parameter.copy());
-        let expert = |expert: &Expert<E>| Expert { gate_up: copy(&expert.gate_up), down: copy(&expert.down) };
-        let layers = self.layers.iter().map(|layer| Layer {
-            input_norm: copy(&layer.input_norm),
-            qkv: copy(&layer.qkv),
-            qkv_bias: copy(&layer.qkv_bias),
-            o: copy(&layer.o),
-            post_norm: copy(&layer.post_norm),
-            mlp: match &layer.mlp {
-                Mlp::Dense(mlp) => Mlp::Dense(expert(mlp)),
-                Mlp::Sparse(sparse) => Mlp::Sparse(Box::new(Sparse {
-                    router: copy(&sparse.router),
-                    experts: sparse.experts.iter().map(expert).collect(),
-                    shared: expert(&sparse.shared),
-                    shared_gate: copy(&sparse.shared_gate),
-                })),
-            },
-            window: layer.window,
-        });
-        let embed = copy(&self.embed);
-        let head = if Arc::ptr_eq(&self.embed, &self.head) { embed.clone() } else { copy(&self.head) };
-        Self { embed, layers: layers.collect(), norm: copy(&self.norm), head, rope: self.rope.clone(), config: self.config.clone() }
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for one more.
+    pub fn copy(&self) -> Result<Self> {
+        self.map(Parameter::copy)
     }
 
-    /// Takes weights, low-rank parts, masters and gradients of a copy of this graph.
-    pub fn copy_from(&self, copy: &Self) {
-        self.weights().iter().zip(copy.weights()).for_each(|(to, from)| to.copy_from(&from));
+    /// As [`Graph::copy`], on the host: to be written, and for [`Graph::copy_from`].
+    ///
+    /// Errors: those of the device.
+    pub fn image(&self) -> Result<Self> {
+        self.map(Parameter::image)
+    }
+
+    fn map(&self, copy: impl Fn(&Parameter<E>) -> Result<Parameter<E>>) -> Result<Self> {
+        let copy = |parameter: &Arc<Parameter<E>>| copy(parameter).map(Arc::new);
+        let expert = |expert: &Expert<E>| Ok(Expert { gate_up: copy(&expert.gate_up)?, down: copy(&expert.down)? });
+        let experts = |experts: &Experts<E>| match experts {
+            Experts::Each(experts) => Ok(Experts::Each(experts.iter().map(expert).collect::<Result<_>>()?)),
+            Experts::Stacked { count, weights } => Ok(Experts::Stacked { count: *count, weights: expert(weights)? }),
+        };
+        let layer = |layer: &Layer<E>| {
+            let mlp = match &layer.mlp {
+                Mlp::Dense(mlp) => Mlp::Dense(expert(mlp)?),
+                Mlp::Sparse(sparse) => Mlp::Sparse(Box::new(Sparse {
+                    router: copy(&sparse.router)?,
+                    experts: experts(&sparse.experts)?,
+                    shared: expert(&sparse.shared)?,
+                    shared_gate: copy(&sparse.shared_gate)?,
+                })),
+            };
+            Ok(Layer {
+                input_norm: copy(&layer.input_norm)?,
+                qkv: copy(&layer.qkv)?,
+                qkv_bias: copy(&layer.qkv_bias)?,
+                o: copy(&layer.o)?,
+                post_norm: copy(&layer.post_norm)?,
+                mlp,
+                window: layer.window,
+            })
+        };
+        let layers = self.layers.iter().map(layer).collect::<Result<_>>()?;
+        let embed = copy(&self.embed)?;
+        let head = if Arc::ptr_eq(&self.embed, &self.head) { embed.clone() } else { copy(&self.head)? };
+        Ok(Self { embed, layers, norm: copy(&self.norm)?, head, rope: self.rope.clone(), config: self.config.clone() })
+    }
+
+    /// Takes weights, low-rank parts, masters and gradients of a copy or an image of this graph.
+    ///
+    /// Errors: those of the device.
+    pub fn copy_from(&self, copy: &Self) -> Result<()> {
+        self.weights().iter().zip(copy.weights()).try_for_each(|(to, from)| to.copy_from(&from))
     }
 
     /// Writes remainders and gradients into the folder `target`. Errors: those of [`FolderWriter`].
@@ -53,21 +76,19 @@ impl<E: ModelElement> Graph<E> {
         let parameters = self.parameters();
         let mut specs = Vec::new();
         for parameter in &parameters {
-            if let Some(remainder) = &parameter.read().remainder {
-                let (name, shape) = (format!("{}.remainder", parameter.name()), vec![remainder.len()]);
+            if parameter.has_remainder() {
+                let (name, shape) = (format!("{}.remainder", parameter.name()), vec![parameter.weight_len()]);
                 specs.push(TensorSpec { name, dtype: StoredDtype::I16, shape });
             }
-            parameter.with_gradient(|gradient| {
-                if let Some(gradient) = gradient {
-                    let (name, shape) = (format!("{}.gradient", parameter.name()), vec![gradient.len()]);
-                    specs.push(TensorSpec { name, dtype: StoredDtype::F32, shape });
-                }
-            });
+            if parameter.has_gradient() {
+                let (name, shape) = (format!("{}.gradient", parameter.name()), vec![parameter.gradient_len()]);
+                specs.push(TensorSpec { name, dtype: StoredDtype::F32, shape });
+            }
         }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
         for parameter in &parameters {
-            if let Some(remainder) = &parameter.read().remainder {
-                writer.write_bytes(&format!("{}.remainder", parameter.name()), bytemuck::cast_slice(remainder))?;
+            if let Some(remainder) = parameter.remainder() {
+                writer.write_bytes(&format!("{}.remainder", parameter.name()), bytemuck::cast_slice(&remainder))?;
             }
             parameter.with_gradient(|gradient| match gradient {
                 Some(gradient) => writer.write(&format!("{}.gradient", parameter.name()), gradient),
@@ -87,8 +108,12 @@ impl<E: ModelElement> Graph<E> {
             let remainder = match file.get(&format!("{}.remainder", parameter.name())) {
                 Some(info) if E::HAS_REMAINDER => {
                     let name = info.name.clone();
-                    if info.elements() != parameter.read().weight.len() {
-                        let expected = format!("{} integers", parameter.read().weight.len());
+                    if info.elements() != parameter.weight_len() {
+                        let expected = format!(
+                            "{} integers, as a model on {} keeps them; resume where the checkpoint was made",
+                            parameter.weight_len(),
+                            parameter.place()
+                        );
                         return Err(Error::format(file.path(), name, expected, format!("{}", info.elements())));
                     }
                     let in_range = |value: i64| {
@@ -109,12 +134,13 @@ impl<E: ModelElement> Graph<E> {
                 }
                 None => None,
             };
-            parameter.set_training_state(remainder, gradient);
+            parameter.set_training_state(remainder, gradient)?;
         }
         if taken == file.tensors().len() {
             return Ok(());
         }
-        let expected = format!("the {taken} remainders and gradients of this model's parameters");
+        let kept = "as a model at this place keeps them; resume where the checkpoint was made";
+        let expected = format!("the {taken} remainders and gradients of this model's parameters, {kept}");
         Err(Error::format(file.path(), "tensors", expected, format!("{} tensors", file.tensors().len())))
     }
 }
@@ -124,6 +150,7 @@ mod tests {
     use super::*;
     use crate::model::config::Config;
     use crate::model::presets::{preset, with_fields};
+    use crate::tensor::Place;
     use half::bf16;
     use serde_json::json;
 
@@ -139,7 +166,7 @@ mod tests {
     }
 
     fn check<E: ModelElement>(moe: bool) {
-        let graph = Graph::<E>::random(config(moe), false, 3).unwrap();
+        let graph = Graph::<E>::random(&Place::Host, config(moe), false, 3).unwrap();
         // Every third parameter has a gradient.
         for (index, parameter) in graph.parameters().iter().enumerate().filter(|(index, _)| index % 3 == 1) {
             parameter.accumulate(|gradient, _| gradient.iter_mut().enumerate().for_each(|(i, value)| *value = (i * index) as f32 * 0.1));
@@ -154,21 +181,25 @@ mod tests {
             }
         };
         let folder = tempfile::tempdir().unwrap();
-        let copy = graph.copy();
+        let copy = graph.copy().unwrap();
         copy.save(&folder.path().join("model"), E::DTYPE, &[]).unwrap();
         copy.save_training_state(&folder.path().join("state")).unwrap();
         let files = crate::checkpoint::folder::CheckpointFolder::open(&folder.path().join("model")).unwrap();
-        let loaded = Graph::<E>::load(&files, Config { dtype: E::DTYPE, ..config(moe) }, false, true, 0, &mut |_| {}).unwrap();
+        let loaded =
+            Graph::<E>::load(&Place::Host, &files, Config { dtype: E::DTYPE, ..config(moe) }, false, true, 0, &mut |_| {}).unwrap();
         loaded.load_training_state(&folder.path().join("state")).unwrap();
         same(&graph, &loaded);
         // Changes of the original do not reach the copy, and the copy brings them back.
         let weight = graph.parameters()[0].clone();
-        weight.write_rows(0..1, &vec![7.5; weight.columns()], false);
+        weight.write_rows(0..1, &vec![7.5; weight.columns()], false).unwrap();
         graph.parameters().iter().for_each(|parameter| parameter.clear_gradient());
         same(&copy, &loaded);
-        graph.copy_from(&copy);
+        graph.copy_from(&copy).unwrap();
         same(&graph, &copy);
-        let error = Graph::<E>::random(config(!moe), false, 3).unwrap().load_training_state(&folder.path().join("state")).unwrap_err();
+        let error = Graph::<E>::random(&Place::Host, config(!moe), false, 3)
+            .unwrap()
+            .load_training_state(&folder.path().join("state"))
+            .unwrap_err();
         assert!(error.to_string().contains("training_state.safetensors"), "{error}");
     }
 

@@ -14,10 +14,14 @@ impl Model {
     /// adapters it is the adapters that are averaged.
     ///
     /// Errors: [`Error::Argument`] for a weight that is not finite, models of another shape or element type, one adapter alone
-    /// or two different ones, and adapters that are merged.
+    /// or two different ones, and adapters that are merged; [`Error::Device`] for models that lie apart.
     pub fn average(&self, other: &Self, weight: f64) -> Result<()> {
         if !weight.is_finite() {
             return Err(Error::argument("average", "weight", "a finite number", weight));
+        }
+        if !self.place().is(other.place()) {
+            let what = format!("`other` should be on {}, as self is, got a model on {}", self.place(), other.place());
+            return Err(Error::Device { op: "average", what });
         }
         if self.adapter() != other.adapter() || self.is_merged() || other.is_merged() {
             let expected = "two models without adapters, or with adapters of one shape that are not merged";
@@ -46,7 +50,7 @@ impl Model {
             }
             value.force()?;
             let masters = named.parameter.trains();
-            named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters);
+            named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters)?;
         });
         Ok(())
     }
@@ -78,6 +82,5 @@ fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapter: O
         other.cloned().map(|other| (parameter.clone(), other)).ok_or_else(lacks)
     });
     let pairs = pairs.collect::<Result<Vec<_>>>()?;
-    pairs.iter().for_each(|(parameter, other)| parameter.average(other, weight));
-    Ok(())
+    pairs.iter().try_for_each(|(parameter, other)| parameter.average(other, weight))
 }

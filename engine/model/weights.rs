@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
-use crate::tensor::ModelElement;
 use crate::tensor::attention::Rope;
-use crate::tensor::experts::Expert;
+use crate::tensor::experts::{Expert, Experts};
 use crate::tensor::parameter::{Layout, Parameter};
+use crate::tensor::{ModelElement, Place};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -36,33 +36,32 @@ enum Head {
 impl<E: ModelElement> Graph<E> {
     /// A model of zeros.
     ///
-    /// Errors: those of [`Config::check`].
-    pub fn zeros(config: Config, int8: bool) -> Result<Self> {
+    /// Errors: those of [`Config::check`]; [`Error::Device`] if the device has no room.
+    pub fn zeros(place: &Place, config: Config, int8: bool) -> Result<Self> {
         config.check(Path::new("model"))?;
         let head = match (config.score, config.tied) {
             (true, _) => Head::Score,
             (false, true) => Head::Tied,
             (false, false) => Head::Own,
         };
-        Ok(Self::build(config, head, int8))
+        Self::build(place, config, head, int8)
     }
 
     /// A new model with random weights: each is a function of the seed, the tensor's name and its index there.
     ///
-    /// Errors: those of [`Config::check`].
-    pub fn random(config: Config, int8: bool, seed: u64) -> Result<Self> {
-        let graph = Self::zeros(config, int8)?;
-        graph.named().iter().for_each(|named| graph.begin(named, seed));
+    /// Errors: as [`Graph::zeros`].
+    pub fn random(place: &Place, config: Config, int8: bool, seed: u64) -> Result<Self> {
+        let graph = Self::zeros(place, config, int8)?;
+        graph.named().iter().try_for_each(|named| graph.begin(named, seed))?;
         Ok(graph)
     }
 
     /// A tensor of a new model.
-    fn begin(&self, named: &Named<E>, seed: u64) {
+    fn begin(&self, named: &Named<E>, seed: u64) -> Result<()> {
         let (deviation, pad) = (self.config.initializer_range as f32, self.config.pad);
         let Kind::Matrix = kind(named) else {
             let value = if matches!(kind(named), Kind::Norm) { 1.0 } else { 0.0 };
-            named.parameter.write_rows(named.rows.clone(), &vec![value; named.rows.len()], E::HAS_REMAINDER);
-            return;
+            return named.parameter.write_rows(named.rows.clone(), &vec![value; named.rows.len()], E::HAS_REMAINDER);
         };
         let stream = Stream::new(seed, &named.name);
         let columns = named.parameter.columns();
@@ -74,8 +73,9 @@ impl<E: ModelElement> Graph<E> {
             {
                 values[(pad - block.start) * columns..][..columns].fill(0.0);
             }
-            named.parameter.write_rows(shift(&block, named.rows.start), &values, E::HAS_REMAINDER);
+            named.parameter.write_rows(shift(&block, named.rows.start), &values, E::HAS_REMAINDER)?;
         }
+        Ok(())
     }
 
     /// The model of a checkpoint folder. Remarks on what was odd but clear (a redundant head, a missing one) go to `remark`.
@@ -85,6 +85,7 @@ impl<E: ModelElement> Graph<E> {
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
     pub fn load(
+        place: &Place,
         folder: &CheckpointFolder,
         config: Config,
         int8: bool,
@@ -95,12 +96,12 @@ impl<E: ModelElement> Graph<E> {
         let head = if config.score { Head::Score } else { choose_head(folder, &config, remark)? };
         let tied = if config.score { config.tied } else { head == Head::Tied };
         let config = Config { tied, ..config };
-        let graph = Self::build(config, head, int8);
+        let graph = Self::build(place, config, head, int8)?;
         let named = graph.named();
         refuse_unexpected(folder, &named)?;
         for tensor in &named {
             if tensor.name == "score.weight" && folder.get(&tensor.name).is_none() {
-                graph.begin(tensor, seed);
+                graph.begin(tensor, seed)?;
                 continue;
             }
             let info = folder.expect(&tensor.name, &tensor.shape)?;
@@ -110,7 +111,7 @@ impl<E: ModelElement> Graph<E> {
             for block in blocks(tensor.rows.len(), columns) {
                 let mut values = Buffer::<f32>::scratch(block.len() * columns);
                 folder.read_rows(&tensor.name, block.clone(), &mut values)?;
-                tensor.parameter.write_rows(shift(&block, tensor.rows.start), &values, split);
+                tensor.parameter.write_rows(shift(&block, tensor.rows.start), &values, split)?;
             }
         }
         if !trains {
@@ -119,49 +120,58 @@ impl<E: ModelElement> Graph<E> {
         Ok(graph)
     }
 
-    fn build(config: Config, head: Head, int8: bool) -> Self {
+    fn build(place: &Place, config: Config, head: Head, int8: bool) -> Result<Self> {
         let packed = if int8 { Layout::Int8 } else { Layout::Panels };
         let (hidden, query, key) = (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let matrix = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, packed));
+        let new = |name: String, rows, columns, layout| Ok(Arc::new(Parameter::zeros_at(place, name, rows, columns, layout)?));
+        let matrix = |name: String, rows, columns| new(name, rows, columns, packed);
         // Routers are small, and a token that is sent elsewhere is another token.
-        let router = |name: String, rows, columns| Arc::new(Parameter::zeros(name, rows, columns, Layout::Panels));
-        let vector = |name: String, rows| Arc::new(Parameter::zeros(name, rows, 1, Layout::Rows));
-        let mlp = |name: String, intermediate| Expert {
-            gate_up: matrix(format!("{name}.gate_up_proj"), 2 * intermediate, hidden),
-            down: matrix(format!("{name}.down_proj"), hidden, intermediate),
-        };
-        let layers = (0..config.layers)
-            .map(|index| {
-                let name = format!("model.layers.{index}");
-                let second = match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
-                    None => Mlp::Dense(mlp(format!("{name}.mlp"), config.intermediate)),
-                    Some(moe) => Mlp::Sparse(Box::new(Sparse {
-                        router: router(format!("{name}.mlp.gate"), moe.experts, hidden),
-                        experts: (0..moe.experts).map(|e| mlp(format!("{name}.mlp.experts.{e}"), moe.moe_intermediate)).collect(),
-                        shared: mlp(format!("{name}.mlp.shared_expert"), moe.shared_intermediate),
-                        shared_gate: router(format!("{name}.mlp.shared_expert_gate"), 1, hidden),
-                    })),
-                };
-                Layer {
-                    input_norm: vector(format!("{name}.input_layernorm"), hidden),
-                    qkv: matrix(format!("{name}.self_attn.qkv_proj"), query + 2 * key, hidden),
-                    qkv_bias: vector(format!("{name}.self_attn.qkv_proj.bias"), query + 2 * key),
-                    o: matrix(format!("{name}.self_attn.o_proj"), hidden, query),
-                    post_norm: vector(format!("{name}.post_attention_layernorm"), hidden),
-                    mlp: second,
-                    window: config.sliding.get(index).copied().flatten(),
-                }
+        let router = |name: String, rows, columns| new(name, rows, columns, Layout::Panels);
+        let vector = |name: String, rows| new(name, rows, 1, Layout::Rows);
+        let mlps = |name: &str, count: usize, intermediate| -> Result<Expert<E>> {
+            Ok(Expert {
+                gate_up: matrix(format!("{name}.gate_up_proj"), count * 2 * intermediate, hidden)?,
+                down: matrix(format!("{name}.down_proj"), count * hidden, intermediate)?,
             })
-            .collect();
+        };
+        let experts = |name: String, count: usize, intermediate| -> Result<Experts<E>> {
+            if place.device().is_some() {
+                return Ok(Experts::Stacked { count, weights: mlps(&name, count, intermediate)? });
+            }
+            let each = (0..count).map(|index| mlps(&format!("{name}.{index}"), 1, intermediate));
+            Ok(Experts::Each(each.collect::<Result<_>>()?))
+        };
+        let layer = |index: usize| {
+            let name = format!("model.layers.{index}");
+            let second = match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
+                None => Mlp::Dense(mlps(&format!("{name}.mlp"), 1, config.intermediate)?),
+                Some(moe) => Mlp::Sparse(Box::new(Sparse {
+                    router: router(format!("{name}.mlp.gate"), moe.experts, hidden)?,
+                    experts: experts(format!("{name}.mlp.experts"), moe.experts, moe.moe_intermediate)?,
+                    shared: mlps(&format!("{name}.mlp.shared_expert"), 1, moe.shared_intermediate)?,
+                    shared_gate: router(format!("{name}.mlp.shared_expert_gate"), 1, hidden)?,
+                })),
+            };
+            Ok(Layer {
+                input_norm: vector(format!("{name}.input_layernorm"), hidden)?,
+                qkv: matrix(format!("{name}.self_attn.qkv_proj"), query + 2 * key, hidden)?,
+                qkv_bias: vector(format!("{name}.self_attn.qkv_proj.bias"), query + 2 * key)?,
+                o: matrix(format!("{name}.self_attn.o_proj"), hidden, query)?,
+                post_norm: vector(format!("{name}.post_attention_layernorm"), hidden)?,
+                mlp: second,
+                window: config.sliding.get(index).copied().flatten(),
+            })
+        };
+        let layers = (0..config.layers).map(layer).collect::<Result<Vec<_>>>()?;
         let embed_layout = if head == Head::Tied { packed } else { Layout::Rows };
-        let embed = Arc::new(Parameter::zeros("model.embed_tokens", config.vocab, hidden, embed_layout));
+        let embed = new("model.embed_tokens".into(), config.vocab, hidden, embed_layout)?;
         let head = match head {
             Head::Tied => embed.clone(),
-            Head::Own => matrix("lm_head".into(), config.vocab, hidden),
-            Head::Score => matrix("score".into(), 1, hidden),
+            Head::Own => matrix("lm_head".into(), config.vocab, hidden)?,
+            Head::Score => matrix("score".into(), 1, hidden)?,
         };
         let (inv_freq, attention_scaling) = config.inv_freq();
-        Self { embed, layers, norm: vector("model.norm".into(), hidden), head, rope: Rope { inv_freq, attention_scaling }, config }
+        Ok(Self { embed, layers, norm: vector("model.norm".into(), hidden)?, head, rope: Rope { inv_freq, attention_scaling }, config })
     }
 
     /// Writes a checkpoint folder, whole or not at all: weights with their low-rank parts added in f32, `config.json`, and `files` (tokenizer, generation

@@ -52,7 +52,9 @@ pub struct AnyTensor {
 }
 
 impl<E: TensorElement, const R: usize> From<Tensor<E, R>> for AnyTensor {
+    /// Panics for a tensor on a device: what scripts hold lies on the host.
     fn from(tensor: Tensor<E, R>) -> Self {
+        assert!(tensor.device().is_none(), "a tensor on {} reached a script", tensor.place());
         Self { shape: tensor.shape().to_vec(), node: tensor.node().cloned(), data: E::wrap(tensor.data().clone()) }
     }
 }
@@ -178,8 +180,8 @@ impl AnyTensor {
     pub fn gradient(&self) -> Option<Self> {
         use super::autograd::Gradient;
         let data = match self.node.as_ref()?.leaf_gradient()? {
-            Gradient::F32(gradient) => f32::wrap(Data::ready(gradient)),
-            Gradient::Bf16(gradient) => bf16::wrap(Data::ready(gradient)),
+            Gradient::F32(gradient) => f32::wrap(Data::at_place(gradient)),
+            Gradient::Bf16(gradient) => bf16::wrap(Data::at_place(gradient)),
         };
         Some(Self { shape: self.shape.clone(), data, node: None })
     }

@@ -3,6 +3,8 @@
 //! Sources: Su et al., arXiv 2104.09864; Dao et al., arXiv 2205.14135 (scores are never stored); GQA, arXiv 2305.13245.
 
 use super::ModelElement;
+use super::cuda::attention as cuda;
+use super::place::Place;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
@@ -22,35 +24,61 @@ pub struct Rope {
 }
 
 /// Cosines and sines of every token's position: `[tokens, head_dim / 2]` each, f32, rounded to the element type in use.
-pub struct RopeTables {
-    cos: Buffer<f32>,
-    sin: Buffer<f32>,
+pub enum RopeTables {
+    Host { cos: Buffer<f32>, sin: Buffer<f32> },
+    Cuda(Arc<cuda::Tables>),
 }
 
 impl RopeTables {
-    pub(super) fn cos(&self) -> &[f32] {
-        &self.cos
+    /// Those on the host. Panics if they lie on a device: they are made where the model lies.
+    pub(super) fn host(&self) -> (&[f32], &[f32]) {
+        match self {
+            Self::Host { cos, sin } => (cos, sin),
+            Self::Cuda(_) => panic!("the positions of a model on a device met an activation on the host"),
+        }
     }
 
-    pub(super) fn sin(&self) -> &[f32] {
-        &self.sin
+    /// Those on a device. Panics as [`RopeTables::host`] does.
+    pub(super) fn cuda(&self) -> &Arc<cuda::Tables> {
+        match self {
+            Self::Host { .. } => panic!("the positions of a model on the host met an activation on a device"),
+            Self::Cuda(tables) => tables,
+        }
     }
 }
 
 impl Rope {
-    /// The tables for tokens at `positions`; computed once and read by every layer.
-    pub fn tables<E: ModelElement>(&self, positions: &[i32]) -> Result<RopeTables> {
+    /// The tables for tokens at `positions`, for a model at `place`; computed once and read by every layer.
+    ///
+    /// Errors: those of the device.
+    pub fn tables<E: ModelElement>(&self, positions: &[i32], place: &Place) -> Result<RopeTables> {
+        if let Some(device) = place.device() {
+            return Ok(RopeTables::Cuda(Arc::new(cuda::Tables::new::<E>(device, self, positions)?)));
+        }
         let len = positions.len() * self.inv_freq.len();
         let (mut cos, mut sin) = (Buffer::scratch(len), Buffer::scratch(len));
         rope::rope_tables::<E>(&self.inv_freq, self.attention_scaling, positions, &mut cos, &mut sin)?;
-        Ok(RopeTables { cos, sin })
+        Ok(RopeTables::Host { cos, sin })
+    }
+}
+
+/// Documents laid end to end, inside which attention stays.
+pub struct Documents {
+    borders: Vec<i32>,
+    plans: cuda::Plans,
+}
+
+impl Documents {
+    /// - `borders`: of the documents, from 0 to the number of tokens, rising
+    pub fn new(borders: Vec<i32>) -> Self {
+        Self { borders, plans: cuda::Plans::default() }
     }
 }
 
 /// Turns queries and keys to their positions and mixes values causally inside each document.
 ///
 /// - `qkv`: `[tokens, (heads + 2 * kv_heads) * head_dim]`, queries, keys, values
-/// - `cu_seqlens`: borders of the documents, from 0 to tokens
+/// - `documents`: which of the tokens belong together
 /// - `window`: keys that a query sees, itself included; all earlier ones of its document if none
 /// - returns `[tokens, heads * head_dim]`
 ///
@@ -59,7 +87,7 @@ pub fn attention<E: ModelElement>(
     qkv: &Tensor<E, 2>,
     heads: Heads,
     tables: &Arc<RopeTables>,
-    cu_seqlens: &Arc<[i32]>,
+    documents: &Arc<Documents>,
     window: Option<usize>,
 ) -> Result<Tensor<E, 2>> {
     let [tokens, width] = qkv.shape();
@@ -71,19 +99,24 @@ pub fn attention<E: ModelElement>(
             got: format!("[{tokens}, {width}]"),
         });
     }
+    if let Some(device) = qkv.device() {
+        return cuda::attention(device, qkv, heads, tables.cuda(), (&documents.borders, &documents.plans), window);
+    }
     let mut turned = Buffer::copy_of(qkv.values());
-    rope::rope(&mut turned, heads, &tables.cos, &tables.sin)?;
+    let (cos, sin) = tables.host();
+    rope::rope(&mut turned, heads, cos, sin)?;
     let scale = (heads.head_dim as f32).sqrt().recip();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
     let mut lse = Buffer::<f32>::scratch(tokens * heads.heads);
-    kernel::attention(&Settings { heads, cu_seqlens, scale, window }, &turned, &mut mixed, &mut lse)?;
+    kernel::attention(&Settings { heads, cu_seqlens: &documents.borders, scale, window }, &turned, &mut mixed, &mut lse)?;
     let mixed = Data::ready(mixed);
-    let (saved, tables, cu_seqlens) = (mixed.clone(), tables.clone(), cu_seqlens.clone());
+    let (saved, tables, documents) = (mixed.clone(), tables.clone(), documents.clone());
     Ok(Tensor::from_operation([tokens, heads.heads * heads.head_dim], mixed, &[qkv.node()], false, move |d_mixed, sink| {
         let mut d_qkv = Buffer::<E>::scratch(tokens * width);
-        let settings = Settings { heads, cu_seqlens: &cu_seqlens, scale, window };
+        let settings = Settings { heads, cu_seqlens: &documents.borders, scale, window };
         attention_backward(&settings, &d_mixed, &turned, saved.get(), &lse, &mut d_qkv)?;
-        rope::rope_backward(&mut d_qkv, heads, &tables.cos, &tables.sin)?;
+        let (cos, sin) = tables.host();
+        rope::rope_backward(&mut d_qkv, heads, cos, sin)?;
         sink.add(0, d_qkv);
         Ok(())
     }))

@@ -2,9 +2,11 @@
 //! wrote. This file only orders them; what an operation saves and how it differentiates stands in that operation's file.
 
 use super::any::TensorElement;
+use super::place::Array;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
-use crate::kernels::cpu::norm;
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::memory::{DeviceBuffer, ViewMut};
 use crate::kernels::element::Float;
 use half::bf16;
 use std::cell::Cell;
@@ -12,25 +14,34 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-/// A gradient in the type of the tensor it belongs to.
-#[derive(Clone, Debug)]
+/// A gradient in the type of the tensor it belongs to, at its place.
+#[derive(Debug)]
 pub enum Gradient {
-    F32(Buffer<f32>),
-    Bf16(Buffer<bf16>),
+    F32(Array<f32>),
+    Bf16(Array<bf16>),
+}
+
+impl Gradient {
+    fn try_clone(&self) -> Result<Self> {
+        match self {
+            Self::F32(gradient) => Ok(Self::F32(gradient.try_clone()?)),
+            Self::Bf16(gradient) => Ok(Self::Bf16(gradient.try_clone()?)),
+        }
+    }
 }
 
 /// The element types that have gradients.
 pub trait Differentiable: TensorElement + Float {
-    fn wrap_gradient(gradient: Buffer<Self>) -> Gradient;
+    fn wrap_gradient(gradient: Array<Self>) -> Gradient;
     /// Panics if the gradient is of another type: operations hand each parent a gradient of the parent's own type.
-    fn unwrap_gradient(gradient: Gradient) -> Buffer<Self>;
+    fn unwrap_gradient(gradient: Gradient) -> Array<Self>;
 }
 
 impl Differentiable for f32 {
-    fn wrap_gradient(gradient: Buffer<f32>) -> Gradient {
+    fn wrap_gradient(gradient: Array<f32>) -> Gradient {
         Gradient::F32(gradient)
     }
-    fn unwrap_gradient(gradient: Gradient) -> Buffer<f32> {
+    fn unwrap_gradient(gradient: Gradient) -> Array<f32> {
         match gradient {
             Gradient::F32(gradient) => gradient,
             Gradient::Bf16(_) => panic!("a bf16 gradient reached an f32 tensor"),
@@ -39,10 +50,10 @@ impl Differentiable for f32 {
 }
 
 impl Differentiable for bf16 {
-    fn wrap_gradient(gradient: Buffer<bf16>) -> Gradient {
+    fn wrap_gradient(gradient: Array<bf16>) -> Gradient {
         Gradient::Bf16(gradient)
     }
-    fn unwrap_gradient(gradient: Gradient) -> Buffer<bf16> {
+    fn unwrap_gradient(gradient: Gradient) -> Array<bf16> {
         match gradient {
             Gradient::Bf16(gradient) => gradient,
             Gradient::F32(_) => panic!("an f32 gradient reached a bf16 tensor"),
@@ -109,10 +120,13 @@ impl Node {
         Arc::new(Self { id: NEXT_ID.fetch_add(1, Relaxed), parents, kind: Kind::Operation(Mutex::new(Some(Box::new(backward)))) })
     }
 
-    /// A copy of the gradient that has arrived at this leaf.
+    /// A copy of the gradient that has arrived at this leaf. Panics if it lies on a device without room for one more.
     pub(super) fn leaf_gradient(&self) -> Option<Gradient> {
         match &self.kind {
-            Kind::Leaf(gradient) => gradient.lock().expect("gradients are added without panics").clone(),
+            Kind::Leaf(gradient) => {
+                let gradient = gradient.lock().expect("gradients are added without panics");
+                Some(gradient.as_ref()?.try_clone().unwrap_or_else(|error| panic!("{error}")))
+            }
             Kind::Operation(_) => None,
         }
     }
@@ -153,39 +167,87 @@ impl Sink<'_> {
 
     /// Adds `gradient` to that of parent `index`; moves it there when it is the first.
     pub fn add<E: Differentiable>(&mut self, index: usize, gradient: Buffer<E>) {
-        let Some(parent) = &self.parents[index] else { return };
+        self.add_array(index, Array::Host(gradient)).expect("the host adds without errors");
+    }
+
+    /// As [`Sink::add`], of a parent wherever it lies.
+    ///
+    /// Errors: those of the device.
+    pub fn add_array<E: Differentiable>(&mut self, index: usize, gradient: Array<E>) -> Result<()> {
+        let Some(parent) = &self.parents[index] else { return Ok(()) };
         self.waiting.entry(parent.id).or_insert_with(|| parent.clone());
-        match self.slots.remove(&parent.id) {
-            None => {
-                self.slots.insert(parent.id, E::wrap_gradient(gradient));
-            }
+        let sum = match self.slots.remove(&parent.id) {
+            None => gradient,
             Some(sum) => {
                 let mut sum = E::unwrap_gradient(sum);
-                norm::add(&mut sum, &gradient);
-                self.slots.insert(parent.id, E::wrap_gradient(sum));
+                sum.add(&gradient)?;
+                sum
             }
-        }
+        };
+        self.slots.insert(parent.id, E::wrap_gradient(sum));
+        Ok(())
+    }
+
+    /// As [`Sink::add`], of a parent on a device.
+    ///
+    /// Errors: those of the device.
+    pub fn add_on_device<E: Differentiable>(&mut self, index: usize, gradient: DeviceBuffer<E>) -> Result<()> {
+        self.add_array(index, Array::Cuda(gradient))
     }
 
     /// Lets `write` put the gradient of parent `index` (of `len` elements) in place: with `true` it must add to what is
     /// there, with `false` overwrite all of it.
     pub fn accumulate<E: Differentiable>(&mut self, index: usize, len: usize, write: impl FnOnce(&mut [E], bool)) {
-        let Some(parent) = &self.parents[index] else { return };
-        self.waiting.entry(parent.id).or_insert_with(|| parent.clone());
-        let (mut sum, add) = match self.slots.remove(&parent.id) {
-            Some(sum) => (E::unwrap_gradient(sum), true),
-            None => (Buffer::scratch(len), false),
+        let Some((sum, add)) = self.take_slot::<E>(index) else { return };
+        let mut sum = match sum {
+            Some(sum) => sum.into_host().expect("a parent on the host has its gradient there"),
+            None => Buffer::scratch(len),
         };
         assert_eq!(sum.len(), len);
         write(&mut sum, add);
-        self.slots.insert(parent.id, E::wrap_gradient(sum));
+        self.put_slot(index, Array::Host(sum));
+    }
+
+    /// As [`Sink::accumulate`], of a parent on `device`.
+    ///
+    /// Errors: those of `write`; [`crate::error::Error::Device`] if the device has no room.
+    pub fn accumulate_on_device<E: Differentiable>(
+        &mut self,
+        index: usize,
+        device: &Arc<Device>,
+        len: usize,
+        write: impl FnOnce(ViewMut<E>, bool) -> Result<()>,
+    ) -> Result<()> {
+        let Some((sum, add)) = self.take_slot::<E>(index) else { return Ok(()) };
+        let mut sum = match sum {
+            Some(sum) => sum.into_cuda(),
+            None => DeviceBuffer::scratch(device, "gradients of activations", len)?,
+        };
+        assert_eq!(sum.len(), len);
+        write(sum.view_mut(), add)?;
+        self.put_slot(index, Array::Cuda(sum));
+        Ok(())
+    }
+
+    /// What parent `index`, which will have a gradient, has already, and whether it has any; none if it takes none.
+    fn take_slot<E: Differentiable>(&mut self, index: usize) -> Option<(Option<Array<E>>, bool)> {
+        let parent = self.parents[index].as_ref()?;
+        self.waiting.entry(parent.id).or_insert_with(|| parent.clone());
+        let sum = self.slots.remove(&parent.id).map(E::unwrap_gradient);
+        let add = sum.is_some();
+        Some((sum, add))
+    }
+
+    fn put_slot<E: Differentiable>(&mut self, index: usize, gradient: Array<E>) {
+        let parent = self.parents[index].as_ref().expect("the slot was taken from this parent");
+        self.slots.insert(parent.id, E::wrap_gradient(gradient));
     }
 }
 
-fn add_gradient(sum: &mut Gradient, gradient: Gradient) {
+fn add_gradient(sum: &mut Gradient, gradient: &Gradient) -> Result<()> {
     match (sum, gradient) {
-        (Gradient::F32(sum), Gradient::F32(gradient)) => norm::add(sum, &gradient),
-        (Gradient::Bf16(sum), Gradient::Bf16(gradient)) => norm::add(sum, &gradient),
+        (Gradient::F32(sum), Gradient::F32(gradient)) => sum.add(gradient),
+        (Gradient::Bf16(sum), Gradient::Bf16(gradient)) => sum.add(gradient),
         _ => panic!("two gradients of one tensor have different types"),
     }
 }
@@ -201,7 +263,7 @@ pub(super) fn run_backward(root: &Arc<Node>, gradient: Gradient) -> Result<()> {
             Kind::Leaf(slot) => {
                 let mut slot = slot.lock().expect("gradients are added without panics");
                 match slot.as_mut() {
-                    Some(sum) => add_gradient(sum, gradient),
+                    Some(sum) => add_gradient(sum, &gradient)?,
                     None => *slot = Some(gradient),
                 }
             }

@@ -1,6 +1,7 @@
 //! Token embedding with autograd: rows of a weight, and the sum of gradients back into them in token order.
 
 use super::ModelElement;
+use super::cuda::embedding as cuda;
 use super::parameter::{Layout, Parameter};
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
@@ -24,6 +25,9 @@ pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) ->
             format!("an id from 0 to {}", vocab.saturating_sub(1)),
             token,
         ));
+    }
+    if let Some(device) = weight.place().device() {
+        return cuda::embedding(device, tokens, weight);
     }
     let mut x = Buffer::<E>::scratch(tokens.len() * hidden);
     let order = match weight.layout() {

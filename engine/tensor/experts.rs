@@ -3,6 +3,7 @@
 //! Source: `Qwen2MoeSparseMoeBlock` and `load_balancing_loss_func` of transformers.
 
 use super::ModelElement;
+use super::cuda::experts as cuda;
 use super::low_rank::Applied;
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
@@ -22,6 +23,37 @@ pub struct Expert<E: ModelElement> {
     pub down: Arc<Parameter<E>>,
 }
 
+/// The experts of a layer.
+pub enum Experts<E: ModelElement> {
+    /// On the host, each by itself.
+    Each(Arc<[Expert<E>]>),
+    /// On a device, where one launch multiplies by all: `[experts * 2 * intermediate, hidden]` and `[experts * hidden, intermediate]`.
+    Stacked { count: usize, weights: Expert<E> },
+}
+
+impl<E: ModelElement> Experts<E> {
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Each(experts) => experts.len(),
+            Self::Stacked { count, .. } => *count,
+        }
+    }
+
+    /// The weights of expert `index`, and which rows of both it is.
+    pub fn get(&self, index: usize) -> (&Expert<E>, Range<usize>, Range<usize>) {
+        match self {
+            Self::Each(experts) => {
+                let expert = &experts[index];
+                (expert, 0..expert.gate_up.rows(), 0..expert.down.rows())
+            }
+            Self::Stacked { count, weights } => {
+                let part = |rows: usize| index * (rows / count)..(index + 1) * (rows / count);
+                (weights, part(weights.gate_up.rows()), part(weights.down.rows()))
+            }
+        }
+    }
+}
+
 /// Where each token of a layer goes.
 #[derive(Clone)]
 pub struct Routing<E: ModelElement> {
@@ -29,11 +61,46 @@ pub struct Routing<E: ModelElement> {
     pub logits: Tensor<E, 2>,
     /// `[tokens, experts]`, softmax over all experts
     pub probs: Tensor<f32, 2>,
-    /// `[tokens, k]`, expert indices, best first
-    pub chosen: Arc<[u32]>,
     /// `[tokens, k]`, what each chosen expert's output is multiplied by
     pub weights: Tensor<f32, 2>,
-    groups: Arc<Groups>,
+    pub(super) choices: Choices,
+}
+
+/// `[tokens, k]`, expert indices, best first; and the same sorted by expert.
+#[derive(Clone)]
+pub(super) enum Choices {
+    Host { chosen: Arc<[u32]>, groups: Arc<Groups> },
+    Cuda(Arc<cuda::Choices>),
+}
+
+impl Choices {
+    /// Those on the host. Panics if they lie on a device, where the layer then lies too.
+    fn host(&self) -> (&Arc<[u32]>, &Arc<Groups>) {
+        match self {
+            Self::Host { chosen, groups } => (chosen, groups),
+            Self::Cuda(_) => panic!("choices on a device met experts on the host"),
+        }
+    }
+
+    /// Those on a device. Panics as [`Choices::host`] does.
+    pub(super) fn cuda(&self) -> &Arc<cuda::Choices> {
+        match self {
+            Self::Host { .. } => panic!("choices on the host met experts on a device"),
+            Self::Cuda(choices) => choices,
+        }
+    }
+}
+
+impl<E: ModelElement> Routing<E> {
+    /// `[tokens, k]`, expert indices, best first, on the host.
+    ///
+    /// Errors: those of the device.
+    pub fn chosen(&self) -> Result<Vec<u32>> {
+        match &self.choices {
+            Choices::Host { chosen, .. } => Ok(chosen.to_vec()),
+            Choices::Cuda(choices) => choices.chosen(),
+        }
+    }
 }
 
 /// Chooses the best `k` experts of each token.
@@ -46,6 +113,9 @@ pub fn routing<E: ModelElement>(logits: &Tensor<E, 2>, k: usize, renormalise: bo
     let [tokens, experts] = logits.shape();
     if k == 0 || k > experts {
         return Err(Error::argument("routing", "experts_per_token", format!("1 to {experts}"), k));
+    }
+    if let Some(device) = logits.device() {
+        return cuda::routing(device, logits, k, renormalise);
     }
     let mut wide = Buffer::<f32>::scratch(tokens * experts);
     norm::convert(logits.values(), &mut wide);
@@ -74,30 +144,37 @@ pub fn routing<E: ModelElement>(logits: &Tensor<E, 2>, k: usize, renormalise: bo
         sink.add(0, back(saved, picked, &d_weights, None));
         Ok(())
     });
-    Ok(Routing { logits: logits.clone(), probs, chosen, weights, groups })
+    Ok(Routing { logits: logits.clone(), probs, weights, choices: Choices::Host { chosen, groups } })
 }
 
 /// The load-balancing loss over all layers' rows together: `experts * sum of f[s, e] * P[e]`; perfect balance gives k.
 ///
-/// Returns a scalar, f32, before any coefficient; none without layers.
-pub fn load_balance<E: ModelElement>(layers: &[Routing<E>]) -> Option<Tensor<f32, 0>> {
-    let [tokens, experts] = layers.first()?.probs.shape();
+/// Returns a scalar on the host, f32, before any coefficient; none without layers. Of layers on a device it is fetched when it
+/// is read.
+///
+/// Errors: those of the device.
+pub fn load_balance<E: ModelElement>(layers: &[Routing<E>]) -> Result<Option<Tensor<f32, 0>>> {
+    let Some(first) = layers.first() else { return Ok(None) };
+    if let Some(device) = first.probs.device() {
+        return cuda::load_balance(device, layers).map(Some);
+    }
+    let [tokens, experts] = first.probs.shape();
     let k = layers[0].weights.shape()[1];
     let mut pooled = Balance::new(experts, k);
     for layer in layers {
-        pooled.count(layer.probs.values(), &layer.chosen, None);
+        pooled.count(layer.probs.values(), layer.choices.host().0, None);
     }
     let parents: Vec<_> = layers.iter().map(|layer| layer.probs.node()).collect();
     let count = layers.len();
     let loss = Buffer::copy_of(&[pooled.loss() as f32]);
-    Some(Tensor::from_operation([], Data::ready(loss), &parents, false, move |upstream, sink| {
+    Ok(Some(Tensor::from_operation([], Data::ready(loss), &parents, false, move |upstream, sink| {
         for layer in 0..count {
             let mut d_probs = Buffer::<f32>::zeroed(tokens * experts);
             pooled.add_gradient(f64::from(upstream[0]), None, &mut d_probs);
             sink.add(layer, d_probs);
         }
         Ok(())
-    }))
+    })))
 }
 
 /// `x + sum over the chosen experts of weight * expert(normed) + sigmoid(gate) * shared`.
@@ -110,7 +187,7 @@ pub fn mixture<E: ModelElement>(
     x: &Tensor<E, 2>,
     normed: &Tensor<E, 2>,
     routing: &Routing<E>,
-    experts: &Arc<[Expert<E>]>,
+    experts: &Experts<E>,
     shared: &Tensor<E, 2>,
     gate: &Tensor<E, 2>,
 ) -> Result<Tensor<E, 2>> {
@@ -119,13 +196,18 @@ pub fn mixture<E: ModelElement>(
         ("normed", normed.shape(), x.shape()),
         ("shared", shared.shape(), x.shape()),
         ("gate", gate.shape(), [tokens, 1]),
-        ("routing", routing.probs.shape(), [tokens, experts.len()]),
+        ("routing", routing.probs.shape(), [tokens, experts.count()]),
     ] {
         if shape != expected {
             return Err(Error::Shape { op: "mixture", arg, expected: format!("{expected:?}"), got: format!("{shape:?}") });
         }
     }
-    let grouped = routing.chosen.len();
+    let experts = match experts {
+        Experts::Each(experts) => experts,
+        Experts::Stacked { weights, .. } => return cuda::mixture(x, normed, routing, weights, shared, gate),
+    };
+    let (chosen, groups) = routing.choices.host();
+    let grouped = chosen.len();
     let intermediate = experts.first().map_or(0, |expert| expert.down.columns());
     let mut gate_up = Buffer::<E>::scratch(grouped * 2 * intermediate);
     let mut activation = Buffer::<E>::scratch(grouped * intermediate);
@@ -133,15 +215,15 @@ pub fn mixture<E: ModelElement>(
     // The low-rank parts of each expert that has rows, by its index.
     let none = || experts.iter().map(|_| None).collect::<Vec<Option<Applied<E>>>>();
     let (mut gate_up_parts, mut down_parts) = (none(), none());
-    each_expert(&routing.groups, |index, rows| {
+    each_expert(groups, |index, rows| {
         let weight = &experts[index].gate_up;
-        let tokens = &routing.groups.rows[rows.clone()];
+        let tokens = &groups.rows[rows.clone()];
         let y = &mut gate_up[part(&rows, 2 * intermediate)];
         weight.multiply(&mut *y, normed.values(), Some(tokens), None, None);
         gate_up_parts[index] = Some(Applied::forward(weight, y, normed.values(), Some(tokens)));
     });
     swiglu::swiglu(&gate_up, intermediate, &mut activation);
-    each_expert(&routing.groups, |index, rows| {
+    each_expert(groups, |index, rows| {
         let weight = &experts[index].down;
         let (from, y) = (&activation[part(&rows, intermediate)], &mut out[part(&rows, hidden)]);
         weight.multiply(&mut *y, from, None, None, None);
@@ -149,7 +231,7 @@ pub fn mixture<E: ModelElement>(
     });
     drop(activation);
     let mut y = Buffer::copy_of(x.values());
-    combine::combine(&out, &routing.groups.places, routing.weights.values(), hidden, &mut y, true);
+    combine::combine(&out, &groups.places, routing.weights.values(), hidden, &mut y, true);
     let mut open = Buffer::<f32>::scratch(tokens);
     norm::convert(gate.values(), &mut open);
     combine::add_gated(&open, shared.values(), &mut y);
@@ -158,7 +240,7 @@ pub fn mixture<E: ModelElement>(
     let trains = experts.iter().any(|expert| expert.gate_up.learns() || expert.down.learns());
     let needs_input = experts.iter().any(|expert| expert.gate_up.learns());
     let seen: Vec<(u64, u64)> = experts.iter().map(|expert| (expert.gate_up.version(), expert.down.version())).collect();
-    let (groups, experts) = (routing.groups.clone(), experts.clone());
+    let (groups, experts) = (groups.clone(), experts.clone());
     let (weights, shared) = (routing.weights.data().clone(), shared.data().clone());
     let normed = needs_input.then(|| normed.data().clone());
     Ok(Tensor::from_operation([tokens, hidden], Data::ready(y), &parents, trains, move |dy, sink| {

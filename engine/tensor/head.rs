@@ -2,12 +2,16 @@
 //! Losses over labels do not come here: they go through logprobs.rs, which never stores logits.
 
 use super::ModelElement;
+use super::cuda::head as cuda;
 use super::linear::{check_weight, weight_gradients};
+use super::logprobs::logprobs_of_logits;
 use super::parameter::Parameter;
+use super::place::downloaded;
 use super::typed::{Data, Tensor};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, norm};
+use crate::kernels::cuda::memory::DeviceBuffer;
 use std::sync::Arc;
 
 /// All logits of each row: `[rows, hidden]` times the head gives `[rows, vocab]`, f32.
@@ -15,6 +19,54 @@ use std::sync::Arc;
 /// Errors: [`Error::Shape`] if the sizes do not fit.
 pub fn logits<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>) -> Result<Tensor<f32, 2>> {
     product("logits", [x.shape()[0], head.rows()], x, head)
+}
+
+/// Logits for looking and sampling, on the host, and on the device that computed them.
+pub struct LogitRows {
+    values: Buffer<f32>,
+    vocab: usize,
+    on_device: Option<DeviceBuffer<f32>>,
+}
+
+impl LogitRows {
+    /// `[rows, vocab]`
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Log-probabilities of chosen tokens: the bits of [`super::logprobs::logprobs`] over the same rows, at the same place.
+    ///
+    /// - `rows`: which row each choice was made from; one may come again
+    /// - `labels`: the chosen tokens
+    /// - `temperatures`: each above 0; a row's logits are divided by its own
+    /// - returns the log-probabilities, and the logarithm of each row's sum of exponentials
+    ///
+    /// Errors: those of the device.
+    pub fn logprobs(&self, rows: &[usize], labels: &[i32], temperatures: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        match &self.on_device {
+            Some(logits) => super::cuda::logprobs::logprobs_of_logits(logits, self.vocab, rows, labels, temperatures),
+            None => {
+                // Members of a group begin at one row, and each wants it for a label of its own.
+                let rows = rows.iter().map(|row| &self.values[row * self.vocab..][..self.vocab]).collect::<Vec<_>>().concat();
+                Ok(logprobs_of_logits(&rows, self.vocab, labels, temperatures))
+            }
+        }
+    }
+}
+
+/// All logits of each row, as [`logits`] gives them; not differentiable.
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit; those of the device.
+pub fn logit_rows<E: ModelElement>(x: &Tensor<E, 2>, head: &Parameter<E>) -> Result<LogitRows> {
+    check_weight("logits", x, head)?;
+    let vocab = head.rows();
+    if let Some(device) = x.device() {
+        let on_device = cuda::logits(device, x, head)?;
+        return Ok(LogitRows { values: downloaded(&on_device)?, vocab, on_device: Some(on_device) });
+    }
+    let mut values = Buffer::scratch(x.shape()[0] * vocab);
+    head.multiply(&mut values, x.values(), None, None, None);
+    Ok(LogitRows { values, vocab, on_device: None })
 }
 
 /// One number for each row: `[rows, hidden]` times a head of one output gives `[rows]`, f32.
@@ -32,7 +84,10 @@ fn product<E: ModelElement, const R: usize>(
     head: &Arc<Parameter<E>>,
 ) -> Result<Tensor<f32, R>> {
     let [rows, hidden] = x.shape();
-    check_weight(op, hidden, head)?;
+    check_weight(op, x, head)?;
+    if let Some(device) = x.device() {
+        return cuda::product(op, device, shape, x, head);
+    }
     let mut y = Buffer::scratch(rows * head.rows());
     head.multiply(&mut y, x.values(), None, None, None);
     let (saved, head, seen) = (head.trains().then(|| x.data().clone()), head.clone(), head.version());

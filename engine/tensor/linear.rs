@@ -2,10 +2,12 @@
 //! `swiglu_linear`. The fused forms save their input alone and compute the norm or the activation again for the
 //! backward pass, which costs a hundredth of the product and spares its memory.
 
+use super::ModelElement;
+use super::cuda::linear as cuda;
 use super::low_rank::Applied;
-use super::parameter::Parameter;
+use super::parameter::{Layout, Parameter};
+use super::place::Place;
 use super::typed::{Data, Tensor};
-use super::{ModelElement, parameter};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, rms_norm, swiglu};
@@ -25,8 +27,12 @@ pub fn linear<E: ModelElement>(
     residual: Option<&Tensor<E, 2>>,
 ) -> Result<Tensor<E, 2>> {
     let [tokens, input] = x.shape();
-    check_weight("linear", input, weight)?;
-    let (y, applied) = product(x.values(), tokens, weight, bias, residual)?;
+    check_weight("linear", x, weight)?;
+    check_operands(tokens, weight, bias, residual)?;
+    if let Some(device) = x.device() {
+        return cuda::linear(device, x, weight, bias, residual);
+    }
+    let (y, applied) = product(x.values(), tokens, weight, bias, residual);
     let trains = weight.trains() || applied.trains();
     // The input is needed for the gradients of weights alone: a frozen weight keeps none.
     let saved = trains.then(|| x.data().clone());
@@ -62,12 +68,16 @@ pub fn norm_linear<E: ModelElement>(
     bias: Option<&Arc<Parameter<E>>>,
 ) -> Result<Tensor<E, 2>> {
     let [tokens, hidden] = x.shape();
-    check_weight("norm_linear", hidden, weight)?;
+    check_weight("norm_linear", x, weight)?;
     check_vector("norm_linear", "norm", hidden, norm)?;
+    check_operands(tokens, weight, bias, None)?;
+    if let Some(device) = x.device() {
+        return cuda::norm_linear(device, x, norm, eps, weight, bias);
+    }
     let mut inv_rms = Buffer::<f32>::scratch(tokens);
     let mut normed = Buffer::<E>::scratch(tokens * hidden);
     rms_norm::rms_norm(x.values(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
-    let (y, applied) = product(&normed, tokens, weight, bias, None)?;
+    let (y, applied) = product(&normed, tokens, weight, bias, None);
     let (saved, norm, weight, bias) = (x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
     let needs_input = weight.trains() || applied.trains();
     let trains = needs_input || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
@@ -115,10 +125,14 @@ pub fn swiglu_linear<E: ModelElement>(
             got: format!("{:?}", gate_up.shape()),
         });
     }
-    check_weight("swiglu_linear", intermediate, weight)?;
+    check_inputs("swiglu_linear", intermediate, &gate_up.place(), weight)?;
+    check_operands(tokens, weight, None, residual)?;
+    if let Some(device) = gate_up.device() {
+        return cuda::swiglu_linear(device, gate_up, weight, residual);
+    }
     let mut activation = Buffer::<E>::scratch(tokens * intermediate);
     swiglu::swiglu(gate_up.values(), intermediate, &mut activation);
-    let (y, applied) = product(&activation, tokens, weight, None, residual)?;
+    let (y, applied) = product(&activation, tokens, weight, None, residual);
     drop(activation);
     let (saved, weight) = (gate_up.data().clone(), weight.clone());
     let (seen, trains) = (weight.version(), weight.trains() || applied.trains());
@@ -148,19 +162,34 @@ pub fn swiglu_linear<E: ModelElement>(
 }
 
 /// The product itself, on slices, and the low-rank parts of the weight that were added.
-pub(super) fn product<E: ModelElement>(
+fn product<E: ModelElement>(
     x: &[E],
     tokens: usize,
     weight: &Parameter<E>,
     bias: Option<&Arc<Parameter<E>>>,
     residual: Option<&Tensor<E, 2>>,
-) -> Result<(Buffer<E>, Applied<E>)> {
+) -> (Buffer<E>, Applied<E>) {
+    let mut y = Buffer::scratch(tokens * weight.rows());
+    let bias = bias.map(|bias| bias.read());
+    let bias = bias.as_ref().map(|bias| &bias.weight[..]);
+    weight.multiply(&mut y[..], x, None, bias, residual.map(Tensor::values));
+    let applied = Applied::forward(weight, &mut y, x, None);
+    (y, applied)
+}
+
+fn check_operands<E: ModelElement>(
+    tokens: usize,
+    weight: &Parameter<E>,
+    bias: Option<&Arc<Parameter<E>>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<()> {
     if let Some(bias) = bias {
         check_vector("linear", "bias", weight.rows(), bias)?;
+        check_place("linear", "bias", weight.place(), bias.place())?;
     }
-    if let Some(residual) = residual
-        && residual.shape() != [tokens, weight.rows()]
-    {
+    let Some(residual) = residual else { return Ok(()) };
+    check_place("linear", "residual", weight.place(), &residual.place())?;
+    if residual.shape() != [tokens, weight.rows()] {
         return Err(Error::Shape {
             op: "linear",
             arg: "residual",
@@ -168,12 +197,7 @@ pub(super) fn product<E: ModelElement>(
             got: format!("{:?}", residual.shape()),
         });
     }
-    let mut y = Buffer::scratch(tokens * weight.rows());
-    let bias = bias.map(|bias| bias.read());
-    let bias = bias.as_ref().map(|bias| &bias.weight[..]);
-    weight.multiply(&mut y[..], x, None, bias, residual.map(Tensor::values));
-    let applied = Applied::forward(weight, &mut y, x, None);
-    Ok((y, applied))
+    Ok(())
 }
 
 /// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.
@@ -184,8 +208,23 @@ pub(super) fn weight_gradients<E: ModelElement>(dy: &[E], x: &[E], weight: &Para
     }
 }
 
-pub(super) fn check_weight<E: ModelElement>(op: &'static str, input: usize, weight: &Parameter<E>) -> Result<()> {
-    assert_ne!(weight.layout(), parameter::Layout::Rows, "{op}: {} is not packed", weight.name());
+/// Errors: [`Error::Device`] if the two lie apart.
+pub(super) fn check_place(op: &'static str, arg: &'static str, expected: &Place, got: &Place) -> Result<()> {
+    if expected.is(got) {
+        return Ok(());
+    }
+    Err(Error::Device { op, what: format!("`{arg}` should be on {expected}, as its partner is, got one on {got}") })
+}
+
+/// Whether `x` `[tokens, in]` can be multiplied by `weight`.
+pub(super) fn check_weight<E: ModelElement>(op: &'static str, x: &Tensor<E, 2>, weight: &Parameter<E>) -> Result<()> {
+    check_inputs(op, x.shape()[1], &x.place(), weight)
+}
+
+/// As [`check_weight`], of rows of `input` elements at `place`.
+fn check_inputs<E: ModelElement>(op: &'static str, input: usize, place: &Place, weight: &Parameter<E>) -> Result<()> {
+    check_place(op, "x", weight.place(), place)?;
+    assert!(place.device().is_some() || weight.layout() != Layout::Rows, "{op}: {} is not packed", weight.name());
     if weight.columns() != input {
         return Err(Error::Shape {
             op,

@@ -6,6 +6,7 @@
 
 use super::ModelElement;
 use super::autograd::{Sink, is_recording};
+use super::cuda::logprobs as cuda;
 use super::linear::{check_weight, weight_gradients};
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
@@ -22,6 +23,8 @@ pub const IGNORE: i32 = -100;
 /// once over its gradient, so that a step of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384; on AMX these
 /// passes take longer than the products.
 const CHUNK_BYTES: usize = 384 << 20;
+/// The same on a device, where each chunk reads and writes the gradient of the head once more.
+const CHUNK_BYTES_ON_DEVICE: usize = 1 << 30;
 
 /// Bytes of logits that [`logprobs`] keeps for its backward pass, whole chunks of them: with a small vocabulary, or few rows,
 /// one product with the head in four is spared.
@@ -29,9 +32,14 @@ const KEPT_BYTES: usize = 128 << 20;
 
 /// Rows of a chunk, of `count` in all: as few chunks as fit, of about the same size, in whole tiles of the product, which have
 /// 12 or 32 rows; and a multiple of 32 is where the head's gradient may be cut without changing a bit.
-fn chunk_rows(vocab: usize, count: usize) -> usize {
-    let most = (CHUNK_BYTES / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
+fn chunk_rows(vocab: usize, count: usize, chunk_bytes: usize) -> usize {
+    let most = (chunk_bytes / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
     count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(96).clamp(96, most)
+}
+
+/// Rows whose logits exist together on a device, of `count` in all.
+pub fn rows_on_device(vocab: usize, count: usize) -> usize {
+    chunk_rows(vocab, count, CHUNK_BYTES_ON_DEVICE)
 }
 
 /// Log-probabilities of chosen tokens from logits that are there already: the bits of [`logprobs`] over the same rows.
@@ -65,6 +73,40 @@ struct Targets<E: ModelElement> {
     hidden: usize,
 }
 
+/// The rows that have a label.
+///
+/// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary.
+pub(super) fn labelled_rows(op: &'static str, tokens: usize, labels: &[i32], vocab: usize) -> Result<Vec<u32>> {
+    if labels.len() != tokens {
+        return Err(Error::Shape { op, arg: "labels", expected: format!("[{tokens}]"), got: format!("[{}]", labels.len()) });
+    }
+    if let Some((index, label)) =
+        labels.iter().enumerate().find(|(_, label)| **label != IGNORE && (**label < 0 || **label as usize >= vocab))
+    {
+        return Err(Error::argument(op, format!("labels[{index}]"), format!("{IGNORE}, or an id from 0 to {}", vocab - 1), label));
+    }
+    Ok((0..tokens as u32).filter(|row| labels[*row as usize] != IGNORE).collect())
+}
+
+/// Another scalar that a loss contains, times a coefficient. Read when the loss is: it may have to come from a device.
+#[derive(Clone)]
+pub(super) struct Extra {
+    data: Option<Arc<Data<f32>>>,
+    coefficient: f32,
+}
+
+impl Extra {
+    pub fn coefficient(&self) -> f32 {
+        self.coefficient
+    }
+
+    /// Errors: those of computing it.
+    pub fn value(&self) -> Result<f64> {
+        let Some(data) = &self.data else { return Ok(0.0) };
+        Ok(f64::from(data.force()?.host()[0]) * f64::from(self.coefficient))
+    }
+}
+
 enum Source<E: ModelElement> {
     Whole(Arc<Data<E>>),
     Some(Buffer<E>),
@@ -73,15 +115,7 @@ enum Source<E: ModelElement> {
 impl<E: ModelElement> Targets<E> {
     fn new(op: &'static str, x: &Tensor<E, 2>, labels: &[i32], vocab: usize) -> Result<Self> {
         let [tokens, hidden] = x.shape();
-        if labels.len() != tokens {
-            return Err(Error::Shape { op, arg: "labels", expected: format!("[{tokens}]"), got: format!("[{}]", labels.len()) });
-        }
-        if let Some((index, label)) =
-            labels.iter().enumerate().find(|(_, label)| **label != IGNORE && (**label < 0 || **label as usize >= vocab))
-        {
-            return Err(Error::argument(op, format!("labels[{index}]"), format!("{IGNORE}, or an id from 0 to {}", vocab - 1), label));
-        }
-        let rows: Vec<u32> = (0..tokens as u32).filter(|row| labels[*row as usize] != IGNORE).collect();
+        let rows = labelled_rows(op, tokens, labels, vocab)?;
         let source = if rows.len() == tokens {
             Source::Whole(x.data().clone())
         } else {
@@ -129,7 +163,7 @@ fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32)
 /// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
 fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: impl FnMut(std::ops::Range<usize>, &[E], &[i32])) {
     let count = targets.rows.len();
-    let size = chunk_rows(vocab, count);
+    let size = chunk_rows(vocab, count, CHUNK_BYTES);
     for start in (0..count).step_by(size) {
         let range = start..(start + size).min(count);
         visit(range.clone(), &targets.x()[range.start * targets.hidden..range.end * targets.hidden], &targets.labels[range]);
@@ -168,16 +202,20 @@ pub fn cross_entropy<E: ModelElement>(
     normalizer: f32,
     extra: Option<(&Tensor<f32, 0>, f32)>,
 ) -> Result<Tensor<f32, 0>> {
-    check_weight("cross_entropy", x.shape()[1], head)?;
+    check_weight("cross_entropy", x, head)?;
     if !(normalizer > 0.0 && normalizer.is_finite()) {
         return Err(Error::argument("cross_entropy", "normalizer", "a number above 0 (the supervised tokens of the update)", normalizer));
     }
     let vocab = head.rows();
-    let (extra_node, extra_coefficient) = extra.map_or((None, 0.0), |(extra, coefficient)| (extra.node(), coefficient));
-    let extra_value = extra.map_or(0.0, |(extra, coefficient)| f64::from(extra.values()[0]) * f64::from(coefficient));
+    let extra_node = extra.and_then(|(extra, _)| extra.node());
+    let extra =
+        Extra { data: extra.map(|(extra, _)| extra.data().clone()), coefficient: extra.map_or(0.0, |(_, coefficient)| coefficient) };
+    if let Some(device) = x.device() {
+        return cuda::cross_entropy(device, x, head, labels, normalizer, (extra, extra_node));
+    }
     let targets = Arc::new(Targets::new("cross_entropy", x, labels, vocab)?);
     let data = {
-        let (targets, head) = (targets.clone(), head.clone());
+        let (targets, head, extra) = (targets.clone(), head.clone(), extra.clone());
         let seen = head.version();
         Data::deferred(move || {
             head.check_version(seen, "cross_entropy")?;
@@ -186,7 +224,7 @@ pub fn cross_entropy<E: ModelElement>(
                 let logits = chunk_logits(x, &head, 1.0);
                 sum += chunk_loss(&logits, vocab, labels, &mut Buffer::scratch(range.len()));
             });
-            Ok(scalar(sum, normalizer, extra_value))
+            Ok(scalar(sum, normalizer, extra.value()?))
         })
     };
     let (value, head, seen) = (data.clone(), head.clone(), head.version());
@@ -206,8 +244,8 @@ pub fn cross_entropy<E: ModelElement>(
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
             chunk_backward(x, &d_logits, &head, d_part);
         });
-        value.fulfil(scalar(sum, normalizer, extra_value));
-        sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * extra_coefficient]));
+        value.fulfil(scalar(sum, normalizer, extra.value()?));
+        sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * extra.coefficient()]));
         give_rows(sink, &targets, d_rows);
         Ok(())
     });
@@ -225,13 +263,13 @@ fn chunk_loss(logits: &[f32], vocab: usize, labels: &[i32], lse: &mut [f32]) -> 
     -logprobs.iter().map(|logprob| f64::from(*logprob)).sum::<f64>()
 }
 
-fn scalar(sum: f64, normalizer: f32, extra: f64) -> Buffer<f32> {
+pub(super) fn scalar(sum: f64, normalizer: f32, extra: f64) -> Buffer<f32> {
     Buffer::copy_of(&[(sum / f64::from(normalizer) + extra) as f32])
 }
 
 /// Which number each row gives.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Score {
+pub(super) enum Score {
     Logprob,
     Entropy,
 }
@@ -263,9 +301,12 @@ fn score<E: ModelElement>(
     temperature: f32,
     score: Score,
 ) -> Result<Tensor<f32, 1>> {
-    check_weight(op, x.shape()[1], head)?;
+    check_weight(op, x, head)?;
     if !(temperature > 0.0 && temperature.is_finite()) {
         return Err(Error::argument(op, "temperature", "a number above 0", temperature));
+    }
+    if let Some(device) = x.device() {
+        return cuda::score(op, device, x, head, labels, temperature, score);
     }
     let vocab = head.rows();
     let targets = Targets::new(op, x, labels, vocab)?;

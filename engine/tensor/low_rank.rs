@@ -5,6 +5,7 @@
 
 use super::ModelElement;
 use super::parameter::Parameter;
+use super::place::Place;
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, low_rank};
@@ -28,9 +29,11 @@ impl<E: ModelElement> LowRank<E> {
         self.a.rows()
     }
 
-    /// A part of its own with the same values.
-    pub(super) fn copy(&self) -> Self {
-        Self { a: Arc::new(self.a.copy()), b: Arc::new(self.b.copy()), ..self.clone() }
+    /// A part of its own with the same values, at `place` if it trains.
+    ///
+    /// Errors: those of [`Parameter::copy`].
+    pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
+        Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), ..self.clone() })
     }
 
     /// Adds its share to `values`, `rows` of the weight, row-major, in f32 from the masters of both factors.
@@ -128,7 +131,7 @@ mod tests {
     fn filled<E: ModelElement>(name: &str, rows: usize, columns: usize, seed: usize) -> Arc<Parameter<E>> {
         let parameter = Parameter::zeros(name, rows, columns, if columns == 1 { Layout::Rows } else { Layout::Panels });
         let values: Vec<f32> = (0..rows * columns).map(|i| ((i * 37 + seed * 11) % 23) as f32 / 16.0 - 0.6).collect();
-        parameter.write_rows(0..rows, &values, false);
+        parameter.write_rows(0..rows, &values, false).unwrap();
         Arc::new(parameter)
     }
 
@@ -177,12 +180,12 @@ mod tests {
                     let at = |step: f32| {
                         let mut moved = values.clone();
                         moved[i] += step;
-                        factor.write_rows(0..factor.rows(), &moved, false);
+                        factor.write_rows(0..factor.rows(), &moved, false).unwrap();
                         loss(x)
                     };
                     near(factor.name(), gradient[i], at(STEP), at(-STEP));
                 }
-                factor.write_rows(0..factor.rows(), &values, false);
+                factor.write_rows(0..factor.rows(), &values, false).unwrap();
             }
         }
         let gradient = leaf.gradient().unwrap();
@@ -217,7 +220,7 @@ mod tests {
                 assert!(alone.values() == &y.values()[row * 70..(row + 1) * 70], "row {row}");
             }
             let before = weight.read().weight.to_vec();
-            weight.merge();
+            weight.merge().unwrap();
             assert!(weight.adapters().is_empty() && weight.is_merged());
             let merged = linear(&x, &weight, None, None).unwrap();
             for (a, b) in y.values().iter().zip(merged.values()) {

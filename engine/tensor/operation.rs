@@ -3,7 +3,7 @@
 //! Knows no single operation; each stands in its own file with its derivative.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
-use super::autograd::{Differentiable, Gradient, Node, Sink, is_recording};
+use super::autograd::{Gradient, Node, Sink, is_recording};
 use super::typed::Data;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
@@ -101,8 +101,8 @@ pub(super) fn record(
     let dtypes: Vec<Dtype> = parents.iter().map(|parent| parent.dtype()).collect();
     let node = Node::new(&nodes, move |gradient, sink| {
         let gradient = match gradient {
-            Gradient::F32(gradient) => gradient,
-            gradient @ Gradient::Bf16(_) => convert(&bf16::unwrap_gradient(gradient)),
+            Gradient::F32(gradient) => gradient.into_host()?,
+            Gradient::Bf16(gradient) => convert(&gradient.into_host()?),
         };
         backward(&gradient, &mut FloatSink { sink, dtypes: &dtypes })
     });

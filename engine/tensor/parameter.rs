@@ -1,24 +1,27 @@
 //! `Parameter`: a weight that models train. Its value lies in the layout its products read, its gradient is an f32 sum
 //! in the matching f32 layout. Optimizers and checkpoints see it through the methods here.
 //! Layouts: `Rows` is row-major (norm weights, biases, untied embeddings); `Panels` is what the packed products read
-//! (kernels/cpu/panels.rs). A trained bf16 weight is split: the bf16 value that products read, and the remainder that
+//! (kernels/cpu/panels.rs). On a device all are `Rows` (cuda/value.rs). A trained bf16 weight is split: the bf16 value that products read, and the remainder that
 //! completes it to the f32 master weight (kernels/cpu/adamw.rs).
 
 use super::ModelElement;
+use super::cuda::update::Locked;
+use super::cuda::value::{DeviceValue, GRADIENTS};
 use super::low_rank::LowRank;
+use super::place::{Array, Place, downloaded};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
 use crate::kernels::cpu::int8::{self, Int8Weight};
-use crate::kernels::cpu::norm;
 use crate::kernels::cpu::panels;
+use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::element::Float;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 
 /// f32 values of a block while all of a weight is read or changed.
-const BLOCK_VALUES: usize = 1 << 20;
+pub(super) const BLOCK_VALUES: usize = 1 << 20;
 
 /// How the elements lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +35,6 @@ pub enum Layout {
 }
 
 /// The value of a parameter.
-#[derive(Clone)]
 pub struct Value<E: ModelElement> {
     /// What the forward and backward products read.
     pub weight: Buffer<E>,
@@ -40,6 +42,15 @@ pub struct Value<E: ModelElement> {
     pub remainder: Option<Vec<i16>>,
     /// In place of `weight`, which is empty then.
     pub int8: Option<Int8>,
+    /// In place of `weight` and `remainder`, on a device.
+    pub(super) cuda: Option<DeviceValue<E>>,
+}
+
+impl<E: ModelElement> Clone for Value<E> {
+    /// Panics if it lies on a device without room for one more; [`Value::try_clone`] says so as an error.
+    fn clone(&self) -> Self {
+        self.try_clone().unwrap_or_else(|error| panic!("{error}"))
+    }
 }
 
 /// The integers of a weight, in panels, and what each row's are multiplied by.
@@ -56,22 +67,23 @@ pub struct Parameter<E: ModelElement> {
     pub(super) columns: usize,
     pub(super) layout: Layout,
     /// Copies of a frozen parameter share it until one of them is written.
-    value: RwLock<Arc<Value<E>>>,
-    adapters: RwLock<Adapters<E>>,
-    gradient: Mutex<Option<Buffer<f32>>>,
-    trains: AtomicBool,
+    pub(super) value: RwLock<Arc<Value<E>>>,
+    pub(super) place: Place,
+    pub(super) adapters: RwLock<Adapters<E>>,
+    pub(super) gradient: Mutex<Option<Array<f32>>>,
+    pub(super) trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
-    version: AtomicU64,
+    pub(super) version: AtomicU64,
     /// Gradients added and dropped so far.
-    gradients: AtomicU64,
+    pub(super) gradients: AtomicU64,
 }
 
 /// The low-rank parts of a weight.
 #[derive(Clone)]
-struct Adapters<E: ModelElement> {
-    parts: Arc<[LowRank<E>]>,
+pub(super) struct Adapters<E: ModelElement> {
+    pub(super) parts: Arc<[LowRank<E>]>,
     /// While they are merged: the value without them.
-    former: Option<Arc<Value<E>>>,
+    pub(super) former: Option<Arc<Value<E>>>,
 }
 
 impl<E: ModelElement> Default for Adapters<E> {
@@ -81,18 +93,33 @@ impl<E: ModelElement> Default for Adapters<E> {
 }
 
 impl<E: ModelElement> Value<E> {
-    /// Copies elements as they lie, as f32: masters where they exist.
-    fn read_masters(&self, range: Range<usize>, masters: &mut [f32]) {
-        match &self.remainder {
-            None => norm::convert(&self.weight[range], masters),
-            Some(remainder) => {
-                E::join_master(&self.weight[range.clone()], E::remainder_as_elements(&remainder[range]), masters);
-            }
-        }
+    /// A copy at the same place.
+    ///
+    /// Errors: [`Error::Device`] if the device has no room.
+    pub fn try_clone(&self) -> Result<Self> {
+        let cuda = self.cuda.as_ref().map(DeviceValue::try_clone).transpose()?;
+        Ok(Self { weight: self.weight.clone(), remainder: self.remainder.clone(), int8: self.int8.clone(), cuda })
+    }
+
+    /// The weight on its device, as products read it. Panics on the host.
+    pub(super) fn on_device(&self) -> View<'_, E> {
+        self.cuda.as_ref().expect("a weight on the host was read as if on a device").weight.view()
     }
 }
 
 impl<E: ModelElement> Parameter<E> {
+    /// As [`Parameter::zeros`], at `place`; on a device the layout is `Rows`.
+    ///
+    /// Errors: [`Error::Device`] if the device has no room.
+    pub fn zeros_at(place: &Place, name: impl Into<String>, rows: usize, columns: usize, layout: Layout) -> Result<Self> {
+        let Some(device) = place.device() else { return Ok(Self::zeros(name, rows, columns, layout)) };
+        assert_ne!(layout, Layout::Int8, "integers are products of the host");
+        let value = Self::zeros(name, 0, columns, Layout::Rows);
+        let cuda = Some(DeviceValue::zeros(device, rows * columns)?);
+        let on_device = Value { weight: Buffer::zeroed(0), remainder: None, int8: None, cuda };
+        Ok(Self { rows, value: RwLock::new(Arc::new(on_device)), place: place.clone(), ..value })
+    }
+
     /// Zeros that train. `name` is for messages.
     pub fn zeros(name: impl Into<String>, rows: usize, columns: usize, layout: Layout) -> Self {
         let len = match layout {
@@ -107,7 +134,8 @@ impl<E: ModelElement> Parameter<E> {
             rows,
             columns,
             layout,
-            value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None, int8 })),
+            value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None, int8, cuda: None })),
+            place: Place::Host,
             adapters: RwLock::default(),
             gradient: Mutex::new(None),
             trains: AtomicBool::new(layout != Layout::Int8),
@@ -132,6 +160,11 @@ impl<E: ModelElement> Parameter<E> {
 
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// Where value and gradient lie.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Elements, padding of the layout not counted.
@@ -164,8 +197,10 @@ impl<E: ModelElement> Parameter<E> {
     /// Forgets what completes a bf16 weight to its f32 master: a weight that will not train needs none.
     pub fn drop_master(&self) {
         let mut value = self.value.write().expect("nothing panics while a parameter is written");
-        if value.remainder.is_some() {
-            Arc::make_mut(&mut value).remainder = None;
+        if value.remainder.is_some() || value.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some()) {
+            let value = Arc::make_mut(&mut value);
+            value.remainder = None;
+            value.cuda.iter_mut().for_each(|cuda| cuda.remainder = None);
             self.version.fetch_add(1, Relaxed);
         }
     }
@@ -217,141 +252,46 @@ impl<E: ModelElement> Parameter<E> {
         ))
     }
 
-    /// A parameter of its own with the same value, low-rank parts, gradient and flag. Its version begins anew. A value that
-    /// does not train is shared until one of the two is written.
-    pub fn copy(&self) -> Self {
+    /// Elements of the weight as it lies, padding counted: as many as it has remainders.
+    pub fn weight_len(&self) -> usize {
         let value = self.read();
-        let gradient = self.gradient.lock().expect("nothing panics while a gradient is read");
-        let adapters = self.lock_adapters();
-        let parts = adapters.parts.iter().map(LowRank::copy).collect();
-        Self {
-            name: self.name.clone(),
-            rows: self.rows,
-            columns: self.columns,
-            layout: self.layout,
-            value: RwLock::new(if self.trains() { Arc::new(Value::clone(&value)) } else { value.clone() }),
-            adapters: RwLock::new(Adapters { parts, former: adapters.former.clone() }),
-            gradient: Mutex::new(gradient.clone()),
-            trains: AtomicBool::new(self.trains()),
-            version: AtomicU64::new(0),
-            gradients: AtomicU64::new(0),
-        }
+        value.cuda.as_ref().map_or(value.weight.len(), |cuda| cuda.weight.len())
     }
 
-    /// Takes value, gradient and low-rank parts of `other`, to the bit. Panics if it has another shape, or parts of other
-    /// shapes.
-    pub fn copy_from(&self, other: &Self) {
-        assert_eq!((self.rows, self.columns, self.layout), (other.rows, other.columns, other.layout), "{}: another shape", self.name);
-        {
-            let from = other.read();
-            let mut value = self.value.write().expect("nothing panics while a parameter is written");
-            if !self.trains() {
-                *value = from.clone();
-            } else if !Arc::ptr_eq(&value, &from) {
-                let value = Arc::make_mut(&mut value);
-                value.weight.copy_from_slice(&from.weight);
-                value.remainder.clone_from(&from.remainder);
-            }
-        }
-        let theirs = other.lock_adapters().clone();
-        let ours = {
-            let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
-            adapters.former = theirs.former;
-            adapters.parts.clone()
-        };
-        assert_eq!(ours.len(), theirs.parts.len(), "{}: other low-rank parts", self.name);
-        for (to, from) in ours.iter().zip(theirs.parts.iter()) {
-            to.a.copy_from(&from.a);
-            to.b.copy_from(&from.b);
-        }
-        *self.gradient.lock().expect("nothing panics while a gradient is written") =
-            other.gradient.lock().expect("nothing panics while a gradient is read").clone();
-        self.version.fetch_add(1, Relaxed);
+    /// Whether a bf16 weight has a finer master.
+    pub fn has_remainder(&self) -> bool {
+        let value = self.read();
+        value.remainder.is_some() || value.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some())
     }
 
-    fn lock_adapters(&self) -> RwLockReadGuard<'_, Adapters<E>> {
-        self.adapters.read().expect("nothing panics while adapters change")
-    }
-
-    /// The low-rank parts that products add to this weight; none while they are merged.
-    pub fn adapters(&self) -> Arc<[LowRank<E>]> {
-        let adapters = self.lock_adapters();
-        if adapters.former.is_some() { Arc::new([]) } else { adapters.parts.clone() }
-    }
-
-    /// The low-rank parts, merged or not.
-    pub fn all_adapters(&self) -> Arc<[LowRank<E>]> {
-        self.lock_adapters().parts.clone()
-    }
-
-    /// Gives the weight low-rank parts in place of those it has. Panics for parts that do not fit, and while parts are merged.
-    pub fn set_adapters(&self, parts: Vec<LowRank<E>>) {
-        for part in &parts {
-            let (rank, b) = (part.rank(), (part.b.rows(), part.b.columns()));
-            assert!(part.rows.end <= self.rows && part.a.columns() == self.columns, "{}: rows or inputs of a low-rank part", self.name);
-            assert_eq!(b, (part.rows.len(), rank), "{}: the second factor of a low-rank part", self.name);
-        }
-        let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
-        assert!(adapters.former.is_none(), "{}: low-rank parts are merged", self.name);
-        adapters.parts = parts.into();
-        self.version.fetch_add(1, Relaxed);
-    }
-
-    /// Whether this weight or a factor of its low-rank parts trains.
-    pub fn learns(&self) -> bool {
-        self.trains() || self.adapters().iter().any(|part| part.a.trains() || part.b.trains())
-    }
-
-    /// Whether the low-rank parts are merged.
-    pub fn is_merged(&self) -> bool {
-        self.lock_adapters().former.is_some()
-    }
-
-    /// Adds the low-rank parts to the weight, in f32, and sets them aside; the weight as it was is kept for
-    /// [`Parameter::unmerge`]. Nothing happens without parts, or if they are merged.
-    pub fn merge(&self) {
-        if self.adapters().is_empty() {
-            return;
-        }
-        let former = self.read().clone();
-        let mut merged = Value::clone(&former);
-        for rows in self.row_blocks() {
-            let mut values = Buffer::scratch(rows.len() * self.columns);
-            self.read_adapted_rows(rows.clone(), &mut values);
-            self.write_value(&mut merged, rows, &values, false);
-        }
-        *self.value.write().expect("nothing panics while a parameter is written") = Arc::new(merged);
-        self.adapters.write().expect("nothing panics while adapters change").former = Some(former);
-        self.version.fetch_add(1, Relaxed);
-    }
-
-    /// Puts back, to the bit, the weight that [`Parameter::merge`] changed, and its low-rank parts.
-    pub fn unmerge(&self) {
-        if let Some(former) = self.adapters.write().expect("nothing panics while adapters change").former.take() {
-            *self.value.write().expect("nothing panics while a parameter is written") = former;
-            self.version.fetch_add(1, Relaxed);
-        }
-    }
-
-    /// As [`Parameter::read_rows`], with the low-rank parts added in f32.
-    pub fn read_adapted_rows(&self, rows: Range<usize>, values: &mut [f32]) {
-        self.read_rows(rows.clone(), values);
-        self.adapters().iter().for_each(|part| part.add_to_rows(&rows, values));
+    /// A copy of what completes a bf16 weight to its f32 master, in the order of the weight; none if there is none.
+    pub fn remainder(&self) -> Option<Vec<i16>> {
+        let value = self.read();
+        value.cuda.as_ref().map_or_else(|| value.remainder.clone(), DeviceValue::remainder_to_host)
     }
 
     /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
     /// length.
-    pub fn set_training_state(&self, remainder: Option<Vec<i16>>, gradient: Option<Buffer<f32>>) {
-        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == guard.weight.len()), "{}: remainder", self.name);
+    ///
+    /// Errors: [`Error::Device`] if the device has no room.
+    pub fn set_training_state(&self, remainder: Option<Vec<i16>>, gradient: Option<Buffer<f32>>) -> Result<()> {
+        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == self.weight_len()), "{}: remainder", self.name);
         assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
+        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
+        let had = guard.remainder.is_some() || guard.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some());
         // A frozen weight has neither: it stays shared, and as it was.
-        if remainder.is_some() || guard.remainder.is_some() {
-            Arc::make_mut(&mut guard).remainder = remainder;
+        if remainder.is_some() || had {
+            let value = Arc::make_mut(&mut guard);
+            match &mut value.cuda {
+                Some(cuda) => cuda.set_remainder(remainder.as_deref())?,
+                None => value.remainder = remainder,
+            }
             self.version.fetch_add(1, Relaxed);
         }
+        let gradient = gradient.map(|gradient| Array::Host(gradient).moved_to(&self.place, GRADIENTS)).transpose()?;
         *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
         self.gradients.fetch_add(1, Relaxed);
+        Ok(())
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -360,6 +300,9 @@ impl<E: ModelElement> Parameter<E> {
         if let Some(int8) = &value.int8 {
             let rows = rows.zip(values.chunks_exact_mut(self.columns.max(1)));
             return rows.for_each(|(row, out)| int8::read_row::<E>(self.int8_weight(int8), row, out));
+        }
+        if let Some(cuda) = &value.cuda {
+            return cuda.read_masters(rows.start * self.columns, values);
         }
         let mut narrow = Buffer::<E>::scratch(values.len());
         self.unpack(&value.weight, rows.clone(), &mut narrow);
@@ -380,7 +323,11 @@ impl<E: ModelElement> Parameter<E> {
             self.read_rows(rows, &mut wide);
             return values.iter_mut().zip(wide.iter()).for_each(|(to, from)| *to = E::from_f32(*from));
         }
-        self.unpack(&self.read().weight, rows, values);
+        let value = self.read();
+        match &value.cuda {
+            Some(cuda) => cuda.read_weight(rows.start * self.columns, values),
+            None => self.unpack(&value.weight, rows, values),
+        }
     }
 
     /// Ranges of rows of at most [`BLOCK_VALUES`] values, each of whole panels where it can be.
@@ -407,16 +354,23 @@ impl<E: ModelElement> Parameter<E> {
 
     /// Sets `rows` of the value from `values` `[rows, columns]`, row-major; bf16 keeps the rest as remainder if
     /// `split_master` asks for one or one is there already.
-    pub fn write_rows(&self, rows: Range<usize>, values: &[f32], split_master: bool) {
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device that has no room for remainders, or is lost.
+    pub fn write_rows(&self, rows: Range<usize>, values: &[f32], split_master: bool) -> Result<()> {
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        self.write_value(Arc::make_mut(&mut guard), rows, values, split_master);
+        self.write_value(Arc::make_mut(&mut guard), rows, values, split_master)?;
         self.version.fetch_add(1, Relaxed);
+        Ok(())
     }
 
-    fn write_value(&self, value: &mut Value<E>, rows: Range<usize>, values: &[f32], split_master: bool) {
+    pub(super) fn write_value(&self, value: &mut Value<E>, rows: Range<usize>, values: &[f32], split_master: bool) -> Result<()> {
         assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
         if let Some(int8) = &mut value.int8 {
-            return int8::pack::<E>(&mut int8.values, &mut int8.scales, self.columns, rows, values);
+            int8::pack::<E>(&mut int8.values, &mut int8.scales, self.columns, rows, values);
+            return Ok(());
+        }
+        if let Some(cuda) = &mut value.cuda {
+            return cuda.write_masters(rows.start * self.columns, values, split_master);
         }
         let mut narrow = Buffer::<E>::scratch(values.len());
         if E::HAS_REMAINDER && (split_master || value.remainder.is_some()) {
@@ -428,33 +382,7 @@ impl<E: ModelElement> Parameter<E> {
             narrow.iter_mut().zip(values).for_each(|(to, from)| *to = E::from_f32(*from));
         }
         self.pack(&mut value.weight, rows, &narrow);
-    }
-
-    /// `this = (1 - weight) * this + weight * other`, in f32 from masters where they exist; a bf16 weight has one afterwards.
-    /// Panics if `other` has another shape or layout.
-    pub fn average(&self, other: &Self, weight: f64) {
-        assert_eq!((self.rows, self.columns, self.layout), (other.rows, other.columns, other.layout), "{}: another shape", self.name);
-        let from = other.read().clone();
-        let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        let to = Arc::make_mut(&mut guard);
-        let len = to.weight.len();
-        if E::HAS_REMAINDER {
-            to.remainder.get_or_insert_with(|| vec![0; len]);
-        }
-        for start in (0..len).step_by(BLOCK_VALUES) {
-            let range = start..(start + BLOCK_VALUES).min(len);
-            let (mut ours, mut theirs) = (Buffer::<f32>::scratch(range.len()), Buffer::<f32>::scratch(range.len()));
-            to.read_masters(range.clone(), &mut ours);
-            from.read_masters(range.clone(), &mut theirs);
-            norm::blend(&mut ours, &theirs, weight);
-            match &mut to.remainder {
-                None => E::split_master(&ours, &mut to.weight[range], &mut []),
-                Some(remainder) => {
-                    E::split_master(&ours, &mut to.weight[range.clone()], E::remainder_as_elements_mut(&mut remainder[range]));
-                }
-            }
-        }
-        self.version.fetch_add(1, Relaxed);
+        Ok(())
     }
 
     /// Copies `rows` of the gradient, row-major; none if there is no gradient.
@@ -462,9 +390,12 @@ impl<E: ModelElement> Parameter<E> {
         let guard = self.gradient.lock().expect("nothing panics while a gradient is written");
         let gradient = guard.as_ref()?;
         let mut values = Buffer::scratch(rows.len() * self.columns);
-        match self.layout {
-            Layout::Rows => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
-            Layout::Panels | Layout::Int8 => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
+        match (gradient, self.layout) {
+            (Array::Cuda(gradient), _) => {
+                gradient.download_at(rows.start * self.columns, &mut values).unwrap_or_else(|error| panic!("{error}"));
+            }
+            (Array::Host(gradient), Layout::Rows) => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
+            (Array::Host(gradient), _) => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
         }
         Some(values)
     }
@@ -472,9 +403,10 @@ impl<E: ModelElement> Parameter<E> {
     /// Bytes of weight, remainder and gradient.
     pub fn state_bytes(&self) -> usize {
         let value = self.read();
-        let gradient = self.with_gradient(|gradient| gradient.map_or(0, <[f32]>::len));
+        let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").as_ref().map_or(0, Array::len);
         let int8 = value.int8.as_ref().map_or(0, |int8| int8.values.len() + 4 * int8.scales.len());
-        int8 + value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2 + gradient * 4
+        let host = value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2;
+        int8 + host + value.cuda.as_ref().map_or(0, DeviceValue::bytes) + gradient * 4
     }
 
     /// Lets `write` put a gradient in place, in the f32 layout: with `true` it must add to what is there, with `false`
@@ -486,18 +418,53 @@ impl<E: ModelElement> Parameter<E> {
         let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
         self.gradients.fetch_add(1, Relaxed);
         match guard.as_mut() {
-            Some(sum) => write(sum, true),
+            Some(Array::Host(sum)) => write(sum, true),
+            Some(Array::Cuda(_)) => panic!("{}: a gradient of the host for a weight on {}", self.name, self.place),
             None => {
                 let mut sum = Buffer::scratch(self.gradient_len());
                 write(&mut sum, false);
-                *guard = Some(sum);
+                *guard = Some(Array::Host(sum));
             }
         }
     }
 
-    /// Reads the gradient, if there is one.
+    /// As [`Parameter::accumulate`], of a parameter on a device.
+    ///
+    /// Errors: those of `write`; [`Error::Device`] if the device has no room.
+    pub(super) fn accumulate_on_device(&self, write: impl FnOnce(ViewMut<f32>, bool) -> Result<()>) -> Result<()> {
+        if !self.trains() {
+            return Ok(());
+        }
+        let device = self.place.device().expect("a weight on the host was given a gradient on a device");
+        let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        self.gradients.fetch_add(1, Relaxed);
+        match guard.take() {
+            Some(sum) => {
+                let mut sum = sum.into_cuda();
+                write(sum.view_mut(), true)?;
+                *guard = Some(Array::Cuda(sum));
+            }
+            None => {
+                let mut sum = DeviceBuffer::scratch(device, GRADIENTS, self.gradient_len())?;
+                write(sum.view_mut(), false)?;
+                *guard = Some(Array::Cuda(sum));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the gradient, if there is one; a copy of it, if it lies on a device.
     pub fn with_gradient<T>(&self, read: impl FnOnce(Option<&[f32]>) -> T) -> T {
-        read(self.gradient.lock().expect("nothing panics while a gradient is read").as_deref())
+        match self.gradient.lock().expect("nothing panics while a gradient is read").as_ref() {
+            None => read(None),
+            Some(Array::Host(gradient)) => read(Some(gradient)),
+            Some(Array::Cuda(gradient)) => read(Some(&downloaded(gradient).unwrap_or_else(|error| panic!("{error}")))),
+        }
+    }
+
+    /// Whether there is one.
+    pub fn has_gradient(&self) -> bool {
+        self.gradient.lock().expect("nothing panics while a gradient is read").is_some()
     }
 
     /// Forgets the gradient.
@@ -510,8 +477,20 @@ impl<E: ModelElement> Parameter<E> {
     pub fn update(&self, write: impl FnOnce(&mut Value<E>, &[f32])) {
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
         if let Some(gradient) = gradient {
-            write(Arc::make_mut(&mut self.value.write().expect("nothing panics while a parameter is written")), &gradient);
+            let mut value = self.value.write().expect("nothing panics while a parameter is written");
+            write(Arc::make_mut(&mut value), gradient.host());
             self.version.fetch_add(1, Relaxed);
         }
+    }
+
+    /// Holds value and gradient for an update on the device, after which the gradient is gone; none without a gradient.
+    ///
+    /// Errors: [`Error::Device`] if the device has no room for the remainders of a first update.
+    pub(super) fn lock_update(&self) -> Result<Option<Locked<'_, E>>> {
+        let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
+        let Some(gradient) = gradient.map(Array::into_cuda) else { return Ok(None) };
+        let value = self.value.write().expect("nothing panics while a parameter is written");
+        self.version.fetch_add(1, Relaxed);
+        Locked::new(value, gradient).map(Some)
     }
 }

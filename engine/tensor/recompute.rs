@@ -19,14 +19,14 @@ pub fn recompute<E: Differentiable, const R: usize, const S: usize>(
 ) -> Result<Tensor<E, S>> {
     let result = with_recording(false, || body(&x.detach()))?;
     let input = x.detach();
-    Ok(Tensor::from_operation(result.shape(), result.data().clone(), &[x.node()], parameters, move |gradient, sink| {
+    Ok(Tensor::from_operation_anywhere(result.shape(), result.data().clone(), &[x.node()], parameters, move |gradient, sink| {
         let input = input.leaf();
         let output = with_recording(true, || body(&input))?;
-        output.backward_with(gradient)?;
+        output.backward_from(gradient)?;
         if let Some(node) = input.node()
             && let Some(gradient) = node.take_leaf_gradient()
         {
-            sink.add(0, E::unwrap_gradient(gradient));
+            sink.add_array(0, E::unwrap_gradient(gradient))?;
         }
         Ok(())
     }))

@@ -3,7 +3,8 @@
 
 use super::ModelElement;
 use super::autograd::Sink;
-use super::linear::check_vector;
+use super::cuda::rms_norm as cuda;
+use super::linear::{check_place, check_vector};
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use crate::error::Result;
@@ -20,6 +21,10 @@ use std::sync::Arc;
 pub fn rms_norm<E: ModelElement>(x: &Tensor<E, 2>, weight: &Arc<Parameter<E>>, eps: f32) -> Result<Tensor<E, 2>> {
     let [tokens, hidden] = x.shape();
     check_vector("rms_norm", "weight", hidden, weight)?;
+    check_place("rms_norm", "weight", &x.place(), weight.place())?;
+    if let Some(device) = x.device() {
+        return cuda::rms_norm(device, x, weight, eps);
+    }
     let mut inv_rms = Buffer::<f32>::scratch(tokens);
     let mut y = Buffer::<E>::scratch(tokens * hidden);
     rms_norm::rms_norm(x.values(), &weight.read().weight, eps, &mut y, &mut inv_rms);

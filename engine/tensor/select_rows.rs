@@ -1,6 +1,7 @@
 //! Some rows of a matrix, also several times: the last tokens of documents, and the keys that several documents share.
 
 use super::ModelElement;
+use super::cuda::select_rows as cuda;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
@@ -20,6 +21,9 @@ pub fn select_rows<E: ModelElement>(op: &'static str, x: &Tensor<E, 2>, rows: &A
     if let Some(row) = rows.iter().find(|row| usize::try_from(**row).map_or(true, |row| row >= tokens)) {
         return Err(Error::argument(op, "rows", format!("indices from 0, below {tokens}"), row));
     }
+    if let Some(device) = x.device() {
+        return cuda::select_rows(device, x, rows);
+    }
     let mut some = Buffer::scratch(rows.len() * width);
     embed(x.values(), Order::Rows, tokens, width, rows, &mut some);
     let (shape, rows) = ([rows.len(), width], rows.clone());
@@ -29,6 +33,11 @@ pub fn select_rows<E: ModelElement>(op: &'static str, x: &Tensor<E, 2>, rows: &A
         sink.accumulate::<E>(0, tokens * width, |dx, add| if add { norm::add(dx, &sums) } else { norm::convert(&sums, dx) });
         Ok(())
     }))
+}
+
+/// Row numbers as [`select_rows`] and the kernels take them.
+pub fn row_ids(rows: &[usize]) -> Arc<[i32]> {
+    rows.iter().map(|row| i32::try_from(*row).expect("a batch has fewer than 2^31 tokens")).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! `Trainable`: a parameter of any element type, as optimizers see it. What a parameter is stands in parameter.rs.
 
 use super::ModelElement;
+pub use super::cuda::update::DeviceUpdate;
 use super::parameter::{Layout, Parameter};
+use super::place::Place;
+use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW;
 use crate::kernels::cpu::{norm, panels};
@@ -16,10 +19,17 @@ pub trait Trainable: Send + Sync {
     /// Elements of its gradient and moments, padding counted.
     fn gradient_len(&self) -> usize;
     fn trains(&self) -> bool;
-    /// Reads the gradient, if there is one.
+    /// Reads the gradient, if there is one; a copy of it, if it lies on a device.
     fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>));
+    fn has_gradient(&self) -> bool;
     fn clear_gradient(&self);
-    /// One AdamW update by the gradient, which is gone afterwards. Nothing happens without a gradient.
+    /// Where it lies, and its moments should.
+    fn place(&self) -> &Place;
+    /// Holds it for an update on its device, after which the gradient is gone; none without a gradient. Panics on the host.
+    ///
+    /// Errors: [`crate::error::Error::Device`] if the device has no room.
+    fn lock_update(&self) -> Result<Option<Box<dyn DeviceUpdate + '_>>>;
+    /// One AdamW update on the host by the gradient, which is gone afterwards. Nothing happens without a gradient.
     ///
     /// - `m`, `v`: `gradient_len` elements each
     fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
@@ -30,7 +40,9 @@ pub trait Trainable: Send + Sync {
     /// Copies the f32 values, `gradient_len` of them, in the layout of the gradient; padding is zero.
     fn read_master(&self, values: &mut [f32]);
     /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
-    fn add_and_scale(&self, delta: &[f32], scale: f32);
+    ///
+    /// Errors: [`crate::error::Error::Device`] if it lies on a device without room for remainders.
+    fn add_and_scale(&self, delta: &[f32], scale: f32) -> Result<()>;
 }
 
 impl<E: ModelElement> Trainable for Parameter<E> {
@@ -58,8 +70,20 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         self.with_gradient(read);
     }
 
+    fn has_gradient(&self) -> bool {
+        Parameter::has_gradient(self)
+    }
+
     fn clear_gradient(&self) {
         Parameter::clear_gradient(self);
+    }
+
+    fn place(&self) -> &Place {
+        Parameter::place(self)
+    }
+
+    fn lock_update(&self) -> Result<Option<Box<dyn DeviceUpdate + '_>>> {
+        Ok(Parameter::lock_update(self)?.map(|locked| Box::new(locked) as Box<dyn DeviceUpdate>))
     }
 
     fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) {
@@ -94,7 +118,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         }
     }
 
-    fn add_and_scale(&self, delta: &[f32], scale: f32) {
+    fn add_and_scale(&self, delta: &[f32], scale: f32) -> Result<()> {
         assert_eq!(delta.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
         for rows in self.row_blocks() {
             let len = rows.len() * self.columns;
@@ -106,7 +130,8 @@ impl<E: ModelElement> Trainable for Parameter<E> {
             }
             norm::add(&mut values, &step);
             norm::scale(&mut values, scale);
-            self.write_rows(rows, &values, E::HAS_REMAINDER);
+            self.write_rows(rows, &values, E::HAS_REMAINDER)?;
         }
+        Ok(())
     }
 }

@@ -180,7 +180,7 @@ mod tests {
 
     fn parameter<E: ModelElement>(value: impl Fn(usize) -> f32) -> Arc<Parameter<E>> {
         let parameter = Parameter::zeros("p", ROWS, COLUMNS, Layout::Panels);
-        parameter.write_rows(0..ROWS, &(0..ROWS * COLUMNS).map(value).collect::<Vec<_>>(), E::HAS_REMAINDER);
+        parameter.write_rows(0..ROWS, &(0..ROWS * COLUMNS).map(value).collect::<Vec<_>>(), E::HAS_REMAINDER).unwrap();
         Arc::new(parameter)
     }
 
@@ -213,7 +213,7 @@ mod tests {
         for update in 1..=updates {
             let given = parameter::<f32>(|i| gradient(update, i));
             policy.accumulate(|sum, _| given.read_master(sum));
-            assert!(optimizer.step().applied);
+            assert!(optimizer.step().unwrap().applied);
         }
         let mut values = vec![0.0; ROWS * COLUMNS];
         policy.read_rows(0..ROWS, &mut values);

@@ -2,15 +2,20 @@
 //! not finite. Gradients accumulate in the parameters until `step`, which consumes them.
 //! Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; order of operations as in `torch.optim.AdamW`.
 
+use super::device_step::DeviceStep;
 use super::online_merge::OnlineMerge;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW as Update;
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::online_merge::adam_update;
+use crate::tensor::place::Array;
 use crate::tensor::trainable::Trainable;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+
+/// What an out-of-memory error calls them.
+pub(super) const MOMENTS: &str = "moments of AdamW";
 
 /// What a script sets.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,10 +65,43 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Whether a parameter decays.
+    pub(super) fn decays(&self, parameter: &dyn Trainable) -> bool {
+        self.decay_vectors || parameter.is_matrix()
+    }
+
+    /// The update of a parameter that has its `step`-th.
+    pub(super) fn update(&self, decays: bool, step: u64, gradient_scale: f64) -> Update {
+        Update {
+            lr: self.lr,
+            beta1: self.betas.0,
+            beta2: self.betas.1,
+            eps: self.eps,
+            weight_decay: if decays { self.weight_decay } else { 0.0 },
+            step,
+            gradient_scale,
+        }
+    }
+}
+
+impl Slot {
+    /// Makes the moments, zeros, where the parameter lies, if they are not there.
+    ///
+    /// Errors: [`Error::Device`] if the device has no room.
+    pub(super) fn make_moments(&mut self) -> Result<()> {
+        if self.moments.is_none() {
+            let new = || Array::zeroed(self.parameter.place(), MOMENTS, self.parameter.gradient_len());
+            self.moments = Some((new()?, new()?));
+        }
+        Ok(())
+    }
+}
+
 /// One parameter and its moments, which come with its first gradient.
 pub(super) struct Slot {
     pub parameter: Arc<dyn Trainable>,
-    pub moments: Option<(Buffer<f32>, Buffer<f32>)>,
+    pub moments: Option<(Array<f32>, Array<f32>)>,
     /// Updates of this very parameter, for its bias correction.
     pub updates: u64,
 }
@@ -75,6 +113,8 @@ pub struct AdamW {
     steps: u64,
     skipped: u64,
     merge: Option<OnlineMerge>,
+    /// On a device: its launches and what they keep there.
+    on_device: Option<DeviceStep>,
 }
 
 /// What a step did.
@@ -87,20 +127,30 @@ pub struct Step {
 }
 
 impl AdamW {
-    /// Errors: those of [`Settings::check`]; [`Error::Argument`] if no parameter trains.
+    /// Errors: those of [`Settings::check`]; [`Error::Argument`] if no parameter trains, or if they lie at several places.
     pub fn new(parameters: Vec<Arc<dyn Trainable>>, settings: Settings) -> Result<Self> {
         settings.check()?;
         let slots: Vec<Slot> = parameters.into_iter().map(|parameter| Slot { parameter, moments: None, updates: 0 }).collect();
         if !slots.iter().any(|slot| slot.parameter.trains()) {
             return Err(Error::argument("adamw", "parameters", "at least one that trains", "none; is the model frozen?"));
         }
-        Ok(Self { settings, slots, steps: 0, skipped: 0, merge: None })
+        let place = slots[0].parameter.place();
+        if let Some(slot) = slots.iter().find(|slot| !slot.parameter.place().is(place)) {
+            let (expected, got) = (format!("parameters at one place ({place})"), format!("one on {}", slot.parameter.place()));
+            return Err(Error::argument("adamw", slot.parameter.name(), expected, got));
+        }
+        let on_device = place.device().map(DeviceStep::new).transpose()?;
+        Ok(Self { settings, slots, steps: 0, skipped: 0, merge: None, on_device })
     }
 
     /// The same optimizer, whose updates are merged with task vectors.
     ///
-    /// Errors: [`Error::Argument`] for a parameter that trains and has no task vector.
+    /// Errors: [`Error::Argument`] for a parameter that trains and has no task vector, and for a model on a device.
     pub fn merging(self, merge: OnlineMerge) -> Result<Self> {
+        if self.on_device.is_some() {
+            let got = format!("one on {}", self.slots[0].parameter.place());
+            return Err(Error::argument("adamw", "merge", "a model on the CPU, where updates are merged", got));
+        }
         self.slots.iter().try_for_each(|slot| merge.check(slot.parameter.as_ref()))?;
         Ok(Self { merge: Some(merge), ..self })
     }
@@ -132,7 +182,8 @@ impl AdamW {
         (self.steps, self.skipped) = (steps, skipped);
     }
 
-    /// Norm of the whole gradient as it stands, in the order of the parameters.
+    /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,
+    /// one by one.
     pub fn gradient_norm(&self) -> f64 {
         let mut sum = 0.0;
         for slot in &self.slots {
@@ -146,43 +197,45 @@ impl AdamW {
     }
 
     /// Updates every parameter that has a gradient, scaled so that its norm is at most `clip_norm`, and clears all
-    /// gradients. A gradient with a number that is not finite changes nothing but the count of skipped steps.
-    pub fn step(&mut self) -> Step {
+    /// gradients. A gradient with a number that is not finite changes nothing but the count of skipped steps. On a device all is
+    /// asked for before the norm is read: the step waits once, at its end.
+    ///
+    /// Errors: those of the device.
+    pub fn step(&mut self) -> Result<Step> {
+        let step = match &mut self.on_device {
+            Some(on_device) => on_device.step(&mut self.slots, &self.settings)?,
+            None => self.step_on_host()?,
+        };
+        self.skipped += u64::from(!step.grad_norm.is_finite());
+        self.steps += u64::from(step.applied);
+        Ok(step)
+    }
+
+    fn step_on_host(&mut self) -> Result<Step> {
         let grad_norm = self.gradient_norm();
         if !grad_norm.is_finite() {
-            self.skipped += 1;
             self.clear_gradients();
-            return Step { grad_norm, applied: false };
+            return Ok(Step { grad_norm, applied: false });
         }
         let gradient_scale = self.settings.clip_norm.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         let mut applied = false;
         for slot in &mut self.slots {
-            let mut has_gradient = false;
-            slot.parameter.read_gradient(&mut |gradient| has_gradient = gradient.is_some());
-            if !has_gradient {
+            if !slot.parameter.has_gradient() {
                 continue;
             }
             applied = true;
             slot.updates += 1;
-            let len = slot.parameter.gradient_len();
-            let (m, v) = slot.moments.get_or_insert_with(|| (Buffer::zeroed(len), Buffer::zeroed(len)));
-            let decays = self.settings.decay_vectors || slot.parameter.is_matrix();
-            let update = Update {
-                lr: self.settings.lr,
-                beta1: self.settings.betas.0,
-                beta2: self.settings.betas.1,
-                eps: self.settings.eps,
-                weight_decay: if decays { self.settings.weight_decay } else { 0.0 },
-                step: slot.updates,
-                gradient_scale,
+            slot.make_moments()?;
+            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), updates } = slot else {
+                panic!("{}: moments on a device of a parameter on the host", slot.parameter.name());
             };
+            let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
             match &self.merge {
-                None => slot.parameter.adamw(m, v, &update),
-                Some(merge) => merged_update(slot.parameter.as_ref(), m, v, &update, merge),
+                None => parameter.adamw(m, v, &update),
+                Some(merge) => merged_update(parameter.as_ref(), m, v, &update, merge)?,
             }
         }
-        self.steps += u64::from(applied);
-        Step { grad_norm, applied }
+        Ok(Step { grad_norm, applied })
     }
 
     /// Forgets all gradients.
@@ -192,7 +245,7 @@ impl AdamW {
 }
 
 /// One update of Adam, merged with the parameter's task vector, and weight decay after it; the gradient is gone afterwards.
-fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update: &Update, merge: &OnlineMerge) {
+fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update: &Update, merge: &OnlineMerge) -> Result<()> {
     let mut delta = Buffer::<f32>::scratch(m.len());
     parameter.read_gradient(&mut |gradient| {
         if let Some(gradient) = gradient {
@@ -201,7 +254,7 @@ fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update
     });
     parameter.clear_gradient();
     merge.merge(parameter, update.step, &mut delta);
-    parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32);
+    parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32)
 }
 
 #[cfg(test)]
@@ -212,7 +265,7 @@ mod tests {
     /// A vector with `values` and `gradient`.
     fn parameter(values: &[f32], gradient: &[f32]) -> Arc<Parameter<f32>> {
         let parameter = Parameter::zeros("p", values.len(), 1, Layout::Rows);
-        parameter.write_rows(0..values.len(), values, false);
+        parameter.write_rows(0..values.len(), values, false).unwrap();
         give(&parameter, gradient);
         Arc::new(parameter)
     }
@@ -233,16 +286,16 @@ mod tests {
         // The first AdamW update is lr * g / (|g| + eps): the rate, whatever the gradient's size and so whatever clipping does.
         let p = parameter(&[1.0, -2.0], &[30.0, -40.0]);
         let mut optimizer = AdamW::new(vec![p.clone()], Settings { lr: 0.5, ..Settings::default() }).unwrap();
-        assert_eq!(optimizer.step(), Step { grad_norm: 50.0, applied: true });
+        assert_eq!(optimizer.step().unwrap(), Step { grad_norm: 50.0, applied: true });
         assert!(value(&p).iter().zip([0.5, -1.5]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", value(&p));
         assert!(p.gradient_rows(0..2).is_none(), "a step consumes the gradient");
-        assert_eq!(optimizer.step(), Step { grad_norm: 0.0, applied: false });
+        assert_eq!(optimizer.step().unwrap(), Step { grad_norm: 0.0, applied: false });
         assert_eq!((optimizer.steps(), optimizer.skipped()), (1, 0));
 
         // With beta1 0 and beta2 0 nothing is remembered, and eps 1 shows the clipped gradient: 0.6 / (0.6 + 1).
         let p = parameter(&[0.0, 0.0], &[30.0, -40.0]);
         let settings = Settings { lr: 1.0, betas: (0.0, 0.0), eps: 1.0, ..Settings::default() };
-        AdamW::new(vec![p.clone()], settings).unwrap().step();
+        AdamW::new(vec![p.clone()], settings).unwrap().step().unwrap();
         assert!(value(&p).iter().zip([-0.375, 0.8 / 1.8]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", value(&p));
     }
 
@@ -251,7 +304,7 @@ mod tests {
         for (decay_vectors, want) in [(false, 1.0), (true, 0.95)] {
             let p = parameter(&[1.0], &[0.0]);
             let settings = Settings { lr: 0.5, decay_vectors, ..Settings::default() };
-            AdamW::new(vec![p.clone()], settings).unwrap().step();
+            AdamW::new(vec![p.clone()], settings).unwrap().step().unwrap();
             assert_eq!(value(&p), [want]);
         }
     }
@@ -261,11 +314,11 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let (p, q) = (parameter(&[1.0], &[bad]), parameter(&[2.0], &[1.0]));
             let mut optimizer = AdamW::new(vec![p.clone(), q.clone()], Settings::default()).unwrap();
-            assert!(!optimizer.step().applied);
+            assert!(!optimizer.step().unwrap().applied);
             assert_eq!((value(&p), value(&q), optimizer.steps(), optimizer.skipped()), (vec![1.0], vec![2.0], 0, 1));
             assert!(q.gradient_rows(0..1).is_none());
             give(&q, &[1.0]);
-            assert!(optimizer.step().applied, "the next gradient counts again");
+            assert!(optimizer.step().unwrap().applied, "the next gradient counts again");
             assert_eq!(value(&p), [1.0], "without a gradient nothing moves");
         }
     }

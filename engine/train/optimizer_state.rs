@@ -1,11 +1,12 @@
 //! The state of AdamW as a value: copied in memory, written to a folder, put back to the bit.
 
-use super::optimizer::{AdamW, Settings, Slot};
+use super::optimizer::{AdamW, MOMENTS, Settings, Slot};
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::tensor::place::Array;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -78,17 +79,19 @@ impl AdamWState {
 
 impl AdamW {
     /// A copy of all that the next step depends on besides weights and gradients.
-    pub fn state(&self) -> AdamWState {
+    /// On the host, wherever the parameters lie.
+    ///
+    /// Errors: those of the device.
+    pub fn state(&self) -> Result<AdamWState> {
         let slots = || self.slots.iter().filter_map(|slot| Some((slot.parameter.name().to_string(), slot, slot.moments.as_ref()?)));
-        AdamWState {
-            counts: Counts {
-                settings: self.settings(),
-                steps: self.steps(),
-                skipped: self.skipped(),
-                updates: slots().map(|(name, slot, _)| (name, slot.updates)).collect(),
-            },
-            moments: slots().map(|(name, _, moments)| (name, moments.clone())).collect(),
-        }
+        let counts = Counts {
+            settings: self.settings(),
+            steps: self.steps(),
+            skipped: self.skipped(),
+            updates: slots().map(|(name, slot, _)| (name, slot.updates)).collect(),
+        };
+        let moments = slots().map(|(name, _, (m, v))| Ok((name, (m.to_host()?, v.to_host()?)))).collect::<Result<_>>()?;
+        Ok(AdamWState { counts, moments })
     }
 
     /// Goes on from `state`.
@@ -113,7 +116,9 @@ impl AdamW {
         for (name, (m, v)) in &state.moments {
             let expected = lengths.get(name.as_str()).copied();
             if expected != Some(m.len()) || expected != Some(v.len()) {
+                let at_place = "as a model at this place keeps them; resume where the checkpoint was made";
                 let expected = expected.map_or("a parameter of the model".to_string(), |len| format!("{len} values"));
+                let expected = format!("{expected}, {at_place}");
                 return Err(Error::argument("adamw", format!("moments of {name}"), expected, format!("{} values", m.len())));
             }
         }
@@ -125,7 +130,11 @@ impl AdamW {
         self.set_counts(counts.steps, counts.skipped);
         for slot in &mut self.slots {
             let Slot { parameter, moments: slot_moments, updates } = slot;
-            *slot_moments = moments_of(parameter.name());
+            let at_place = |moment| Array::Host(moment).moved_to(parameter.place(), MOMENTS);
+            *slot_moments = match moments_of(parameter.name()) {
+                Some((m, v)) => Some((at_place(m)?, at_place(v)?)),
+                None => None,
+            };
             *updates = counts.updates.get(parameter.name()).copied().unwrap_or(0);
         }
         Ok(())

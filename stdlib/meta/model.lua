@@ -11,6 +11,7 @@ local optim = {}
 ---@field adapter { rank: integer, alpha: number, rank_stabilized: boolean, targets: string[], modules_to_save: string[], merged: boolean }? its adapter, if it has one
 ---@field config table as config.json writes it, with Hugging Face's names
 ---@field count integer parameters, those of an adapter included
+---@field device string "cpu" or "cuda:0"; what it gives a script lies on the CPU always
 ---@field dtype "f32"|"bf16"|"int8" of the weights; int8 is for inference, with activations in bf16
 ---@field frozen boolean
 ---@field tokenizer engine.Tokenizer? of the folder it came from
@@ -36,6 +37,7 @@ local Optimizer = {}
 
 ---@class engine.ModelOptions
 ---@field adapter? string folder of a PEFT adapter, put on the model
+---@field device? string where it lies and computes: "cpu" (default), "cuda" (the first GPU), "cuda:1", or "auto": a GPU if there is one
 ---@field dtype? "f32"|"bf16"|"int8" int8: each row of a matrix rounded to 127 steps, frozen
 ---@field frozen? boolean nothing trains it
 ---@field head? "score" one number for each document in place of logits; new, unless the folder has it

@@ -213,7 +213,7 @@ fn rows(device: &Arc<Device>) -> Result<()> {
     let ms = median_ms(device, || {
         let (weight, rest) = (w.view_mut(), Some(rest.view_mut()));
         let parameter = Parameter { weight, rest, gradient: g.view(), m: m.view_mut(), v: v.view_mut(), decays: true };
-        adamw(device, &mut table, &mut [parameter], &settings, None)
+        adamw(device, &mut table, &[parameter.line(device)], &settings, None)
     })?;
     report_bytes("adamw, 200 M parameters in bf16", ms, 28.0 * count as f64);
     Ok(())

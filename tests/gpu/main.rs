@@ -4,14 +4,21 @@
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
 mod attention;
+mod elements;
 mod experts;
+#[path = "../fixtures/mod.rs"]
+mod fixtures;
 mod generic;
 mod memory;
+mod model;
 mod optimizer;
 mod paged;
 mod product;
 mod rows;
+mod run;
 mod sample;
+#[path = "../fixtures/training.rs"]
+mod training;
 
 use half::bf16;
 use perilune::kernels::cuda::device::{Device, Settings};
@@ -27,6 +34,9 @@ unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
 }
+
+/// How the emulated device is opened: so that it sees each access beyond the end of a buffer, and its code is not kept.
+const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
 
 /// What the tests run on.
 pub struct Bench {
@@ -64,7 +74,7 @@ fn open() -> Option<Bench> {
     let symbol = c"emulator_set_order";
     // SAFETY: the emulator's driver has a function of this name and type.
     let set_order = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, symbol.as_ptr())) };
-    let device = Device::open_with(0, Settings { size_classes: false, keeps_kernels: false, ..Settings::default() }).unwrap();
+    let device = Device::open_with(0, EMULATED).unwrap();
     announce("emulated on the CPU; no GPU was used");
     Some(Bench { device, set_order: Some(set_order) })
 }
@@ -75,39 +85,55 @@ fn announce(what: &str) {
     let _ = writeln!(std::io::stderr(), "the CUDA kernels run {what}");
 }
 
-/// Builds the emulator's driver and compiler and loads them under the names by which the engine looks for NVIDIA's.
-fn build_emulator() -> Option<*mut c_void> {
+/// Builds the emulator's driver and compiler in the folder `libraries`, under the names by which the engine looks for NVIDIA's.
+/// False where there is no compiler for it.
+pub fn build_libraries(libraries: &Path) -> bool {
     if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
-        return None;
+        return false;
     }
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/emulator");
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
-    std::fs::create_dir_all(&folder).unwrap();
-    std::fs::copy(sources.join("shim.h"), folder.join("shim.h")).unwrap();
+    let work = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
+    std::fs::create_dir_all(&work).unwrap();
+    std::fs::create_dir_all(libraries).unwrap();
+    std::fs::copy(sources.join("shim.h"), work.join("shim.h")).unwrap();
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
-    let mut driver = std::ptr::null_mut();
     for (source, library) in [("nvrtc.cpp", "libnvrtc.so.13"), ("driver.cpp", "libcuda.so.1")] {
-        // Under a name of this process, since another may run the same file.
-        let out = folder.join(format!("{library}-{}", std::process::id()));
         let built = Command::new(&compiler)
             .args(["-std=c++17", "-O2", "-fPIC", "-shared", &format!("-Wl,-soname,{library}")])
-            .arg(format!("-DEMULATOR_FOLDER=\"{}\"", folder.display()))
+            .arg(format!("-DEMULATOR_FOLDER=\"{}\"", work.display()))
             .arg(sources.join(source))
             .args(["-ldl", "-o"])
-            .arg(&out)
+            .arg(libraries.join(library))
             .output();
-        let built = built.ok()?;
+        let Ok(built) = built else { return false };
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let path = CString::new(out.to_str().unwrap()).unwrap();
+    }
+    true
+}
+
+/// Builds the emulator and loads it.
+fn build_emulator() -> Option<*mut c_void> {
+    let folder = tempfile::tempdir().unwrap();
+    let libraries = folder.path();
+    if !build_libraries(libraries) {
+        return None;
+    }
+    let mut driver = std::ptr::null_mut();
+    for library in ["libnvrtc.so.13", "libcuda.so.1"] {
+        let path = CString::new(libraries.join(library).to_str().unwrap()).unwrap();
         // SAFETY: our own library. RTLD_NOW | RTLD_GLOBAL: kernels find the driver's functions in it.
         driver = unsafe { dlopen(path.as_ptr(), 0x102) };
-        assert!(!driver.is_null(), "{} cannot be loaded", out.display());
-        std::fs::remove_file(&out).unwrap();
+        assert!(!driver.is_null(), "{library} cannot be loaded");
     }
     Some(driver)
 }
 
 impl Bench {
+    /// The same device once more, with a memory of its own that no other test takes from.
+    pub fn apart(&self) -> Arc<Device> {
+        if self.is_emulated() { Device::open_with(0, EMULATED).unwrap() } else { Device::open(0).unwrap() }
+    }
+
     /// Whether there is no GPU: shapes stay small then.
     pub fn is_emulated(&self) -> bool {
         self.set_order.is_some()

@@ -29,6 +29,11 @@ end)
 describe("model", function()
   local model = engine.model.new(sizes, { tokenizer = tokenizer })
   local batch = engine.data.batch { tokenizer:encode "the moon", tokenizer:encode "goes round" }
+  it("lies where it is told to", function()
+    expect(model.device).is "cpu"
+    expect(engine.model.new(sizes, { device = "cpu" }).device).is "cpu"
+    expect(function() engine.model.new(sizes, { device = "gpu" }) end).fails '"cuda:1" (the second GPU), got "gpu"'
+  end)
   it("gives one loss by two roads, and one gradient", function()
     local fused = model:cross_entropy(batch)
     fused:backward()

@@ -37,11 +37,7 @@ pub struct Compiled {
 ///
 /// Errors: [`Error::Device`] if NVRTC is missing, does not know the architecture, or refuses the source; with its log.
 pub fn compile(op: &'static str, variant: &Variant, target: Target) -> Result<Compiled> {
-    load_nvrtc(op)?;
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: the library is loaded; two ints are written.
-    check(op, "nvrtcVersion", unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) })?;
-    let key = cache_key(variant, target, (major, minor));
+    let key = cache_key(variant, target, nvrtc_version(op)?);
     let place = cache_folder().map(|folder| folder.join(format!("{:016x}.cubin", hash(key.as_bytes()))));
     if let Some(image) = place.as_ref().and_then(|place| read_cached(place, &key)) {
         return Ok(Compiled { image, log: String::new() });
@@ -133,6 +129,17 @@ fn nvrtc_places() -> Vec<PathBuf> {
         places.extend(["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"].map(|name| toolkit.join("lib64").join(name)));
     }
     places
+}
+
+/// The version of NVRTC, for those who want to know before a kernel is asked for.
+///
+/// Errors: [`Error::Device`] that says how to get it.
+pub fn nvrtc_version(op: &'static str) -> Result<(i32, i32)> {
+    load_nvrtc(op)?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library is loaded; writes two ints to exclusive places.
+    check(op, "nvrtcVersion", unsafe { nvrtc::nvrtcVersion(&mut major, &mut minor) })?;
+    Ok((major, minor))
 }
 
 /// Makes sure that NVRTC is loaded.

@@ -72,6 +72,9 @@ unsafe impl Send for Kernel {}
 unsafe impl Send for Module {}
 
 impl Device {
+    /// The oldest compute capability that the kernels run on: Ampere, 2020.
+    pub const CAPABILITY_LEAST: (i32, i32) = (8, 0);
+
     /// The GPU with this number, counted as the driver counts.
     ///
     /// Errors: [`Error::Device`] if there is no driver, no such device, or one below compute capability 8.0.
@@ -88,7 +91,7 @@ impl Device {
             let have = driver.gpus.len();
             return Err(Error::Device { op, what: format!("there is no cuda:{ordinal}; this machine has cuda:0 to cuda:{}", have - 1) });
         };
-        if gpu.compute_capability < (8, 0) {
+        if gpu.compute_capability < Self::CAPABILITY_LEAST {
             let (major, minor) = gpu.compute_capability;
             let what = format!("{} has compute capability {major}.{minor}; 8.0 (Ampere, 2020) is the least; use the CPU", gpu.name);
             return Err(Error::Device { op, what });

@@ -112,6 +112,29 @@ impl<E: Pod> DeviceBuffer<E> {
         with_staging(&device, "upload", |staging| staging.upload(&device, self.block.address, bytemuck::cast_slice(values)))
     }
 
+    /// As [`DeviceBuffer::upload`], of the elements from `start` on.
+    pub fn upload_at(&mut self, start: usize, values: &[E]) -> Result<()> {
+        assert!(start + values.len() <= self.len, "upload: {} values at {start} of {}", values.len(), self.len);
+        let (device, address) = (self.device.clone(), self.block.address + (start * size_of::<E>()) as u64);
+        with_staging(&device, "upload", |staging| staging.upload(&device, address, bytemuck::cast_slice(values)))
+    }
+
+    /// As [`DeviceBuffer::download`], of the elements from `start` on.
+    pub fn download_at(&self, start: usize, values: &mut [E]) -> Result<()> {
+        assert!(start + values.len() <= self.len, "download: {} values at {start} of {}", values.len(), self.len);
+        let address = self.block.address + (start * size_of::<E>()) as u64;
+        with_staging(&self.device, "download", |staging| staging.download(&self.device, address, bytemuck::cast_slice_mut(values)))
+    }
+
+    /// A copy on the same device.
+    ///
+    /// Errors: [`crate::error::Error::Device`] if it has no room.
+    pub fn try_clone(&self) -> Result<Self> {
+        let mut copy = Self::scratch(&self.device, self.block.label, self.len)?;
+        copy.copy_from(self.view())?;
+        Ok(copy)
+    }
+
     /// Copies all elements to `values`, after everything that was asked for before.
     pub fn download(&self, values: &mut [E]) -> Result<()> {
         assert!(values.len() == self.len, "download: a buffer of {} to {} values", self.len, values.len());
@@ -129,17 +152,14 @@ impl<E: Pod> DeviceBuffer<E> {
 
     /// Overwrites all elements with those of another buffer of the same device.
     pub fn copy_from(&mut self, other: View<'_, E>) -> Result<()> {
-        let op = "copy";
-        assert!(other.len == self.len, "copy: {} elements to {}", other.len, self.len);
-        assert!(other.ordinal == self.device.ordinal, "copy: from cuda:{} to cuda:{}", other.ordinal, self.device.ordinal);
-        self.device.enter(op)?;
-        if self.len == 0 {
-            return Ok(());
-        }
-        let bytes = self.len * size_of::<E>();
-        // SAFETY: both hold `bytes` bytes; `self` is borrowed alone, so they do not overlap.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(self.block.address, other.address, bytes, self.device.stream) };
-        self.device.check(op, "cuMemcpyDtoDAsync", code)
+        let device = self.device.clone();
+        self.view_mut().copy_from(&device, other)
+    }
+}
+
+impl<E: Pod> std::fmt::Debug for DeviceBuffer<E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DeviceBuffer[{}] on cuda:{}", self.len, self.device.ordinal)
     }
 }
 
@@ -176,6 +196,16 @@ impl<'a, E: Pod> View<'a, E> {
         self.len == 0
     }
 
+    /// The same bytes as elements of another type. Panics if they do not divide into whole ones.
+    pub fn cast<T: Pod>(self) -> View<'a, T> {
+        let bytes = self.len * size_of::<E>();
+        assert!(
+            bytes.is_multiple_of(size_of::<T>()) && self.address.is_multiple_of(align_of::<T>() as u64),
+            "{bytes} bytes as other elements"
+        );
+        View { address: self.address, ordinal: self.ordinal, len: bytes / size_of::<T>(), borrow: PhantomData }
+    }
+
     /// Elements `range` of it.
     pub fn part(self, range: impl RangeBounds<usize>) -> View<'a, E> {
         let (start, end) = borders(range, self.len);
@@ -200,6 +230,40 @@ impl<'a, E: Pod> ViewMut<'a, E> {
         ViewMut { address: self.address + (start * size_of::<E>()) as u64, len: end - start, ..self }
     }
 
+    /// The same bytes as elements of another type. Panics if they do not divide into whole ones.
+    pub fn cast<T: Pod>(self) -> ViewMut<'a, T> {
+        let len = self.view().cast::<T>().len();
+        ViewMut { address: self.address, ordinal: self.ordinal, len, borrow: PhantomData }
+    }
+
+    /// Overwrites all elements with those of another buffer of the same device.
+    pub fn copy_from(&mut self, device: &Device, other: View<'_, E>) -> Result<()> {
+        let op = "copy";
+        assert!(other.len == self.len, "copy: {} elements to {}", other.len, self.len);
+        let here = device.ordinal;
+        assert!(other.ordinal == here && self.ordinal == here, "copy: from cuda:{} to cuda:{}", other.ordinal, self.ordinal);
+        device.enter(op)?;
+        if self.len == 0 {
+            return Ok(());
+        }
+        // SAFETY: both are `len` elements of living buffers; `self` is borrowed alone, so they do not overlap.
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, other.address, self.len * size_of::<E>(), device.stream) };
+        device.check(op, "cuMemcpyDtoDAsync", code)
+    }
+
+    /// Sets all bytes to zero.
+    pub fn zero(&mut self, device: &Device) -> Result<()> {
+        let op = "fill";
+        device.enter(op)?;
+        assert!(self.ordinal == device.ordinal, "fill: a buffer of cuda:{} on cuda:{}", self.ordinal, device.ordinal);
+        if self.len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the view is `len` elements of a living buffer, and it is borrowed alone.
+        let code = unsafe { sys::cuMemsetD8Async(self.address, 0, self.len * size_of::<E>(), device.stream) };
+        device.check(op, "cuMemsetD8Async", code)
+    }
+
     /// The same, to read meanwhile.
     pub fn view(&self) -> View<'_, E> {
         View { address: self.address, ordinal: self.ordinal, len: self.len, borrow: PhantomData }
@@ -211,22 +275,30 @@ impl<'a, E: Pod> ViewMut<'a, E> {
     }
 }
 
-/// Bytes of one slot of pinned memory.
-const SLOT_BYTES: usize = 4 << 20;
-/// Slots: while one is filled by the host the others travel.
-const SLOTS: usize = 4;
+/// Slots of pinned memory for long copies: while one is filled by the host the others travel.
+const LONG: (usize, usize) = (4 << 20, 4);
+/// And for short ones, such as the tokens of a batch: so many that the host, which must not use a slot before its last copy is
+/// done, asks for several steps ahead of the device.
+const SHORT: (usize, usize) = (64 << 10, 128);
 
-/// Pinned host memory through which copies go, in slots that are used in turn. The driver copies pageable memory through
-/// a buffer of its own and makes the host wait; from pinned memory the copy is queued like a kernel.
+/// Pinned host memory through which copies go. The driver copies pageable memory through a buffer of its own and makes the
+/// host wait; from pinned memory the copy is queued like a kernel.
 pub(super) struct Staging {
+    long: Ring,
+    short: Ring,
+}
+
+/// Slots of pinned memory that are used in turn.
+struct Ring {
     memory: *mut u8,
+    slot_bytes: usize,
     /// One for each slot, passed when the slot's last copy is done.
-    events: [sys::CUevent; SLOTS],
+    events: Vec<sys::CUevent>,
     next: usize,
 }
 
 // SAFETY: pinned memory and events belong to the context, not to a thread, and a mutex guards them.
-unsafe impl Send for Staging {}
+unsafe impl Send for Ring {}
 
 fn with_staging<T>(device: &Device, op: &'static str, copy: impl FnOnce(&mut Staging) -> Result<T>) -> Result<T> {
     device.enter(op)?;
@@ -239,22 +311,42 @@ fn with_staging<T>(device: &Device, op: &'static str, copy: impl FnOnce(&mut Sta
 
 impl Staging {
     fn new(device: &Device, op: &'static str) -> Result<Self> {
+        Ok(Self { long: Ring::new(device, op, LONG)?, short: Ring::new(device, op, SHORT)? })
+    }
+
+    fn ring(&mut self, bytes: usize) -> &mut Ring {
+        if bytes <= SHORT.0 { &mut self.short } else { &mut self.long }
+    }
+
+    fn upload(&mut self, device: &Device, address: u64, bytes: &[u8]) -> Result<()> {
+        self.ring(bytes.len()).upload(device, address, bytes)
+    }
+
+    fn download(&mut self, device: &Device, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.ring(bytes.len()).download(device, address, bytes)
+    }
+}
+
+impl Ring {
+    fn new(device: &Device, op: &'static str, (slot_bytes, slots): (usize, usize)) -> Result<Self> {
         let mut memory = std::ptr::null_mut();
-        let mut events = [std::ptr::null_mut(); SLOTS];
-        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: writes one address to an exclusive place.
-        device.check(op, "cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut memory, SLOT_BYTES * SLOTS) })?;
-        for event in &mut events {
+        device.check(op, "cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut memory, slot_bytes * slots) })?;
+        let mut ring = Self { memory: memory.cast(), slot_bytes, events: Vec::new(), next: 0 };
+        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        for _ in 0..slots {
+            let mut event = std::ptr::null_mut();
             // SAFETY: as above. A new event counts as passed.
-            device.check(op, "cuEventCreate", unsafe { sys::cuEventCreate(event, untimed) })?;
+            device.check(op, "cuEventCreate", unsafe { sys::cuEventCreate(&mut event, untimed) })?;
+            ring.events.push(event);
         }
-        Ok(Self { memory: memory.cast(), events, next: 0 })
+        Ok(ring)
     }
 
     /// The next slot, once its last copy is done.
     fn slot(&mut self, device: &Device, op: &'static str) -> Result<usize> {
         let slot = self.next;
-        self.next = (slot + 1) % SLOTS;
+        self.next = (slot + 1) % self.events.len();
         // SAFETY: the event lives as long as `self`.
         device.check(op, "cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.events[slot]) })?;
         Ok(slot)
@@ -262,14 +354,14 @@ impl Staging {
 
     fn memory_of(&self, slot: usize) -> *mut u8 {
         // SAFETY: slots lie one after the other in the memory.
-        unsafe { self.memory.add(slot * SLOT_BYTES) }
+        unsafe { self.memory.add(slot * self.slot_bytes) }
     }
 
     fn upload(&mut self, device: &Device, address: u64, bytes: &[u8]) -> Result<()> {
         let op = "upload";
-        for (index, chunk) in bytes.chunks(SLOT_BYTES).enumerate() {
+        for (index, chunk) in bytes.chunks(self.slot_bytes).enumerate() {
             let slot = self.slot(device, op)?;
-            let (pinned, to) = (self.memory_of(slot), address + (index * SLOT_BYTES) as u64);
+            let (pinned, to) = (self.memory_of(slot), address + (index * self.slot_bytes) as u64);
             // SAFETY: the slot holds a chunk and no copy uses it (its event has passed); the buffer holds all of `bytes`.
             unsafe {
                 std::ptr::copy_nonoverlapping(chunk.as_ptr(), pinned, chunk.len());
@@ -284,14 +376,14 @@ impl Staging {
         let op = "download";
         let total = bytes.len();
         let mut waiting: std::collections::VecDeque<(usize, &mut [u8])> = std::collections::VecDeque::new();
-        for (index, chunk) in bytes.chunks_mut(SLOT_BYTES).enumerate() {
-            if waiting.len() == SLOTS {
+        for (index, chunk) in bytes.chunks_mut(self.slot_bytes).enumerate() {
+            if waiting.len() == self.events.len() {
                 let (slot, chunk) = waiting.pop_front().expect("it is full");
                 self.collect(device, slot, chunk)?;
             }
             let slot = self.slot(device, op)?;
-            let from = address + (index * SLOT_BYTES) as u64;
-            debug_assert!(index * SLOT_BYTES + chunk.len() <= total);
+            let from = address + (index * self.slot_bytes) as u64;
+            debug_assert!(index * self.slot_bytes + chunk.len() <= total);
             // SAFETY: the slot holds a chunk and no copy uses it; the buffer holds all of `bytes`.
             unsafe {
                 let pinned = self.memory_of(slot).cast();
@@ -312,7 +404,7 @@ impl Staging {
     }
 }
 
-impl Drop for Staging {
+impl Drop for Ring {
     fn drop(&mut self) {
         // SAFETY: only the device drops it, in its own context and after waiting for the stream.
         unsafe {

@@ -9,6 +9,7 @@ pub mod attention_backward;
 pub mod compile;
 pub mod device;
 mod driver;
+pub mod elements;
 pub mod embedding;
 pub mod generic;
 mod launch;

@@ -38,7 +38,7 @@ extern "C" __global__ void squares(const Tensor* tensors, const i64* pieces, int
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// total = the sum of the sums; factor = what brings the norm down to norm_max (1 if it is below). One block.
+// total = the sum of the sums; factor = what brings the norm down to norm_max (1 if it is below), as train/optimizer.rs has it. One block.
 extern "C" __global__ void finish_norm(const double* sums, int count, double norm_max, double* total, float* factor) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
@@ -46,6 +46,7 @@ extern "C" __global__ void finish_norm(const double* sums, int count, double nor
     if (threadIdx.x == 0) {
         double norm = sqrt(sum);
         *total = sum;
-        *factor = norm > norm_max ? (float)(norm_max / norm) : 1.0f;
+        double wanted = norm_max / (norm + 1e-6);
+        *factor = wanted < 1.0 ? (float)wanted : 1.0f;
     }
 }

@@ -162,6 +162,17 @@ impl Device {
         pool.free.entry(block.bytes).or_default().push(block.address);
     }
 
+    /// Bytes that buffers may still take: what the driver has free, or the settings leave, and what waits in the pool.
+    pub fn memory_bytes_free(&self) -> u64 {
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two numbers to exclusive places; the context is made the thread's own first.
+        let asked = self.enter("memory").is_ok() && unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) } == sys::CUresult::CUDA_SUCCESS;
+        let statistics = self.memory_statistics();
+        let held = statistics.live_bytes + statistics.free_bytes;
+        let free = if asked { free } else { self.memory_bytes.saturating_sub(held) };
+        (free.min(self.settings.memory_bytes_max.saturating_sub(held)) + statistics.free_bytes) as u64
+    }
+
     /// How much memory lives, waits and was asked for.
     pub fn memory_statistics(&self) -> Statistics {
         lock(&self.pool).statistics

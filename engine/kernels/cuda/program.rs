@@ -22,6 +22,7 @@ pub enum Program {
     AttentionHopper,
     AttentionPaged,
     AttentionPlain,
+    Elements,
     Embedding,
     Logprobs,
     Norm,
@@ -48,6 +49,7 @@ impl Program {
             Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
+            Self::Elements => ("elements.cu", include_str!("elements.cu")),
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
@@ -65,7 +67,7 @@ impl Program {
 
     /// Whether products and sums may be contracted to one rounding. Where the CPU's bits are wanted they may not.
     fn contracts(&self) -> bool {
-        !matches!(self, Self::Adamw | Self::Embedding | Self::Rope | Self::Route | Self::Generated(_))
+        !matches!(self, Self::Adamw | Self::Elements | Self::Embedding | Self::Rope | Self::Route | Self::Generated(_))
     }
 }
 
@@ -118,7 +120,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     use Program::*;
     let (plain, wide) = (Dtype::F32, Dtype::Bf16);
     let mut all = Vec::new();
-    for program in [Adamw, Embedding, Logprobs, Norm, RmsNorm, Rope, Route, Swiglu] {
+    for program in [Adamw, Elements, Embedding, Logprobs, Norm, RmsNorm, Rope, Route, Swiglu] {
         all.extend([plain, wide].map(|dtype| Variant::new(program.clone(), dtype)));
     }
     all.push(Variant::new(Sample, plain));

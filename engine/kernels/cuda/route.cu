@@ -157,3 +157,24 @@ extern "C" __global__ void add_gated_backward(const float* gate, const E* shared
     sum = block_sum(sum);
     if (threadIdx.x == 0) d_gate[blockIdx.x] = sum * open * (1.0f - open);
 }
+
+// visits[e] (+)= grouped rows of expert e. Exact below 2^24 rows. A thread is an expert.
+extern "C" __global__ void count_visits(const int* offsets, int experts, float* visits, int add) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e < experts) visits[e] = (add ? visits[e] : 0.0f) + (float)(offsets[e + 1] - offsets[e]);
+}
+
+// loss = experts * sum of visits[e] / rows * prob_sums[e] / rows, in f64. One thread adds; experts are few.
+extern "C" __global__ void balance(const float* visits, const float* prob_sums, int experts, double rows, float* loss) {
+    if (threadIdx.x != 0) return;
+    double dot = 0.0;
+    for (int e = 0; e < experts; e++) dot += (double)visits[e] / rows * ((double)prob_sums[e] / rows);
+    *loss = (float)((double)experts * dot);
+}
+
+// d_probs[t, e] = by * visits[e].
+extern "C" __global__ void balance_backward(const float* visits, int experts, double by, float* d_probs, i64 count) {
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
+        d_probs[i] = (float)(by * (double)visits[i % experts]);
+    }
+}

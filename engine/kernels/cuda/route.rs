@@ -219,3 +219,43 @@ pub fn add_gated_backward<E: Float>(
     // SAFETY: the arguments are add_gated_backward's. Block t stays in row t.
     unsafe { launch.run((tokens, 1, 1), 256, 0) }
 }
+
+/// `visits (+)= the rows that chose each expert`, for the load-balancing loss (`cpu/load_balance.rs`).
+///
+/// - `offsets`: `[experts + 1]`, of [`Groups`]; `visits`: `[experts]`, whole numbers in f32, exact below 2^24 rows
+pub fn count_visits(device: &Device, offsets: View<i32>, mut visits: ViewMut<f32>, add: bool) -> Result<()> {
+    let experts = visits.len();
+    assert!(experts > 0 && offsets.len() == experts + 1, "load balance: {} offsets of {experts} experts", offsets.len());
+    let launch = Launch::new(device, "load_balance", Variant::of::<f32>(Program::Route), "count_visits")?;
+    let launch = launch.read(offsets).int(experts).write(&mut visits).int(usize::from(add));
+    // SAFETY: the arguments are count_visits's. A thread reads two offsets of its expert and writes its count.
+    unsafe { launch.run((experts.div_ceil(128), 1, 1), 128, 0) }
+}
+
+/// The load-balancing loss of all rows counted: `experts * sum of visits / rows * prob_sums / rows`.
+///
+/// - `visits`, `prob_sums`: `[experts]`; `loss`: one f32
+pub fn balance(device: &Device, visits: View<f32>, prob_sums: View<f32>, rows: usize, mut loss: ViewMut<f32>) -> Result<()> {
+    let experts = visits.len();
+    assert!(prob_sums.len() == experts && loss.len() == 1, "load balance: {} sums of {experts} experts", prob_sums.len());
+    let launch = Launch::new(device, "load_balance", Variant::of::<f32>(Program::Route), "balance")?;
+    let launch = launch.read(visits).read(prob_sums).int(experts).double(rows.max(1) as f64).write(&mut loss);
+    // SAFETY: the arguments are balance's. One thread reads `experts` of both and writes one f32.
+    unsafe { launch.run((1, 1, 1), 32, 0) }
+}
+
+/// The gradient of `by * loss` in the probabilities of one layer's rows.
+///
+/// - `visits`: `[experts]`; `rows`: as in [`balance`]; `d_probs`: `[tokens, experts]`, overwritten
+pub fn balance_backward(device: &Device, visits: View<f32>, rows: usize, by: f64, mut d_probs: ViewMut<f32>) -> Result<()> {
+    let (experts, count) = (visits.len(), d_probs.len());
+    assert!(experts > 0 && count.is_multiple_of(experts), "load balance: {count} gradients of {experts} experts");
+    if count == 0 {
+        return Ok(());
+    }
+    let rows = rows.max(1) as f64;
+    let launch = Launch::new(device, "load_balance", Variant::of::<f32>(Program::Route), "balance_backward")?;
+    let launch = launch.read(visits).int(experts).double(by * experts as f64 / (rows * rows)).write(&mut d_probs).long(count);
+    // SAFETY: the arguments are balance_backward's; threads stride over the elements of d_probs.
+    unsafe { launch.run((super::launch::blocks(count, 256, 4096), 1, 1), 256, 0) }
+}

@@ -1,0 +1,164 @@
+//! Products with a weight on a GPU; see tensor/linear.rs.
+
+use super::low_rank::Applied;
+use super::{activation, gradient, operand, rms_norm, scratch};
+use crate::error::Result;
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::memory::{DeviceBuffer, View};
+use crate::kernels::cuda::product::{self, Residual};
+use crate::kernels::cuda::{norm as column_norms, rms_norm as norm_kernel, swiglu};
+use crate::tensor::parameter::Parameter;
+use crate::tensor::{ModelElement, Tensor};
+use std::sync::Arc;
+
+/// As [`crate::tensor::linear::linear`].
+pub fn linear<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    weight: &Arc<Parameter<E>>,
+    bias: Option<&Arc<Parameter<E>>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, input] = x.shape();
+    let (y, applied) = product(device, x.cuda(), tokens, weight, bias, residual)?;
+    let trains = weight.trains() || applied.trains();
+    // The input is needed for the gradients of weights alone: a frozen weight keeps none.
+    let saved = trains.then(|| x.data().clone());
+    let trains = trains || bias.is_some_and(|bias| bias.trains());
+    let (device, weight, bias, seen) = (device.clone(), weight.clone(), bias.cloned(), weight.version());
+    let parents = [x.node(), residual.and_then(Tensor::node)];
+    Ok(Tensor::from_operation_on_device([tokens, weight.rows()], y, &parents, trains, move |dy, sink| {
+        weight.check_version(seen, "linear")?;
+        applied.check_versions("linear")?;
+        let x = saved.as_ref().map(|saved| saved.cuda().view());
+        weight_gradients(&device, dy.view(), x, &weight, bias.as_deref())?;
+        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        sink.accumulate_on_device::<E>(0, &device, tokens * input, |mut dx, add| {
+            product::input_gradient(&device, dx.reborrow(), dy.view(), operand(&weight, &weight.read()), add, None)?;
+            applied.add_input_gradient(&device, &d_inner, dx)
+        })?;
+        sink.add_on_device(1, dy)
+    }))
+}
+
+/// As [`crate::tensor::linear::norm_linear`].
+pub fn norm_linear<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    norm: &Arc<Parameter<E>>,
+    eps: f32,
+    weight: &Arc<Parameter<E>>,
+    bias: Option<&Arc<Parameter<E>>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, hidden] = x.shape();
+    let mut inv_rms = activation::<f32>(device, tokens)?;
+    let mut normed = scratch::<E>(device, tokens * hidden)?;
+    norm_kernel::rms_norm(device, x.cuda(), None, norm.read().on_device(), eps, normed.view_mut(), inv_rms.view_mut())?;
+    let (y, applied) = product(device, normed.view(), tokens, weight, bias, None)?;
+    drop(normed);
+    let (device, saved, norm, weight, bias) = (device.clone(), x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
+    let needs_input = weight.trains() || applied.trains();
+    let trains = needs_input || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
+    let (seen, norm_seen) = (weight.version(), norm.version());
+    Ok(Tensor::from_operation_on_device([tokens, weight.rows()], y, &[x.node()], trains, move |dy, sink| {
+        weight.check_version(seen, "norm_linear")?;
+        norm.check_version(norm_seen, "norm_linear")?;
+        applied.check_versions("norm_linear")?;
+        let mut normed = scratch::<E>(&device, tokens * hidden)?;
+        if needs_input {
+            let x = saved.cuda().view();
+            norm_kernel::rms_norm(&device, x, None, norm.read().on_device(), eps, normed.view_mut(), inv_rms.view_mut())?;
+        }
+        let x = needs_input.then(|| normed.view());
+        weight_gradients(&device, dy.view(), x, &weight, bias.as_deref())?;
+        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        if sink.wants(0) || norm.trains() {
+            // The normalised input is read no more: its buffer takes the gradient that flows into the norm.
+            product::input_gradient(&device, normed.view_mut(), dy.view(), operand(&weight, &weight.read()), false, None)?;
+            applied.add_input_gradient(&device, &d_inner, normed.view_mut())?;
+            drop(dy);
+            rms_norm::backward(&device, sink, &norm, saved.cuda().view(), inv_rms.view(), normed.view())?;
+        }
+        Ok(())
+    }))
+}
+
+/// As [`crate::tensor::linear::swiglu_linear`].
+pub fn swiglu_linear<E: ModelElement>(
+    device: &Arc<Device>,
+    gate_up: &Tensor<E, 2>,
+    weight: &Arc<Parameter<E>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<Tensor<E, 2>> {
+    let [tokens, width] = gate_up.shape();
+    let inter = width / 2;
+    let mut activation = scratch::<E>(device, tokens * inter)?;
+    swiglu::swiglu(device, gate_up.cuda(), inter, activation.view_mut())?;
+    let (y, applied) = product(device, activation.view(), tokens, weight, None, residual)?;
+    drop(activation);
+    let (device, saved, weight) = (device.clone(), gate_up.data().clone(), weight.clone());
+    let (seen, trains) = (weight.version(), weight.trains() || applied.trains());
+    let parents = [gate_up.node(), residual.and_then(Tensor::node)];
+    Ok(Tensor::from_operation_on_device([tokens, weight.rows()], y, &parents, trains, move |dy, sink| {
+        weight.check_version(seen, "swiglu_linear")?;
+        applied.check_versions("swiglu_linear")?;
+        let mut activation = scratch::<E>(&device, tokens * inter)?;
+        let x = if applied.trains() {
+            // The factors' part of the gradient flows back through the activation, which they must see first.
+            swiglu::swiglu(&device, saved.cuda().view(), inter, activation.view_mut())?;
+            Some(activation.view())
+        } else {
+            None
+        };
+        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        let mut d_activation = gradient::<E>(&device, tokens * inter)?;
+        product::input_gradient(&device, d_activation.view_mut(), dy.view(), operand(&weight, &weight.read()), false, None)?;
+        applied.add_input_gradient(&device, &d_inner, d_activation.view_mut())?;
+        let mut d_gate_up = gradient::<E>(&device, tokens * width)?;
+        let place = swiglu::Gradient::Beside { gate_up: saved.cuda().view(), d_gate_up: d_gate_up.view_mut() };
+        swiglu::swiglu_backward(&device, place, inter, d_activation.view(), Some(activation.view_mut()))?;
+        drop(d_activation);
+        weight_gradients(&device, dy.view(), Some(activation.view()), &weight, None)?;
+        sink.add_on_device(0, d_gate_up)?;
+        sink.add_on_device(1, dy)
+    }))
+}
+
+/// The product itself, and the low-rank parts of the weight that were added.
+pub fn product<E: ModelElement>(
+    device: &Arc<Device>,
+    x: View<E>,
+    tokens: usize,
+    weight: &Parameter<E>,
+    bias: Option<&Arc<Parameter<E>>>,
+    residual: Option<&Tensor<E, 2>>,
+) -> Result<(DeviceBuffer<E>, Applied<E>)> {
+    let mut y = activation::<E>(device, tokens * weight.rows())?;
+    let bias = bias.map(|bias| bias.read());
+    let bias = bias.as_ref().map(|bias| bias.on_device());
+    let residual = residual.map_or(Residual::None, |residual| Residual::Other(residual.cuda()));
+    product::forward(device, y.view_mut(), x, operand(weight, &weight.read()), bias, residual, None)?;
+    let applied = Applied::forward(device, weight, &mut y, x)?;
+    Ok((y, applied))
+}
+
+/// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.
+///
+/// - `x`: needed if the weight trains
+pub fn weight_gradients<E: ModelElement>(
+    device: &Arc<Device>,
+    dy: View<E>,
+    x: Option<View<E>>,
+    weight: &Parameter<E>,
+    bias: Option<&Parameter<E>>,
+) -> Result<()> {
+    weight.accumulate_on_device(|dw, add| {
+        let x = x.expect("a weight that trains has its input");
+        product::weight_gradient(device, dw, dy, x, (weight.rows(), weight.columns()), add, None)
+    })?;
+    let Some(bias) = bias else { return Ok(()) };
+    bias.accumulate_on_device(|sums, add| {
+        let mut parts = scratch::<f32>(device, column_norms::parts_len(dy.len() / bias.rows(), bias.rows()))?;
+        column_norms::column_sums(device, dy, parts.view_mut(), sums, add)
+    })
+}

@@ -1,0 +1,264 @@
+//! The loss head on a GPU; see tensor/logprobs.rs. Log-probabilities and entropies come to the host, where scripts make losses
+//! of them: `score` waits for the device. Cross entropy does not: its value is fetched when somebody reads it.
+
+use super::linear::weight_gradients;
+use super::{GRADIENTS, activation, gradient, operand, scratch};
+use crate::error::Result;
+use crate::kernels::buffer::Buffer;
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::logprobs::{self as kernel, EntropyGradient, Place};
+use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
+use crate::kernels::cuda::product::{self, Residual};
+use crate::kernels::cuda::{elements, embedding::embed};
+use crate::tensor::autograd::{Node, Sink};
+use crate::tensor::logprobs::{Extra, Score, labelled_rows, rows_on_device, scalar};
+use crate::tensor::parameter::Parameter;
+use crate::tensor::place::downloaded;
+use crate::tensor::select_rows::row_ids;
+use crate::tensor::{Data, ModelElement, Tensor};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The rows that have a label, their hidden states side by side.
+struct Targets<E: ModelElement> {
+    /// Index in the whole of each row that has a label, and the same on the device.
+    rows: Vec<u32>,
+    row_ids: DeviceBuffer<i32>,
+    labels: DeviceBuffer<i32>,
+    /// `[rows, hidden]`; the whole itself when every row has a label.
+    x: Source<E>,
+    tokens: usize,
+    hidden: usize,
+    vocab: usize,
+}
+
+enum Source<E: ModelElement> {
+    Whole(Arc<Data<E>>),
+    Some(DeviceBuffer<E>),
+}
+
+impl<E: ModelElement> Targets<E> {
+    fn new(op: &'static str, device: &Arc<Device>, x: &Tensor<E, 2>, labels: &[i32], vocab: usize) -> Result<Self> {
+        let [tokens, hidden] = x.shape();
+        let rows = labelled_rows(op, tokens, labels, vocab)?;
+        let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+        let row_ids = DeviceBuffer::copy_of(device, "rows", &ids)?;
+        let own: Vec<i32> = rows.iter().map(|row| labels[*row as usize]).collect();
+        let source = if rows.len() == tokens {
+            Source::Whole(x.data().clone())
+        } else {
+            let mut some = activation::<E>(device, rows.len() * hidden)?;
+            embed(device, x.cuda(), hidden, row_ids.view(), some.view_mut())?;
+            Source::Some(some)
+        };
+        Ok(Self { rows, row_ids, labels: DeviceBuffer::copy_of(device, "labels", &own)?, x: source, tokens, hidden, vocab })
+    }
+
+    fn count(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// The hidden states of some of the rows.
+    fn x(&self, range: &Range<usize>) -> View<'_, E> {
+        let elements = range.start * self.hidden..range.end * self.hidden;
+        match &self.x {
+            Source::Whole(data) => data.cuda().part(elements),
+            Source::Some(buffer) => buffer.part(elements),
+        }
+    }
+
+    /// Ranges of rows whose logits exist together.
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
+        let (count, size) = (self.count(), rows_on_device(self.vocab, self.count()));
+        (0..count).step_by(size).map(move |start| start..(start + size).min(count))
+    }
+
+    /// Gives parent 0 the gradients of its labelled rows.
+    fn give_rows(&self, device: &Arc<Device>, sink: &mut Sink, d_rows: DeviceBuffer<E>) -> Result<()> {
+        match self.x {
+            Source::Whole(_) => sink.add_on_device(0, d_rows),
+            Source::Some(_) => sink.accumulate_on_device::<E>(0, device, self.tokens * self.hidden, |mut dx, add| {
+                if !add {
+                    dx.zero(device)?;
+                }
+                elements::put_rows(device, d_rows.view(), self.row_ids.view(), self.hidden, dx, true)
+            }),
+        }
+    }
+}
+
+/// The logits of some rows, divided by the temperature.
+fn chunk_logits<E: ModelElement>(device: &Arc<Device>, x: View<E>, head: &Parameter<E>, temperature: f32) -> Result<DeviceBuffer<f32>> {
+    let vocab = head.rows();
+    let rows = x.len() / head.columns();
+    let mut logits = scratch::<f32>(device, rows * vocab)?;
+    product::forward(device, logits.view_mut(), x, operand(head, &head.read()), None, Residual::None, None)?;
+    if temperature == 1.0 || rows == 0 {
+        return Ok(logits);
+    }
+    let mut scaled = scratch::<f32>(device, rows * vocab)?;
+    elements::take_columns(device, logits.view(), vocab, 0..vocab, temperature.recip(), scaled.view_mut())?;
+    Ok(scaled)
+}
+
+/// What the derivative of the loss is in each row's numbers: minus its log-probability, and its entropy.
+#[derive(Clone, Copy)]
+struct Upstream<'a> {
+    lse: View<'a, f32>,
+    coefficients: View<'a, f32>,
+    entropy: Option<EntropyGradient<'a>>,
+}
+
+/// One chunk's part of the backward pass: from its logits to the gradients of its hidden states and of the head.
+fn chunk_backward<E: ModelElement>(
+    device: &Arc<Device>,
+    x: View<E>,
+    logits: DeviceBuffer<f32>,
+    labels: View<i32>,
+    upstream: Upstream,
+    head: &Parameter<E>,
+    d_rows: Option<ViewMut<E>>,
+) -> Result<()> {
+    let mut d_logits = gradient::<E>(device, logits.len())?;
+    let place = Place::Rounded { logits: logits.view(), gradient: d_logits.view_mut() };
+    kernel::gradient(device, place, labels, upstream.lse, upstream.coefficients, upstream.entropy)?;
+    drop(logits);
+    if let Some(d_rows) = d_rows {
+        product::input_gradient(device, d_rows, d_logits.view(), operand(head, &head.read()), false, None)?;
+    }
+    weight_gradients(device, d_logits.view(), Some(x), head, None)
+}
+
+/// Sum of minus log-probabilities, in f64.
+fn sum_of(logprobs: &DeviceBuffer<f32>) -> Result<f64> {
+    Ok(-downloaded(logprobs)?.iter().map(|logprob| f64::from(*logprob)).sum::<f64>())
+}
+
+/// As [`crate::tensor::logprobs::cross_entropy`].
+pub fn cross_entropy<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    labels: &[i32],
+    normalizer: f32,
+    (extra, extra_node): (Extra, Option<&Arc<Node>>),
+) -> Result<Tensor<f32, 0>> {
+    let targets = Arc::new(Targets::new("cross_entropy", device, x, labels, head.rows())?);
+    let data = {
+        let (device, targets, head, extra) = (device.clone(), targets.clone(), head.clone(), extra.clone());
+        let seen = head.version();
+        Data::deferred(move || {
+            head.check_version(seen, "cross_entropy")?;
+            let (mut lse, mut logprobs) = (scratch::<f32>(&device, targets.count())?, scratch::<f32>(&device, targets.count())?);
+            for range in targets.chunks() {
+                let logits = chunk_logits(&device, targets.x(&range), &head, 1.0)?;
+                let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
+                kernel::logprobs(&device, logits.view(), targets.labels.part(range), lse, logprobs, None)?;
+            }
+            Ok(scalar(sum_of(&logprobs)?, normalizer, extra.value()?))
+        })
+    };
+    let (value, device, head, seen) = (data.clone(), device.clone(), head.clone(), head.version());
+    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream: Buffer<f32>, sink| {
+        head.check_version(seen, "cross_entropy")?;
+        let count = targets.count();
+        let wants_rows = sink.wants(0);
+        let mut d_rows = gradient::<E>(&device, if wants_rows { count * targets.hidden } else { 0 })?;
+        let (mut lse, mut logprobs) = (scratch::<f32>(&device, count)?, scratch::<f32>(&device, count)?);
+        let coefficients = DeviceBuffer::copy_of(&device, GRADIENTS, &vec![upstream[0] / normalizer; count])?;
+        for range in targets.chunks() {
+            let (x, labels) = (targets.x(&range), targets.labels.part(range.clone()));
+            let logits = chunk_logits(&device, x, &head, 1.0)?;
+            kernel::logprobs(&device, logits.view(), labels, lse.part_mut(range.clone()), logprobs.part_mut(range.clone()), None)?;
+            let upstream = Upstream { lse: lse.part(range.clone()), coefficients: coefficients.part(range.clone()), entropy: None };
+            let d_part = wants_rows.then(|| d_rows.part_mut(range.start * targets.hidden..range.end * targets.hidden));
+            chunk_backward(&device, x, logits, labels, upstream, &head, d_part)?;
+        }
+        let coefficient = extra.coefficient();
+        value.defer_to(move || Ok(scalar(sum_of(&logprobs)?, normalizer, extra.value()?)));
+        sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * coefficient]));
+        targets.give_rows(&device, sink, d_rows)
+    });
+    if loss.node().is_none() {
+        // No backward pass will come: compute now rather than hold the hidden states.
+        loss.data().force()?;
+    }
+    Ok(loss)
+}
+
+/// As [`crate::tensor::logprobs::logprobs`] and [`crate::tensor::logprobs::entropy`].
+pub fn score<E: ModelElement>(
+    op: &'static str,
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    labels: &[i32],
+    temperature: f32,
+    score: Score,
+) -> Result<Tensor<f32, 1>> {
+    let targets = Targets::new(op, device, x, labels, head.rows())?;
+    let count = targets.count();
+    let mut lse = activation::<f32>(device, count)?;
+    let (mut logprobs, mut entropies) = (activation::<f32>(device, count)?, activation::<f32>(device, count)?);
+    for range in targets.chunks() {
+        let logits = chunk_logits(device, targets.x(&range), head, temperature)?;
+        let entropies = (score == Score::Entropy).then(|| entropies.part_mut(range.clone()));
+        let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
+        kernel::logprobs(device, logits.view(), targets.labels.part(range), lse, logprobs, entropies)?;
+    }
+    let values = downloaded(if score == Score::Logprob { &logprobs } else { &entropies })?;
+    drop(logprobs);
+    let mut y = Buffer::zeroed(targets.tokens);
+    targets.rows.iter().zip(values.iter()).for_each(|(row, value)| y[*row as usize] = *value);
+    let (device, head, seen) = (device.clone(), head.clone(), head.version());
+    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.trains(), move |dy: Buffer<f32>, sink| {
+        head.check_version(seen, op)?;
+        let wants_rows = sink.wants(0);
+        let mut d_rows = gradient::<E>(&device, if wants_rows { count * targets.hidden } else { 0 })?;
+        let plain: Vec<f32> = targets.rows.iter().map(|row| dy[*row as usize] / temperature).collect();
+        let minus: Vec<f32> = plain.iter().map(|plain| if score == Score::Logprob { -plain } else { 0.0 }).collect();
+        let (plain, minus) = (DeviceBuffer::copy_of(&device, GRADIENTS, &plain)?, DeviceBuffer::copy_of(&device, GRADIENTS, &minus)?);
+        for range in targets.chunks() {
+            let (x, labels) = (targets.x(&range), targets.labels.part(range.clone()));
+            let logits = chunk_logits(&device, x, &head, temperature)?;
+            let entropy = (score == Score::Entropy)
+                .then(|| EntropyGradient { entropy: entropies.part(range.clone()), coefficients: plain.part(range.clone()) });
+            let upstream = Upstream { lse: lse.part(range.clone()), coefficients: minus.part(range.clone()), entropy };
+            let d_part = wants_rows.then(|| d_rows.part_mut(range.start * targets.hidden..range.end * targets.hidden));
+            chunk_backward(&device, x, logits, labels, upstream, &head, d_part)?;
+        }
+        targets.give_rows(&device, sink, d_rows)
+    }))
+}
+
+/// As [`crate::tensor::head::LogitRows::logprobs`].
+///
+/// - `logits`: `[any, vocab]`
+pub fn logprobs_of_logits(
+    logits: &DeviceBuffer<f32>,
+    vocab: usize,
+    rows: &[usize],
+    labels: &[i32],
+    temperatures: &[f32],
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let device = logits.device();
+    let count = rows.len();
+    let row_ids = DeviceBuffer::copy_of(device, "rows", &row_ids(rows))?;
+    let mut own = scratch::<f32>(device, count * vocab)?;
+    embed(device, logits.view(), vocab, row_ids.view(), own.view_mut())?;
+    if temperatures.iter().any(|temperature| *temperature != 1.0) {
+        let plain = std::mem::replace(&mut own, scratch::<f32>(device, count * vocab)?);
+        // Neighbours of one temperature go together; all of them, as a rule.
+        let mut start = 0;
+        for group in temperatures.chunk_by(|a, b| a == b) {
+            let part = start * vocab..(start + group.len()) * vocab;
+            let scaled = own.part_mut(part.clone());
+            elements::take_columns(device, plain.part(part), vocab, 0..vocab, group[0].recip(), scaled)?;
+            start += group.len();
+        }
+    }
+    let labels = DeviceBuffer::copy_of(device, "labels", labels)?;
+    let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
+    kernel::logprobs(device, own.view(), labels.view(), lse.view_mut(), logprobs.view_mut(), None)?;
+    Ok((logprobs.to_vec()?, lse.to_vec()?))
+}

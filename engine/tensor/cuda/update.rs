@@ -1,0 +1,54 @@
+//! Parameters on a device held for an update of all of them in one launch. Which they are, and what is done if their gradient
+//! is not finite, is train/device_step.rs's matter.
+
+use crate::error::Result;
+use crate::kernels::cuda::adamw::{Line, Parameter};
+use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::memory::{DeviceBuffer, View};
+use crate::tensor::ModelElement;
+use crate::tensor::parameter::Value;
+use std::sync::{Arc, RwLockWriteGuard};
+
+/// A parameter of any element type on a device, and its gradient, held for an update.
+pub trait DeviceUpdate {
+    /// `[rows * columns]`
+    fn gradient(&self) -> View<'_, f32>;
+    /// Its line in the table of the launch.
+    ///
+    /// - `m`, `v`: as many elements as the gradient
+    fn line<'a>(&'a mut self, m: &'a mut DeviceBuffer<f32>, v: &'a mut DeviceBuffer<f32>, decays: bool) -> Line<'a>;
+}
+
+/// See [`DeviceUpdate`]; the lock goes with it.
+pub struct Locked<'a, E: ModelElement> {
+    value: RwLockWriteGuard<'a, Arc<Value<E>>>,
+    gradient: DeviceBuffer<f32>,
+}
+
+impl<'a, E: ModelElement> Locked<'a, E> {
+    /// Errors: [`crate::error::Error::Device`] if there is no room for remainders that the weight does not have yet: one that
+    /// came as bf16 is its own master.
+    pub fn new(mut value: RwLockWriteGuard<'a, Arc<Value<E>>>, gradient: DeviceBuffer<f32>) -> Result<Self> {
+        let own = Arc::make_mut(&mut value);
+        let cuda = own.cuda.as_mut().expect("a gradient on a device belongs to a weight there");
+        if E::HAS_REMAINDER {
+            cuda.remainder_mut()?;
+        }
+        Ok(Self { value, gradient })
+    }
+}
+
+impl<E: ModelElement> DeviceUpdate for Locked<'_, E> {
+    fn gradient(&self) -> View<'_, f32> {
+        self.gradient.view()
+    }
+
+    fn line<'a>(&'a mut self, m: &'a mut DeviceBuffer<f32>, v: &'a mut DeviceBuffer<f32>, decays: bool) -> Line<'a> {
+        let device: Arc<Device> = self.gradient.device().clone();
+        let cuda = Arc::make_mut(&mut self.value).cuda.as_mut().expect("it was there when the parameter was locked");
+        let rest = cuda.remainder.as_mut().map(DeviceBuffer::view_mut);
+        let parameter =
+            Parameter { weight: cuda.weight.view_mut(), rest, gradient: self.gradient.view(), m: m.view_mut(), v: v.view_mut(), decays };
+        parameter.line(&device)
+    }
+}

@@ -1,0 +1,384 @@
+//! Whole models on the device: forward, loss, every gradient and steps of AdamW against the CPU's; laws that hold to the bit.
+
+use crate::fixtures::clear_gradients;
+use crate::training::{Training, check_gradients};
+use crate::{Bench, bench};
+use perilune::data::pack::TokenBatch;
+use perilune::infer::sampler::Rules;
+use perilune::infer::scheduler::{Job, Scheduler};
+use perilune::kernels::buffer::Buffer;
+use perilune::kernels::element::Dtype;
+use perilune::model::config::Config;
+use perilune::model::presets::{preset, with_fields};
+use perilune::model::{Lora, Model, Packed};
+use perilune::tensor::Place;
+use perilune::train::optimizer::{AdamW, Settings};
+use serde_json::json;
+
+/// Odd sizes on purpose; two documents.
+const TOKENS: [i32; 26] = [5, 61, 3, 3, 17, 40, 66, 0, 12, 5, 9, 31, 5, 28, 44, 2, 19, 50, 63, 5, 17, 40, 1, 8, 5, 33];
+const BORDERS: [u32; 3] = [0, 19, 26];
+const NORMALIZER: f32 = 21.0;
+const BALANCE: f32 = 0.01;
+
+fn config(moe: bool) -> Config {
+    let mut fields = vec![("vocab", json!(67)), ("hidden", json!(24)), ("layers", json!(2)), ("heads", json!(2)), ("kv_heads", json!(1))];
+    fields.extend([("intermediate", json!(40)), ("tied", json!(!moe))]);
+    if moe {
+        fields.extend([("experts", json!(5)), ("experts_per_token", json!(2)), ("moe_intermediate", json!(20))]);
+        fields.push(("shared_intermediate", json!(40)));
+    }
+    let fields: Vec<_> = fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+    with_fields(&preset("tiny").unwrap(), &fields).unwrap()
+}
+
+fn positions() -> Vec<i32> {
+    BORDERS.windows(2).flat_map(|pair| 0..(pair[1] - pair[0]) as i32).collect()
+}
+
+/// The next token of each document; the end of each, and one token in between, have no label.
+fn labels() -> Vec<i32> {
+    let mut labels: Vec<i32> = TOKENS[1..].iter().copied().chain([-100]).collect();
+    (labels[18], labels[4]) = (-100, -100);
+    labels
+}
+
+fn with_batch<T>(run: impl FnOnce(&Packed) -> T) -> T {
+    let positions = positions();
+    run(&Packed { tokens: &TOKENS, position_ids: &positions, cu_seqlens: &BORDERS, prefixes: &[] })
+}
+
+fn values(model: &Model) -> Vec<(String, Vec<f32>)> {
+    model.tensors().into_iter().map(|(name, _)| (name.clone(), model.value(&name).unwrap().to_f32_vec())).collect()
+}
+
+fn gradients(model: &Model) -> Vec<(String, Vec<f32>)> {
+    let gradient = |name: &str| model.gradient(name).unwrap().unwrap_or_else(|| panic!("{name} has no gradient")).to_f32_vec();
+    model.tensors().into_iter().map(|(name, _)| (name.clone(), gradient(&name))).collect()
+}
+
+fn settings() -> Settings {
+    Settings { lr: 2e-3, weight_decay: 0.1, clip_norm: Some(0.5), ..Settings::default() }
+}
+
+/// One step; the loss is read after the backward pass, as scripts do.
+fn step(model: &Model, optimizer: &mut AdamW) -> (f32, f64) {
+    let loss = with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total;
+    loss.backward().unwrap();
+    let step = optimizer.step().unwrap();
+    assert!(step.applied);
+    (loss.values()[0], step.grad_norm)
+}
+
+/// All that a few steps show of a model.
+#[derive(Debug, PartialEq)]
+struct Trained {
+    logits: Vec<f32>,
+    logprobs: Vec<f32>,
+    entropies: Vec<f32>,
+    gradients: Vec<(String, Vec<f32>)>,
+    losses: Vec<f32>,
+    norms: Vec<f64>,
+    values: Vec<(String, Vec<f32>)>,
+}
+
+fn train(model: &Model) -> Trained {
+    let logits = with_batch(|batch| model.logits(batch)).unwrap().values().to_vec();
+    let (logprobs, entropies) = with_batch(|batch| model.logprobs_and_entropy(batch, &labels(), 0.7)).unwrap();
+    let loss = with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total;
+    loss.backward().unwrap();
+    let found = gradients(model);
+    let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+    optimizer.clear_gradients();
+    let (losses, norms) = (0..3).map(|_| step(model, &mut optimizer)).unzip();
+    let values = values(model);
+    Trained {
+        logits,
+        logprobs: logprobs.values().to_vec(),
+        entropies: entropies.values().to_vec(),
+        gradients: found,
+        losses,
+        norms,
+        values,
+    }
+}
+
+/// The length of the difference over the length of `want`.
+fn distance(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let length = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
+    let apart = length(&mut got.iter().zip(want).map(|(got, want)| f64::from(*got) - f64::from(*want)));
+    apart / length(&mut want.iter().map(|want| f64::from(*want))).max(1e-12)
+}
+
+#[track_caller]
+fn assert_near(what: &str, got: &[f32], want: &[f32], by: f64) {
+    let apart = distance(got, want);
+    println!("{what}: {apart:.2e}, at most {by:.0e}");
+    assert!(apart <= by, "{what}: {apart:.2e} of its length from the CPU's, at most {by:.0e}");
+}
+
+fn on(bench: &Bench, moe: bool, dtype: Dtype) -> Model {
+    Model::random_at(&Place::Cuda(bench.device.clone()), config(moe), dtype, 3).unwrap()
+}
+
+fn trains_as_on_the_cpu(moe: bool, dtype: Dtype) {
+    let Some(bench) = bench() else { return };
+    let host = Model::random(config(moe), dtype, 3).unwrap();
+    let before = values(&host);
+    assert_eq!(values(&on(bench, moe, dtype)), before, "the same seed gives the same weights");
+    let want = train(&host);
+    let got = bench.run(|_| train(&on(bench, moe, dtype)));
+    // f32 sums in another order; bf16 rounds activations and gradients to 8 bits some ten times on the way through two layers.
+    let (by, way) = if dtype == Dtype::F32 { (1e-5, 1e-3) } else { (2e-2, 0.3) };
+    assert_near("logits", &got.logits, &want.logits, by);
+    assert_near("log-probabilities", &got.logprobs, &want.logprobs, by);
+    assert_near("entropies", &got.entropies, &want.entropies, by);
+    for ((name, got), (_, want)) in got.gradients.iter().zip(&want.gradients) {
+        assert_near(&format!("gradient of {name}"), got, want, 3.0 * by);
+    }
+    for (got, want) in got.losses.iter().zip(&want.losses) {
+        assert!((got - want).abs() <= by as f32 * want.abs(), "losses {:?} and {:?}", got, want);
+    }
+    for (got, want) in got.norms.iter().zip(&want.norms) {
+        assert!((got - want).abs() <= 3.0 * by * want, "norms {got} and {want}");
+    }
+    // Adam divides by the gradient's size: where that is mostly rounding, a weight moves by the rate in either direction. So the
+    // difference is held against the way that the weight has gone.
+    let moved = |now: &[f32], before: &[f32]| now.iter().zip(before).map(|(now, before)| now - before).collect::<Vec<f32>>();
+    for (((name, got), (_, want)), (_, before)) in got.values.iter().zip(&want.values).zip(&before) {
+        assert_near(&format!("the way of {name} in three steps"), &moved(got, before), &moved(want, before), way);
+    }
+}
+
+#[test]
+fn a_dense_model_trains_as_on_the_cpu() {
+    trains_as_on_the_cpu(false, Dtype::F32);
+    trains_as_on_the_cpu(false, Dtype::Bf16);
+}
+
+#[test]
+fn a_mixture_of_experts_trains_as_on_the_cpu() {
+    trains_as_on_the_cpu(true, Dtype::F32);
+    trains_as_on_the_cpu(true, Dtype::Bf16);
+}
+
+#[test]
+fn a_document_has_the_same_bits_alone_and_recomputed() {
+    let Some(bench) = bench() else { return };
+    for (moe, dtype) in [(false, Dtype::Bf16), (true, Dtype::F32)] {
+        let model = on(bench, moe, dtype);
+        let packed = with_batch(|batch| model.logits(batch)).unwrap();
+        let alone = Packed { tokens: &TOKENS[19..], position_ids: &positions()[19..], cu_seqlens: &[0, 7], prefixes: &[] };
+        assert!(model.logits(&alone).unwrap().values() == &packed.values()[19 * 67..], "{dtype}");
+        let gradients_of = |recompute: bool| {
+            model.set_recompute(recompute);
+            model.parameters().iter().for_each(|parameter| parameter.clear_gradient());
+            with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total.backward().unwrap();
+            gradients(&model)
+        };
+        assert!(gradients_of(false) == gradients_of(true), "{dtype}: recomputation changes no bit");
+        let loss = || with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total;
+        let (early, late) = (loss(), loss());
+        let value = early.values()[0];
+        early.backward().unwrap();
+        late.backward().unwrap();
+        assert!(late.values()[0] == value, "{dtype}: a loss is the same before and after its backward pass");
+    }
+}
+
+#[test]
+fn a_shared_prompt_changes_no_bit_of_what_follows() {
+    let Some(bench) = bench() else { return };
+    let (prompt, answers) = ([5, 61, 3, 3, 17, 40, 66], [[0, 12, 5], [9, 31, 5], [28, 44, 2]]);
+    let (mut whole, mut shared) = (TokenBatch { cu_seqlens: vec![0], ..TokenBatch::default() }, TokenBatch::default());
+    shared.cu_seqlens.push(0);
+    for (index, answer) in answers.iter().enumerate() {
+        let tokens = [&prompt[..], answer].concat();
+        let labels: Vec<i32> = [&[-100; 6][..], answer, &[-100]].concat();
+        whole.push(&tokens, &labels, None);
+        shared.push(&tokens, &labels, (index > 0).then_some(0));
+    }
+    assert_eq!((whole.tokens.len(), shared.tokens.len()), (30, 18));
+    for (moe, dtype) in [(false, Dtype::Bf16), (true, Dtype::F32)] {
+        let model = on(bench, moe, dtype);
+        let [(alone, want), (together, got)] = [&whole, &shared].map(|batch| {
+            clear_gradients(&model);
+            let TokenBatch { tokens, position_ids, cu_seqlens, prefixes, labels, .. } = batch;
+            let logprobs = model.logprobs(&Packed { tokens, position_ids, cu_seqlens, prefixes }, labels, 1.0).unwrap();
+            logprobs.backward_with(Buffer::copy_of(&vec![1.0; tokens.len()])).unwrap();
+            (logprobs.values().iter().copied().filter(|value| *value != 0.0).collect::<Vec<_>>(), gradients(&model))
+        });
+        assert_eq!(alone.len(), 9);
+        assert!(alone == together, "{dtype}");
+        for ((name, got), (_, want)) in got.iter().zip(&want) {
+            assert_near(&format!("gradient of {name}"), got, want, if dtype == Dtype::F32 { 1e-5 } else { 3e-2 });
+        }
+    }
+}
+
+#[test]
+fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
+    let Some(bench) = bench() else { return };
+    for (moe, dtype) in [(true, Dtype::Bf16), (false, Dtype::F32)] {
+        let model = on(bench, moe, dtype);
+        let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+        step(&model, &mut optimizer);
+        // A gradient that waits for its update is part of the state.
+        with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total.backward().unwrap();
+        let (image, state) = (model.image().unwrap(), optimizer.state().unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        image.save(&place("model"), None, &[]).unwrap();
+        image.save_training_state(&place("training")).unwrap();
+        state.save(&place("optimizer")).unwrap();
+        let rest = |model: &Model, optimizer: &mut AdamW| (step(model, optimizer), step(model, optimizer), values(model));
+        let want = rest(&model, &mut optimizer);
+
+        let again = Model::load_at(model.place(), &place("model"), Some(dtype), true, &mut |remark| panic!("{remark}")).unwrap();
+        again.load_training_state(&place("training")).unwrap();
+        let mut other = AdamW::new(again.parameters(), settings()).unwrap();
+        other.restore(perilune::train::optimizer_state::AdamWState::load(&place("optimizer")).unwrap()).unwrap();
+        assert!(rest(&again, &mut other) == want, "{dtype}: from files");
+
+        model.copy_from(&image).unwrap();
+        optimizer.copy_from(&state).unwrap();
+        assert!(rest(&model, &mut optimizer) == want, "{dtype}: from an image");
+    }
+}
+
+#[test]
+fn a_warm_step_asks_the_driver_for_no_memory() {
+    let Some(bench) = bench() else { return };
+    let device = bench.apart();
+    let model = Model::random_at(&Place::Cuda(device.clone()), config(false), Dtype::Bf16, 3).unwrap();
+    let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+    // The moments come with the first step, and the second is the first to have them beside its activations.
+    for _ in 0..2 {
+        step(&model, &mut optimizer);
+    }
+    let warm = device.memory_statistics();
+    for _ in 0..3 {
+        step(&model, &mut optimizer);
+    }
+    let after = device.memory_statistics();
+    assert_eq!(after.driver_calls, warm.driver_calls);
+    assert_eq!((after.live_bytes, after.live_bytes_max), (warm.live_bytes, warm.live_bytes_max), "nothing is left over, nothing grows");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_changes_nothing() {
+    let Some(bench) = bench() else { return };
+    let model = on(bench, false, Dtype::F32);
+    let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+    step(&model, &mut optimizer);
+    let before = values(&model);
+    let loss = with_batch(|batch| model.cross_entropy(batch, &labels(), f32::MIN_POSITIVE, 0.0)).unwrap().total;
+    loss.backward().unwrap();
+    let result = optimizer.step().unwrap();
+    assert!(!result.applied && !result.grad_norm.is_finite());
+    assert_eq!((values(&model), optimizer.steps(), optimizer.skipped()), (before, 1, 1));
+    step(&model, &mut optimizer);
+    assert_eq!(optimizer.steps(), 2);
+}
+
+/// Texts of one, two and three members from prompts that fill blocks of 64 and do not.
+#[test]
+fn generation_reports_the_log_probabilities_of_training_to_the_bit() {
+    let Some(bench) = bench() else { return };
+    for (moe, dtype) in [(false, Dtype::Bf16), (true, Dtype::F32)] {
+        let model = on(bench, moe, dtype);
+        let long: Vec<i32> = TOKENS.iter().cycle().take(70).copied().collect();
+        let rules = Rules { temperature: 0.8, ..Rules::GREEDY };
+        let mut scheduler = Scheduler::new(&model, None, 8).unwrap();
+        let prompts = [TOKENS[..5].to_vec(), long, TOKENS[3..20].to_vec()];
+        for (index, prompt) in prompts.iter().enumerate() {
+            scheduler.add(Job { members: index + 1, ..Job::new(prompt.clone(), 4, rules, 7) }).unwrap();
+        }
+        let mut texts = 0;
+        while !scheduler.is_idle() {
+            for event in scheduler.step().unwrap() {
+                let Some(text) = event.finished else { continue };
+                let prompt = &prompts[event.job];
+                let tokens = [&prompt[..], &text.tokens].concat();
+                let count = tokens.len() as u32;
+                let labels: Vec<i32> =
+                    (1..=tokens.len()).map(|at| if at < prompt.len() { -100 } else { *tokens.get(at).unwrap_or(&-100) }).collect();
+                let positions: Vec<i32> = (0..count as i32).collect();
+                let packed = Packed { tokens: &tokens, position_ids: &positions, cu_seqlens: &[0, count], prefixes: &[] };
+                let trained = model.logprobs(&packed, &labels, 0.8).unwrap();
+                let trained = &trained.values()[prompt.len() - 1..tokens.len() - 1];
+                assert!(text.logprobs == trained, "{dtype}: {:?} and {trained:?}", text.logprobs);
+                texts += 1;
+            }
+        }
+        assert_eq!(texts, 6);
+    }
+}
+
+#[test]
+fn adapters_train_as_on_the_cpu() {
+    let Some(bench) = bench() else { return };
+    let targets = ["q_proj", "v_proj", "down_proj", "gate_proj"].map(String::from).to_vec();
+    let lora = Lora { rank: 3, alpha: 6.0, rank_stabilized: false, targets, modules_to_save: vec!["norm".into()] };
+    let run = |model: &Model| {
+        model.adapt(lora.clone(), 5).unwrap();
+        let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+        let (losses, _): (Vec<f32>, Vec<f64>) = (0..3).map(|_| step(model, &mut optimizer)).unzip();
+        let logits = with_batch(|batch| model.logits(batch)).unwrap().values().to_vec();
+        model.merge().unwrap();
+        let merged = with_batch(|batch| model.logits(batch)).unwrap().values().to_vec();
+        model.unmerge().unwrap();
+        assert!(with_batch(|batch| model.logits(batch)).unwrap().values() == logits, "unmerging goes back to the bit");
+        (losses, logits, merged)
+    };
+    for (dtype, by) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
+        let want = run(&Model::random(config(false), dtype, 3).unwrap());
+        let got = bench.run(|_| run(&on(bench, false, dtype)));
+        assert_near("losses", &got.0, &want.0, by);
+        assert_near("logits", &got.1, &want.1, by);
+        assert_near("merged logits", &got.2, &want.2, by);
+    }
+    let error = on(bench, true, Dtype::F32).adapt(Lora { targets: vec!["all-linear".into()], ..lora }, 5).unwrap_err().to_string();
+    assert!(error.contains("experts") && error.contains("CPU"), "{error}");
+}
+
+/// PyTorch's numbers (tests/golden): the loss and every gradient of the first batch, then steps of AdamW on a cosine schedule; all
+/// twenty of them on a GPU, the first on the emulator.
+#[test]
+fn training_follows_the_reference() {
+    let Some(bench) = bench() else { return };
+    for name in ["train_dense", "train_moe"] {
+        let training = Training::open(name);
+        let golden = &training.golden;
+        let place = Place::Cuda(bench.device.clone());
+        let model = Model::load_at(&place, golden.folder(), Some(Dtype::F32), true, &mut |remark| panic!("{remark}")).unwrap();
+        let loss = Training::backward(&model, &training.batches[0]);
+        golden.check("loss", loss.total.values());
+        if let Some(balance) = loss.load_balance {
+            golden.check("aux_loss", balance.values());
+        }
+        check_gradients(golden, &model);
+        clear_gradients(&model);
+        let steps = if bench.is_emulated() { 2 } else { training.batches.len() };
+        let [losses, norms, _] = training.run(&model, steps);
+        // The fixture's own tolerance of a loss is about this; later steps carry the rounding of the earlier ones on.
+        for (got, want) in [(losses, golden.floats("step_loss")), (norms, golden.floats("step_grad_norm"))] {
+            for (step, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 1e-3 * want.abs(), "{name}, step {step}: {got} and {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_no_form_on_a_device_is_refused_with_a_remedy() {
+    let Some(bench) = bench() else { return };
+    let place = Place::Cuda(bench.device.clone());
+    let error = Model::random_at(&place, config(false), Dtype::I8, 3).err().unwrap().to_string();
+    assert!(error.contains("f32 or bf16 on cuda:0"), "{error}");
+    let error = Place::named("gpu").err().unwrap().to_string();
+    assert!(error.contains("\"cuda:1\""), "{error}");
+    let error = Place::named("cuda:77").err().unwrap().to_string();
+    assert!(error.contains("cuda:77"), "{error}");
+}
