@@ -11,13 +11,13 @@ local tokenizer = {}
 local Data = {}
 
 ---@class engine.Batch
----@field count integer tokens
+---@field count integer tokens, those that documents share counted once
 ---@field cu_seqlens engine.Tensor [documents + 1], i32: where each document begins, and the end
 ---@field documents integer
 ---@field labels engine.Tensor [tokens], i32: what each position should predict, or -100
 ---@field logprobs engine.Tensor? [tokens], f32: of rollouts, what each label was sampled with, or 0
 ---@field mask engine.Tensor [tokens], f32: 1 where there is a label
----@field position_ids engine.Tensor [tokens], i32: from 0 in each document
+---@field position_ids engine.Tensor [tokens], i32: from 0 in each document; where it shares the beginning of another, from behind it
 ---@field rows integer
 ---@field sequence engine.Tensor [tokens], i32: which document of the batch each token belongs to, from 0
 ---@field supervised integer tokens with a label

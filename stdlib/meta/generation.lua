@@ -13,10 +13,11 @@
 local Rollouts = {}
 
 --- Batches of whole rollouts, in order: prompt and text of each as one document, labels on the text alone. `batch.sequence`
---- numbers the rollouts from 0 over all batches, and `batch.logprobs` holds what each label was sampled with.
+--- numbers the rollouts from 0 over all batches, and `batch.logprobs` holds what each label was sampled with. Answers to one
+--- prompt that come into one batch share the prompt's rows: all documents but the first begin with its last token.
 ---
 --- Example: for batch in rollouts:batches { tokens = 4096 } do losses.nll(policy:logprobs(batch), batch.mask):backward() end
----@param options? { tokens?: integer } most tokens of a batch, default 8192; one rollout may be longer
+---@param options? { tokens?: integer } most tokens of a batch, default 8192, a shared prompt counted once; one rollout may be longer
 ---@return fun(): engine.Batch? next
 function Rollouts:batches(options) end
 

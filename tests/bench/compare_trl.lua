@@ -48,13 +48,19 @@ return engine.workflow {
         documents[#documents + 1], count, left = left, count + #left, nil
       end
     end
+    -- Tokens of all documents, those that they share counted for each, as TRL counts.
+    local function whole(batch)
+      local count, positions, borders = batch.count, batch.position_ids:to_table(), batch.cu_seqlens:to_table()
+      for index = 1, batch.documents do count = count + positions[borders[index] + 1] end
+      return count
+    end
     local reference = args.kind == "dpo" and run:model("reference", args.model, { dtype = args.dtype, frozen = true })
     function steps.dpo()
       local batch = data:take(8)
       local wanted = tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end)
       local loss = losses.dpo(losses.sequence_sums(policy:logprobs(batch), batch), wanted, { beta = 0.1 })
       loss:backward()
-      return loss:item(), batch.count
+      return loss:item(), batch
     end
     local function digits(text)
       local _, count = text:gsub("%d", "")
@@ -65,7 +71,7 @@ return engine.workflow {
       local rollouts = policy:generate(data:take(16), { n = 8, max_tokens = 64 })
       local advantage = losses.group_advantage(rewards.score(rollouts, digits), 8)
       local total = 0.0
-      for batch in rollouts:batches { tokens = 16384 } do
+      for batch in rollouts:batches { tokens = 4096 } do
         local loss = losses.dapo(policy:logprobs(batch), batch, advantage, { clip = 0.2, normalizer = rollouts.total_tokens })
         loss:backward()
         total = total + loss:item()
@@ -86,7 +92,7 @@ return engine.workflow {
       local now = run:now()
       table.insert(result.times, now - start)
       table.insert(result.loss, loss)
-      table.insert(result.tokens, tokens)
+      table.insert(result.tokens, math.type(tokens) and tokens or tokens and whole(tokens))
       if now - from > args.seconds and #result.times > 10 then break end
     end
     result.mean_length = answers > 0 and generated / answers or nil

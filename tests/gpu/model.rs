@@ -212,7 +212,7 @@ fn a_shared_prompt_changes_no_bit_of_what_follows() {
         assert_eq!(alone.len(), 9);
         assert!(alone == together, "{dtype}");
         for ((name, got), (_, want)) in got.iter().zip(&want) {
-            assert_near(&format!("gradient of {name}"), got, want, if dtype == Dtype::F32 { 1e-5 } else { 3e-2 });
+            assert_near(&format!("gradient of {name}"), got, want, if dtype == Dtype::F32 { 1e-5 } else { 6e-2 });
         }
     }
 }
