@@ -74,6 +74,7 @@ fn packed_documents_do_not_see_each_other() {
             tokens: golden.integers("input_ids"),
             position_ids: golden.integers("position_ids"),
             cu_seqlens: golden.integers("cu_seqlens").into_iter().map(|border| border as u32).collect(),
+            ..Batch::default()
         };
         golden.check("logits", model.logits(&batch.packed()).unwrap().values());
         let labels = batch.shift(&golden.integers("labels"));

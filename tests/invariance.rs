@@ -5,6 +5,7 @@
 mod fixtures;
 
 use fixtures::{Batch, clear_gradients, targets};
+use perilune::data::pack::TokenBatch;
 use perilune::infer::generate::generate;
 use perilune::infer::sampler::Rules;
 use perilune::infer::scheduler::Job;
@@ -12,11 +13,13 @@ use perilune::kernels::buffer::Buffer;
 use perilune::kernels::cpu::threads::set_threads;
 use perilune::kernels::element::Dtype;
 use perilune::model::config::Config;
+use perilune::model::graph::Packed;
 use perilune::model::paged::NewTokens;
 use perilune::model::{Lora, Model};
 use perilune::tensor::AnyTensor;
 use perilune::train::optimizer::{AdamW, Settings};
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
@@ -187,6 +190,72 @@ fn a_sequence_has_its_numbers_in_any_company() {
             }
         }
     }
+}
+
+/// Answers to one prompt, whole or with its rows computed once, have the same bits, and the same gradients but for the
+/// order of their sums.
+#[test]
+fn a_shared_prompt_changes_no_bit_of_what_follows() {
+    let _alone = alone();
+    let prompts = [1, 41, 64, 65, 130];
+    let (mut whole, mut shared) = (TokenBatch { cu_seqlens: vec![0], ..TokenBatch::default() }, TokenBatch::default());
+    shared.cu_seqlens.push(0);
+    let mut rows = Vec::new();
+    for (number, len) in prompts.into_iter().enumerate() {
+        let first = whole.documents();
+        for answer in 0..4 {
+            let tokens = [document(number, len), document(20 + 4 * number + answer, 3 + 29 * answer)].concat();
+            let mut labels = tokens[1..].to_vec();
+            labels.push(fixtures::IGNORE);
+            labels[..len - 1].fill(fixtures::IGNORE);
+            whole.push(&tokens, &labels, None);
+            shared.push(&tokens, &labels, (answer > 0).then_some(first));
+            let own = if answer > 0 { tokens.len() + 1 - len } else { tokens.len() };
+            rows.extend(whole.tokens.len() - own..whole.tokens.len());
+        }
+    }
+    assert_eq!(rows.len(), shared.tokens.len());
+    assert!(shared.tokens.len() < whole.tokens.len() * 2 / 3);
+    fn packed(batch: &TokenBatch) -> Packed<'_> {
+        Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens, prefixes: &batch.prefixes }
+    }
+    for (name, model) in models() {
+        let mut seen = Vec::new();
+        for (batch, recompute) in [(&whole, false), (&shared, false), (&shared, true)] {
+            model.set_recompute(recompute);
+            clear_gradients(&model);
+            let logprobs = model.logprobs(&packed(batch), &batch.labels, 0.9).unwrap();
+            let sum = logprobs.values().len();
+            logprobs.backward_with(Buffer::copy_of(&vec![1.0; sum])).unwrap();
+            let gradients: Vec<_> = model.tensors().into_iter().map(|(tensor, _)| fixtures::gradient(&model, &tensor)).collect();
+            seen.push((bits(logprobs.values()), gradients));
+        }
+        let alone: Vec<u32> = rows.iter().map(|row| seen[0].0[*row]).collect();
+        assert!(alone == seen[1].0 && alone == seen[2].0, "{name}: log-probabilities");
+        assert!(seen[1].1 == seen[2].1, "{name}: gradients, computed again");
+        let tolerance = if model.dtype() == Dtype::Bf16 { 2e-2 } else { 1e-5 };
+        for ((tensor, _), (got, want)) in model.tensors().iter().zip(seen[1].1.iter().zip(&seen[0].1)) {
+            let largest = want.iter().fold(0.0, |largest: f64, value| largest.max(f64::from(value.abs())));
+            fixtures::check(&format!("{name}: {tensor}"), got, want, tolerance * largest.max(1e-6), 0.0);
+        }
+    }
+}
+
+/// A prefix is the beginning of an earlier whole document; anything else is refused by name.
+#[test]
+fn a_prefix_that_is_no_beginning_is_refused() {
+    let (_, model) = models().swap_remove(0);
+    let batch = Batch::new(&[document(1, 5), document(2, 4), document(3, 3)]);
+    let refused = |prefixes: [Range<u32>; 3]| {
+        let batch = Batch { prefixes: prefixes.to_vec(), ..batch.clone() };
+        model.logprobs(&batch.packed(), &batch.next_tokens(), 1.0).err().map(|error| error.to_string())
+    };
+    assert_eq!(refused([0..0, 0..0, 5..7]), None);
+    for wrong in [[0..2, 0..0, 0..0], [0..0, 1..3, 0..0], [0..0, 0..6, 0..0], [0..0, 0..0, 9..11], [0..0, 5..6, 0..0], [0..0, 0..2, 5..6]] {
+        assert!(refused(wrong.clone()).is_some_and(|message| message.contains("prefixes[")), "{wrong:?}");
+    }
+    let few = Batch { prefixes: vec![0..0], ..batch.clone() };
+    assert!(model.logprobs(&few.packed(), &few.next_tokens(), 1.0).is_err_and(|error| error.to_string().contains("prefixes")));
 }
 
 /// What comes later changes nothing: a text's logits are those it had when it was shorter, whatever rows are asked for.

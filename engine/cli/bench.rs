@@ -212,7 +212,7 @@ impl Batch {
     }
 
     pub fn packed(&self) -> Packed<'_> {
-        Packed { tokens: &self.tokens, position_ids: &self.position_ids, cu_seqlens: &self.cu_seqlens }
+        Packed { tokens: &self.tokens, position_ids: &self.position_ids, cu_seqlens: &self.cu_seqlens, prefixes: &[] }
     }
 
     /// Tokens with a label.

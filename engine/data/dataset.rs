@@ -283,7 +283,8 @@ impl Dataset {
             ));
         }
         running.batches += 1;
-        Ok(Some(TokenBatch::from_rows(&taken)))
+        let pairs = plan.chat.as_ref().is_some_and(|chat| chat.rules.form == Form::Pairs);
+        Ok(Some(if pairs { TokenBatch::from_pairs(&taken) } else { TokenBatch::from_rows(&taken) }))
     }
 
     /// The position behind the last batch or record.

@@ -3,6 +3,7 @@
 //! Source: Ding et al., "Fewer truncations improve language modeling", arXiv 2404.10830 (best-fit packing).
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 
 use super::shuffle::Permutation;
 use crate::error::{Error, Result};
@@ -108,12 +109,15 @@ pub struct TokenBatch {
     pub tokens: Vec<i32>,
     /// `[tokens]`: what each position should predict, or [`IGNORED`].
     pub labels: Vec<i32>,
-    /// `[tokens]`: counted from 0 in each document.
+    /// `[tokens]`: counted from the document's start, its prefix included.
     pub position_ids: Vec<i32>,
     /// `[documents + 1]`: where each document begins, and the end.
     pub cu_seqlens: Vec<u32>,
     /// `[rows + 1]`: where each row begins, and the end.
     pub row_starts: Vec<u32>,
+    /// `[documents]`: the rows of an earlier document that stand before each one's own, and are computed once. Empty if no
+    /// document shares any.
+    pub prefixes: Vec<Range<u32>>,
 }
 
 impl TokenBatch {
@@ -121,16 +125,11 @@ impl TokenBatch {
     pub fn from_rows(rows: &[Row]) -> Self {
         let mut batch = Self { cu_seqlens: vec![0], row_starts: vec![0], ..Self::default() };
         for row in rows {
-            for piece in row {
-                batch.position_ids.extend(0..piece.tokens.len() as i32);
-                batch.tokens.extend_from_slice(&piece.tokens);
-                batch.labels.extend_from_slice(&piece.labels);
-                batch.cu_seqlens.push(batch.tokens.len() as u32);
+            for Piece { tokens, labels } in row {
+                batch.push(tokens, labels, None);
             }
             batch.row_starts.push(batch.tokens.len() as u32);
         }
-        assert_eq!(batch.tokens.len(), batch.labels.len());
-        assert_eq!(batch.tokens.len(), batch.position_ids.len());
         batch
     }
 
@@ -138,6 +137,42 @@ impl TokenBatch {
     pub fn from_documents(documents: &[Document]) -> Self {
         let rows: Vec<Row> = documents.iter().map(|document| whole_row(std::slice::from_ref(document))).collect();
         Self::from_rows(&rows.into_iter().filter(|row| !row.is_empty()).collect::<Vec<_>>())
+    }
+
+    /// Lays pairs end to end, a row of two documents each, of which the second shares the prompt of the first.
+    pub fn from_pairs(pairs: &[Row]) -> Self {
+        let mut batch = Self { cu_seqlens: vec![0], row_starts: vec![0], ..Self::default() };
+        for pair in pairs {
+            let first = batch.documents();
+            for (index, Piece { tokens, labels }) in pair.iter().enumerate() {
+                batch.push(tokens, labels, (index > 0).then_some(first));
+            }
+            batch.row_starts.push(batch.tokens.len() as u32);
+        }
+        batch
+    }
+
+    /// Appends a document. With `like`, the number of an earlier whole document, it shares that one's rows as far as the
+    /// tokens are the same and nothing is learned at them; at least its last token stays its own.
+    pub fn push(&mut self, tokens: &[i32], labels: &[i32], like: Option<usize>) {
+        assert_eq!(tokens.len(), labels.len());
+        let prefix = like.map_or(0..0, |like| {
+            let (start, end) = (self.cu_seqlens[like], self.cu_seqlens[like + 1]);
+            let earlier = start as usize..end as usize;
+            let pairs = self.tokens[earlier.clone()].iter().zip(&self.labels[earlier]).zip(tokens.iter().zip(labels));
+            let shared =
+                pairs.take_while(|((token, label), (own, own_label))| token == own && **label == IGNORED && **own_label == IGNORED);
+            let shared = shared.count().min(tokens.len().saturating_sub(1)) as u32;
+            if shared == 0 { 0..0 } else { start..start + shared }
+        });
+        if !prefix.is_empty() || !self.prefixes.is_empty() {
+            self.prefixes.resize(self.documents(), 0..0);
+            self.prefixes.push(prefix.clone());
+        }
+        self.tokens.extend_from_slice(&tokens[prefix.len()..]);
+        self.labels.extend_from_slice(&labels[prefix.len()..]);
+        self.position_ids.extend(prefix.len() as i32..tokens.len() as i32);
+        self.cu_seqlens.push(self.tokens.len() as u32);
     }
 
     /// Rows in the batch.
@@ -167,10 +202,7 @@ impl TokenBatch {
         if missing == 0 {
             return;
         }
-        self.tokens.extend(std::iter::repeat_n(pad as i32, missing));
-        self.labels.extend(std::iter::repeat_n(IGNORED, missing));
-        self.position_ids.extend(0..missing as i32);
-        self.cu_seqlens.push(self.tokens.len() as u32);
+        self.push(&vec![pad as i32; missing], &vec![IGNORED; missing], None);
     }
 }
 
@@ -401,6 +433,21 @@ mod tests {
         let batch = TokenBatch::from_rows(&rows);
         assert!(batch.labels.iter().copied().eq(1..11) && batch.tokens.iter().copied().eq(0..10));
         assert_eq!(batch.cu_seqlens, [0, 4, 8, 10]);
+    }
+
+    #[test]
+    fn a_document_shares_rows_up_to_where_something_is_learned() {
+        let mut batch = TokenBatch::from_documents(&[Document::all(vec![9])]);
+        batch.push(&[1, 2, 3, 4], &[IGNORED, IGNORED, 4, IGNORED], None);
+        // The third token is what both answers are predicted from, so each has its own.
+        batch.push(&[1, 2, 3, 5, 6], &[IGNORED, IGNORED, 5, 6, IGNORED], Some(1));
+        assert_eq!((&batch.tokens[5..], &batch.labels[5..], &batch.position_ids[5..]), (&[3, 5, 6][..], &[5, 6, -100][..], &[2, 3, 4][..]));
+        assert_eq!((&batch.cu_seqlens[..], &batch.prefixes[..]), (&[0, 1, 5, 8][..], &[0..0, 0..0, 1..3][..]));
+        assert_eq!(batch.sequence(), [0, 1, 1, 1, 1, 2, 2, 2]);
+        batch.push(&[1, 2], &[IGNORED, IGNORED], Some(1));
+        batch.push(&[7, 2], &[IGNORED, IGNORED], Some(1));
+        batch.pad_to_multiple(4, 0);
+        assert_eq!((&batch.tokens[8..], &batch.prefixes[3..]), (&[2, 7, 2, 0][..], &[1..2, 0..0, 0..0][..]));
     }
 
     #[test]

@@ -292,11 +292,15 @@ fn note(lua: &Lua, folder: &Path, remarks: &[String]) {
     }
 }
 
+fn packed(batch: &TokenBatch) -> Packed<'_> {
+    Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens, prefixes: &batch.prefixes }
+}
+
 /// The batch at argument 0, counted as work, and `run` on it.
 pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
-    let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
+    let packed = packed(&batch);
     let result = run(&this, &batch, &packed)?;
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
         work.forward(&this.model, &batch.cu_seqlens, trains && !this.frozen);
@@ -308,7 +312,7 @@ pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, 
 fn routing(call: &Call) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
-    let packed = Packed { tokens: &batch.tokens, position_ids: &batch.position_ids, cu_seqlens: &batch.cu_seqlens };
+    let packed = packed(&batch);
     let (layers, balance) = with_recording(false, || this.model.routing(&packed))?;
     let answer = call.lua.create_table()?;
     for (logits, chosen, weights) in layers {

@@ -81,25 +81,27 @@ impl Rollouts {
     }
 }
 
-/// Prompt and output of `rollouts`, one document each; `first` is the index of the first among all.
+/// Prompt and output of `rollouts`, one document each; neighbours share their prompt's rows. `first` is the index of the
+/// first among all.
 fn batch_of(rollouts: &[Rollout], first: usize) -> BatchObject {
     let mut batch = TokenBatch { cu_seqlens: vec![0], row_starts: vec![0], ..TokenBatch::default() };
     let mut sampled = Sampled { sequence: Vec::new(), logprobs: Vec::new() };
+    let mut like = 0;
     for (index, Rollout { prompt, text }) in rollouts.iter().enumerate() {
-        let len = prompt.len() + text.tokens.len();
-        let start = batch.tokens.len();
-        batch.tokens.extend_from_slice(prompt);
-        batch.tokens.extend_from_slice(&text.tokens);
-        batch.position_ids.extend(0..len as i32);
-        batch.labels.resize(start + len, IGNORED);
-        sampled.logprobs.resize(start + len, 0.0);
-        sampled.sequence.resize(start + len, (first + index) as i32);
+        if !Arc::ptr_eq(prompt, &rollouts[like].prompt) {
+            like = index;
+        }
+        let tokens = [&prompt[..], &text.tokens].concat();
         // Each token is the label of the position before it.
-        let labelled = start + prompt.len() - 1..start + len - 1;
-        batch.labels[labelled.clone()].copy_from_slice(&text.tokens);
-        sampled.logprobs[labelled].copy_from_slice(&text.logprobs);
-        batch.cu_seqlens.push((start + len) as u32);
-        batch.row_starts.push((start + len) as u32);
+        let mut labels = vec![IGNORED; tokens.len()];
+        let end = tokens.len() - 1;
+        labels[prompt.len() - 1..end].copy_from_slice(&text.tokens);
+        batch.push(&tokens, &labels, (like < index).then_some(like));
+        batch.row_starts.push(batch.tokens.len() as u32);
+        sampled.logprobs.resize(batch.tokens.len() - 1 - text.tokens.len(), 0.0);
+        sampled.logprobs.extend_from_slice(&text.logprobs);
+        sampled.logprobs.push(0.0);
+        sampled.sequence.resize(batch.tokens.len(), (first + index) as i32);
     }
     BatchObject(Arc::new(batch), Some(Arc::new(sampled)))
 }
@@ -113,7 +115,8 @@ fn batches(call: &Call) -> Answer {
     let iterate = call.lua.create_function_mut(move |lua, ()| {
         let (first, mut tokens) = (next, 0);
         while let Some(Rollout { prompt, text }) = rollouts.get(next) {
-            tokens += prompt.len() + text.tokens.len();
+            let shared = next > first && Arc::ptr_eq(prompt, &rollouts[next - 1].prompt);
+            tokens += if shared { 1 } else { prompt.len() } + text.tokens.len();
             if next > first && tokens > most {
                 break;
             }

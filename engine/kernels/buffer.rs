@@ -1,11 +1,12 @@
 //! Memory of tensors: blocks aligned to a cache line, recycled by size so that a warm training step allocates nothing.
-//! Blocks come from the system's allocator, not from the program's: it gives large ones back to the system at once, where
-//! mimalloc keeps them for a while: 3.98 GiB at the peak of a step of `q05x4` in f32 against 3.80.
+//! Blocks come from the system, not from the program's allocator: large ones go back to it at once, where mimalloc keeps them for
+//! a while: 3.98 GiB at the peak of a step of `q05x4` in f32 against 3.80.
 //! Knows bytes and element types, no shapes.
 
 use super::cpu::threads::{Shared, parallel_ranges};
 use super::element::Element;
 use std::alloc::{GlobalAlloc, Layout, System, handle_alloc_error};
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -28,22 +29,48 @@ unsafe impl<E: Element> Send for Buffer<E> {}
 // SAFETY: shared access gives only `&[E]`.
 unsafe impl<E: Element> Sync for Buffer<E> {}
 
-/// Free blocks by size in bytes, and the sum of their sizes.
+/// Free blocks, and the sum of their sizes.
 struct Pool {
-    free: BTreeMap<usize, Vec<usize>>,
+    /// Addresses by size in bytes and by when the block was freed, the last one first: it may still be in a cache.
+    free: BTreeMap<(usize, Reverse<u64>), usize>,
+    /// Sizes by when the block was freed.
+    ages: BTreeMap<u64, usize>,
     free_bytes: usize,
+    /// Blocks freed so far.
+    clock: u64,
 }
 
 impl Pool {
+    const EMPTY: Self = Self { free: BTreeMap::new(), ages: BTreeMap::new(), free_bytes: 0, clock: 0 };
+
     /// Takes out the smallest free block of `wanted` to a quarter more bytes: its address and size.
     fn pop(&mut self, wanted: usize) -> Option<(usize, usize)> {
-        let (size, block) = self.free.range_mut(wanted..=wanted + wanted / 4).find_map(|(size, blocks)| Some((*size, blocks.pop()?)))?;
+        let range = (wanted, Reverse(u64::MAX))..=(wanted + wanted / 4, Reverse(0));
+        let (size, age) = *self.free.range(range).next()?.0;
+        Some((self.remove(size, age.0), size))
+    }
+
+    /// Takes out the block that has been free the longest.
+    fn pop_oldest(&mut self) -> Option<(usize, usize)> {
+        let (age, size) = self.ages.first_key_value().map(|(age, size)| (*age, *size))?;
+        Some((self.remove(size, age), size))
+    }
+
+    fn remove(&mut self, size: usize, age: u64) -> usize {
+        self.ages.remove(&age);
         self.free_bytes -= size;
-        Some((block, size))
+        self.free.remove(&(size, Reverse(age))).expect("both maps hold the same blocks")
+    }
+
+    fn push(&mut self, block: usize, size: usize) {
+        self.clock += 1;
+        self.free.insert((size, Reverse(self.clock)), block);
+        self.ages.insert(self.clock, size);
+        self.free_bytes += size;
     }
 }
 
-static POOL: Mutex<Pool> = Mutex::new(Pool { free: BTreeMap::new(), free_bytes: 0 });
+static POOL: Mutex<Pool> = Mutex::new(Pool::EMPTY);
 static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 static LIVE_BYTES_MAX: AtomicUsize = AtomicUsize::new(0);
 
@@ -71,20 +98,51 @@ fn block_size(bytes: usize) -> usize {
 }
 
 fn layout(size: usize) -> Layout {
-    let align = if size >= HUGE_LEAST { HUGE_PAGE } else { ALIGN };
-    Layout::from_size_align(size, align).expect("block sizes are multiples of the alignment and below isize::MAX")
+    Layout::from_size_align(size, ALIGN).expect("block sizes are multiples of the alignment and below isize::MAX")
 }
 
-/// Asks the system for pages of 2 MiB, before the block is first written to: where a model is read once for a few rows, looking up
-/// its small pages took up to a quarter of the time (8 texts of the 0.5B shape in bf16: 92 ms a token, 74 with them).
-fn ask_for_huge_pages(block: *mut u8, size: usize) {
+/// A block of `size` zeros, or none if there is no memory. A large one is mapped: the system's pages are zeros when they are first
+/// written to, by whichever thread does that, where the allocator would fill them at once by this one. It lies on pages of 2 MiB if
+/// the system has them: where a model is read once for a few rows, looking up its small pages took up to a quarter of the time
+/// (8 texts of the 0.5B shape in bf16: 92 ms a token, 74 with them).
+fn allocate(size: usize) -> Option<NonNull<u8>> {
     #[cfg(target_os = "linux")]
     if size >= HUGE_LEAST {
-        // A system without them says no, and nothing is lost.
-        // SAFETY: the block is this program's own, begins at a page and is not in use; the advice changes no content.
-        let _ = unsafe { rustix::mm::madvise(block.cast(), size / HUGE_PAGE * HUGE_PAGE, rustix::mm::Advice::LinuxHugepage) };
+        use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+        let room = size + HUGE_PAGE;
+        // SAFETY: a new mapping, wherever the system likes. What lies before the first large page and behind the block is given
+        // back, in whole pages; the advice changes no content, and a system without large pages refuses it.
+        unsafe {
+            let start = mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?;
+            let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
+            let block = start.byte_add(before);
+            if before > 0 {
+                munmap(start, before).expect("the mapping is ours");
+            }
+            if before < HUGE_PAGE {
+                munmap(block.byte_add(size), HUGE_PAGE - before).expect("the mapping is ours");
+            }
+            let _ = madvise(block, size, Advice::LinuxHugepage);
+            return NonNull::new(block.cast());
+        }
     }
-    let _ = (block, size);
+    // SAFETY: the layout's size is at least ALIGN, so not zero.
+    NonNull::new(unsafe { System.alloc_zeroed(layout(size)) })
+}
+
+/// Gives a block of [`allocate`] back to the system.
+///
+/// # Safety
+/// The block was allocated with this size, and nobody uses it any more.
+unsafe fn free(block: *mut u8, size: usize) {
+    #[cfg(target_os = "linux")]
+    if size >= HUGE_LEAST {
+        // SAFETY: `allocate` mapped it, and the caller gives it up.
+        unsafe { rustix::mm::munmap(block.cast(), size) }.expect("the mapping is ours");
+        return;
+    }
+    // SAFETY: `allocate` used this very layout, and the caller gives the block up.
+    unsafe { System.dealloc(block, layout(size)) }
 }
 
 /// A block of at least `wanted` bytes, and its size: a free one that is at most a quarter larger, else a new one.
@@ -93,34 +151,37 @@ fn take(wanted: usize) -> (NonNull<u8>, usize) {
     let size = recycled.map_or(wanted, |(_, size)| size);
     let live = LIVE_BYTES.fetch_add(size, Relaxed) + size;
     LIVE_BYTES_MAX.fetch_max(live, Relaxed);
-    if let Some((block, size)) = recycled {
-        return (NonNull::new(block as *mut u8).expect("a block that was once allocated is not null"), size);
+    match recycled {
+        Some((block, size)) => (NonNull::new(block as *mut u8).expect("a block that was once allocated is not null"), size),
+        None => (allocate(size).unwrap_or_else(|| handle_alloc_error(layout(size))), size),
     }
-    // SAFETY: the layout's size is at least ALIGN, so not zero.
-    let block = unsafe { System.alloc(layout(size)) };
-    if !block.is_null() {
-        ask_for_huge_pages(block, size);
-        // SAFETY: the block has `size` bytes and nobody else knows it.
-        unsafe { block.write_bytes(0, size) };
-    }
-    (NonNull::new(block).unwrap_or_else(|| handle_alloc_error(layout(size))), size)
 }
 
 fn give_back(block: NonNull<u8>, size: usize) {
     LIVE_BYTES.fetch_sub(size, Relaxed);
-    if size > SMALL {
+    if size <= SMALL {
+        // SAFETY: `take` had it from `allocate` with this size, and its only owner gives it up here.
+        return unsafe { free(block.as_ptr(), size) };
+    }
+    let mut surplus = Vec::new();
+    {
         let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
-        // Keep little more than was once live together: sizes that vary from step to step must not pile up. Without the
-        // slack the blocks of a step's peak go back to the system and are zeroed anew each step: 4% of a small model's time.
+        pool.push(block.as_ptr() as usize, size);
+        // Keep little more than was once live together: sizes that vary from step to step must not pile up, and those that are
+        // not asked for any more go first. Without the slack the blocks of a step's peak go back to the system and are zeroed
+        // anew each step: 4% of a small model's time.
         let live_max = LIVE_BYTES_MAX.load(Relaxed);
-        if LIVE_BYTES.load(Relaxed) + pool.free_bytes + size <= live_max + (live_max / 8).min(SLACK) {
-            pool.free_bytes += size;
-            pool.free.entry(size).or_default().push(block.as_ptr() as usize);
-            return;
+        while LIVE_BYTES.load(Relaxed) + pool.free_bytes > live_max + (live_max / 8).min(SLACK) {
+            match pool.pop_oldest() {
+                Some(oldest) => surplus.push(oldest),
+                None => break,
+            }
         }
     }
-    // SAFETY: `take` allocated the block with this very layout, and its only owner gives it up here.
-    unsafe { System.dealloc(block.as_ptr(), layout(size)) }
+    for (block, size) in surplus {
+        // SAFETY: the block lay in the pool, so nobody else owns it, and `allocate` made it with this size.
+        unsafe { free(block as *mut u8, size) }
+    }
 }
 
 /// Bytes held by live buffers now.
@@ -140,14 +201,11 @@ pub fn live_bytes_max() -> usize {
 
 /// Returns all recycled blocks to the operating system.
 pub fn release_free() {
-    let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
-    for (size, blocks) in std::mem::take(&mut pool.free) {
-        for block in blocks {
-            // SAFETY: the block lay in the pool, so nobody else owns it, and `take` allocated it with this layout.
-            unsafe { System.dealloc(block as *mut u8, layout(size)) }
-        }
+    let pool = std::mem::replace(&mut *POOL.lock().expect("the pool's lock is never held across a panic"), Pool::EMPTY);
+    for ((size, _), block) in pool.free {
+        // SAFETY: the block lay in the pool, so nobody else owns it, and `allocate` made it with this size.
+        unsafe { free(block as *mut u8, size) }
     }
-    pool.free_bytes = 0;
 }
 
 impl<E: Element> Buffer<E> {
@@ -236,6 +294,28 @@ mod tests {
         for bytes in (1..2_000_000).step_by(997) {
             let size = block_size(bytes);
             assert!(size >= bytes && size.is_multiple_of(ALIGN) && size <= bytes + bytes / 8 + ALIGN, "{bytes} gave {size}");
+        }
+    }
+
+    #[test]
+    fn the_pool_gives_the_closest_block_and_forgets_the_oldest() {
+        let mut pool = Pool::EMPTY;
+        for (block, size) in [(1, 1000), (2, 800), (3, 1000), (4, 1300)] {
+            pool.push(block, size);
+        }
+        assert_eq!((pool.pop(1001), pool.pop(900)), (None, Some((3, 1000))), "too small or more than a quarter larger; the last one freed");
+        assert_eq!((pool.pop_oldest(), pool.pop(640), pool.free_bytes), (Some((1, 1000)), Some((2, 800)), 1300));
+        assert_eq!((pool.pop_oldest(), pool.pop_oldest(), pool.free_bytes), (Some((4, 1300)), None, 0));
+    }
+
+    #[test]
+    fn large_blocks_are_zeros_on_large_pages() {
+        let (block, size) = (allocate(HUGE_LEAST + (1 << 20)).unwrap(), HUGE_LEAST + (1 << 20));
+        // SAFETY: the block was just allocated with this size, and goes when it has been read.
+        unsafe {
+            assert!(std::slice::from_raw_parts(block.as_ptr(), size).iter().all(|byte| *byte == 0));
+            block.as_ptr().write_bytes(7, size);
+            free(block.as_ptr(), size);
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::kernels::element::Dtype;
 use crate::tensor::autograd::with_recording;
 use crate::tensor::experts::load_balance;
 use crate::tensor::parameter::Layout;
+use crate::tensor::select_rows::{row_ids, select_rows};
 use crate::tensor::trainable::Trainable;
 use crate::tensor::{AnyTensor, ModelElement, Place, Tensor};
 use crate::tensor::{head, logprobs};
@@ -282,9 +283,10 @@ impl Model {
     /// Errors: as [`Model::logits`]; [`Error::Argument`] for an index outside the tokens.
     pub fn logits_of(&self, input: &Packed, rows: &[usize]) -> Result<Tensor<f32, 2>> {
         self.check_language("logits")?;
+        let rows = row_ids(rows);
         on_graph!(self, graph => {
             let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
-            let some = head::select_rows(&forward.hidden, rows)?;
+            let some = select_rows("logits", &forward.hidden, &rows)?;
             head::logits(&graph.final_norm(&some)?, &graph.head)
         })
     }
@@ -297,13 +299,13 @@ impl Model {
             return Err(Error::argument("scores", "self", "a model that scores (option `head`)", "one with a head over the vocabulary"));
         }
         let last = input.cu_seqlens.windows(2).enumerate().map(|(index, pair)| match pair[1] > pair[0] {
-            true => Ok(pair[1] as usize - 1),
+            true => Ok(pair[1] as i32 - 1),
             false => Err(Error::argument("scores", "batch", "documents of at least one token", format!("document {} without", index + 1))),
         });
-        let last = last.collect::<Result<Vec<_>>>()?;
+        let last: Arc<[i32]> = last.collect::<Result<_>>()?;
         on_graph!(self, graph => {
             let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
-            let last = head::select_rows(&forward.hidden, &last)?;
+            let last = select_rows("scores", &forward.hidden, &last)?;
             head::scores(&graph.final_norm(&last)?, &graph.head)
         })
     }

@@ -11,7 +11,9 @@ use crate::tensor::linear::{linear, norm_linear, swiglu_linear};
 use crate::tensor::paged_attention::{KvBlocks, Span, Texts, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
+use crate::tensor::select_rows::select_rows;
 use crate::tensor::{ModelElement, Parameter, Place, Tensor};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 /// Documents laid end to end: `tokens` and `position_ids` of `[tokens]`, and the borders of the documents, from 0 to
@@ -21,6 +23,9 @@ pub struct Packed<'a> {
     pub tokens: &'a [i32],
     pub position_ids: &'a [i32],
     pub cu_seqlens: &'a [u32],
+    /// For each document, the rows of an earlier one that stand before its own: the beginning of a document that has none
+    /// itself. No entries at all where every document is whole.
+    pub prefixes: &'a [Range<u32>],
 }
 
 impl Packed<'_> {
@@ -51,8 +56,45 @@ impl Packed<'_> {
         if let Some(position) = self.position_ids.iter().find(|position| **position < 0) {
             return Err(Error::argument(op, "position_ids", "0 or more", position));
         }
+        if !self.prefixes.is_empty() && self.prefixes.len() + 1 != self.cu_seqlens.len() {
+            let expected = format!("{} (one a document), or none", self.cu_seqlens.len() - 1);
+            return Err(Error::argument(op, "prefixes", expected, self.prefixes.len()));
+        }
+        for (index, prefix) in self.prefixes.iter().enumerate().filter(|(_, prefix)| !prefix.is_empty()) {
+            // The last document that begins at or before that row; empty ones come before it.
+            let earlier = self.cu_seqlens.partition_point(|border| *border <= prefix.start) - 1;
+            let begins = earlier < index && self.cu_seqlens[earlier] == prefix.start && prefix.end <= self.cu_seqlens[earlier + 1];
+            if !(begins && self.prefixes[earlier].is_empty()) {
+                let expected = "the beginning of an earlier document that is whole";
+                return Err(Error::argument(op, format!("prefixes[{index}]"), expected, format!("{prefix:?}")));
+            }
+        }
         Ok(())
     }
+
+    /// The documents as attention walks over them, each with its prefix; none if every document is whole already.
+    fn unfolded(&self) -> Option<Unfolded> {
+        if self.prefixes.iter().all(Range::is_empty) {
+            return None;
+        }
+        let (mut rows, mut own, mut borders) = (Vec::new(), Vec::with_capacity(self.tokens.len()), vec![0]);
+        for (prefix, pair) in self.prefixes.iter().zip(self.cu_seqlens.windows(2)) {
+            rows.extend(prefix.clone().map(|row| row as i32));
+            own.extend((0..pair[1] - pair[0]).map(|row| rows.len() as i32 + row as i32));
+            rows.extend((pair[0]..pair[1]).map(|row| row as i32));
+            borders.push(rows.len() as i32);
+        }
+        Some(Unfolded { rows: rows.into(), own: own.into(), borders })
+    }
+}
+
+/// Documents that share rows, written out.
+struct Unfolded {
+    /// The row that each of theirs is.
+    rows: Arc<[i32]>,
+    /// Where each row stands that is not a copy.
+    own: Arc<[i32]>,
+    borders: Vec<i32>,
 }
 
 /// A transformer layer's weights. q, k and v are rows of one matrix, as are gate and up, so that each input is read once.
@@ -132,10 +174,20 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: those of [`Packed::check`].
     pub fn forward(self: &Arc<Self>, input: &Packed, recompute_layers: bool, observe: impl FnMut(&Tensor<E, 2>)) -> Result<Forward<E>> {
         input.check("forward", self.config.vocab)?;
-        let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
-        let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
         let heads = self.heads();
-        let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
+        let Some(Unfolded { rows, own, borders }) = input.unfolded() else {
+            let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
+            let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
+            let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
+            return self.forward_with(input.tokens, recompute_layers, observe, attend);
+        };
+        let positions: Vec<i32> = rows.iter().map(|row| input.position_ids[*row as usize]).collect();
+        let tables = Arc::new(self.rope.tables::<E>(&positions, self.place())?);
+        let documents = Arc::new(Documents::new(borders));
+        let attend = move |_, qkv: &Tensor<E, 2>, window| {
+            let mixed = attention(&select_rows("attention", qkv, &rows)?, heads, &tables, &documents, window)?;
+            select_rows("attention", &mixed, &own)
+        };
         self.forward_with(input.tokens, recompute_layers, observe, attend)
     }
 
@@ -153,7 +205,7 @@ impl<E: ModelElement> Graph<E> {
         spans: Vec<Span>,
         cache: &Arc<Mutex<KvBlocks>>,
     ) -> Result<Forward<E>> {
-        Packed { tokens, position_ids, cu_seqlens: &[0, tokens.len() as u32] }.check("generate", self.config.vocab)?;
+        Packed { tokens, position_ids, cu_seqlens: &[0, tokens.len() as u32], prefixes: &[] }.check("generate", self.config.vocab)?;
         let tables = Arc::new(self.rope.tables::<E>(position_ids, self.place())?);
         let (heads, texts, cache) = (self.heads(), Arc::new(Texts::new(spans)), cache.clone());
         let attend = move |layer, qkv: &Tensor<E, 2>, window| {

@@ -7,6 +7,7 @@ use crate::tensor::autograd::with_recording;
 pub use crate::tensor::head::LogitRows;
 use crate::tensor::paged_attention::KvBlocks;
 pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
+use crate::tensor::select_rows::{row_ids, select_rows};
 use crate::tensor::{ModelElement, head};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -61,7 +62,7 @@ impl Model {
             let chunk = (LOGITS_BYTES / (4 * graph.config.vocab)).max(1);
             for start in (0..rows.len()).step_by(chunk) {
                 let range = start..rows.len().min(start + chunk);
-                let wanted = head::select_rows(&forward.hidden, &rows[range.clone()])?;
+                let wanted = select_rows("generate", &forward.hidden, &row_ids(&rows[range.clone()]))?;
                 each(range, &head::logit_rows(&graph.final_norm(&wanted)?, &graph.head)?)?;
             }
             Ok(())

@@ -1,4 +1,4 @@
-//! What stands on top of the layers, as tensors that scripts go on with: the logits of some rows, and one score for each.
+//! What stands on top of the layers, as tensors that scripts go on with: their logits, and one score for each.
 //! Losses over labels do not come here: they go through logprobs.rs, which never stores logits.
 
 use super::ModelElement;
@@ -8,44 +8,11 @@ use super::logprobs::logprobs_of_logits;
 use super::parameter::Parameter;
 use super::place::downloaded;
 use super::typed::{Data, Tensor};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, norm};
 use crate::kernels::cuda::memory::DeviceBuffer;
 use std::sync::Arc;
-
-/// Some rows of `x`, in the order asked for; one may be asked for twice.
-///
-/// - `x`: `[tokens, hidden]`
-/// - returns `[rows.len(), hidden]`
-///
-/// Errors: [`Error::Argument`] for a row that `x` does not have.
-pub fn select_rows<E: ModelElement>(x: &Tensor<E, 2>, rows: &[usize]) -> Result<Tensor<E, 2>> {
-    let [tokens, hidden] = x.shape();
-    if let Some(row) = rows.iter().find(|row| **row >= tokens) {
-        return Err(Error::argument("logits", "rows", format!("indices below {tokens}"), row));
-    }
-    if let Some(device) = x.device() {
-        return cuda::select_rows(device, x, rows);
-    }
-    let mut some = Buffer::scratch(rows.len() * hidden);
-    for (to, row) in some.chunks_exact_mut(hidden.max(1)).zip(rows) {
-        to.copy_from_slice(&x.values()[row * hidden..][..hidden]);
-    }
-    let shape = [rows.len(), hidden];
-    let rows = rows.to_vec();
-    Ok(Tensor::from_operation(shape, Data::ready(some), &[x.node()], false, move |dy, sink| {
-        sink.accumulate::<E>(0, tokens * hidden, |dx, add| {
-            if !add {
-                dx.fill(E::default());
-            }
-            for (from, row) in dy.chunks_exact(hidden.max(1)).zip(&rows) {
-                norm::add(&mut dx[row * hidden..][..hidden], from);
-            }
-        });
-        Ok(())
-    }))
-}
 
 /// All logits of each row: `[rows, hidden]` times the head gives `[rows, vocab]`, f32.
 ///

@@ -1,11 +1,11 @@
 //! The loss head: log-probabilities, entropy and cross entropy straight from hidden states. Logits exist for a chunk of
-//! rows at a time and are never stored; rows without a label are skipped.
+//! rows at a time, and few are kept; rows without a label are skipped.
 //! Cross entropy is deferred: its backward pass needs the logits anyway and computes the value on the way, so that a
 //! training step pays three products with the head, not four.
 //! Source of the idea: Liger-Kernel's fused linear cross entropy.
 
 use super::ModelElement;
-use super::autograd::Sink;
+use super::autograd::{Sink, is_recording};
 use super::cuda::logprobs as cuda;
 use super::linear::{check_weight, weight_gradients};
 use super::parameter::Parameter;
@@ -13,6 +13,7 @@ use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{cross_entropy as kernel, gemm, norm};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// A label that is no target.
@@ -24,6 +25,10 @@ pub const IGNORE: i32 = -100;
 const CHUNK_BYTES: usize = 384 << 20;
 /// The same on a device, where each chunk reads and writes the gradient of the head once more.
 const CHUNK_BYTES_ON_DEVICE: usize = 1 << 30;
+
+/// Bytes of logits that [`logprobs`] keeps for its backward pass, whole chunks of them: with a small vocabulary, or few rows,
+/// one product with the head in four is spared.
+const KEPT_BYTES: usize = 128 << 20;
 
 /// Rows of a chunk, of `count` in all: as few chunks as fit, of about the same size, in whole tiles of the product, which have
 /// 12 or 32 rows; and a multiple of 32 is where the head's gradient may be cut without changing a bit.
@@ -308,10 +313,17 @@ fn score<E: ModelElement>(
     let count = targets.rows.len();
     let (mut lse, mut logprobs, mut entropies) =
         (Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count));
+    let differentiates = is_recording() && (x.node().is_some() || head.trains());
+    let (mut kept, mut room) = (VecDeque::new(), if differentiates { KEPT_BYTES } else { 0 });
     for_chunks(&targets, vocab, |range, x, labels| {
         let logits = chunk_logits(x, head, temperature);
         let entropies = (score == Score::Entropy).then(|| &mut entropies[range.clone()]);
         kernel::logprobs(&logits, vocab, labels, &mut lse[range.clone()], &mut logprobs[range], entropies);
+        // The first chunks, without a gap: a later one that is smaller does not slip in.
+        room = room.saturating_sub(size_of_val(&logits[..]));
+        if room > 0 {
+            kept.push_back(logits);
+        }
     });
     let mut y = Buffer::zeroed(targets.tokens);
     for (row, value) in targets.rows.iter().zip(if score == Score::Logprob { &logprobs } else { &entropies }.iter()) {
@@ -323,7 +335,7 @@ fn score<E: ModelElement>(
         let wants_rows = sink.wants(0);
         let mut d_rows = Buffer::<E>::scratch(if wants_rows { count * targets.hidden } else { 0 });
         for_chunks(&targets, vocab, |range, x, labels| {
-            let logits = chunk_logits(x, &head, temperature);
+            let logits = kept.pop_front().unwrap_or_else(|| chunk_logits(x, &head, temperature));
             let (mut minus, mut plain) = (Buffer::scratch(range.len()), Buffer::scratch(range.len()));
             for (index, row) in targets.rows[range.clone()].iter().enumerate() {
                 plain[index] = dy[*row as usize] / temperature;

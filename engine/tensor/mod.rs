@@ -32,6 +32,7 @@ pub mod place;
 pub mod recompute;
 pub mod reduce;
 pub mod rms_norm;
+pub mod select_rows;
 mod shape;
 pub mod softmax;
 pub mod trainable;

@@ -3,8 +3,10 @@
 use crate::fixtures::clear_gradients;
 use crate::training::{Training, check_gradients};
 use crate::{Bench, bench};
+use perilune::data::pack::TokenBatch;
 use perilune::infer::sampler::Rules;
 use perilune::infer::scheduler::{Job, Scheduler};
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::element::Dtype;
 use perilune::model::config::Config;
 use perilune::model::presets::{preset, with_fields};
@@ -43,7 +45,7 @@ fn labels() -> Vec<i32> {
 
 fn with_batch<T>(run: impl FnOnce(&Packed) -> T) -> T {
     let positions = positions();
-    run(&Packed { tokens: &TOKENS, position_ids: &positions, cu_seqlens: &BORDERS })
+    run(&Packed { tokens: &TOKENS, position_ids: &positions, cu_seqlens: &BORDERS, prefixes: &[] })
 }
 
 fn values(model: &Model) -> Vec<(String, Vec<f32>)> {
@@ -167,7 +169,7 @@ fn a_document_has_the_same_bits_alone_and_recomputed() {
     for (moe, dtype) in [(false, Dtype::Bf16), (true, Dtype::F32)] {
         let model = on(bench, moe, dtype);
         let packed = with_batch(|batch| model.logits(batch)).unwrap();
-        let alone = Packed { tokens: &TOKENS[19..], position_ids: &positions()[19..], cu_seqlens: &[0, 7] };
+        let alone = Packed { tokens: &TOKENS[19..], position_ids: &positions()[19..], cu_seqlens: &[0, 7], prefixes: &[] };
         assert!(model.logits(&alone).unwrap().values() == &packed.values()[19 * 67..], "{dtype}");
         let gradients_of = |recompute: bool| {
             model.set_recompute(recompute);
@@ -182,6 +184,36 @@ fn a_document_has_the_same_bits_alone_and_recomputed() {
         early.backward().unwrap();
         late.backward().unwrap();
         assert!(late.values()[0] == value, "{dtype}: a loss is the same before and after its backward pass");
+    }
+}
+
+#[test]
+fn a_shared_prompt_changes_no_bit_of_what_follows() {
+    let Some(bench) = bench() else { return };
+    let (prompt, answers) = ([5, 61, 3, 3, 17, 40, 66], [[0, 12, 5], [9, 31, 5], [28, 44, 2]]);
+    let (mut whole, mut shared) = (TokenBatch { cu_seqlens: vec![0], ..TokenBatch::default() }, TokenBatch::default());
+    shared.cu_seqlens.push(0);
+    for (index, answer) in answers.iter().enumerate() {
+        let tokens = [&prompt[..], answer].concat();
+        let labels: Vec<i32> = [&[-100; 6][..], answer, &[-100]].concat();
+        whole.push(&tokens, &labels, None);
+        shared.push(&tokens, &labels, (index > 0).then_some(0));
+    }
+    assert_eq!((whole.tokens.len(), shared.tokens.len()), (30, 18));
+    for (moe, dtype) in [(false, Dtype::Bf16), (true, Dtype::F32)] {
+        let model = on(bench, moe, dtype);
+        let [(alone, want), (together, got)] = [&whole, &shared].map(|batch| {
+            clear_gradients(&model);
+            let TokenBatch { tokens, position_ids, cu_seqlens, prefixes, labels, .. } = batch;
+            let logprobs = model.logprobs(&Packed { tokens, position_ids, cu_seqlens, prefixes }, labels, 1.0).unwrap();
+            logprobs.backward_with(Buffer::copy_of(&vec![1.0; tokens.len()])).unwrap();
+            (logprobs.values().iter().copied().filter(|value| *value != 0.0).collect::<Vec<_>>(), gradients(&model))
+        });
+        assert_eq!(alone.len(), 9);
+        assert!(alone == together, "{dtype}");
+        for ((name, got), (_, want)) in got.iter().zip(&want) {
+            assert_near(&format!("gradient of {name}"), got, want, if dtype == Dtype::F32 { 1e-5 } else { 3e-2 });
+        }
     }
 }
 
@@ -273,7 +305,7 @@ fn generation_reports_the_log_probabilities_of_training_to_the_bit() {
                 let labels: Vec<i32> =
                     (1..=tokens.len()).map(|at| if at < prompt.len() { -100 } else { *tokens.get(at).unwrap_or(&-100) }).collect();
                 let positions: Vec<i32> = (0..count as i32).collect();
-                let packed = Packed { tokens: &tokens, position_ids: &positions, cu_seqlens: &[0, count] };
+                let packed = Packed { tokens: &tokens, position_ids: &positions, cu_seqlens: &[0, count], prefixes: &[] };
                 let trained = model.logprobs(&packed, &labels, 0.8).unwrap();
                 let trained = &trained.values()[prompt.len() - 1..tokens.len() - 1];
                 assert!(text.logprobs == trained, "{dtype}: {:?} and {trained:?}", text.logprobs);

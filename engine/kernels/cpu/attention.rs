@@ -254,7 +254,8 @@ fn attend<F: Form, E: Float>(
         for (index, (queries, memory)) in queries.chunks_exact(tile_words).zip(states.chunks_exact_mut(State::words(padded))).enumerate() {
             let position = block.first + index % tiles * ROWS;
             let visible = std::array::from_fn(|r| Visible::of(settings, position + r, key_block * BLOCK));
-            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, &mut State::of(memory, padded), &mut work);
+            let rows = ROWS.min(block.count() - index % tiles * ROWS);
+            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, rows, &mut State::of(memory, padded), &mut work);
         }
     }
 
@@ -313,6 +314,7 @@ impl Visible {
 ///
 /// - `queries`: `[8, words(head_dim)]`; `keys`: `[2, words(head_dim), 32]`; `values`: `[panels, words(64), 32]`
 /// - `visible`: the keys that each row sees; rows in one call have positions between two multiples of 8
+/// - `rows`: how many of the rows matter, the first ones
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the operands of one step")]
 pub(super) fn attend_block<F: Form, E: Float>(
@@ -322,6 +324,7 @@ pub(super) fn attend_block<F: Form, E: Float>(
     keys: &[f32],
     values: &[f32],
     visible: &[Visible; ROWS],
+    rows: usize,
     state: &mut State,
     work: &mut Work,
 ) {
@@ -330,14 +333,14 @@ pub(super) fn attend_block<F: Form, E: Float>(
     let left = Left { words: queries, row: depth };
     let scores = &mut work.scores.0;
     let panels = walk.div_ceil(COLUMNS);
-    form.multiply_panels(left, keys, depth * COLUMNS, panels, depth, scores.as_flattened_mut(), BLOCK, Start::Zero);
+    form.multiply_rows(rows, left, keys, depth * COLUMNS, panels, depth, scores.as_flattened_mut(), BLOCK, Start::Zero);
     let mut factors = [0.0; ROWS];
-    for ((row, visible), maximum) in scores.iter_mut().zip(visible).zip(&mut factors) {
+    for ((row, visible), maximum) in scores[..rows].iter_mut().zip(visible).zip(&mut factors) {
         visible.mask(row);
         *maximum = form.max(row);
     }
     let mut shifts = [0.0; ROWS];
-    for ((factor, shift), maximum) in factors.iter_mut().zip(&mut shifts).zip(&mut *state.maxima) {
+    for ((factor, shift), maximum) in factors[..rows].iter_mut().zip(&mut shifts).zip(&mut *state.maxima) {
         // The scale is positive, so the maximum of the scaled scores is the scaled maximum.
         let new = larger(*factor * scale, *maximum);
         // While nothing has been visible, any finite number will do: each term below is exp(-inf) = 0.
@@ -345,7 +348,7 @@ pub(super) fn attend_block<F: Form, E: Float>(
         *factor = exp(*maximum - *shift);
         *maximum = new;
     }
-    for (r, row) in scores.iter_mut().enumerate() {
+    for (r, row) in scores[..rows].iter_mut().enumerate() {
         let mut sums: [f32; LANES] = std::array::from_fn(|lane| state.sums[r * LANES + lane] * factors[r]);
         form.exp(row, scale, shifts[r]);
         for chunk in row.chunks_exact(LANES) {
@@ -365,7 +368,8 @@ pub(super) fn attend_block<F: Form, E: Float>(
         Left { words: work.scores.0.as_flattened(), row: BLOCK }
     };
     let walk = words::<F>(walk).next_multiple_of(F::GROUP);
-    form.multiply_panels(left, values, words::<F>(BLOCK) * COLUMNS, padded / COLUMNS, walk, state.outputs, padded, Start::Scaled(&factors));
+    let (panel_words, panels) = (words::<F>(BLOCK) * COLUMNS, padded / COLUMNS);
+    form.multiply_rows(rows, left, values, panel_words, panels, walk, state.outputs, padded, Start::Scaled(&factors));
 }
 
 /// 8 rows, on cache lines of their own.

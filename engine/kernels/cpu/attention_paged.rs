@@ -294,7 +294,8 @@ fn attend<F: Form, E: Float>(
         QueryTile::each(task, heads, by_heads, |tile| {
             let (queries, memory) = operands.next().expect("operands for each tile");
             let visible = std::array::from_fn(|r| Visible::of(settings, tile.row(r.min(tile.count - 1)).0, key_block * BLOCK));
-            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, &mut State::of(memory, padded), &mut work);
+            let state = &mut State::of(memory, padded);
+            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, tile.count, state, &mut work);
         });
     }
 

@@ -61,6 +61,26 @@ pub trait Form: Copy + Send + Sync {
         }
     }
 
+    /// [`Self::multiply_panels`] for rows of which only the first `rows` matter: theirs have the same bits, and what the others
+    /// have afterwards is not said.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "those of multiply_panels, and the rows")]
+    fn multiply_rows(
+        self,
+        rows: usize,
+        a: Left,
+        b: &[f32],
+        b_panel: usize,
+        panels: usize,
+        depth: usize,
+        c: &mut [f32],
+        stride: usize,
+        start: Start,
+    ) {
+        let _ = rows;
+        self.multiply_panels(a, b, b_panel, panels, depth, c, stride, start);
+    }
+
     /// The largest of a row's numbers.
     #[inline(always)]
     fn max(self, row: &Row) -> f32 {
@@ -302,6 +322,89 @@ macro_rules! tile_512 {
     }};
 }
 
+/// [`Form::multiply_rows`] on 512-bit registers: a few rows and two panels at a time, so that there are sums enough to hide how
+/// long one takes. `$step` is that of [`tile_512`].
+macro_rules! few_rows_512 {
+    ($features:literal, $step:expr) => {
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn multiply_rows(
+            self,
+            rows: usize,
+            a: Left,
+            b: &[f32],
+            b_panel: usize,
+            panels: usize,
+            depth: usize,
+            c: &mut [f32],
+            stride: usize,
+            start: Start,
+        ) {
+            #[target_feature(enable = $features)]
+            #[allow(clippy::too_many_arguments, reason = "those of multiply_rows")]
+            fn few<const FEW: usize>(
+                a: Left,
+                b: &[f32],
+                b_panel: usize,
+                panels: usize,
+                depth: usize,
+                c: &mut [f32],
+                stride: usize,
+                start: Start,
+            ) {
+                use std::arch::x86_64::*;
+                assert!(panels > 0 && (depth == 0 || a.words.len() >= (FEW - 1) * a.row + depth));
+                assert!(b.len() >= (panels - 1) * b_panel + depth * COLUMNS);
+                assert!(c.len() >= (FEW - 1) * stride + panels * COLUMNS);
+                for panel in (0..panels).step_by(2) {
+                    // A last panel without a neighbour is multiplied twice and written twice.
+                    let next = usize::from(panel + 1 < panels);
+                    let columns = [0, 16, next * COLUMNS, next * COLUMNS + 16];
+                    // SAFETY: the asserts hold that rows 0..FEW of `c`, `panels` panels wide and `stride` apart, words 0..depth of
+                    // FEW rows of `a` and `depth` rows of `panels` panels of `b` lie within their slices; `c` is borrowed mutably
+                    // and nothing else aliases it.
+                    unsafe {
+                        let (row, a, c) = (a.row, a.words.as_ptr(), c.as_mut_ptr().add(panel * COLUMNS));
+                        let b = [b.as_ptr().add(panel * b_panel), b.as_ptr().add((panel + next) * b_panel)];
+                        let mut sums = [[_mm512_setzero_ps(); 4]; FEW];
+                        for (r, sums) in sums.iter_mut().enumerate() {
+                            let present = || columns.map(|column| _mm512_loadu_ps(c.add(r * stride + column)));
+                            match start {
+                                Start::Zero => {}
+                                Start::Keep => *sums = present(),
+                                Start::Scaled(factors) => *sums = present().map(|sum| _mm512_mul_ps(sum, _mm512_set1_ps(factors[r]))),
+                            }
+                        }
+                        for k in 0..depth {
+                            let y = [0, 1, 2, 3].map(|part| _mm512_loadu_ps(b[part / 2].add(k * COLUMNS + part % 2 * 16)));
+                            for (r, sums) in sums.iter_mut().enumerate() {
+                                let x = _mm512_set1_ps(*a.add(r * row + k));
+                                for (sum, y) in sums.iter_mut().zip(y) {
+                                    *sum = $step(x, y, *sum);
+                                }
+                            }
+                        }
+                        for (r, sums) in sums.iter().enumerate() {
+                            for (sum, column) in sums.iter().zip(columns) {
+                                _mm512_storeu_ps(c.add(r * stride + column), *sum);
+                            }
+                        }
+                    }
+                }
+            }
+            // SAFETY: the token exists, so `Choice::at` saw a processor with these features.
+            unsafe {
+                match rows {
+                    1 => few::<1>(a, b, b_panel, panels, depth, c, stride, start),
+                    2 => few::<2>(a, b, b_panel, panels, depth, c, stride, start),
+                    3 | 4 => few::<4>(a, b, b_panel, panels, depth, c, stride, start),
+                    _ => self.multiply_panels(a, b, b_panel, panels, depth, c, stride, start),
+                }
+            }
+        }
+    };
+}
+
 form!(
     Fused512,
     false,
@@ -309,6 +412,7 @@ form!(
     |a, b, depth, c, stride, start| { tile_512!(a, b, depth, c, stride, start, |x, y, sum| _mm512_fmadd_ps(x, y, sum)) },
     {
         rows_512!();
+        few_rows_512!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma", |x, y, sum| _mm512_fmadd_ps(x, y, sum));
     }
 );
 
@@ -324,6 +428,9 @@ form!(
     },
     {
         rows_512!();
+        few_rows_512!("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma", |x: __m512, y: __m512, sum| {
+            _mm512_dpbf16_ps(sum, std::mem::transmute::<__m512, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(y))
+        });
 
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
@@ -378,6 +485,18 @@ mod tests {
                             if row < count && column < count { a.row(row).iter().zip(b.row(column)).map(dot).sum() } else { 0.0 };
                         // 64 roundings at sums below 64.
                         assert!((f64::from(c[r * 40 + j]) - want).abs() < 2e-5, "{head_dim} {count}: [{row}, {column}]");
+                    }
+                }
+                // A few rows alone have the same bits, whatever the number of panels.
+                for few in 1..=ROWS {
+                    for panels in 1..=2 {
+                        let (mut all, mut some) = ([0.5; ROWS * BLOCK], [0.5; ROWS * BLOCK]);
+                        let (factors, panel_words) = (std::array::from_fn(|r| r as f32 - 3.5), depth * COLUMNS);
+                        for start in [Start::Zero, Start::Keep, Start::Scaled(&factors)] {
+                            form.multiply_panels(queries, &keys, panel_words, panels, depth, &mut all, BLOCK, start);
+                            form.multiply_rows(few, queries, &keys, panel_words, panels, depth, &mut some, BLOCK, start);
+                            assert_eq!(all[..few * BLOCK], some[..few * BLOCK], "{head_dim} {count}: {few} rows, {panels} panels");
+                        }
                     }
                 }
                 // The sum over rows: weights 1 for each row, kept sums doubled.

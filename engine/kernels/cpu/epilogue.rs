@@ -15,8 +15,7 @@ vectorised! {
     ) {
         for (r, sums) in sums.chunks_exact(PANEL_COLUMNS).enumerate() {
             let at = first + r * stride;
-            let mut row = [0.0f32; PANEL_COLUMNS];
-            row.copy_from_slice(sums);
+            let mut row: [f32; PANEL_COLUMNS] = *sums.first_chunk().expect("sums of a row");
             if let Some(bias) = bias {
                 row.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_f32());
             }
@@ -72,5 +71,9 @@ fn write_row<O: Float>(out: &mut [O], sums: &[f32; PANEL_COLUMNS], streams: bool
         return;
     }
     let _ = streams;
-    out.copy_from_slice(&rounded[..out.len()]);
+    // Of the whole width almost always, whose copy is a few moves and no call.
+    match out.first_chunk_mut::<PANEL_COLUMNS>() {
+        Some(out) => *out = rounded,
+        None => out.copy_from_slice(&rounded[..out.len()]),
+    }
 }

@@ -1,7 +1,6 @@
 //! The loss head on a GPU; see tensor/logprobs.rs. Log-probabilities and entropies come to the host, where scripts make losses
 //! of them: `score` waits for the device. Cross entropy does not: its value is fetched when somebody reads it.
 
-use super::head::ids_of;
 use super::linear::weight_gradients;
 use super::{GRADIENTS, activation, gradient, operand, scratch};
 use crate::error::Result;
@@ -15,6 +14,7 @@ use crate::tensor::autograd::{Node, Sink};
 use crate::tensor::logprobs::{Extra, Score, labelled_rows, rows_on_device, scalar};
 use crate::tensor::parameter::Parameter;
 use crate::tensor::place::downloaded;
+use crate::tensor::select_rows::row_ids;
 use crate::tensor::{Data, ModelElement, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -243,7 +243,7 @@ pub fn logprobs_of_logits(
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     let device = logits.device();
     let count = rows.len();
-    let row_ids = DeviceBuffer::copy_of(device, "rows", &ids_of(rows))?;
+    let row_ids = DeviceBuffer::copy_of(device, "rows", &row_ids(rows))?;
     let mut own = scratch::<f32>(device, count * vocab)?;
     embed(device, logits.view(), vocab, row_ids.view(), own.view_mut())?;
     if temperatures.iter().any(|temperature| *temperature != 1.0) {

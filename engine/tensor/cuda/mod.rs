@@ -11,6 +11,7 @@ pub mod logprobs;
 pub mod low_rank;
 pub mod paged_attention;
 pub mod rms_norm;
+pub mod select_rows;
 pub mod update;
 pub mod value;
 
