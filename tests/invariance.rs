@@ -254,7 +254,7 @@ fn a_prefix_that_is_no_beginning_is_refused() {
     for wrong in [[0..2, 0..0, 0..0], [0..0, 1..3, 0..0], [0..0, 0..6, 0..0], [0..0, 0..0, 9..11], [0..0, 5..6, 0..0], [0..0, 0..2, 5..6]] {
         assert!(refused(wrong.clone()).is_some_and(|message| message.contains("prefixes[")), "{wrong:?}");
     }
-    let few = Batch { prefixes: vec![0..0], ..batch.clone() };
+    let few = Batch { prefixes: std::iter::once(0..0).collect(), ..batch.clone() };
     assert!(model.logprobs(&few.packed(), &few.next_tokens(), 1.0).is_err_and(|error| error.to_string().contains("prefixes")));
 }
 

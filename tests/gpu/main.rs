@@ -1,6 +1,6 @@
-//! The CUDA kernels against the CPU's. On a machine with a GPU they run on it; without one their sources are compiled by the
-//! C++ compiler and executed by the emulator of tests/emulator, each twice: with threads in ascending and in descending
-//! order, which must not change a bit. Either way the launchers, the allocator and the compiler's cache are the real ones.
+//! The CUDA kernels, and models and runs on them, against the CPU's. On a machine with a GPU they run on it; without one their
+//! sources are compiled by the C++ compiler and executed by the emulator of tests/emulator, each twice: with threads in
+//! ascending and in descending order, which must not change a bit. Either way launchers, allocator and cache are the real ones.
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
 mod attention;

@@ -56,7 +56,9 @@ fn a_run_that_stopped_goes_on_to_the_bit() {
     assert!(!bench.is_emulated() || build_libraries(&libraries), "the emulator was built before");
     let run = |arguments: &[&str]| perilune(folder.path(), bench.is_emulated().then_some(&libraries), arguments);
     std::fs::write(folder.path().join("survivor.lua"), SCRIPT).unwrap();
-    for experts in ["0", "4"] {
+    // The emulator takes its time: there the one that has everything must do.
+    let shapes: &[&str] = if bench.is_emulated() { &["4"] } else { &["0", "4"] };
+    for experts in shapes.iter().copied() {
         let weights = || std::fs::read(folder.path().join("final/model.safetensors")).unwrap();
         let whole = run(&["run", "survivor.lua", "--experts", experts]);
         let answer = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
