@@ -15,8 +15,9 @@ use std::time::Instant;
 
 const PROMPT_TOKENS: usize = 64;
 const DECODED_TOKENS: usize = 64;
-const BATCHES: [usize; 2] = [1, 8];
-const PREFILLS: [usize; 2] = [512, 4096];
+/// Measured unless others are asked for.
+pub const BATCHES: [usize; 2] = [1, 8];
+pub const PREFILLS: [usize; 2] = [512, 4096];
 const READ_BYTES: usize = 512 << 20;
 
 /// Report and text. Errors: those of the model.
@@ -33,7 +34,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         model.dtype_name(),
         threads()
     );
-    for batch in BATCHES {
+    for &batch in &case.batches {
         let mut steps = Vec::new();
         timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| decode(&model, batch, &mut steps));
@@ -50,7 +51,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         report[format!("decode_{batch}")] = json!({ "tokens_per_s": rate, "best": batch as f64 / times.best(), "weights_gb_s": gbs, "share_of_read": gbs / read, "step": times.to_json() });
     }
     let matrix = bench_ceilings::matrix_product(model.dtype(), (case.seconds / 10.0).min(2.0))?;
-    for tokens in PREFILLS.into_iter().filter(|tokens| *tokens <= case.config.max_positions) {
+    for &tokens in case.prefills.iter().filter(|tokens| **tokens <= case.config.max_positions) {
         let times = timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| prefill(&model, tokens));
             result.map(|()| took)
@@ -128,8 +129,9 @@ fn read_rate(seconds: f64) -> Result<f64> {
 }
 
 fn sum_of(values: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 64];
-    for chunk in values.as_chunks::<64>().0 {
+    // As many as fit the registers that every processor has.
+    let mut lanes = [0.0f32; 32];
+    for chunk in values.as_chunks::<32>().0 {
         lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
     }
     lanes.iter().sum()
