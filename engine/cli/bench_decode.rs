@@ -7,6 +7,7 @@ use super::units;
 use crate::error::Result;
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Job, Scheduler};
+use crate::kernels::cpu::norm;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::random::Stream;
 use crate::model::{Model, flops};
@@ -111,28 +112,13 @@ fn prefill(model: &Model, tokens: usize) -> Result<()> {
     Ok(())
 }
 
-/// GB/s at which all threads together read memory that no cache holds.
+/// GB/s at which all threads together read memory that no cache holds: by the kernel that does little else.
 fn read_rate(seconds: f64) -> Result<f64> {
     let values = filled::<f32>(READ_BYTES / 4);
-    let part = values.len().div_ceil(threads());
     let times = timed(seconds, || {
-        let (took, sum) = clocked(|| {
-            std::thread::scope(|scope| {
-                let parts: Vec<_> = values.chunks(part).map(|part| scope.spawn(|| sum_of(part))).collect();
-                parts.into_iter().map(|part| part.join().expect("a sum does not panic")).sum::<f32>()
-            })
-        });
+        let (took, sum) = clocked(|| norm::sum_of_squares(&[&values[..]]));
         assert!(sum.is_finite());
         Ok(took)
     })?;
     Ok(READ_BYTES as f64 / times.best() / 1e9)
-}
-
-fn sum_of(values: &[f32]) -> f32 {
-    // As many as fit the registers that every processor has.
-    let mut lanes = [0.0f32; 32];
-    for chunk in values.as_chunks::<32>().0 {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
-    }
-    lanes.iter().sum()
 }

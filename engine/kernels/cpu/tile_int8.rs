@@ -126,13 +126,17 @@ fn portable(planes: usize, a: &[u8], panel: &[i8], sums: &mut [i32]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn vnni<const PLANES: usize>(mut a: *const u8, mut panel: *const i8, groups: usize, to: *mut i32) {
-    // Bytes of the panel that are asked for ahead of time, into the second cache.
-    const AHEAD: usize = 4096;
+    // Bytes of the panel that are asked for ahead of time, into the second cache and from there into the first: a step of the
+    // 0.5B shape multiplied for 19 ms with both, for 20.5 with the second cache alone, 4 KiB ahead, and for 28 without.
+    const FAR: usize = 8192;
+    const NEAR: usize = 1024;
     let mut sums = [[_mm512_setzero_si512(); 2]; PLANES];
     for _ in 0..groups {
         for unit in 0..GROUP / TOGETHER {
-            _mm_prefetch::<_MM_HINT_T1>(panel.wrapping_add(AHEAD));
-            _mm_prefetch::<_MM_HINT_T1>(panel.wrapping_add(AHEAD + 64));
+            for line in [0, 64] {
+                _mm_prefetch::<_MM_HINT_T1>(panel.wrapping_add(FAR + line));
+                _mm_prefetch::<_MM_HINT_T0>(panel.wrapping_add(NEAR + line));
+            }
             // SAFETY: the caller's promise: 128 bytes of this unit of the panel, and 4 of each plane of this group.
             unsafe {
                 let columns = [_mm512_loadu_si512(panel.cast()), _mm512_loadu_si512(panel.add(64).cast())];
