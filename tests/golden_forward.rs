@@ -4,8 +4,10 @@
 mod fixtures;
 
 use fixtures::{Batch, Golden, clear_gradients, gradient, gradient_norm, targets};
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::element::Dtype;
 use perilune::model::Model;
+use perilune::tensor::AnyTensor;
 
 /// Logits, residual streams and log-probabilities of a fixture's batch without padding.
 fn check_forward(name: &str) -> (Golden, Model, Batch) {
@@ -241,4 +243,38 @@ fn bf16_logits_are_as_near_to_f32_as_those_of_the_reference() {
     println!("bf16 logits: max error {max:.4} (theirs {:.4}), rms {rms:.4} (theirs {:.4})", theirs("max"), theirs("rms"));
     assert!(max <= 2.0 * theirs("max") && rms <= 1.5 * theirs("rms"), "max {max}, rms {rms}");
     golden.check("logits_bf16_compute", logits.values());
+}
+
+/// Integers of 8 bits round the weights, which is their price. What else they do, rounding activations to 16 bits of their row's
+/// largest, may cost no more than computing in bf16, by the measure of the test above: against the f32 model of the same rounded
+/// weights.
+#[test]
+fn int8_logits_are_those_of_the_rounded_weights() {
+    let golden = Golden::open("dense_bf16");
+    let (model, rounded) = (golden.model(Dtype::I8), golden.model(Dtype::F32));
+    for (name, shape) in model.tensors() {
+        let mut values = Vec::new();
+        model
+            .read_tensor(&name, &mut |part| {
+                values.extend_from_slice(part);
+                Ok(())
+            })
+            .unwrap();
+        rounded.set_value(&name, &AnyTensor::new(&shape, Buffer::copy_of(&values)).unwrap()).unwrap();
+    }
+    let batch = Batch::new(&golden.integer_rows("input_ids"));
+    let logits = |model: &Model| model.logits(&batch.packed()).unwrap().values().to_vec();
+    let distance = |got: &[f32], want: &[f32]| {
+        let errors = || got.iter().zip(want).map(|(got, want)| f64::from(got - want).abs());
+        (errors().fold(0.0, f64::max), (errors().map(|error| error * error).sum::<f64>() / got.len() as f64).sqrt())
+    };
+    let (got, of_rounded) = (logits(&model), logits(&rounded));
+    let (max, rms) = distance(&got, &of_rounded);
+    let theirs = |key: &str| golden.meta["params"]["bf16_error"][key].as_f64().unwrap();
+    let whole = distance(&got, &golden.floats("logits")).1;
+    println!(
+        "int8 logits: max error {max:.4}, rms {rms:.4} (bf16 of the reference {:.4}); with the weights' rounding {whole:.4}",
+        theirs("rms")
+    );
+    assert!(max <= 2.0 * theirs("max") && rms <= 1.5 * theirs("rms"), "max {max}, rms {rms}");
 }

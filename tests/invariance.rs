@@ -31,8 +31,8 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The kinds of model under test, in both element types.
-fn models() -> Vec<(String, Model)> {
+/// The shapes under test.
+fn configs() -> Vec<(&'static str, Config)> {
     let dense = json!({
         "model_type": "qwen2", "vocab_size": VOCAB, "hidden_size": 69, "intermediate_size": 805, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22, "rope_theta": 1e4, "max_position_embeddings": 512,
@@ -53,19 +53,30 @@ fn models() -> Vec<(String, Model)> {
         "head_dim": 32,
         "shared_expert_intermediate_size": 65, "norm_topk_prob": false, "tie_word_embeddings": false,
     }));
+    let named = [("dense, tied", dense.clone()), ("sliding", sliding), ("experts", experts), ("mixed layers", mixed)];
+    named.map(|(name, config)| (name, Config::parse(Path::new("config.json"), &config.to_string()).unwrap())).into()
+}
+
+/// The kinds of model under test that train, in both element types.
+fn models() -> Vec<(String, Model)> {
     let mut models = Vec::new();
-    for (name, config) in [("dense, tied", dense.clone()), ("sliding", sliding), ("experts", experts), ("mixed layers", mixed)] {
+    for (name, config) in configs() {
         for dtype in [Dtype::F32, Dtype::Bf16] {
-            let config = Config::parse(Path::new("config.json"), &config.to_string()).unwrap();
             models.push((format!("{name}, {dtype}"), Model::random(config.clone(), dtype, 11).unwrap()));
             if ["sliding", "experts"].contains(&name) {
-                let model = Model::random(config, dtype, 11).unwrap();
+                let model = Model::random(config.clone(), dtype, 11).unwrap();
                 adapt(&model);
                 models.push((format!("{name}, {dtype}, adapter"), model));
             }
         }
     }
     models
+}
+
+/// Those, and with weights of 8 bits.
+fn models_and_int8() -> Vec<(String, Model)> {
+    let int8 = |(name, config): (_, Config)| (format!("{name}, int8"), Model::random(config, Dtype::I8, 11).unwrap());
+    models().into_iter().chain(configs().into_iter().map(int8)).collect()
 }
 
 /// Puts an adapter on every projection, with a second factor that is not zero.
@@ -113,7 +124,7 @@ fn jobs() -> Vec<Job> {
 #[test]
 fn generation_reports_the_log_probabilities_of_the_training_forward() {
     let _alone = alone();
-    for (name, model) in models() {
+    for (name, model) in models_and_int8() {
         for threads in [1, 2] {
             set_threads(threads);
             for texts_max in [256, 3] {
@@ -144,7 +155,7 @@ fn generation_reports_the_log_probabilities_of_the_training_forward() {
 #[test]
 fn cached_logits_are_those_of_the_whole_text_over_the_whole_vocabulary() {
     let _alone = alone();
-    for (name, model) in models() {
+    for (name, model) in models_and_int8() {
         let text = document(5, 150);
         let batch = Batch::new(std::slice::from_ref(&text));
         let whole = model.logits(&batch.packed()).unwrap();
@@ -172,7 +183,7 @@ fn a_sequence_has_its_numbers_in_any_company() {
     let _alone = alone();
     let documents = documents();
     assert!(documents.iter().map(Vec::len).sum::<usize>() > 2100, "more rows than one chunk of the loss");
-    for (name, model) in models() {
+    for (name, model) in models_and_int8() {
         set_threads(2);
         let together = logprobs(&model, &documents);
         for threads in [1, 2] {
@@ -263,7 +274,7 @@ fn a_prefix_that_is_no_beginning_is_refused() {
 fn logits_of_a_prefix_are_those_of_the_whole() {
     let _alone = alone();
     let text = document(3, 150);
-    for (name, model) in models() {
+    for (name, model) in models_and_int8() {
         let whole = model.logits(&Batch::new(&[&text]).packed()).unwrap();
         for len in [1, 2, 11, 12, 13, 63, 64, 65, 128, 149] {
             let batch = Batch::new(&[&text[..len]]);

@@ -36,6 +36,12 @@ pub struct BenchArgs {
     /// About how long to measure each figure [default: ceilings 3, train 20, ops 1, decode 30, durability 180].
     #[arg(long, value_name = "N")]
     seconds: Option<f64>,
+    /// With decode: how many texts are decoded together, a figure each [default: 1,8, or none with --prefill].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    batch: Vec<usize>,
+    /// With decode: lengths of prompts, in tokens [default: 512,4096, or none with --batch].
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    prefill: Vec<usize>,
     /// With train: time the phases of the step too.
     #[arg(long)]
     profile: bool,
@@ -55,7 +61,7 @@ enum What {
     Train,
     /// Each fused operation, forward and backward, at the shapes of that step.
     Ops,
-    /// Decoding 1 and 8 texts, and prefill of 512 and 4096 tokens.
+    /// Decoding of several texts at once, and prefill of prompts.
     Decode,
     /// That step with and without checkpoints; the resume of a run with 10,000 recorded steps; the room of its records.
     Durability,
@@ -71,6 +77,10 @@ pub struct Case {
     pub sequence_tokens: usize,
     pub seconds: f64,
     pub profile: bool,
+    /// Texts decoded together.
+    pub batches: Vec<usize>,
+    /// Tokens of prompts.
+    pub prefills: Vec<usize>,
 }
 
 /// Measures and prints. Errors: [`Error::Argument`] for an option that cannot be meant; those of the model.
@@ -94,6 +104,16 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         None if matches!(args.what, What::Decode) && args.dtype == "int8" => Dtype::I8,
         _ => return Err(Error::argument("bench", "--dtype", "f32 or bf16", format!("{:?}", args.dtype))),
     };
+    for (option, numbers) in [("--batch", &args.batch), ("--prefill", &args.prefill)] {
+        if numbers.contains(&0) {
+            return Err(Error::argument("bench", option, "numbers above 0", "0"));
+        }
+    }
+    let (batches, prefills) = if args.batch.is_empty() && args.prefill.is_empty() {
+        (bench_decode::BATCHES.to_vec(), bench_decode::PREFILLS.to_vec())
+    } else {
+        (args.batch, args.prefill)
+    };
     let config = preset(&args.config)?;
     let place = Place::named(&args.device)?;
     if place.device().is_some() && !matches!(args.what, What::Train | What::Decode) {
@@ -105,7 +125,7 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         }
     }
     let (sequences, sequence_tokens, profile) = (args.sequences, args.sequence, args.profile);
-    let case = Case { name: args.config, config, dtype, place, sequences, sequence_tokens, seconds, profile };
+    let case = Case { name: args.config, config, dtype, place, sequences, sequence_tokens, seconds, profile, batches, prefills };
     let (mut report, text) = match args.what {
         What::Ceilings => bench_ceilings::run(&case)?,
         What::Train => bench_train::run(&case)?,

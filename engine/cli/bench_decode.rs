@@ -7,6 +7,7 @@ use super::units;
 use crate::error::Result;
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Job, Scheduler};
+use crate::kernels::cpu::norm;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::random::Stream;
 use crate::model::{Model, flops};
@@ -15,8 +16,9 @@ use std::time::Instant;
 
 const PROMPT_TOKENS: usize = 64;
 const DECODED_TOKENS: usize = 64;
-const BATCHES: [usize; 2] = [1, 8];
-const PREFILLS: [usize; 2] = [512, 4096];
+/// Measured unless others are asked for.
+pub const BATCHES: [usize; 2] = [1, 8];
+pub const PREFILLS: [usize; 2] = [512, 4096];
 const READ_BYTES: usize = 512 << 20;
 
 /// Report and text. Errors: those of the model.
@@ -36,7 +38,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         units::count(model.count() as f64),
         model.dtype_name()
     );
-    for batch in BATCHES {
+    for &batch in &case.batches {
         let mut steps = Vec::new();
         timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| decode(&model, batch, &mut steps));
@@ -53,7 +55,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         report[format!("decode_{batch}")] = json!({ "tokens_per_s": rate, "best": batch as f64 / times.best(), "weights_gb_s": gbs, "share_of_read": gbs / read, "step": times.to_json() });
     }
     let matrix = bench_ceilings::matrix_product_at(&case.place, model.dtype(), (case.seconds / 10.0).min(2.0))?;
-    for tokens in PREFILLS.into_iter().filter(|tokens| *tokens <= case.config.max_positions) {
+    for &tokens in case.prefills.iter().filter(|tokens| **tokens <= case.config.max_positions) {
         let times = timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| prefill(&model, tokens));
             result.map(|()| took)
@@ -113,27 +115,13 @@ fn prefill(model: &Model, tokens: usize) -> Result<()> {
     Ok(())
 }
 
-/// GB/s at which all threads together read memory that no cache holds.
+/// GB/s at which all threads together read memory that no cache holds: by the kernel that does little else.
 fn read_rate(seconds: f64) -> Result<f64> {
     let values = filled::<f32>(READ_BYTES / 4);
-    let part = values.len().div_ceil(threads());
     let times = timed(seconds, || {
-        let (took, sum) = clocked(|| {
-            std::thread::scope(|scope| {
-                let parts: Vec<_> = values.chunks(part).map(|part| scope.spawn(|| sum_of(part))).collect();
-                parts.into_iter().map(|part| part.join().expect("a sum does not panic")).sum::<f32>()
-            })
-        });
+        let (took, sum) = clocked(|| norm::sum_of_squares(&[&values[..]]));
         assert!(sum.is_finite());
         Ok(took)
     })?;
     Ok(READ_BYTES as f64 / times.best() / 1e9)
-}
-
-fn sum_of(values: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 64];
-    for chunk in values.as_chunks::<64>().0 {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value);
-    }
-    lanes.iter().sum()
 }

@@ -10,6 +10,7 @@ use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::int8::INPUTS_MAX;
 use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
 use crate::tensor::attention::Rope;
@@ -36,9 +37,13 @@ enum Head {
 impl<E: ModelElement> Graph<E> {
     /// A model of zeros.
     ///
-    /// Errors: those of [`Config::check`]; [`Error::Device`] if the device has no room.
+    /// Errors: those of [`Config::check`]; [`Error::Argument`] for a model too wide for integers; [`Error::Device`] if the device
+    /// has no room.
     pub fn zeros(place: &Place, config: Config, int8: bool) -> Result<Self> {
         config.check(Path::new("model"))?;
+        if int8 {
+            check_int8(&config)?;
+        }
         let head = match (config.score, config.tied) {
             (true, _) => Head::Score,
             (false, true) => Head::Tied,
@@ -83,7 +88,8 @@ impl<E: ModelElement> Graph<E> {
     /// - `trains`: whether it is loaded to be trained; a bf16 model loaded from a finer type then keeps f32 master weights
     /// - `seed`: of a head that scores, if `config` has one and the folder does not
     ///
-    /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; those of reading.
+    /// Errors: [`Error::Format`] for a tensor that is missing, unexpected, or of another shape; [`Error::Argument`] for a model
+    /// too wide for integers; those of reading.
     pub fn load(
         place: &Place,
         folder: &CheckpointFolder,
@@ -96,6 +102,9 @@ impl<E: ModelElement> Graph<E> {
         let head = if config.score { Head::Score } else { choose_head(folder, &config, remark)? };
         let tied = if config.score { config.tied } else { head == Head::Tied };
         let config = Config { tied, ..config };
+        if int8 {
+            check_int8(&config)?;
+        }
         let graph = Self::build(place, config, head, int8)?;
         let named = graph.named();
         refuse_unexpected(folder, &named)?;
@@ -236,6 +245,23 @@ pub(super) fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<
 
 fn shift(range: &Range<usize>, by: usize) -> Range<usize> {
     range.start + by..range.end + by
+}
+
+/// Whether sums of 32 bits hold the products of this model's weights in 8.
+///
+/// Errors: [`Error::Argument`] naming the width that is too large.
+fn check_int8(config: &Config) -> Result<()> {
+    let of_experts = config.moe.iter().flat_map(|moe| [moe.moe_intermediate, moe.shared_intermediate]);
+    let widths = [config.hidden, config.heads * config.head_dim, config.intermediate].into_iter().chain(of_experts);
+    match widths.max() {
+        Some(width) if width > INPUTS_MAX => Err(Error::argument(
+            "model",
+            "dtype",
+            format!("f32 or bf16 for a model wider than {INPUTS_MAX}"),
+            format!("int8 and a width of {width}"),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Decides between tied and own head by what the checkpoint holds: some say one thing and hold another.

@@ -12,7 +12,7 @@ use super::place::{Array, Place, downloaded};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
-use crate::kernels::cpu::int8::{self, Int8Weight};
+use crate::kernels::cpu::int8::{self, Int8Weight, Int8WeightMut};
 use crate::kernels::cpu::panels;
 use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::element::Float;
@@ -53,11 +53,12 @@ impl<E: ModelElement> Clone for Value<E> {
     }
 }
 
-/// The integers of a weight, in panels, and what each row's are multiplied by.
+/// The integers of a weight, in panels, what each row's are multiplied by, and their sum.
 #[derive(Clone)]
 pub struct Int8 {
     values: Buffer<i8>,
     scales: Buffer<f32>,
+    sums: Buffer<i32>,
 }
 
 /// A trainable weight of `rows x columns`; a vector is one column.
@@ -127,7 +128,7 @@ impl<E: ModelElement> Parameter<E> {
             Layout::Panels => panels::len::<E>(rows, columns),
             Layout::Int8 => 0,
         };
-        let int8 = || Int8 { values: Buffer::zeroed(panels::len::<E>(rows, columns)), scales: Buffer::zeroed(rows) };
+        let int8 = || Int8 { values: Buffer::zeroed(int8::len(rows, columns)), scales: Buffer::zeroed(rows), sums: Buffer::zeroed(rows) };
         let int8 = (layout == Layout::Int8).then(int8);
         Self {
             name: name.into(),
@@ -226,7 +227,7 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     fn int8_weight<'a>(&self, int8: &'a Int8) -> Int8Weight<'a> {
-        Int8Weight { values: &int8.values, scales: &int8.scales, outputs: self.rows, inputs: self.columns }
+        Int8Weight { values: &int8.values, scales: &int8.scales, sums: &int8.sums, outputs: self.rows, inputs: self.columns }
     }
 
     /// Number of updates so far.
@@ -299,7 +300,7 @@ impl<E: ModelElement> Parameter<E> {
         let value = self.read();
         if let Some(int8) = &value.int8 {
             let rows = rows.zip(values.chunks_exact_mut(self.columns.max(1)));
-            return rows.for_each(|(row, out)| int8::read_row::<E>(self.int8_weight(int8), row, out));
+            return rows.for_each(|(row, out)| int8::read_row(self.int8_weight(int8), row, out));
         }
         if let Some(cuda) = &value.cuda {
             return cuda.read_masters(rows.start * self.columns, values);
@@ -366,7 +367,8 @@ impl<E: ModelElement> Parameter<E> {
     pub(super) fn write_value(&self, value: &mut Value<E>, rows: Range<usize>, values: &[f32], split_master: bool) -> Result<()> {
         assert_eq!(values.len(), rows.len() * self.columns, "{}: values of rows {rows:?}", self.name);
         if let Some(int8) = &mut value.int8 {
-            int8::pack::<E>(&mut int8.values, &mut int8.scales, self.columns, rows, values);
+            let Int8 { values: integers, scales, sums } = int8;
+            int8::pack(Int8WeightMut { values: integers, scales, sums, inputs: self.columns }, rows, values);
             return Ok(());
         }
         if let Some(cuda) = &mut value.cuda {
@@ -404,7 +406,7 @@ impl<E: ModelElement> Parameter<E> {
     pub fn state_bytes(&self) -> usize {
         let value = self.read();
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").as_ref().map_or(0, Array::len);
-        let int8 = value.int8.as_ref().map_or(0, |int8| int8.values.len() + 4 * int8.scales.len());
+        let int8 = value.int8.as_ref().map_or(0, |int8| int8.values.len() + 8 * int8.scales.len());
         let host = value.weight.len() * size_of::<E>() + value.remainder.as_ref().map_or(0, Vec::len) * 2;
         int8 + host + value.cuda.as_ref().map_or(0, DeviceValue::bytes) + gradient * 4
     }

@@ -1,12 +1,13 @@
-//! Matrix products of bf16 on the tile registers of AMX: up to 32 rows times a panel of 32 columns, 16 units of the
-//! reduction at a time. Also whether this process may use them. Knows addresses and strides, not matrices; which product
+//! Matrix products of bf16, and of bytes, on the tile registers of AMX: up to 32 rows times a panel of 32 columns, 16 units of
+//! the reduction at a time. Also whether this process may use them. Knows addresses and strides, not matrices; which product
 //! runs in which form is tile_bf16.rs's and isa.rs's choice.
 //!
 //! `tdpbf16ps` adds to a tile of f32 sums, `[16 rows][16 columns]`, the product of `[16 rows][16 units]` and `[16 units][16
 //! columns]`; for each sum it adds the even products of the 16 units from zero, likewise the odd ones, then both together,
 //! then those to the sum. Denormal numbers count as zero. So a sum is one chain of groups of 16 units, and its bits depend
-//! on where groups begin, but not on how many rows a tile has. Source: Intel 64 and IA-32 Architectures Software
-//! Developer's Manual, volume 2, TDPBF16PS.
+//! on where groups begin, but not on how many rows a tile has. `tdpbusd` does the like with 64 bytes,
+//! unsigned times signed, and sums of 32 bits. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
+//! TDPBF16PS and TDPBUSD.
 //!
 //! Tile registers belong to a thread and the compiler never touches them. Nothing stays in them between two calls of
 //! [`tile`]; only their shapes do, which is remembered for each thread.
@@ -30,7 +31,7 @@ pub(super) const FEW_ROWS: usize = 16;
 /// Bytes between the units of a panel.
 const PANEL_STRIDE: usize = 128;
 
-/// Whether the processor has AMX with bf16 and the system lets this process use it. Linux grants the registers to those who
+/// Whether the processor has AMX with bf16 and bytes and the system lets this process use it. Linux grants the registers to those who
 /// ask, since they make a thread's saved state 8 KiB larger; other systems are not asked.
 pub(super) fn granted() -> bool {
     has_amx() && request_tiles()
@@ -45,8 +46,8 @@ fn has_amx() -> bool {
         return false;
     }
     let has = |bit: u32| leaf(7, 0).edx >> bit & 1 == 1;
-    let (has_bf16, has_tile) = (has(22), has(24));
-    if !(has_bf16 && has_tile) {
+    let (has_bf16, has_tile, has_int8) = (has(22), has(24), has(25));
+    if !(has_bf16 && has_tile && has_int8) {
         return false;
     }
     // SAFETY: the detection of `xsave` includes that the system has switched xgetbv on.
@@ -136,7 +137,7 @@ pub(super) unsafe fn tile(rows: usize, panels: usize, args: &TileArgs<bf16>) {
     unsafe {
         configure(rows);
         if args.units.is_multiple_of(GROUP_UNITS) {
-            whole_groups(rows, panels, args, args.units / GROUP_UNITS);
+            bf16_groups(rows, panels, args, args.units / GROUP_UNITS);
         } else {
             tile_with_rest(rows, panels, args);
         }
@@ -155,7 +156,7 @@ unsafe fn tile_with_rest(rows: usize, panels: usize, args: &TileArgs<bf16>) {
     // one.
     unsafe {
         if groups > 0 {
-            whole_groups(rows, panels, args, groups);
+            bf16_groups(rows, panels, args, groups);
         }
         for (panel, copy) in padded.iter_mut().enumerate().take(panels) {
             let from = args.b.add(panel * args.b_panel + groups * GROUP_UNITS * args.b_unit);
@@ -168,7 +169,21 @@ unsafe fn tile_with_rest(rows: usize, panels: usize, args: &TileArgs<bf16>) {
             add: args.add || groups > 0,
             ..*args
         };
-        whole_groups(rows, panels, &last, 1);
+        bf16_groups(rows, panels, &last, 1);
+    }
+}
+
+/// The tile of `planes` rows of unsigned bytes and one panel of signed ones, with sums of 32 bits in the place of f32. A unit is
+/// 4 bytes.
+///
+/// # Safety
+/// As [`tile`]; the panel too is made of whole groups.
+pub(super) unsafe fn int8_tile(planes: usize, args: &TileArgs<i8>) {
+    debug_assert!(Isa::best() == Isa::AmxBf16 && args.units.is_multiple_of(GROUP_UNITS));
+    // SAFETY: the caller's promise: the processor has the form, and the addresses are valid.
+    unsafe {
+        configure(planes);
+        int8_groups(planes, 1, args, args.units / GROUP_UNITS);
     }
 }
 
@@ -277,23 +292,25 @@ macro_rules! ahead_of {
     };
 }
 
-/// [`tile`], for a number of whole groups and registers of the right shape.
-///
+/// Defines `$name`, the tile of a number of whole groups in registers of the right shape, by the instruction `$multiply`.
+macro_rules! whole_groups {
+    ($name:ident, $multiply:literal, $element:ty) => {
 /// # Safety
 /// As [`tile`].
-unsafe fn whole_groups(rows: usize, panels: usize, args: &TileArgs<bf16>, groups: usize) {
+unsafe fn $name(rows: usize, panels: usize, args: &TileArgs<$element>, groups: usize) {
+    const SIZE: usize = size_of::<$element>();
     let TileArgs { a, a_row, a_unit, b, b_unit, b_panel, c, c_row, c_panel, add, .. } = *args;
-    debug_assert!(b_unit * 2 == PANEL_STRIDE);
+    debug_assert!(b_unit * SIZE == PANEL_STRIDE);
     let (second_rows, second_panel) = (rows > FEW_ROWS, panels > 1);
     debug_assert!(!(second_rows && second_panel) && panels <= 2);
     // Bytes from here on.
-    let (a_row, a_group, c_row) = (a_row * 2, a_unit * 2, c_row * 4);
+    let (a_row, a_group, c_row) = (a_row * SIZE, a_unit * SIZE, c_row * 4);
     // SAFETY: the registers are configured for `rows` (`tile`), so that what is loaded and stored is what the caller
     // vouches for: `rows` rows of `groups` groups of `a`, as many units of the panels, and the tile `c` of each panel. No
     // other code uses tile registers, and nothing is expected of them afterwards.
     unsafe {
         if second_rows {
-            let (a_second, c_second) = (a.wrapping_add(FEW_ROWS * a_row / 2), c.wrapping_add(FEW_ROWS * c_row / 4));
+            let (a_second, c_second) = (a.wrapping_add(FEW_ROWS * a_row / SIZE), c.wrapping_add(FEW_ROWS * c_row / 4));
             asm!(
                 "test {add:e}, {add:e}",
                 "jz 2f",
@@ -314,11 +331,11 @@ unsafe fn whole_groups(rows: usize, panels: usize, args: &TileArgs<bf16>, groups
                 "tileloadd tmm6, [{b} + {b_row}]",
                 "tileloadd tmm4, [{a} + {a_row}]",
                 "tileloadd tmm7, [{b} + {b_row} + 64]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
+                concat!($multiply, " tmm0, tmm4, tmm6"),
                 "tileloadd tmm5, [{a_second} + {a_row}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                concat!($multiply, " tmm1, tmm4, tmm7"),
+                concat!($multiply, " tmm2, tmm5, tmm6"),
+                concat!($multiply, " tmm3, tmm5, tmm7"),
                 "add {a}, {a_group}",
                 "add {a_second}, {a_group}",
                 "add {b}, 2048",
@@ -364,15 +381,15 @@ unsafe fn whole_groups(rows: usize, panels: usize, args: &TileArgs<bf16>, groups
             "tileloadd tmm4, [{a} + {a_row}]",
             "tileloadd tmm6, [{b} + {b_row}]",
             "tileloadd tmm7, [{b} + {b_row} + 64]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
+            concat!($multiply, " tmm0, tmm4, tmm6"),
+            concat!($multiply, " tmm1, tmm4, tmm7"),
             "cmp {b}, {b_second}",
             "je 6f",
             ahead_of!("b_second"),
             "tileloadd tmm6, [{b_second} + {b_row}]",
             "tileloadd tmm7, [{b_second} + {b_row} + 64]",
-            "tdpbf16ps tmm2, tmm4, tmm6",
-            "tdpbf16ps tmm3, tmm4, tmm7",
+            concat!($multiply, " tmm2, tmm4, tmm6"),
+            concat!($multiply, " tmm3, tmm4, tmm7"),
             "6:",
             "add {a}, {a_group}",
             "add {b}, 2048",
@@ -396,3 +413,8 @@ unsafe fn whole_groups(rows: usize, panels: usize, args: &TileArgs<bf16>, groups
         );
     }
 }
+    };
+}
+
+whole_groups!(bf16_groups, "tdpbf16ps", bf16);
+whole_groups!(int8_groups, "tdpbusd", i8);

@@ -65,7 +65,7 @@ impl<'a, E> Rows<'a, E> {
         Self { values, width, choice }
     }
 
-    fn row(&self, i: usize) -> &'a [E] {
+    pub(super) fn row(&self, i: usize) -> &'a [E] {
         let row = self.choice.map_or(i, |choice| choice[i] as usize);
         &self.values[row * self.width..(row + 1) * self.width]
     }

@@ -11,9 +11,9 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with `vdpbf16ps`.
+    /// AVX-512 with `vdpbf16ps` and `vpdpbusd`; every processor with the first has the second.
     Avx512Bf16,
-    /// The same, and AMX with bf16, which the system has granted to this process.
+    /// The same, and AMX with bf16 and bytes, which the system has granted to this process.
     AmxBf16,
 }
 
@@ -45,7 +45,7 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if avx512 && is_x86_feature_detected!("avx512bf16") {
+            if avx512 && is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") {
                 return if super::amx::granted() { Self::AmxBf16 } else { Self::Avx512Bf16 };
             }
             if avx512 {

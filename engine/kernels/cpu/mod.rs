@@ -40,3 +40,4 @@ pub mod threads;
 pub mod tile;
 mod tile_bf16;
 mod tile_f32;
+mod tile_int8;

@@ -26,6 +26,10 @@ pub(super) const AMX_BLOCK_BYTES: usize = 1 << 20;
 /// more: a panel at a time took as long to finish as to multiply (512 rows of 9728 outputs).
 const AMX_PANELS: usize = 4;
 
+/// Tasks a thread for a product of few rows, which waits for memory: what one core is slower at, others take over. With 2 a
+/// thread, one waited for the other a tenth of the time.
+const FEW_ROWS_TASKS: usize = 8;
+
 /// Rows that are finished at a time.
 const FINISH_ROWS: usize = 16;
 
@@ -73,7 +77,11 @@ impl<E: TileElement> Product<'_, E> {
         let whole = tiles <= block_tiles || matches!(self.panels, Panels::Made(_));
         let least_tiles = 96 / layout.rows;
         let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * block_tiles)).min(tiles / least_tiles) };
-        let panel_parts = if row_parts >= threads { 1 } else { (2 * threads).div_ceil(row_parts).min(panels) };
+        // Tiles that lie abreast stay together.
+        let abreast = layout.panels_abreast(self.rows.min(layout.rows));
+        let groups = panels.div_ceil(abreast);
+        let tasks = threads * if tiles == 1 { FEW_ROWS_TASKS } else { 2 };
+        let panel_parts = if row_parts >= threads { 1 } else { tasks.div_ceil(row_parts).min(groups) };
         let rows_of = |part: usize| tiles * part / row_parts * layout.rows..self.rows.min(tiles * (part + 1) / row_parts * layout.rows);
         if panel_parts == 1 {
             parallel(row_parts, |part| {
@@ -95,7 +103,7 @@ impl<E: TileElement> Product<'_, E> {
         });
         parallel(row_parts * panel_parts, |task| {
             let (rows, part) = (rows_of(task / panel_parts), task % panel_parts);
-            let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
+            let taken = groups * part / panel_parts * abreast..panels.min(groups * (part + 1) / panel_parts * abreast);
             self.sweep(&packed[rows.start * row_len..rows.end * row_len], rows, taken, carry, finish);
         });
     }

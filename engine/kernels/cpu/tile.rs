@@ -36,9 +36,6 @@ pub trait TileElement: Float {
         Layout::UNITS
     }
 
-    /// Integers as elements, exactly.
-    fn widen_int8(from: &[i8], to: &mut [Self]);
-
     /// Computes `panels` neighbouring tiles of `rows` rows in form `isa`.
     ///
     /// # Safety

@@ -24,10 +24,6 @@ impl TileElement for bf16 {
         Layout::UNITS
     }
 
-    fn widen_int8(from: &[i8], to: &mut [Self]) {
-        super::int8::widen_bf16(from, to);
-    }
-
     unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>) {
         // SAFETY: the caller's promise, passed on: the processor has `isa`, which includes the features of the form.
         unsafe {

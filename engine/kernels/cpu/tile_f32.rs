@@ -10,10 +10,6 @@ use std::arch::x86_64::*;
 impl TileElement for f32 {
     const UNIT: usize = 1;
 
-    fn widen_int8(from: &[i8], to: &mut [Self]) {
-        super::int8::widen_f32(from, to);
-    }
-
     unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>) {
         // SAFETY: the caller's promise, passed on: the processor has `isa`, which includes the features of the form.
         unsafe {
