@@ -204,7 +204,7 @@ fn models_and_optimizers_in_scripts() {
         ("model { dtype = 'f16' }", &["`dtype` should be \"f32\", \"bf16\" or \"int8\", got \"f16\""]),
         ("model { dtype = 'i32' }", &["`dtype` should be \"f32\", \"bf16\" or \"int8\", got \"i32\""]),
         ("model { frozen = 1 }", &["`frozen` should be true or false, got 1"]),
-        ("model { freeze = true }", &["one of adapter, dtype, frozen, head, lora, recompute, tokenizer, got `freeze`"]),
+        ("model { freeze = true }", &["one of adapter, device, dtype, frozen, head, lora, recompute, tokenizer, got `freeze`"]),
         (
             "run:model('m', { preset = '72B', vocab = 1 << 24 }, { dtype = 'f32' })",
             &["model: `weights` should be what fits the memory", "GiB"],

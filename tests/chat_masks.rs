@@ -278,10 +278,14 @@ fn pairs_are_two_documents_a_row_and_only_answers_have_labels() {
     let batch = dataset(&path, Rules::new(Form::Pairs)).take_batch(9).unwrap().unwrap();
     assert_eq!((batch.rows(), batch.documents()), (4, 8));
     for pair in shown(&tokenizer, &batch).chunks(2) {
-        // 18 tokens of prompt and header, the answer, its end, a newline.
-        assert_eq!(pair, [(21, "b·E".to_string()), (23, "he·ll·o·E".to_string())]);
+        // 18 tokens of prompt and header, the answer, its end, a newline; 17 of the 18 are the first document's.
+        assert_eq!(pair, [(21, "b·E".to_string()), (6, "he·ll·o·E".to_string())]);
     }
-    assert!((0..8).all(|document| batch.position_ids[batch.cu_seqlens[document] as usize] == 0));
+    for (document, prefix) in batch.prefixes.iter().enumerate() {
+        let start = batch.cu_seqlens[document];
+        assert_eq!(prefix.clone(), if document % 2 == 0 { 0..0 } else { start - 21..start - 4 }, "document {document}");
+        assert_eq!(batch.position_ids[start as usize], prefix.len() as i32);
+    }
     assert_eq!(batch.sequence()[21], 1);
 
     // An answer that does not fit takes its pair with it; a cut one stays.
@@ -291,7 +295,7 @@ fn pairs_are_two_documents_a_row_and_only_answers_have_labels() {
     assert_eq!(skipping.tally().long, 4);
     let mut cutting = dataset(&path, rules(19, Long::Cut));
     let batch = cutting.take_batch(9).unwrap().unwrap();
-    assert_eq!(shown(&tokenizer, &batch)[..2], [(19, "b".to_string()), (19, "he".to_string())]);
+    assert_eq!(shown(&tokenizer, &batch)[..2], [(19, "b".to_string()), (2, "he".to_string())]);
     assert_eq!((cutting.tally().cut, cutting.tally().long), (8, 0));
 }
 

@@ -49,6 +49,10 @@ local function objects(run, step)
     Step = { step },
     Model = { model, engine.model.new(shape, { frozen = true }), engine.model.new(shape, { dtype = "bf16" }) },
     Optimizer = { engine.optim.adamw(model, { lr = 1e-3 }) },
+    Rollouts = {
+      model:generate({ "near", "the" }, { n = 2, max_tokens = 3, top_logprobs = 2 }), model:generate({}, { n = 1 }),
+      model:generate({ "a" }, { max_tokens = 1 }):select {},
+    },
     Run = { run },
     Tensor = {
       tensor.ones {}, tensor.zeros { 0 }, tensor.zeros { 2, 0, 3 }, tensor.randn { 7 }, tensor.randn { 2, 3 },

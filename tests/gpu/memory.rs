@@ -8,7 +8,7 @@ use perilune::kernels::cuda::memory::DeviceBuffer;
 /// A device of its own on the same GPU, whose memory no other test counts in.
 fn own(memory_bytes_max: usize) -> Option<std::sync::Arc<Device>> {
     bench()?;
-    Some(Device::open_with(0, Settings { memory_bytes_max, ..Settings::default() }).unwrap())
+    Some(Device::open_with(0, Settings { memory_bytes_max, keeps_kernels: false, ..Settings::default() }).unwrap())
 }
 
 #[test]
