@@ -1,5 +1,5 @@
 //! Which text has which blocks of cached keys and values: tables, shared beginnings, and what is free. The blocks' memory
-//! and layout are kernels/cpu/attention_paged.rs's.
+//! and layout are tensor/paged_attention.rs's, on the CPU and on a GPU.
 
 use crate::error::Result;
 use crate::model::Model;

@@ -1,5 +1,5 @@
 //! What stands on top of the layers, as tensors that scripts go on with: their logits, and one score for each.
-//! Losses over labels do not come here: they go through logprobs.rs, which never stores logits.
+//! Losses over labels do not come here: they go through logprobs.rs, which has them for some rows at a time.
 
 use super::ModelElement;
 use super::cuda::head as cuda;
