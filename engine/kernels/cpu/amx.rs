@@ -115,14 +115,14 @@ unsafe fn configure(rows: usize) {
 }
 
 /// Releases this thread's tile registers when it goes out of scope, if [`tile`] has used them: as long as they are in use,
-/// every switch to another thread saves 8 KiB more. Also orders what was written past the caches before all that follows.
+/// every switch to another thread saves 8 KiB more.
 pub(super) struct Release;
 
 impl Drop for Release {
     fn drop(&mut self) {
         if CONFIGURED.replace(0) != 0 {
             // SAFETY: the registers were configured, so the process may use them; nobody wants their content.
-            unsafe { asm!("sfence", "tilerelease", options(nostack)) };
+            unsafe { asm!("tilerelease", options(nostack)) };
         }
     }
 }

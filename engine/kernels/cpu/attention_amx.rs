@@ -58,6 +58,8 @@ impl Form for Amx {
                     c_row: stride,
                     c_panel: COLUMNS,
                     units: depth,
+                    ahead: b.as_ptr().cast(),
+                    ahead_unit: 0,
                     add: !matches!(start, Start::Zero),
                 };
                 // SAFETY: `new` saw a process that may use the registers. `check` holds that words 0..depth of 8 rows of

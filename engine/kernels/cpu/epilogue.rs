@@ -1,9 +1,8 @@
 //! What is done to finished sums of a product (gemm.rs): bias and residual are added in f32, then a row is rounded once and
 //! written. Knows no operands of the product.
 
-use super::isa::Isa;
-use super::threads::Shared;
-use super::tile::{Layout, PANEL_COLUMNS, TileElement};
+use super::threads::{Shared, threads};
+use super::tile::PANEL_COLUMNS;
 use crate::kernels::element::Float;
 use crate::vectorised;
 
@@ -44,18 +43,31 @@ vectorised! {
     }
 }
 
-/// Bytes of a result from which on it is written past the caches: what a core's second cache holds.
+/// Bytes of a result, for each thread, from which on it is written past the caches: what a core's second cache holds.
 const STREAM_BYTES: usize = 2 << 20;
 
-/// Whether the result of a product in form `isa` is written past the caches. AMX makes rows faster than the caches fetch their
-/// lines only to have them overwritten: a product of 2048 x 896 x 9728 took 55 ms of a core without and 37 with it, one of 2048
-/// x 896 x 1152 that is read again at once 9.2 and 7.2.
-pub(super) fn streams<E: TileElement, O: Float>(isa: Isa, result: &[O]) -> bool {
-    E::layout(isa) != Layout::UNITS && size_of_val(result) >= STREAM_BYTES
+/// Whether the result of a product is written past the caches, which otherwise fetch its lines only to have them overwritten.
+/// Milliseconds of a core without and with it: on AMX, 2048 x 896 x 9728, 55 and 37, and 2048 x 896 x 1152, which is read again
+/// at once, 9.2 and 7.2; in f32, 2048 x 256 x 1408, 14.9 and 10.9.
+pub(super) fn streams<O: Float>(result: &[O]) -> bool {
+    cfg!(target_arch = "x86_64") && size_of_val(result) >= STREAM_BYTES * threads()
+}
+
+/// When it goes out of scope, what was written past the caches comes before all that follows. A task holds one.
+pub(super) struct Fence;
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has SSE, and a fence touches no memory.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+    }
 }
 
 /// Rounds a row of sums to `out`, which may be shorter; past the caches, if that is wanted and `out` is made of whole lines.
-/// The sweep over the panels ends with the fence that this takes (product.rs).
+/// The caller's task holds a [`Fence`].
 #[inline(always)]
 fn write_row<O: Float>(out: &mut [O], sums: &[f32; PANEL_COLUMNS], streams: bool) {
     let rounded = sums.map(O::from_f32);

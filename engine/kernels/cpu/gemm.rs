@@ -103,7 +103,7 @@ fn forward_as<E: TileElement, O: Float>(
     assert!(residual.is_none_or(|residual| residual.len() == y.len()), "a residual of {}", y.len());
     let count = y.len() / outputs;
     let x = Rows::new(x, inputs, rows, count);
-    let streams = streams::<E, O>(isa, y);
+    let streams = streams(y);
     let y = Shared::new(y);
     let product =
         Product { isa, rows: count, units: E::units(inputs), panels: Panels::Stored(panels), columns: outputs.div_ceil(PANEL_COLUMNS) };
@@ -162,7 +162,7 @@ fn input_gradient_as<E: TileElement, O: Float>(
     let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));
     let mut transposed = Buffer::<E>::scratch(if few { 0 } else { columns * slab * PANEL_COLUMNS });
     let mut carry = Buffer::<f32>::scratch(if slab < outputs { columns * count * PANEL_COLUMNS } else { 0 });
-    let streams = streams::<E, O>(isa, dx);
+    let streams = streams(dx);
     let dx = Shared::new(dx);
     for start in (0..outputs).step_by(slab) {
         let taken = start..outputs.min(start + slab);

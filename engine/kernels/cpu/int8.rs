@@ -7,7 +7,7 @@
 //! by up to 0.39 %, and the weight's own rounding to 127 steps does more.
 //! Source: Dettmers et al., arXiv 2208.07339, section 2.1 (absmax by rows), without its outliers, and with 16 bits for activations.
 
-use super::epilogue::{finish_forward, streams};
+use super::epilogue::{Fence, finish_forward, streams};
 use super::gemm::Rows;
 use super::isa::{Isa, isa};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
@@ -16,7 +16,6 @@ use super::tile_int8::{Form, GROUP, PANEL_GROUP, TILE_PLANES_MAX, TOGETHER, tile
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
 use crate::vectorised;
-use half::bf16;
 use std::ops::Range;
 
 /// Largest integer of a weight.
@@ -153,11 +152,12 @@ fn forward_as<E: Float, O: Float>(
     let tiles = count.div_ceil(x.tile_rows);
     let row_parts = (count * x.row_len).div_ceil(BLOCK_BYTES).clamp(1, tiles);
     let panel_parts = (TASKS * threads()).div_ceil(row_parts).min(panels);
-    let streams = form == Form::Amx && streams::<bf16, O>(isa, y);
+    let streams = streams(y);
     let y = Shared::new(y);
     parallel(row_parts * panel_parts, |task| {
         #[cfg(target_arch = "x86_64")]
         let _release = super::amx::Release;
+        let _fence = Fence;
         let (row_part, part) = (task / panel_parts, task % panel_parts);
         let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
         let tiles = tiles * row_part / row_parts..tiles * (row_part + 1) / row_parts;
@@ -273,6 +273,7 @@ vectorised! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::bf16;
 
     fn number(i: usize) -> f32 {
         ((i * 7919 + i / 13 * 101) % 1013) as f32 / 506.0 - 1.0

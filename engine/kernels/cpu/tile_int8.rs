@@ -85,6 +85,8 @@ pub(super) fn tile(form: Form, planes: usize, a: &[u8], panel: &[i8], sums: &mut
                             c_row: columns,
                             c_panel: 0,
                             units,
+                            ahead: panel,
+                            ahead_unit: 0,
                             add: false,
                         },
                     );
