@@ -1,4 +1,4 @@
-//! The ceilings of a machine: how fast it multiplies and how fast it copies.
+//! The ceilings of a machine: how fast it multiplies, copies and reads.
 
 use super::bench::{Case, Times, clocked, timed};
 use crate::error::Result;
@@ -14,12 +14,14 @@ use crate::kernels::element::{Dtype, Element, Float};
 use crate::tensor::Place;
 use half::bf16;
 use serde_json::{Value, json};
+use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Rows, columns and depth of the matrix product.
 const SIZE: usize = 4096;
 const COPY_BYTES: usize = 256 << 20;
+const READ_BYTES: usize = 512 << 20;
 
 /// Seconds to times and the rate of the best of them.
 pub struct Ceiling {
@@ -115,12 +117,31 @@ pub fn copy(seconds: f64) -> Result<Ceiling> {
     Ok(Ceiling::new(times, 2.0 * COPY_BYTES as f64))
 }
 
-/// Report and text of all three. Errors: none in practice.
+/// GB/s at which all threads read 512 MiB: what decoding one text can reach.
+pub fn read(seconds: f64) -> Result<Ceiling> {
+    let values = filled::<f32>(READ_BYTES / 4);
+    let part = values.len().div_ceil(threads());
+    let sum = |part: &[f32]| part.iter().fold(0u32, |sum, value| sum.wrapping_add(value.to_bits()));
+    let times = timed(seconds, || {
+        let (took, ()) = clocked(|| {
+            std::thread::scope(|scope| {
+                for part in values.chunks(part) {
+                    scope.spawn(move || black_box(sum(part)));
+                }
+            })
+        });
+        Ok(took)
+    })?;
+    Ok(Ceiling::new(times, READ_BYTES as f64))
+}
+
+/// Report and text of all four. Errors: none in practice.
 pub fn run(case: &Case) -> Result<(Value, String)> {
     let figures = [
         ("matmul_f32", "GFLOP/s", matrix_product(Dtype::F32, case.seconds)?),
         ("matmul_bf16", "GFLOP/s", matrix_product(Dtype::Bf16, case.seconds)?),
         ("copy", "GB/s", copy(case.seconds)?),
+        ("read", "GB/s", read(case.seconds)?),
     ];
     let (mut report, mut text) = (json!({}), String::new());
     for (name, unit, ceiling) in figures {

@@ -2,12 +2,11 @@
 //! one text reaches: each token reads every weight once.
 
 use super::bench::{Case, Times, clocked, timed};
-use super::bench_ceilings::{self, filled};
+use super::bench_ceilings;
 use super::units;
 use crate::error::Result;
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Job, Scheduler};
-use crate::kernels::cpu::norm;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::random::Stream;
 use crate::model::{Model, flops};
@@ -19,7 +18,6 @@ const DECODED_TOKENS: usize = 64;
 /// Measured unless others are asked for.
 pub const BATCHES: [usize; 2] = [1, 8];
 pub const PREFILLS: [usize; 2] = [512, 4096];
-const READ_BYTES: usize = 512 << 20;
 
 /// Report and text. Errors: those of the model.
 pub fn run(case: &Case) -> Result<(Value, String)> {
@@ -27,7 +25,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
     model.set_trains(false);
     let read = match case.place.device() {
         Some(device) => bench_ceilings::copy_on(device, case.seconds / 10.0)?.best,
-        None => read_rate(case.seconds / 10.0)?,
+        None => bench_ceilings::read(case.seconds / 10.0)?.best,
     };
     let read_by = case.place.device().map_or_else(|| format!("read by {} threads", threads()), |_| "read and written by a copy".into());
     let bytes = weight_bytes(&model);
@@ -113,15 +111,4 @@ fn prefill(model: &Model, tokens: usize) -> Result<()> {
         scheduler.step()?;
     }
     Ok(())
-}
-
-/// GB/s at which all threads together read memory that no cache holds: by the kernel that does little else.
-fn read_rate(seconds: f64) -> Result<f64> {
-    let values = filled::<f32>(READ_BYTES / 4);
-    let times = timed(seconds, || {
-        let (took, sum) = clocked(|| norm::sum_of_squares(&[&values[..]]));
-        assert!(sum.is_finite());
-        Ok(took)
-    })?;
-    Ok(READ_BYTES as f64 / times.best() / 1e9)
 }
