@@ -349,7 +349,8 @@ impl<'a> Scheduler<'a> {
 
     /// Chooses the next token of some running texts, each from its row of logits.
     fn choose_all(&mut self, picks: &[(usize, usize)], logits: &LogitRows, vocab: usize, events: &mut Vec<Event>) -> Result<()> {
-        let row = |place: usize| &logits.values()[place * vocab..][..vocab];
+        let values = logits.values()?;
+        let row = |place: usize| &values[place * vocab..][..vocab];
         let chosen: Vec<OnceLock<Result<u32>>> = picks.iter().map(|_| OnceLock::new()).collect();
         parallel(picks.len(), |pick| {
             let (member, logits) = (&self.running[picks[pick].0], row(picks[pick].1));

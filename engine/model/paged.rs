@@ -58,6 +58,10 @@ impl Model {
         self.check_language("generate")?;
         let NewTokens { tokens, position_ids, spans, rows } = input;
         on_graph!(self, graph => with_recording(false, || {
+            let continues = rows.len() == tokens.len() && spans.iter().all(|span| span.count == 1);
+            if continues && let Some(logits) = graph.continue_captured(&tokens, &spans, cache)? {
+                return each(0..rows.len(), &logits);
+            }
             let forward = graph.forward_paged(&tokens, &position_ids, spans, cache)?;
             let chunk = (LOGITS_BYTES / (4 * graph.config.vocab)).max(1);
             for start in (0..rows.len()).step_by(chunk) {

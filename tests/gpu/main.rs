@@ -4,6 +4,7 @@
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
 mod attention;
+mod decode;
 mod elements;
 mod experts;
 #[path = "../fixtures/mod.rs"]

@@ -121,13 +121,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
     }
 }
 
-// o: [sequences][heads][HEAD_DIM]; lse: [sequences][heads]. A block is a head of a sequence.
+// o: [sequences][heads][HEAD_DIM]; lse: [sequences][heads]. A block is a head of a sequence; one without keys gives zeros.
 extern "C" __global__ void decode_merge(const float* parts, const float* maxima, const float* part_sums, const int* lengths, bf16* o, float* lse,
     int heads, int spans, int window) {
     int sequence = blockIdx.x / heads, length = lengths[sequence];
     int begin = max(length - window, 0) / BLOCK / (SPAN / BLOCK), end = (length + SPAN - 1) / SPAN;
     i64 place = (i64)blockIdx.x * spans;
     for (int column = threadIdx.x; column < HEAD_DIM; column += blockDim.x) {
+        if (length == 0) {
+            o[(i64)blockIdx.x * HEAD_DIM + column] = from_float<bf16>(0.0f);
+            if (column == 0) lse[blockIdx.x] = 0.0f;
+            continue;
+        }
         float maximum = maxima[place + begin], sum = part_sums[place + begin], value = parts[(place + begin) * DIM + column];
         for (int span = begin + 1; span < end; span++) {
             float f, g;
@@ -141,10 +146,12 @@ extern "C" __global__ void decode_merge(const float* parts, const float* maxima,
     }
 }
 
-// Writes keys and values of each row of qkv to place slots[row] (block * 64 + place in the block) of the caches. A block is a row.
+// Writes keys and values of each row of qkv to place slots[row] (block * 64 + place in the block) of the caches; a negative one is no
+// place. A block is a row.
 extern "C" __global__ void append(const bf16* qkv, const int* slots, bf16* k_cache, bf16* v_cache, int heads, int kv_heads) {
     int count = kv_heads * HEAD_DIM;
     const bf16* k = qkv + (i64)blockIdx.x * (heads + 2 * kv_heads) * HEAD_DIM + heads * HEAD_DIM;
+    if (slots[blockIdx.x] < 0) return;
     i64 to = (i64)slots[blockIdx.x] * count;
     for (int i = threadIdx.x; i < count; i += blockDim.x) k_cache[to + i] = k[i], v_cache[to + i] = k[count + i];
 }

@@ -26,7 +26,8 @@ fn program<E: Float>() -> Program {
 /// Writes keys and values of each row of `qkv` to the caches.
 ///
 /// - `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, after rope
-/// - `slots`: `[rows]`: `block * 64 + place in the block`, each in the caches, else memory beyond is written
+/// - `slots`: `[rows]`: `block * 64 + place in the block`, each in the caches, else memory beyond is written; the keys and values of a
+///   row with a negative one are not kept
 /// - `keys`, `values`: `[blocks, 64, kv_heads, head_dim]`
 ///
 /// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes do not fit.
@@ -86,7 +87,7 @@ pub struct Decode {
 /// Attends from one query a sequence, spans of 512 keys side by side.
 ///
 /// - `qkv`: `[sequences, (heads + 2 * kv_heads) * head_dim]`; keys and values are read from the cache only
-/// - `lengths`: `[sequences]`, keys of each, its own query's included, from 1 to `length_max`
+/// - `lengths`: `[sequences]`, keys of each, its own query's included, up to `length_max`; in bf16 one of 0 gives zeros
 /// - `o`: `[sequences, heads * head_dim]`; `lse`: `[sequences, heads]`
 ///
 /// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes do not fit.
