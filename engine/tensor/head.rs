@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, norm};
 use crate::kernels::cuda::memory::DeviceBuffer;
+pub use crate::kernels::cuda::sample::Draw;
 use std::sync::{Arc, OnceLock};
 
 /// All logits of each row: `[rows, hidden]` times the head gives `[rows, vocab]`, f32.
@@ -46,6 +47,17 @@ impl LogitRows {
             let _ = self.values.set(values);
         }
         Ok(self.values.get().expect("logits on the host are there from the beginning"))
+    }
+
+    /// Chooses tokens where the logits lie, by [`Draw`]s over the first `vocab` of each row, with what [`LogitRows::logprobs`] says of
+    /// them; none on the host, whose sampler does that. A token is -1 where the logits allow no choice. Waits for the device once.
+    ///
+    /// - `temperatures`: for each draw the one that its log-probability is reported for, above 0
+    ///
+    /// Errors: those of the device.
+    pub fn draw(&self, vocab: usize, draws: &[Draw], temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
+        let Some(logits) = &self.on_device else { return Ok(None) };
+        super::cuda::logprobs::draw(logits, (self.vocab, vocab), draws, temperatures).map(Some)
     }
 
     /// Log-probabilities of chosen tokens: the bits of [`super::logprobs::logprobs`] over the same rows, at the same place.
