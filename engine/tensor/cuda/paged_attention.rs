@@ -9,7 +9,6 @@ use crate::kernels::cuda::attention::{Cache, Plan, Span as PlanSpan};
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::kernels::cuda::paged::{self, Decode};
-use crate::kernels::cuda::rope;
 use crate::kernels::element::Dtype;
 use crate::tensor::attention::Heads;
 use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
@@ -161,7 +160,7 @@ fn span_of(span: &Span) -> PlanSpan {
     PlanSpan { row: span.row, cached: span.position, count: span.count }
 }
 
-/// The queries, keys and values of new tokens at their positions; keys and values go to their places in the cache as well.
+/// The queries of new tokens at their positions, in the places that they have in `qkv`; keys and values go to the cache.
 ///
 /// - `slots`: as in [`paged::append`]
 pub(super) fn turn_and_append<E: ModelElement>(
@@ -174,10 +173,9 @@ pub(super) fn turn_and_append<E: ModelElement>(
     layer: usize,
 ) -> Result<DeviceBuffer<E>> {
     let mut turned = activation::<E>(device, qkv.len())?;
-    turned.copy_from(qkv.cuda())?;
-    rope::rope(device, turned.view_mut(), heads, tables.cos.view(), tables.sin.view())?;
     let [keys, values] = &mut cache.layers[layer];
-    paged::append(device, heads, turned.view(), slots, keys.view_mut().cast::<E>(), values.view_mut().cast::<E>())?;
+    let (keys, values, angles) = (keys.view_mut().cast(), values.view_mut().cast(), (tables.cos.view(), tables.sin.view()));
+    paged::append(device, heads, qkv.cuda(), angles, slots, turned.view_mut(), keys, values)?;
     Ok(turned)
 }
 
