@@ -208,10 +208,10 @@ impl Device {
         if let Some(kernel) = lock(&self.kernels).get(&(variant.clone(), name)) {
             return Ok(*kernel);
         }
+        refuse_capture(self, op, "the first use of a kernel")?;
         // Compiled without holding the lock, so that two programs may compile side by side; the first of two equal ones stays.
         let is_loaded = lock(&self.modules).contains_key(&variant);
         if !is_loaded {
-            refuse_capture(self, op, "the first use of a kernel")?;
             let module = self.load(op, &variant)?;
             lock(&self.modules).entry(variant.clone()).or_insert(module);
         }

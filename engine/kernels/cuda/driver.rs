@@ -13,6 +13,7 @@ pub(super) fn is_lost(code: CUresult) -> bool {
             | CUDA_ERROR_LAUNCH_FAILED
             | CUDA_ERROR_LAUNCH_TIMEOUT
             | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
             | CUDA_ERROR_HARDWARE_STACK_ERROR
             | CUDA_ERROR_ILLEGAL_INSTRUCTION
             | CUDA_ERROR_MISALIGNED_ADDRESS
