@@ -294,7 +294,7 @@ impl Class for OptimizerObject {
         Function {
             op: "Optimizer:gradient_norm",
             params: &[],
-            call: |call| call.give(call.subject::<OptimizerObject>()?.lock().adamw.gradient_norm()),
+            call: |call| call.give(call.subject::<OptimizerObject>()?.lock().adamw.gradient_norm()?),
         },
         Function {
             op: "Optimizer:set",

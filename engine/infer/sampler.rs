@@ -56,6 +56,14 @@ impl Rules {
         if self.is_greedy() { 1.0 } else { self.temperature as f32 }
     }
 
+    /// The temperature of a choice that is the most likely token (0) or a draw by weight, which a device makes with the same bits;
+    /// none if a rule changes or drops tokens.
+    pub fn plain_temperature(&self) -> Option<f32> {
+        let unchanged = self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
+        let unfiltered = self.is_greedy() || self.is_unfiltered();
+        (unchanged && unfiltered).then(|| if self.is_greedy() { 0.0 } else { self.temperature as f32 })
+    }
+
     /// Below the least normal f32 the most likely token has all of the probability.
     fn is_greedy(&self) -> bool {
         self.temperature < f64::from(f32::MIN_POSITIVE)

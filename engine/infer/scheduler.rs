@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::threads::parallel;
 use crate::kernels::random::Stream;
 use crate::model::Model;
-use crate::model::paged::{LogitRows, NewTokens};
+use crate::model::paged::{Draw, LogitRows, NewTokens};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -348,33 +348,74 @@ impl<'a> Scheduler<'a> {
     }
 
     /// Chooses the next token of some running texts, each from its row of logits.
+    ///
+    /// - `picks`: indices of the texts, and their rows
     fn choose_all(&mut self, picks: &[(usize, usize)], logits: &LogitRows, vocab: usize, events: &mut Vec<Event>) -> Result<()> {
-        let row = |place: usize| &logits.values()[place * vocab..][..vocab];
-        let chosen: Vec<OnceLock<Result<u32>>> = picks.iter().map(|_| OnceLock::new()).collect();
-        parallel(picks.len(), |pick| {
-            let (member, logits) = (&self.running[picks[pick].0], row(picks[pick].1));
-            let job = &self.jobs[&member.job];
-            let history = History { tokens: &member.tokens, prompt: job.prompt.len() };
-            let uniform = member.stream.f64((member.tokens.len() - job.prompt.len()) as u64);
-            let _ = chosen[pick].set(choose(&job.rules, &job.bias, &logits[..self.vocab], history, uniform));
-        });
-        let chosen = chosen.into_iter().map(|slot| slot.into_inner().expect("every pick was made"));
-        let labels = chosen.map(|id| id.map(|id| id as i32)).collect::<Result<Vec<i32>>>()?;
-        let temperatures: Vec<f32> =
-            picks.iter().map(|(index, _)| self.jobs[&self.running[*index].job].rules.reported_temperature()).collect();
-        let rows: Vec<usize> = picks.iter().map(|(_, place)| *place).collect();
-        let (logprobs, lse) = logits.logprobs(&rows, &labels, &temperatures)?;
-        for (pick, (index, place)) in picks.iter().enumerate() {
+        let temperatures: Vec<f32> = picks.iter().map(|(index, _)| self.job_of(*index).rules.reported_temperature()).collect();
+        let (labels, logprobs) = match self.draw_on_device(picks, logits, &temperatures)? {
+            Some(drawn) => drawn,
+            None => self.choose_on_host(picks, logits, vocab, &temperatures)?,
+        };
+        for (pick, (index, _)) in picks.iter().enumerate() {
             let member = &mut self.running[*index];
-            let wanted = self.jobs[&member.job].top_logprobs;
-            if wanted > 0 {
-                member.top_logprobs.push(most_likely(row(*place), wanted, temperatures[pick].recip(), lse[pick]));
-            }
             member.tokens.push(labels[pick]);
             member.logprobs.push(logprobs[pick]);
             events.push(Event { token: Some(labels[pick]), logprob: logprobs[pick], ..Event::new(member.job, member.member) });
         }
         Ok(())
+    }
+
+    fn job_of(&self, index: usize) -> &Job {
+        &self.jobs[&self.running[index].job]
+    }
+
+    /// The random number of a running text's next token.
+    fn uniform(&self, index: usize) -> f64 {
+        let member = &self.running[index];
+        member.stream.f64((member.tokens.len() - self.job_of(index).prompt.len()) as u64)
+    }
+
+    /// Tokens and their log-probabilities, where the logits lie on a device and no text wants what only the host does; the tokens
+    /// are those of [`Scheduler::choose_on_host`].
+    fn draw_on_device(&self, picks: &[(usize, usize)], logits: &LogitRows, temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
+        let draw = |(index, place): &(usize, usize)| {
+            let job = self.job_of(*index);
+            let temperature = job.rules.plain_temperature().filter(|_| job.bias.is_empty() && job.top_logprobs == 0)?;
+            Some(Draw { uniform: self.uniform(*index), temperature, row: *place as i32 })
+        };
+        let Some(draws) = picks.iter().map(draw).collect::<Option<Vec<Draw>>>() else { return Ok(None) };
+        // Where there is no choice the host says why.
+        Ok(logits.draw(self.vocab, &draws, temperatures)?.filter(|(tokens, _)| tokens.iter().all(|token| *token >= 0)))
+    }
+
+    /// Tokens by all rules, and their log-probabilities; the most likely ones are noted for texts that want them.
+    fn choose_on_host(
+        &mut self,
+        picks: &[(usize, usize)],
+        logits: &LogitRows,
+        vocab: usize,
+        temperatures: &[f32],
+    ) -> Result<(Vec<i32>, Vec<f32>)> {
+        let values = logits.values()?;
+        let row = |place: usize| &values[place * vocab..][..vocab];
+        let chosen: Vec<OnceLock<Result<u32>>> = picks.iter().map(|_| OnceLock::new()).collect();
+        parallel(picks.len(), |pick| {
+            let (index, place) = picks[pick];
+            let (member, job) = (&self.running[index], self.job_of(index));
+            let history = History { tokens: &member.tokens, prompt: job.prompt.len() };
+            let _ = chosen[pick].set(choose(&job.rules, &job.bias, &row(place)[..self.vocab], history, self.uniform(index)));
+        });
+        let chosen = chosen.into_iter().map(|slot| slot.into_inner().expect("every pick was made"));
+        let labels = chosen.map(|id| id.map(|id| id as i32)).collect::<Result<Vec<i32>>>()?;
+        let rows: Vec<usize> = picks.iter().map(|(_, place)| *place).collect();
+        let (logprobs, lse) = logits.logprobs(&rows, &labels, temperatures)?;
+        for (pick, (index, place)) in picks.iter().enumerate() {
+            let wanted = self.job_of(*index).top_logprobs;
+            if wanted > 0 {
+                self.running[*index].top_logprobs.push(most_likely(row(*place), wanted, temperatures[pick].recip(), lse[pick]));
+            }
+        }
+        Ok((labels, logprobs))
     }
 
     /// Decodes a running text's new token, and says whether the text ends with it.

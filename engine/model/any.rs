@@ -418,7 +418,7 @@ impl Model {
             let columns = named.parameter.columns();
             for block in blocks(named.rows.len(), columns) {
                 let mut values = Buffer::scratch(block.len() * columns);
-                Graph::read_tensor_rows(&named, block, &mut values);
+                Graph::read_tensor_rows(&named, block, &mut values)?;
                 visit(&values)?;
             }
             Ok(())
@@ -443,7 +443,7 @@ impl Model {
     pub fn gradient(&self, name: &str) -> Result<Option<AnyTensor>> {
         on_graph!(self, graph => {
             let named = find(graph, name)?;
-            named.parameter.gradient_rows(named.rows.clone()).map(|values| AnyTensor::new(&named.shape, values)).transpose()
+            named.parameter.gradient_rows(named.rows.clone())?.map(|values| AnyTensor::new(&named.shape, values)).transpose()
         })
     }
 

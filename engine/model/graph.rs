@@ -179,7 +179,7 @@ impl<E: ModelElement> Graph<E> {
             let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
             let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
             let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
-            return self.forward_with(input.tokens, recompute_layers, observe, attend);
+            return self.forward_with(embedding(input.tokens, &self.embed)?, recompute_layers, observe, attend);
         };
         let positions: Vec<i32> = rows.iter().map(|row| input.position_ids[*row as usize]).collect();
         let tables = Arc::new(self.rope.tables::<E>(&positions, self.place())?);
@@ -188,7 +188,7 @@ impl<E: ModelElement> Graph<E> {
             let mixed = attention(&select_rows("attention", qkv, &rows)?, heads, &tables, &documents, window)?;
             select_rows("attention", &mixed, &own)
         };
-        self.forward_with(input.tokens, recompute_layers, observe, attend)
+        self.forward_with(embedding(input.tokens, &self.embed)?, recompute_layers, observe, attend)
     }
 
     /// Runs the layers over new tokens of texts whose earlier keys and values lie in `cache`, which takes those of the new
@@ -212,19 +212,18 @@ impl<E: ModelElement> Graph<E> {
             let mut cache = cache.lock().expect("attention does not panic under this lock");
             paged_attention(qkv, heads, &tables, &texts, &mut cache, layer, window)
         };
-        self.forward_with(tokens, false, |_| {}, attend)
+        self.forward_with(embedding(tokens, &self.embed)?, false, |_| {}, attend)
     }
 
-    /// Runs the layers; `attend` turns `[tokens, (heads + 2 * kv_heads) * head_dim]` before rope into
+    /// Runs the layers over the embedded tokens; `attend` turns `[tokens, (heads + 2 * kv_heads) * head_dim]` before rope into
     /// `[tokens, heads * head_dim]` for the layer of that number, with that window.
-    fn forward_with(
+    pub(super) fn forward_with(
         self: &Arc<Self>,
-        tokens: &[i32],
+        mut x: Tensor<E, 2>,
         recompute_layers: bool,
         mut observe: impl FnMut(&Tensor<E, 2>),
         attend: impl Fn(usize, &Tensor<E, 2>, Option<usize>) -> Result<Tensor<E, 2>> + Clone + Send + 'static,
     ) -> Result<Forward<E>> {
-        let mut x = embedding(tokens, &self.embed)?;
         let mut routings = Vec::new();
         observe(&x);
         for (index, layer) in self.layers.iter().enumerate() {

@@ -261,11 +261,11 @@ impl<E: ModelElement> Graph<E> {
         for tensor in &tensors {
             if dtype == E::DTYPE {
                 let mut values = Buffer::<E>::scratch(tensor.parameter.count());
-                tensor.parameter.read_weight_rows(tensor.rows.clone(), &mut values);
+                tensor.parameter.read_weight_rows(tensor.rows.clone(), &mut values)?;
                 writer.write(&file_name(tensor), &values)?;
             } else {
                 let mut values = Buffer::<f32>::scratch(tensor.parameter.count());
-                tensor.parameter.read_rows(tensor.rows.clone(), &mut values);
+                tensor.parameter.read_rows(tensor.rows.clone(), &mut values)?;
                 writer.write(&file_name(tensor), &values)?;
             }
         }

@@ -4,6 +4,7 @@
 mod any;
 mod adapted;
 pub mod config;
+mod decode;
 pub mod fields;
 pub mod flops;
 pub mod generation_config;

@@ -4,7 +4,7 @@
 use super::any::Model;
 use crate::error::Result;
 use crate::tensor::autograd::with_recording;
-pub use crate::tensor::head::LogitRows;
+pub use crate::tensor::head::{Draw, LogitRows};
 use crate::tensor::paged_attention::KvBlocks;
 pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
 use crate::tensor::select_rows::{row_ids, select_rows};
@@ -58,6 +58,10 @@ impl Model {
         self.check_language("generate")?;
         let NewTokens { tokens, position_ids, spans, rows } = input;
         on_graph!(self, graph => with_recording(false, || {
+            let continues = rows.len() == tokens.len() && spans.iter().all(|span| span.count == 1);
+            if continues && let Some(logits) = graph.continue_captured(&tokens, &spans, cache)? {
+                return each(0..rows.len(), &logits);
+            }
             let forward = graph.forward_paged(&tokens, &position_ids, spans, cache)?;
             let chunk = (LOGITS_BYTES / (4 * graph.config.vocab)).max(1);
             for start in (0..rows.len()).step_by(chunk) {

@@ -87,13 +87,13 @@ impl<E: ModelElement> Graph<E> {
         }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
         for parameter in &parameters {
-            if let Some(remainder) = parameter.remainder() {
+            if let Some(remainder) = parameter.remainder()? {
                 writer.write_bytes(&format!("{}.remainder", parameter.name()), bytemuck::cast_slice(&remainder))?;
             }
             parameter.with_gradient(|gradient| match gradient {
                 Some(gradient) => writer.write(&format!("{}.gradient", parameter.name()), gradient),
                 None => Ok(()),
-            })?;
+            })??;
         }
         writer.finish()
     }
@@ -177,7 +177,7 @@ mod tests {
                 let bits = |p: &Parameter<E>| p.read().weight.iter().map(|value| value.to_f32().to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(a), bits(&b), "{}", a.name());
                 assert_eq!(a.read().remainder, b.read().remainder, "{}", a.name());
-                a.with_gradient(|a| b.with_gradient(|b| assert_eq!(a, b)));
+                a.with_gradient(|a| b.with_gradient(|b| assert_eq!(a, b)).unwrap()).unwrap();
             }
         };
         let folder = tempfile::tempdir().unwrap();

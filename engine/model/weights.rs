@@ -200,11 +200,11 @@ impl<E: ModelElement> Graph<E> {
             for block in blocks(tensor.rows.len(), columns) {
                 if dtype == E::DTYPE && tensor.parameter.adapters().is_empty() {
                     let mut values = Buffer::<E>::scratch(block.len() * columns);
-                    tensor.parameter.read_weight_rows(shift(&block, tensor.rows.start), &mut values);
+                    tensor.parameter.read_weight_rows(shift(&block, tensor.rows.start), &mut values)?;
                     writer.write(&tensor.name, &values)?;
                 } else {
                     let mut values = Buffer::<f32>::scratch(block.len() * columns);
-                    tensor.parameter.read_adapted_rows(shift(&block, tensor.rows.start), &mut values);
+                    tensor.parameter.read_adapted_rows(shift(&block, tensor.rows.start), &mut values)?;
                     writer.write(&tensor.name, &values)?;
                 }
             }
@@ -217,8 +217,10 @@ impl<E: ModelElement> Graph<E> {
     }
 
     /// Copies rows of a named tensor, counted from its own first row, as f32: master weights where they exist.
-    pub fn read_tensor_rows(named: &Named<E>, rows: Range<usize>, values: &mut [f32]) {
-        named.parameter.read_rows(shift(&rows, named.rows.start), values);
+    ///
+    /// Errors: those of the device.
+    pub fn read_tensor_rows(named: &Named<E>, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
+        named.parameter.read_rows(shift(&rows, named.rows.start), values)
     }
 }
 

@@ -105,7 +105,7 @@ pub fn attention<E: ModelElement>(
     let mut turned = Buffer::copy_of(qkv.values());
     let (cos, sin) = tables.host();
     rope::rope(&mut turned, heads, cos, sin)?;
-    let scale = (heads.head_dim as f32).sqrt().recip();
+    let scale = heads.scale();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
     let mut lse = Buffer::<f32>::scratch(tokens * heads.heads);
     kernel::attention(&Settings { heads, cu_seqlens: &documents.borders, scale, window }, &turned, &mut mixed, &mut lse)?;

@@ -35,7 +35,7 @@ pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) ->
         Layout::Panels => Order::Panels,
         Layout::Int8 => {
             for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden.max(1))) {
-                weight.read_weight_rows(*token as usize..*token as usize + 1, x);
+                weight.read_weight_rows(*token as usize..*token as usize + 1, x)?;
             }
             return Tensor::new([tokens.len(), hidden], x);
         }

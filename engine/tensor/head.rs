@@ -6,13 +6,13 @@ use super::cuda::head as cuda;
 use super::linear::{check_weight, weight_gradients};
 use super::logprobs::logprobs_of_logits;
 use super::parameter::Parameter;
-use super::place::downloaded;
 use super::typed::{Data, Tensor};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, norm};
 use crate::kernels::cuda::memory::DeviceBuffer;
-use std::sync::Arc;
+pub use crate::kernels::cuda::sample::Draw;
+use std::sync::{Arc, OnceLock};
 
 /// All logits of each row: `[rows, hidden]` times the head gives `[rows, vocab]`, f32.
 ///
@@ -21,17 +21,43 @@ pub fn logits<E: ModelElement>(x: &Tensor<E, 2>, head: &Arc<Parameter<E>>) -> Re
     product("logits", [x.shape()[0], head.rows()], x, head)
 }
 
-/// Logits for looking and sampling, on the host, and on the device that computed them.
+/// Logits for looking and sampling, where they were computed; on the host as soon as somebody looks.
 pub struct LogitRows {
-    values: Buffer<f32>,
+    rows: usize,
     vocab: usize,
-    on_device: Option<DeviceBuffer<f32>>,
+    values: OnceLock<Buffer<f32>>,
+    /// The first of its rows are these.
+    on_device: Option<Arc<DeviceBuffer<f32>>>,
 }
 
 impl LogitRows {
-    /// `[rows, vocab]`
-    pub fn values(&self) -> &[f32] {
-        &self.values
+    /// The first `rows` rows of logits on a device, `[any, vocab]`.
+    pub fn on_device(logits: Arc<DeviceBuffer<f32>>, rows: usize, vocab: usize) -> Self {
+        assert!(logits.len() >= rows * vocab, "{} logits for [{rows}, {vocab}]", logits.len());
+        Self { rows, vocab, values: OnceLock::new(), on_device: Some(logits) }
+    }
+
+    /// `[rows, vocab]`, on the host; waits for a device at the first call.
+    ///
+    /// Errors: those of the device.
+    pub fn values(&self) -> Result<&[f32]> {
+        if let (None, Some(logits)) = (self.values.get(), &self.on_device) {
+            let mut values = Buffer::scratch(self.rows * self.vocab);
+            logits.download_at(0, &mut values)?;
+            let _ = self.values.set(values);
+        }
+        Ok(self.values.get().expect("logits on the host are there from the beginning"))
+    }
+
+    /// Chooses tokens where the logits lie, by [`Draw`]s over the first `vocab` of each row, with what [`LogitRows::logprobs`] says of
+    /// them; none on the host, whose sampler does that. A token is -1 where the logits allow no choice. Waits for the device once.
+    ///
+    /// - `temperatures`: for each draw the one that its log-probability is reported for, above 0
+    ///
+    /// Errors: those of the device.
+    pub fn draw(&self, vocab: usize, draws: &[Draw], temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
+        let Some(logits) = &self.on_device else { return Ok(None) };
+        super::cuda::logprobs::draw(logits, (self.vocab, vocab), draws, temperatures).map(Some)
     }
 
     /// Log-probabilities of chosen tokens: the bits of [`super::logprobs::logprobs`] over the same rows, at the same place.
@@ -47,7 +73,8 @@ impl LogitRows {
             Some(logits) => super::cuda::logprobs::logprobs_of_logits(logits, self.vocab, rows, labels, temperatures),
             None => {
                 // Members of a group begin at one row, and each wants it for a label of its own.
-                let rows = rows.iter().map(|row| &self.values[row * self.vocab..][..self.vocab]).collect::<Vec<_>>().concat();
+                let values = self.values()?;
+                let rows = rows.iter().map(|row| &values[row * self.vocab..][..self.vocab]).collect::<Vec<_>>().concat();
                 Ok(logprobs_of_logits(&rows, self.vocab, labels, temperatures))
             }
         }
@@ -59,14 +86,21 @@ impl LogitRows {
 /// Errors: [`Error::Shape`] if the sizes do not fit; those of the device.
 pub fn logit_rows<E: ModelElement>(x: &Tensor<E, 2>, head: &Parameter<E>) -> Result<LogitRows> {
     check_weight("logits", x, head)?;
-    let vocab = head.rows();
+    let (rows, vocab) = (x.shape()[0], head.rows());
     if let Some(device) = x.device() {
-        let on_device = cuda::logits(device, x, head)?;
-        return Ok(LogitRows { values: downloaded(&on_device)?, vocab, on_device: Some(on_device) });
+        return Ok(LogitRows::on_device(Arc::new(cuda::logits(device, x, head)?), rows, vocab));
     }
-    let mut values = Buffer::scratch(x.shape()[0] * vocab);
+    let mut values = Buffer::scratch(rows * vocab);
     head.multiply(&mut values, x.values(), None, None, None);
-    Ok(LogitRows { values, vocab, on_device: None })
+    Ok(LogitRows { rows, vocab, values: OnceLock::from(values), on_device: None })
+}
+
+/// As [`logit_rows`] of a model on a device, as they lie there.
+///
+/// Errors: as there.
+pub fn logits_on_device<E: ModelElement>(x: &Tensor<E, 2>, head: &Parameter<E>) -> Result<DeviceBuffer<f32>> {
+    check_weight("logits", x, head)?;
+    cuda::logits(x.device().expect("the model lies on a device"), x, head)
 }
 
 /// One number for each row: `[rows, hidden]` times a head of one output gives `[rows]`, f32.

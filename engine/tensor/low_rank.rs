@@ -37,17 +37,20 @@ impl<E: ModelElement> LowRank<E> {
     }
 
     /// Adds its share to `values`, `rows` of the weight, row-major, in f32 from the masters of both factors.
-    pub(super) fn add_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) {
+    ///
+    /// Errors: those of the device that they lie on.
+    pub(super) fn add_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
         let common = rows.start.max(self.rows.start)..rows.end.min(self.rows.end);
         if common.start >= common.end {
-            return;
+            return Ok(());
         }
         let (rank, inputs) = (self.rank(), self.a.columns());
         let (mut a, mut b) = (Buffer::<f32>::scratch(rank * inputs), Buffer::<f32>::scratch(common.len() * rank));
-        self.a.read_rows(0..rank, &mut a);
-        self.b.read_rows(common.start - self.rows.start..common.end - self.rows.start, &mut b);
+        self.a.read_rows(0..rank, &mut a)?;
+        self.b.read_rows(common.start - self.rows.start..common.end - self.rows.start, &mut b)?;
         let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
         low_rank::add_product(values, &a, &b, rank, self.scale);
+        Ok(())
     }
 }
 
@@ -163,7 +166,7 @@ mod tests {
         let mut upstream = Buffer::copy_of(y.values());
         upstream.iter_mut().for_each(|value| *value *= 2.0);
         y.backward_with(upstream).unwrap();
-        assert!(weight.gradient_rows(0..weight.rows()).is_none(), "the weight itself is frozen");
+        assert!(weight.gradient_rows(0..weight.rows()).unwrap().is_none(), "the weight itself is frozen");
         let loss = |x: &Tensor<f32, 2>| run(x).values().iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
         let near = |what: &str, got: f32, up: f64, down: f64| {
             let want = (up - down) / (2.0 * f64::from(STEP));
@@ -173,9 +176,9 @@ mod tests {
         const STEP: f32 = 0.01;
         for part in weight.adapters().iter() {
             for factor in [&part.a, &part.b] {
-                let gradient = factor.gradient_rows(0..factor.rows()).unwrap();
+                let gradient = factor.gradient_rows(0..factor.rows()).unwrap().unwrap();
                 let mut values = vec![0.0; factor.count()];
-                factor.read_rows(0..factor.rows(), &mut values);
+                factor.read_rows(0..factor.rows(), &mut values).unwrap();
                 for i in 0..values.len() {
                     let at = |step: f32| {
                         let mut moved = values.clone();

@@ -32,6 +32,14 @@ impl KvBlocks {
         }
     }
 
+    /// Those of a model on a device, where steps that continue texts are captured (cuda/decode.rs).
+    pub fn on_device(&mut self) -> Option<&mut cuda::DeviceBlocks> {
+        match self {
+            Self::Host(_) => None,
+            Self::Cuda(blocks) => Some(blocks),
+        }
+    }
+
     /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
         match self {
@@ -137,7 +145,7 @@ pub fn paged_attention<E: ModelElement>(
     let mut turned = Buffer::copy_of(qkv.values());
     let (cos, sin) = tables.host();
     rope::rope(&mut turned, heads, cos, sin)?;
-    let scale = (heads.head_dim as f32).sqrt().recip();
+    let scale = heads.scale();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
     kernel(&Settings { heads, cu_seqlens: &[], scale, window }, &turned, &texts.spans, cache, layer, &mut mixed);
     Tensor::new([tokens, heads.heads * heads.head_dim], mixed)

@@ -53,6 +53,16 @@ impl<E: ModelElement> Clone for Value<E> {
     }
 }
 
+/// A value to write: a copy of its own, where others share it.
+///
+/// Errors: [`Error::Device`] if the device has no room for it.
+pub(super) fn own<E: ModelElement>(value: &mut Arc<Value<E>>) -> Result<&mut Value<E>> {
+    if Arc::get_mut(value).is_none() {
+        *value = Arc::new(value.try_clone()?);
+    }
+    Ok(Arc::get_mut(value).expect("it was copied above if it was shared"))
+}
+
 /// The integers of a weight, in panels, what each row's are multiplied by, and their sum.
 #[derive(Clone)]
 pub struct Int8 {
@@ -266,9 +276,11 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// A copy of what completes a bf16 weight to its f32 master, in the order of the weight; none if there is none.
-    pub fn remainder(&self) -> Option<Vec<i16>> {
+    ///
+    /// Errors: those of the device, here and where values are read below.
+    pub fn remainder(&self) -> Result<Option<Vec<i16>>> {
         let value = self.read();
-        value.cuda.as_ref().map_or_else(|| value.remainder.clone(), DeviceValue::remainder_to_host)
+        value.cuda.as_ref().map_or_else(|| Ok(value.remainder.clone()), DeviceValue::remainder_to_host)
     }
 
     /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
@@ -296,11 +308,12 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
-    pub fn read_rows(&self, rows: Range<usize>, values: &mut [f32]) {
+    pub fn read_rows(&self, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
         let value = self.read();
         if let Some(int8) = &value.int8 {
             let rows = rows.zip(values.chunks_exact_mut(self.columns.max(1)));
-            return rows.for_each(|(row, out)| int8::read_row(self.int8_weight(int8), row, out));
+            rows.for_each(|(row, out)| int8::read_row(self.int8_weight(int8), row, out));
+            return Ok(());
         }
         if let Some(cuda) = &value.cuda {
             return cuda.read_masters(rows.start * self.columns, values);
@@ -315,20 +328,23 @@ impl<E: ModelElement> Parameter<E> {
                 E::join_master(&narrow, &rest, values);
             }
         }
+        Ok(())
     }
 
     /// Copies `rows` of the weight itself, row-major: what products read, not the f32 master beside it.
-    pub fn read_weight_rows(&self, rows: Range<usize>, values: &mut [E]) {
+    pub fn read_weight_rows(&self, rows: Range<usize>, values: &mut [E]) -> Result<()> {
         if self.layout == Layout::Int8 {
             let mut wide = Buffer::<f32>::scratch(values.len());
-            self.read_rows(rows, &mut wide);
-            return values.iter_mut().zip(wide.iter()).for_each(|(to, from)| *to = E::from_f32(*from));
+            self.read_rows(rows, &mut wide)?;
+            values.iter_mut().zip(wide.iter()).for_each(|(to, from)| *to = E::from_f32(*from));
+            return Ok(());
         }
         let value = self.read();
         match &value.cuda {
-            Some(cuda) => cuda.read_weight(rows.start * self.columns, values),
+            Some(cuda) => return cuda.read_weight(rows.start * self.columns, values),
             None => self.unpack(&value.weight, rows, values),
         }
+        Ok(())
     }
 
     /// Ranges of rows of at most [`BLOCK_VALUES`] values, each of whole panels where it can be.
@@ -359,7 +375,7 @@ impl<E: ModelElement> Parameter<E> {
     /// Errors: [`Error::Device`] if it lies on a device that has no room for remainders, or is lost.
     pub fn write_rows(&self, rows: Range<usize>, values: &[f32], split_master: bool) -> Result<()> {
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        self.write_value(Arc::make_mut(&mut guard), rows, values, split_master)?;
+        self.write_value(own(&mut guard)?, rows, values, split_master)?;
         self.version.fetch_add(1, Relaxed);
         Ok(())
     }
@@ -388,18 +404,18 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Copies `rows` of the gradient, row-major; none if there is no gradient.
-    pub fn gradient_rows(&self, rows: Range<usize>) -> Option<Buffer<f32>> {
+    pub fn gradient_rows(&self, rows: Range<usize>) -> Result<Option<Buffer<f32>>> {
         let guard = self.gradient.lock().expect("nothing panics while a gradient is written");
-        let gradient = guard.as_ref()?;
+        let Some(gradient) = guard.as_ref() else { return Ok(None) };
         let mut values = Buffer::scratch(rows.len() * self.columns);
         match (gradient, self.layout) {
             (Array::Cuda(gradient), _) => {
-                gradient.download_at(rows.start * self.columns, &mut values).unwrap_or_else(|error| panic!("{error}"));
+                gradient.download_at(rows.start * self.columns, &mut values)?;
             }
             (Array::Host(gradient), Layout::Rows) => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
             (Array::Host(gradient), _) => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
         }
-        Some(values)
+        Ok(Some(values))
     }
 
     /// Bytes of weight, remainder and gradient.
@@ -456,12 +472,12 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Reads the gradient, if there is one; a copy of it, if it lies on a device.
-    pub fn with_gradient<T>(&self, read: impl FnOnce(Option<&[f32]>) -> T) -> T {
-        match self.gradient.lock().expect("nothing panics while a gradient is read").as_ref() {
+    pub fn with_gradient<T>(&self, read: impl FnOnce(Option<&[f32]>) -> T) -> Result<T> {
+        Ok(match self.gradient.lock().expect("nothing panics while a gradient is read").as_ref() {
             None => read(None),
             Some(Array::Host(gradient)) => read(Some(gradient)),
-            Some(Array::Cuda(gradient)) => read(Some(&downloaded(gradient).unwrap_or_else(|error| panic!("{error}")))),
-        }
+            Some(Array::Cuda(gradient)) => read(Some(&downloaded(gradient)?)),
+        })
     }
 
     /// Whether there is one.

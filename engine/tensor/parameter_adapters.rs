@@ -60,7 +60,7 @@ impl<E: ModelElement> Parameter<E> {
         let mut merged = former.try_clone()?;
         for rows in self.row_blocks() {
             let mut values = Buffer::scratch(rows.len() * self.columns);
-            self.read_adapted_rows(rows.clone(), &mut values);
+            self.read_adapted_rows(rows.clone(), &mut values)?;
             self.write_value(&mut merged, rows, &values, false)?;
         }
         *self.value.write().expect("nothing panics while a parameter is written") = Arc::new(merged);
@@ -78,8 +78,8 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// As [`Parameter::read_rows`], with the low-rank parts added in f32.
-    pub fn read_adapted_rows(&self, rows: Range<usize>, values: &mut [f32]) {
-        self.read_rows(rows.clone(), values);
-        self.adapters().iter().for_each(|part| part.add_to_rows(&rows, values));
+    pub fn read_adapted_rows(&self, rows: Range<usize>, values: &mut [f32]) -> Result<()> {
+        self.read_rows(rows.clone(), values)?;
+        self.adapters().iter().try_for_each(|part| part.add_to_rows(&rows, values))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::ModelElement;
 use super::cuda::value::GRADIENTS;
-use super::parameter::{Adapters, BLOCK_VALUES, Parameter, Value};
+use super::parameter::{Adapters, BLOCK_VALUES, Parameter, Value, own};
 use super::place::{Array, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -34,7 +34,7 @@ impl<E: ModelElement> Parameter<E> {
         let value = match &value.cuda {
             _ if !self.trains() => value.clone(),
             Some(cuda) if place.device().is_none() => {
-                let (weight, remainder) = (cuda.weight_to_host()?, cuda.remainder_to_host());
+                let (weight, remainder) = (cuda.weight_to_host()?, cuda.remainder_to_host()?);
                 Arc::new(Value { weight, remainder, int8: None, cuda: None })
             }
             _ => Arc::new(value.try_clone()?),
@@ -74,7 +74,7 @@ impl<E: ModelElement> Parameter<E> {
             if !self.trains() {
                 *value = from.clone();
             } else if !Arc::ptr_eq(&value, &from) {
-                Arc::make_mut(&mut value).take(&from)?;
+                own(&mut value)?.take(&from)?;
             }
         }
         let theirs = other.lock_adapters().clone();
@@ -106,8 +106,8 @@ impl<E: ModelElement> Parameter<E> {
             return self.row_blocks().try_for_each(|rows| {
                 let len = rows.len() * self.columns;
                 let (mut ours, mut theirs) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
-                self.read_rows(rows.clone(), &mut ours);
-                other.read_rows(rows.clone(), &mut theirs);
+                self.read_rows(rows.clone(), &mut ours)?;
+                other.read_rows(rows.clone(), &mut theirs)?;
                 norm::blend(&mut ours, &theirs, weight);
                 self.write_rows(rows, &ours, E::HAS_REMAINDER)
             });

@@ -20,7 +20,9 @@ pub trait Trainable: Send + Sync {
     fn gradient_len(&self) -> usize;
     fn trains(&self) -> bool;
     /// Reads the gradient, if there is one; a copy of it, if it lies on a device.
-    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>));
+    ///
+    /// Errors: those of the device.
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) -> Result<()>;
     fn has_gradient(&self) -> bool;
     fn clear_gradient(&self);
     /// Where it lies, and its moments should.
@@ -38,7 +40,9 @@ pub trait Trainable: Send + Sync {
     /// Inputs of a matrix; 1 for a vector.
     fn columns(&self) -> usize;
     /// Copies the f32 values, `gradient_len` of them, in the layout of the gradient; padding is zero.
-    fn read_master(&self, values: &mut [f32]);
+    ///
+    /// Errors: those of the device.
+    fn read_master(&self, values: &mut [f32]) -> Result<()>;
     /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
     ///
     /// Errors: [`crate::error::Error::Device`] if it lies on a device without room for remainders.
@@ -66,8 +70,8 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         Parameter::trains(self)
     }
 
-    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) {
-        self.with_gradient(read);
+    fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) -> Result<()> {
+        self.with_gradient(read)
     }
 
     fn has_gradient(&self) -> bool {
@@ -105,17 +109,18 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         self.columns
     }
 
-    fn read_master(&self, values: &mut [f32]) {
+    fn read_master(&self, values: &mut [f32]) -> Result<()> {
         assert_eq!(values.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
         values.fill(0.0);
         for rows in self.row_blocks() {
             let mut block = Buffer::<f32>::scratch(rows.len() * self.columns);
-            self.read_rows(rows.clone(), &mut block);
+            self.read_rows(rows.clone(), &mut block)?;
             match self.layout {
                 Layout::Rows => values[rows.start * self.columns..rows.end * self.columns].copy_from_slice(&block),
                 Layout::Panels | Layout::Int8 => panels::pack(values, self.rows, self.columns, rows, &block),
             }
         }
+        Ok(())
     }
 
     fn add_and_scale(&self, delta: &[f32], scale: f32) -> Result<()> {
@@ -123,7 +128,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         for rows in self.row_blocks() {
             let len = rows.len() * self.columns;
             let (mut values, mut step) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
-            self.read_rows(rows.clone(), &mut values);
+            self.read_rows(rows.clone(), &mut values)?;
             match self.layout {
                 Layout::Rows => step.copy_from_slice(&delta[rows.start * self.columns..rows.end * self.columns]),
                 Layout::Panels | Layout::Int8 => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),

@@ -75,7 +75,7 @@ impl OnlineMerge {
     ///
     /// - `seed`: of the masks, which are functions of it, the parameter's name and the update's number
     ///
-    /// Errors: [`Error::Argument`] for settings that cannot be meant, or two models of different shapes.
+    /// Errors: [`Error::Argument`] for settings that cannot be meant, or two models of different shapes; those of their device.
     pub fn new(settings: MergeSettings, seed: u64, sources: Vec<Source>) -> Result<Self> {
         settings.check()?;
         let mut merge = Self { settings, seed, tasks: BTreeMap::new() };
@@ -85,7 +85,7 @@ impl OnlineMerge {
                 let got = format!("{} in place of {name}", source.reference.name());
                 return Err(Error::argument("adamw", "merge.reference", "a model of the shape of merge.base", got));
             }
-            let task = merge.task(&source);
+            let task = merge.task(&source)?;
             merge.tasks.insert(name, task);
         }
         Ok(merge)
@@ -105,11 +105,11 @@ impl OnlineMerge {
         Err(Error::argument("adamw", "merge.base", expected, "one without it; an adapter cannot be merged with a task vector"))
     }
 
-    fn task(&self, source: &Source) -> Task {
+    fn task(&self, source: &Source) -> Result<Task> {
         let mut tau = vec![0.0; source.base.gradient_len()];
         let mut base = vec![0.0; tau.len()];
-        source.reference.read_master(&mut tau);
-        source.base.read_master(&mut base);
+        source.reference.read_master(&mut tau)?;
+        source.base.read_master(&mut base)?;
         tau.iter_mut().zip(&base).for_each(|(tau, base)| *tau = (*tau - base).clamp(-1.0, 1.0));
         drop(base);
         match self.settings.method {
@@ -118,7 +118,7 @@ impl OnlineMerge {
         }
         let elements = tau.into_iter().enumerate().filter(|(_, value)| *value != 0.0);
         let elements = elements.map(|(at, value)| (u32::try_from(at).expect("a parameter has fewer than 2^32 elements"), value)).collect();
-        Task { elements, tensors: source.tensors.clone() }
+        Ok(Task { elements, tensors: source.tensors.clone() })
     }
 
     /// Merges Adam's update `delta` of `parameter` with its task vector, in place. `update` is its number, from 1.
@@ -212,11 +212,11 @@ mod tests {
         let mut optimizer = AdamW::new(vec![policy.clone()], SETTINGS).unwrap().merging(merge(settings).unwrap()).unwrap();
         for update in 1..=updates {
             let given = parameter::<f32>(|i| gradient(update, i));
-            policy.accumulate(|sum, _| given.read_master(sum));
+            policy.accumulate(|sum, _| given.read_master(sum).unwrap());
             assert!(optimizer.step().unwrap().applied);
         }
         let mut values = vec![0.0; ROWS * COLUMNS];
-        policy.read_rows(0..ROWS, &mut values);
+        policy.read_rows(0..ROWS, &mut values).unwrap();
         values
     }
 

@@ -184,16 +184,18 @@ impl AdamW {
 
     /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,
     /// one by one.
-    pub fn gradient_norm(&self) -> f64 {
+    ///
+    /// Errors: those of the device.
+    pub fn gradient_norm(&self) -> Result<f64> {
         let mut sum = 0.0;
         for slot in &self.slots {
             slot.parameter.read_gradient(&mut |gradient| {
                 if let Some(gradient) = gradient {
                     sum += norm::sum_of_squares(&[gradient]);
                 }
-            });
+            })?;
         }
-        sum.sqrt()
+        Ok(sum.sqrt())
     }
 
     /// Updates every parameter that has a gradient, scaled so that its norm is at most `clip_norm`, and clears all
@@ -212,7 +214,7 @@ impl AdamW {
     }
 
     fn step_on_host(&mut self) -> Result<Step> {
-        let grad_norm = self.gradient_norm();
+        let grad_norm = self.gradient_norm()?;
         if !grad_norm.is_finite() {
             self.clear_gradients();
             return Ok(Step { grad_norm, applied: false });
@@ -251,7 +253,7 @@ fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update
         if let Some(gradient) = gradient {
             adam_update(gradient, m, v, &mut delta, update);
         }
-    });
+    })?;
     parameter.clear_gradient();
     merge.merge(parameter, update.step, &mut delta);
     parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32)
@@ -288,7 +290,7 @@ mod tests {
         let mut optimizer = AdamW::new(vec![p.clone()], Settings { lr: 0.5, ..Settings::default() }).unwrap();
         assert_eq!(optimizer.step().unwrap(), Step { grad_norm: 50.0, applied: true });
         assert!(value(&p).iter().zip([0.5, -1.5]).all(|(got, want)| (got - want).abs() < 1e-6), "{:?}", value(&p));
-        assert!(p.gradient_rows(0..2).is_none(), "a step consumes the gradient");
+        assert!(p.gradient_rows(0..2).unwrap().is_none(), "a step consumes the gradient");
         assert_eq!(optimizer.step().unwrap(), Step { grad_norm: 0.0, applied: false });
         assert_eq!((optimizer.steps(), optimizer.skipped()), (1, 0));
 
@@ -316,7 +318,7 @@ mod tests {
             let mut optimizer = AdamW::new(vec![p.clone(), q.clone()], Settings::default()).unwrap();
             assert!(!optimizer.step().unwrap().applied);
             assert_eq!((value(&p), value(&q), optimizer.steps(), optimizer.skipped()), (vec![1.0], vec![2.0], 0, 1));
-            assert!(q.gradient_rows(0..1).is_none());
+            assert!(q.gradient_rows(0..1).unwrap().is_none());
             give(&q, &[1.0]);
             assert!(optimizer.step().unwrap().applied, "the next gradient counts again");
             assert_eq!(value(&p), [1.0], "without a gradient nothing moves");

@@ -4,7 +4,11 @@
 // - shared memory is filled with NaN before each block;
 // - an asynchronous copy lands when its group is waited for, not before;
 // - a product of a warpgroup reads its operands when its group is waited for, not before;
+// - while a stream is captured its work is kept, not done, and what a driver refuses then is refused: waiting for the stream, asking
+//   for memory or freeing it (unless the thread's mode is relaxed), loading a module, copies of pageable host memory;
 // - threads that can never meet end the launch with an error that says where they stand;
+// - with EMULATOR_LOSES=launch:N or copy:N in the environment the device is lost at the N-th launch of a kernel, or copy to or from the
+//   host: that call goes well, as on a GPU, and all calls after it say so;
 // - threads run in ascending or in descending order (emulator_set_order), so that a missing barrier shows.
 #include <atomic>
 #include <cmath>
@@ -14,7 +18,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <sys/mman.h>
@@ -22,7 +28,8 @@
 #include <vector>
 
 typedef int Result;
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903, CAPTURE_WRONG_THREAD = 908 };
 
 static const size_t SHARED_BYTES = 227 * 1024, STACK_BYTES = 64 * 1024, PAGE = 4096;
 
@@ -54,7 +61,7 @@ static void (*entry)(void**);
 static void** entry_arguments;
 static std::string kernel_name, trouble;
 static std::atomic<bool> descending;
-static unsigned long long launches;
+static std::atomic<unsigned long long> launches, graph_launches;
 
 #if defined(__x86_64__)
 extern "C" void emu_switch(void** save, void* load);
@@ -197,9 +204,10 @@ void emu_trap(const char* why) {
     yield(DONE);
     abort();
 }
-// Test code's: the order in which threads run, and how many launches there were.
+// Test code's: the order in which threads run, and how many launches there were, of kernels and of graphs.
 void emulator_set_order(int is_descending) { descending = is_descending; }
 unsigned long long emulator_launches() { return launches; }
+unsigned long long emulator_graph_launches() { return graph_launches; }
 }
 
 static void on_fault(int, siginfo_t* info, void*) {
@@ -254,7 +262,69 @@ static Result run_block(unsigned count, bool from_the_end) {
 }
 
 struct Module { void* library; };
-struct Function { void (*entry)(void**); std::string name; };
+struct Function { void (*entry)(void**); int (*keep)(void**, unsigned char*); std::string name; };
+// What was captured, in order: each does its work.
+typedef std::vector<std::function<Result()>> Graph;
+struct Stream {
+    bool capturing = false, invalid = false;
+    int mode = 0;
+    Graph captured;
+};
+enum { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
+// The capture that this thread has begun, and the mode that it has set for its own calls.
+static thread_local Stream* own_capture;
+static thread_local int thread_mode = GLOBAL;
+
+// For calls that a capture of this thread forbids: whether they are refused, which spoils the capture.
+static bool is_refused() {
+    if (!own_capture || own_capture->mode == RELAXED || thread_mode == RELAXED) return false;
+    own_capture->invalid = true;
+    return true;
+}
+
+// What every call answers once the device is lost.
+static std::atomic<Result> lost;
+
+// Counts an event, and loses the device at the one that the environment names. Whether it is lost.
+static bool is_lost_at(const char* event, Result reason) {
+    static const char* setting = getenv("EMULATOR_LOSES");
+    static std::atomic<long> counts[2];
+    size_t length = strlen(event);
+    if (!setting || strncmp(setting, event, length) != 0 || setting[length] != ':') return false;
+    if (++counts[event[0] == 'c'] == atol(setting + length + 1)) lost = reason;
+    return lost != SUCCESS;
+}
+
+// Does work of a stream, or keeps it for a graph.
+static Result on_stream(void* handle, std::function<Result()> work) {
+    if (lost != SUCCESS) return lost;
+    Stream* stream = (Stream*)handle;
+    if (!stream->capturing) return work();
+    if (stream->invalid) return CAPTURE_INVALIDATED;
+    stream->captured.push_back(work);
+    return SUCCESS;
+}
+
+// Host memory that is pinned, by its address.
+static std::map<const void*, size_t> pinned;
+static bool is_pinned(const void* memory) {
+    std::lock_guard guard(mutex);
+    auto after = pinned.upper_bound(memory);
+    if (after == pinned.begin()) return false;
+    --after;
+    return (const char*)memory < (const char*)after->first + after->second;
+}
+static Result copy(void* stream, void* to, const void* from, size_t bytes, const void* host) {
+    Stream* on = (Stream*)stream;
+    if (on->capturing && host && !is_pinned(host)) {
+        on->invalid = true;
+        return CAPTURE_UNSUPPORTED;
+    }
+    return on_stream(stream, [=] {
+        if (!host || !is_lost_at("copy", ILLEGAL_ADDRESS)) memcpy(to, from, bytes);
+        return (Result)SUCCESS;
+    });
+}
 struct Mapping { unsigned char* start; size_t bytes; };
 static std::map<uint64_t, Mapping> mappings;
 
@@ -287,18 +357,65 @@ Result cuDeviceGetAttribute(int* value, int which, int) {
 Result cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; return SUCCESS; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 Result cuCtxSetCurrent(void*) { return SUCCESS; }
-Result cuStreamCreate(void** stream, unsigned) { *stream = (void*)1; return SUCCESS; }
-Result cuStreamSynchronize(void*) { return SUCCESS; }
-Result cuStreamDestroy_v2(void*) { return SUCCESS; }
+Result cuStreamCreate(Stream** stream, unsigned) { *stream = new Stream; return SUCCESS; }
+Result cuStreamSynchronize(Stream* stream) {
+    if (lost != SUCCESS) return lost;
+    if (!stream->capturing) return SUCCESS;
+    stream->invalid = true;
+    return CAPTURE_UNSUPPORTED;
+}
+Result cuStreamDestroy_v2(Stream* stream) { delete stream; return SUCCESS; }
+Result cuStreamBeginCapture_v2(Stream* stream, int mode) {
+    if (stream->capturing) return INVALID_VALUE;
+    stream->capturing = true;
+    stream->invalid = false;
+    stream->mode = mode;
+    stream->captured.clear();
+    own_capture = stream;
+    return SUCCESS;
+}
+Result cuStreamEndCapture(Stream* stream, Graph** graph) {
+    *graph = nullptr;
+    if (!stream->capturing) return CAPTURE_UNMATCHED;
+    if (stream != own_capture) return CAPTURE_WRONG_THREAD;
+    stream->capturing = false;
+    own_capture = nullptr;
+    if (stream->invalid) return CAPTURE_INVALIDATED;
+    *graph = new Graph(std::move(stream->captured));
+    return SUCCESS;
+}
+Result cuThreadExchangeStreamCaptureMode(int* mode) {
+    std::swap(*mode, thread_mode);
+    return SUCCESS;
+}
+Result cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) {
+    *executable = new Graph(*graph);
+    return SUCCESS;
+}
+Result cuGraphLaunch(Graph* graph, Stream* stream) {
+    if (lost != SUCCESS) return lost;
+    if (stream->capturing) return CAPTURE_UNSUPPORTED;
+    graph_launches++;
+    for (auto& work : *graph) {
+        if (Result result = work(); result != SUCCESS) return result;
+    }
+    return SUCCESS;
+}
+Result cuGraphExecDestroy(Graph* graph) { delete graph; return SUCCESS; }
+Result cuGraphDestroy(Graph* graph) { delete graph; return SUCCESS; }
 Result cuEventCreate(void** event, unsigned) { *event = (void*)1; return SUCCESS; }
-Result cuEventRecord(void*, void*) { return SUCCESS; }
-Result cuEventSynchronize(void*) { return SUCCESS; }
+Result cuEventRecord(void*, Stream* stream) {
+    return on_stream(stream, [] { return (Result)SUCCESS; });
+}
+Result cuEventSynchronize(void*) { return lost != SUCCESS ? (Result)lost : is_refused() ? CAPTURE_UNSUPPORTED : SUCCESS; }
 Result cuEventDestroy_v2(void*) { return SUCCESS; }
 Result cuEventElapsedTime(float* ms, void*, void*) { *ms = 1; return SUCCESS; }
 Result cuEventElapsedTime_v2(float* ms, void*, void*) { *ms = 1; return SUCCESS; }
 
 // The end of the allocation, rounded up to 16 bytes, is the end of its last page; the next page belongs to nobody.
 Result cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    if (lost != SUCCESS) return lost;
+    if (is_refused()) return CAPTURE_UNSUPPORTED;
     std::lock_guard guard(mutex);
     size_t rounded = (bytes + 15) / 16 * 16, pages = (rounded + PAGE - 1) / PAGE * PAGE;
     auto start = (unsigned char*)mmap(nullptr, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -314,6 +431,7 @@ Result cuMemGetInfo_v2(size_t* free, size_t* total) {
     return SUCCESS;
 }
 Result cuMemFree_v2(uint64_t address) {
+    if (is_refused()) return CAPTURE_UNSUPPORTED;
     std::lock_guard guard(mutex);
     auto found = mappings.find(address);
     if (found == mappings.end()) return INVALID_VALUE;
@@ -321,14 +439,33 @@ Result cuMemFree_v2(uint64_t address) {
     mappings.erase(found);
     return SUCCESS;
 }
-Result cuMemAllocHost_v2(void** memory, size_t bytes) { *memory = malloc(bytes); return *memory ? SUCCESS : OUT_OF_MEMORY; }
-Result cuMemFreeHost(void* memory) { free(memory); return SUCCESS; }
-Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) { memcpy((void*)to, from, bytes); return SUCCESS; }
-Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) { memcpy(to, (void*)from, bytes); return SUCCESS; }
-Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) { memcpy((void*)to, (void*)from, bytes); return SUCCESS; }
-Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void*) { memset((void*)to, value, bytes); return SUCCESS; }
+Result cuMemAllocHost_v2(void** memory, size_t bytes) {
+    if (is_refused()) return CAPTURE_UNSUPPORTED;
+    std::lock_guard guard(mutex);
+    *memory = malloc(bytes);
+    if (!*memory) return OUT_OF_MEMORY;
+    pinned[*memory] = bytes;
+    return SUCCESS;
+}
+Result cuMemFreeHost(void* memory) {
+    std::lock_guard guard(mutex);
+    pinned.erase(memory);
+    free(memory);
+    return SUCCESS;
+}
+Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) { return copy(stream, (void*)to, from, bytes, from); }
+Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { return copy(stream, to, (void*)from, bytes, to); }
+Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) { return copy(stream, (void*)to, (void*)from, bytes, nullptr); }
+Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
+    return on_stream(stream, [=] {
+        memset((void*)to, value, bytes);
+        return (Result)SUCCESS;
+    });
+}
 
 Result cuModuleLoadData(Module** module, const void* image) {
+    if (lost != SUCCESS) return lost;
+    if (is_refused()) return CAPTURE_UNSUPPORTED;
     void* library = dlopen((const char*)image, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         fprintf(stderr, "emulator: %s\n", dlerror());
@@ -340,18 +477,17 @@ Result cuModuleLoadData(Module** module, const void* image) {
 Result cuModuleUnload(Module* module) { delete module; return SUCCESS; }
 Result cuModuleGetFunction(Function** function, Module* module, const char* name) {
     auto found = (void (*)(void**))dlsym(module->library, (std::string("emu_entry_") + name).c_str());
-    if (!found) return NOT_FOUND;
-    *function = new Function{found, name};
+    auto keep = (int (*)(void**, unsigned char*))dlsym(module->library, (std::string("emu_keep_") + name).c_str());
+    if (!found || !keep) return NOT_FOUND;
+    *function = new Function{found, keep, name};
     return SUCCESS;
 }
 Result cuFuncGetAttribute(int* value, int, Function*) { *value = 0; return SUCCESS; }
 Result cuFuncSetAttribute(Function*, int, int value) { return value <= (int)SHARED_BYTES ? SUCCESS : INVALID_VALUE; }
 
-Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-    void*, void** arguments, void**) {
+static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments) {
     std::lock_guard guard(mutex);
-    if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
-        return INVALID_VALUE;
+    if (is_lost_at("launch", LAUNCH_FAILED)) return SUCCESS;
     if (!shared_memory) shared_memory = (unsigned char*)aligned_alloc(1024, 256 * 1024);
     while (fibers.size() < bx) {
         fibers.emplace_back();
@@ -375,5 +511,19 @@ Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz,
                 }
             }
     return SUCCESS;
+}
+
+Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+    Stream* stream, void** arguments, void**) {
+    if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
+        return INVALID_VALUE;
+    if (!stream->capturing) return lost != SUCCESS ? (Result)lost : launch(function, gx, gy, gz, bx, arguments);
+    auto places = std::make_shared<std::vector<unsigned char>>(8 * 64);
+    int count = function->keep(arguments, places->data());
+    return on_stream(stream, [=] {
+        std::vector<void*> kept;
+        for (int i = 0; i < count; i++) kept.push_back(places->data() + 8 * i);
+        return launch(function, gx, gy, gz, bx, kept.data());
+    });
 }
 }

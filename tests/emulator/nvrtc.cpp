@@ -86,8 +86,10 @@ int nvrtcCompileProgram(Program* program, int count, const char* const* options)
         if (system(("mkdir -p '" + headers + "'").c_str()) != 0) return 7;
         for (auto& [name, header] : program->headers) write(headers + "/" + name, header);
         text += "#line 1 \"" + program->name + "\"\n" + program->source;
-        for (auto& name : kernels(program->source))
-            text += "\nextern \"C\" void emu_entry_" + name + "(void** arguments) { emu_call(" + name + ", arguments); }";
+        for (auto& name : kernels(program->source)) {
+            text += "\nextern \"C\" void emu_entry_" + name + "(void** arguments) { emu_call(" + name + ", arguments); }" +
+                "\nextern \"C\" int emu_keep_" + name + "(void** arguments, unsigned char* places) { return emu_keep(" + name + ", arguments, places); }";
+        }
         write(own + ".cpp", text);
         const char* compiler = getenv("CXX");
         std::string command = std::string(compiler ? compiler : "g++") + " -std=c++17 -O1 -w -fPIC -shared -fno-strict-aliasing -ffp-contract=off" +

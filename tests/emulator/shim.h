@@ -151,3 +151,10 @@ template <class... A, size_t... I> static inline void emu_apply(void (*kernel)(A
 template <class... A> static inline void emu_call(void (*kernel)(A...), void** arguments) {
     emu_apply(kernel, arguments, std::index_sequence_for<A...>{});
 }
+// Copies the arguments of a launch that is captured, as many bytes of each as it has, to places of 8 bytes. How many they are.
+template <class... A> static inline int emu_keep(void (*)(A...), void** arguments, unsigned char* places) {
+    int count = 0;
+    ((std::memcpy(places + 8 * count, arguments[count], sizeof(A)), count++), ...);
+    static_assert(((sizeof(A) <= 8) && ...), "arguments of kernels have 8 bytes at most");
+    return count;
+}

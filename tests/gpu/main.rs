@@ -4,11 +4,13 @@
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
 mod attention;
+mod decode;
 mod elements;
 mod experts;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 mod generic;
+mod graph;
 mod memory;
 mod model;
 mod optimizer;
@@ -42,6 +44,7 @@ const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usi
 pub struct Bench {
     pub device: Arc<Device>,
     set_order: Option<extern "C" fn(c_int)>,
+    graph_launches: Option<extern "C" fn() -> u64>,
 }
 
 /// The device of all tests, or none, with the reason printed, where there is neither a GPU nor a C++ compiler.
@@ -57,7 +60,7 @@ fn open() -> Option<Bench> {
             Ok(_) => {
                 let device = Device::open(0).unwrap();
                 announce(&format!("on {} (compute capability {:?})", device.name, device.capability));
-                return Some(Bench { device, set_order: None });
+                return Some(Bench { device, set_order: None, graph_launches: None });
             }
             Err(Absence::NoDriver) => {}
             // The driver's library stays loaded, so the emulator could not take its name any more.
@@ -71,12 +74,16 @@ fn open() -> Option<Bench> {
         announce("nowhere: SKIPPED, there is no GPU, and no g++ on x86-64 to build the emulator with");
         return None;
     };
-    let symbol = c"emulator_set_order";
-    // SAFETY: the emulator's driver has a function of this name and type.
-    let set_order = unsafe { std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, symbol.as_ptr())) };
+    // SAFETY: the emulator's driver has functions of these names and types.
+    let (set_order, graph_launches) = unsafe {
+        (
+            std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, c"emulator_set_order".as_ptr())),
+            std::mem::transmute::<*mut c_void, extern "C" fn() -> u64>(dlsym(driver, c"emulator_graph_launches".as_ptr())),
+        )
+    };
     let device = Device::open_with(0, EMULATED).unwrap();
     announce("emulated on the CPU; no GPU was used");
-    Some(Bench { device, set_order: Some(set_order) })
+    Some(Bench { device, set_order: Some(set_order), graph_launches: Some(graph_launches) })
 }
 
 fn announce(what: &str) {
@@ -137,6 +144,11 @@ impl Bench {
     /// Whether there is no GPU: shapes stay small then.
     pub fn is_emulated(&self) -> bool {
         self.set_order.is_some()
+    }
+
+    /// Launches of captured graphs so far, all tests together; none on a GPU, which does not count them.
+    pub fn graph_launches(&self) -> Option<u64> {
+        self.graph_launches.map(|count| count())
     }
 
     /// Runs `compute`; on the emulator in both orders of threads, which must give the same bits.

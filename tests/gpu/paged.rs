@@ -51,8 +51,14 @@ impl<E: Float> Pages<E> {
 
     fn append(&mut self, bench: &Bench, heads: Heads, sequence: usize, span: Span, qkv: &[E]) {
         let (rows, slots) = (bench.upload(qkv), bench.upload(&paged::slots(span, &self.table[sequence])));
-        let (keys, values) = (self.keys.view_mut(), self.values.view_mut());
-        paged::append(&bench.device, heads, rows.view(), slots.view(), keys, values).unwrap();
+        // The queries and keys of these tests stand at their positions already: they are turned by nothing.
+        let angles = span.count * heads.head_dim / 2;
+        let (cos, sin, mut turned) = (bench.upload(&vec![1.0; angles]), bench.upload(&vec![0.0; angles]), bench.poisoned(qkv.len()));
+        let (keys, values, angles) = (self.keys.view_mut(), self.values.view_mut(), (cos.view(), sin.view()));
+        paged::append(&bench.device, heads, rows.view(), angles, slots.view(), turned.view_mut(), keys, values).unwrap();
+        let queries =
+            |qkv: &[E]| qkv.chunks(heads.width()).flat_map(|row| row[..heads.heads * heads.head_dim].to_vec()).collect::<Vec<E>>();
+        assert_same("queries", &queries(&turned.to_vec().unwrap()), &queries(qkv));
     }
 
     fn cache(&self) -> Cache<'_, E> {
@@ -61,7 +67,9 @@ impl<E: Float> Pages<E> {
     }
 }
 
-fn decoding_has_the_bits_of_training<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>) {
+/// - `idle`: a row without keys, which gives zeros
+#[track_caller]
+fn decodes<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>, idle: Option<usize>) {
     let Some(bench) = bench() else { return };
     let width = heads.width();
     let documents: Vec<Document<E>> =
@@ -74,16 +82,26 @@ fn decoding_has_the_bits_of_training<E: Float>(heads: Heads, lens: &[usize], win
     }
     let (o, lse) = bench.run(|device| {
         let qkv = bench.upload(&last);
-        let lengths = bench.upload(&lens.iter().map(|len| *len as i32).collect::<Vec<_>>());
+        let length_of = |(row, len): (usize, &usize)| if idle == Some(row) { 0 } else { *len as i32 };
+        let lengths = bench.upload(&lens.iter().enumerate().map(length_of).collect::<Vec<_>>());
         let (mut o, mut lse) = (bench.poisoned::<E>(lens.len() * heads.heads * heads.head_dim), bench.poisoned(lens.len() * heads.heads));
         let settings = Decode { heads, scale: SCALE, window, length_max: *lens.iter().max().unwrap() };
         paged::decode(device, settings, qkv.view(), pages.cache(), lengths.view(), o.view_mut(), lse.view_mut()).unwrap();
         (o.to_vec().unwrap(), lse.to_vec().unwrap())
     });
-    let want_o: Vec<E> = documents.iter().flat_map(|d| d.o[d.o.len() - heads.heads * heads.head_dim..].to_vec()).collect();
-    let want_lse: Vec<f32> = documents.iter().flat_map(|d| d.lse[d.lse.len() - heads.heads..].to_vec()).collect();
+    let width = heads.heads * heads.head_dim;
+    let mut want_o: Vec<E> = documents.iter().flat_map(|d| d.o[d.o.len() - width..].to_vec()).collect();
+    let mut want_lse: Vec<f32> = documents.iter().flat_map(|d| d.lse[d.lse.len() - heads.heads..].to_vec()).collect();
+    if let Some(row) = idle {
+        want_o[row * width..][..width].fill(E::from_f32(0.0));
+        want_lse[row * heads.heads..][..heads.heads].fill(0.0);
+    }
     assert_same("lse", &lse, &want_lse);
     assert_same("o", &o, &want_o);
+}
+
+fn decoding_has_the_bits_of_training<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>) {
+    decodes::<E>(heads, lens, window, None);
 }
 
 #[test]
@@ -96,6 +114,33 @@ fn decoding_in_bf16_has_the_bits_of_training() {
     decoding_has_the_bits_of_training::<bf16>(heads(1, 1, 16), &[1100], Some(530));
     // Training takes Hopper's kernel here, decoding the one for all.
     decoding_has_the_bits_of_training::<bf16>(heads(2, 1, 128), &[600], None);
+}
+
+#[test]
+fn rows_without_keys_give_zeros_and_touch_no_other() {
+    // One span of keys, whose block gives the result, and two, which are merged.
+    decodes::<bf16>(heads(4, 2, 64), &[70, 1, 3], None, Some(1));
+    decodes::<bf16>(heads(2, 1, 16), &[600, 1, 3], None, Some(2));
+}
+
+/// Keys and values of a row without a place go nowhere.
+#[test]
+fn rows_without_a_place_leave_the_cache_as_it_is() {
+    let Some(bench) = bench() else { return };
+    let heads = heads(2, 1, 16);
+    let (qkv, slots) = (bench.upload(&uniform::<bf16>(1, 3 * heads.width())), bench.upload(&[5, -1, 63]));
+    let (cos, sin) = (bench.upload(&[1.0f32; 3 * 8]), bench.upload(&[0.0f32; 3 * 8]));
+    let (keys, _) = bench.run(|device| {
+        let mut turned = bench.poisoned::<bf16>(qkv.len());
+        let mut cache = [0, 1].map(|_| DeviceBuffer::<bf16>::zeroed(device, "test", BLOCK * 16).unwrap());
+        let [keys, values] = cache.each_mut().map(DeviceBuffer::view_mut);
+        paged::append(device, heads, qkv.view(), (cos.view(), sin.view()), slots.view(), turned.view_mut(), keys, values).unwrap();
+        let [keys, values] = cache.map(|part| part.to_vec().unwrap());
+        (keys, values)
+    });
+    let written: Vec<usize> =
+        keys.chunks(16).enumerate().filter(|(_, key)| key.iter().any(|v| v.to_f32() != 0.0)).map(|(at, _)| at).collect();
+    assert_eq!(written, [5, 63]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Whole runs through the program itself: one that stopped and was resumed ends with the bits of one that did not. The program
+//! Whole runs through the program itself: one that stopped, or lost its device, and was resumed ends with the bits of one that did not. The program
 //! finds the emulator as it would find NVIDIA's driver, or a GPU.
 
 use crate::{bench, build_libraries};
@@ -34,44 +34,86 @@ return engine.workflow {
 }
 "#;
 
-/// The program, in a folder of its own, on the device of the tests.
-fn perilune(folder: &Path, libraries: Option<&PathBuf>, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
-    command.current_dir(folder).args(arguments).env("PERILUNE_CACHE", folder.join("cache"));
-    if let Some(libraries) = libraries {
-        command.env("LD_LIBRARY_PATH", libraries).env("LD_PRELOAD", libraries.join("libcuda.so.1"));
+/// A folder with the script, where the program runs on the device of the tests.
+struct Workplace {
+    folder: tempfile::TempDir,
+    is_emulated: bool,
+}
+
+impl Workplace {
+    /// None where there is no device, or no program beside its tests.
+    fn new() -> Option<Self> {
+        let is_emulated = bench()?.is_emulated();
+        if !Path::new(env!("CARGO_BIN_EXE_perilune")).exists() {
+            eprintln!("skipped: the program is not beside its tests");
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!is_emulated || build_libraries(&folder.path().join("libraries")), "the emulator was built before");
+        std::fs::write(folder.path().join("survivor.lua"), SCRIPT).unwrap();
+        Some(Self { folder, is_emulated })
     }
-    command.output().unwrap()
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Runs the program; the emulator loses its device as `loses` says (tests/emulator/driver.cpp).
+    fn run(&self, loses: Option<&str>, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
+        command.current_dir(self.folder.path()).args(arguments).env("PERILUNE_CACHE", self.path("cache"));
+        if self.is_emulated {
+            command.env("LD_LIBRARY_PATH", self.path("libraries")).env("LD_PRELOAD", self.path("libraries/libcuda.so.1"));
+        }
+        command.envs(loses.map(|loses| ("EMULATOR_LOSES", loses)));
+        command.output().unwrap()
+    }
+
+    /// What a run of `experts` experts that nothing stops leaves and says.
+    fn whole(&self, experts: &str) -> (Vec<u8>, String) {
+        self.finished(&self.run(None, &["run", "survivor.lua", "--experts", experts]))
+    }
+
+    /// The weights and the answer of a run that has ended well; the weights are gone then.
+    fn finished(&self, output: &Output) -> (Vec<u8>, String) {
+        assert!(output.status.success(), "{}", errors(output));
+        let weights = std::fs::read(self.path("final/model.safetensors")).unwrap();
+        std::fs::remove_dir_all(self.path("final")).unwrap();
+        (weights, String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[test]
 fn a_run_that_stopped_goes_on_to_the_bit() {
-    let Some(bench) = bench() else { return };
-    if !Path::new(env!("CARGO_BIN_EXE_perilune")).exists() {
-        eprintln!("skipped: the program is not beside its tests");
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let libraries = folder.path().join("libraries");
-    assert!(!bench.is_emulated() || build_libraries(&libraries), "the emulator was built before");
-    let run = |arguments: &[&str]| perilune(folder.path(), bench.is_emulated().then_some(&libraries), arguments);
-    std::fs::write(folder.path().join("survivor.lua"), SCRIPT).unwrap();
+    let Some(place) = Workplace::new() else { return };
     // The emulator takes its time: there the one that has everything must do.
-    let shapes: &[&str] = if bench.is_emulated() { &["4"] } else { &["0", "4"] };
+    let shapes: &[&str] = if place.is_emulated { &["4"] } else { &["0", "4"] };
     for experts in shapes.iter().copied() {
-        let weights = || std::fs::read(folder.path().join("final/model.safetensors")).unwrap();
-        let whole = run(&["run", "survivor.lua", "--experts", experts]);
-        let answer = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(whole.status.success(), "{}", String::from_utf8_lossy(&whole.stderr));
-        let want = weights();
-        std::fs::remove_dir_all(folder.path().join("final")).unwrap();
-        std::fs::write(folder.path().join("stop"), "").unwrap();
-        let stopped = run(&["run", "survivor.lua", "--experts", experts]);
-        assert!(String::from_utf8_lossy(&stopped.stderr).contains("stopped as planned"), "{}", String::from_utf8_lossy(&stopped.stderr));
-        std::fs::remove_file(folder.path().join("stop")).unwrap();
-        let resumed = run(&["resume", "latest"]);
-        assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
-        assert!(weights() == want, "{experts} experts: a resumed run has other bits");
-        assert_eq!(answer(&resumed), answer(&whole), "{experts} experts: and says something else");
+        let want = place.whole(experts);
+        std::fs::write(place.path("stop"), "").unwrap();
+        let stopped = place.run(None, &["run", "survivor.lua", "--experts", experts]);
+        assert!(errors(&stopped).contains("stopped as planned"), "{}", errors(&stopped));
+        std::fs::remove_file(place.path("stop")).unwrap();
+        assert!(place.finished(&place.run(None, &["resume", "latest"])) == want, "{experts} experts: a resumed run is another one");
+    }
+}
+
+/// While weights are made, in kernels of a step, while a checkpoint is copied, when a gradient's norm is fetched, and late in the run.
+const LOSSES: [&str; 6] = ["copy:20", "launch:150", "launch:600", "copy:95", "copy:122", "copy:230"];
+
+#[test]
+fn a_run_that_lost_its_device_goes_on_to_the_bit() {
+    let Some(place) = Workplace::new().filter(|place| place.is_emulated) else { return };
+    let want = place.whole("0");
+    for loses in LOSSES {
+        let lost = place.run(Some(loses), &["run", "survivor.lua", "--experts", "0"]);
+        let told = errors(&lost);
+        assert!(!lost.status.success() && !told.contains("panicked"), "{loses}: {told}");
+        assert!(told.contains("cuda:0 (CUDA emulator) was lost") && told.contains("perilune resume"), "{loses}: {told}");
+        assert!(place.finished(&place.run(None, &["resume", "latest"])) == want, "{loses}: a resumed run is another one");
     }
 }

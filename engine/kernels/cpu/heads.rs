@@ -33,6 +33,11 @@ impl Heads {
         self.heads / self.kv_heads
     }
 
+    /// What scores are multiplied by: one over the root of the head's width.
+    pub fn scale(&self) -> f32 {
+        (self.head_dim as f32).sqrt().recip()
+    }
+
     /// Columns of the fused activation: `(heads + 2 * kv_heads) * head_dim`.
     pub fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim

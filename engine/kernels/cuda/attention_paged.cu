@@ -9,9 +9,11 @@ constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int PAIRS = (DIM_STEPS + WARPS - 1) / WARPS;
 constexpr int SCORE_ROW = BLOCK + 4;
 
-// Queries are rows of qkv, one a sequence. parts: [sequences][heads][spans][DIM], maxima and part_sums: [sequences][heads][spans].
+// Queries are rows of qkv, one a sequence. parts: [sequences][heads][spans][DIM], maxima and part_sums: [sequences][heads][spans]. Where
+// one span is all, the results go to o and lse instead, as decode_merge gives them; these are null otherwise.
 extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_table,
-    int table_width, const int* lengths, float* parts, float* maxima, float* part_sums, int heads, int kv_heads, float scale, int window) {
+    int table_width, const int* lengths, float* parts, float* maxima, float* part_sums, int heads, int kv_heads, float scale, int window,
+    bf16* o, float* lse) {
     DYNAMIC_SHARED(memory);
     bf16* q_tile = (bf16*)memory;
     bf16* k_tiles = q_tile + 16 * ROW;
@@ -23,7 +25,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
     int head_count = min((kv_head + 1) * group - first_head, 16);
     int sequence = blockIdx.z, length = lengths[sequence], position = length - 1;
     int begin = max(max(length - window, 0) / BLOCK, span * (SPAN / BLOCK)), end = min((length + BLOCK - 1) / BLOCK, (span + 1) * (SPAN / BLOCK));
-    if (begin >= end) return;
+    if (begin >= end) {
+        if (!o) return;
+        i64 first = (i64)sequence * heads + first_head;
+        for (int i = threadIdx.x; i < head_count * HEAD_DIM; i += THREADS) o[first * HEAD_DIM + i] = from_float<bf16>(0.0f);
+        for (int i = threadIdx.x; i < head_count; i += THREADS) lse[first + i] = 0.0f;
+        return;
+    }
     i64 width = (i64)(heads + 2 * kv_heads) * HEAD_DIM, key_width = (i64)kv_heads * HEAD_DIM;
     const bf16* q = qkv + sequence * width + first_head * HEAD_DIM;
     block_table += (i64)sequence * table_width;
@@ -107,7 +115,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
         int row = 8 * half + lane_id() / 4;
         float total = row_sum(sum[half]);
         if (row >= head_count) continue;
-        i64 place = ((i64)sequence * heads + first_head + row) * spans + span;
+        i64 head = (i64)sequence * heads + first_head + row, place = head * spans + span;
+        if (o) {
+            float by = 1.0f / total;
+            if (warp == 0 && lane_id() % 4 == 0) lse[head] = (maximum[half] + log2f(total)) * LN_2;
+#pragma unroll
+            for (int p = 0; p < PAIRS; p++) {
+                int pair = p * WARPS + warp;
+                if (pair >= DIM_STEPS) continue;
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int column = 16 * pair + 8 * (e / 2) + 2 * (lane_id() % 4) + e % 2;
+                    if (column < HEAD_DIM) o[head * HEAD_DIM + column] = from_float<bf16>(sums[p][e / 2][2 * half + e % 2] * by);
+                }
+            }
+            continue;
+        }
         if (warp == 0 && lane_id() % 4 == 0) maxima[place] = maximum[half], part_sums[place] = total;
 #pragma unroll
         for (int p = 0; p < PAIRS; p++) {
@@ -121,13 +144,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
     }
 }
 
-// o: [sequences][heads][HEAD_DIM]; lse: [sequences][heads]. A block is a head of a sequence.
+// o: [sequences][heads][HEAD_DIM]; lse: [sequences][heads]. A block is a head of a sequence; one without keys gives zeros.
 extern "C" __global__ void decode_merge(const float* parts, const float* maxima, const float* part_sums, const int* lengths, bf16* o, float* lse,
     int heads, int spans, int window) {
     int sequence = blockIdx.x / heads, length = lengths[sequence];
     int begin = max(length - window, 0) / BLOCK / (SPAN / BLOCK), end = (length + SPAN - 1) / SPAN;
     i64 place = (i64)blockIdx.x * spans;
     for (int column = threadIdx.x; column < HEAD_DIM; column += blockDim.x) {
+        if (length == 0) {
+            o[(i64)blockIdx.x * HEAD_DIM + column] = from_float<bf16>(0.0f);
+            if (column == 0) lse[blockIdx.x] = 0.0f;
+            continue;
+        }
         float maximum = maxima[place + begin], sum = part_sums[place + begin], value = parts[(place + begin) * DIM + column];
         for (int span = begin + 1; span < end; span++) {
             float f, g;
@@ -139,12 +167,4 @@ extern "C" __global__ void decode_merge(const float* parts, const float* maxima,
         o[(i64)blockIdx.x * HEAD_DIM + column] = from_float<bf16>(value * by);
         if (column == 0) lse[blockIdx.x] = (maximum + log2f(sum)) * LN_2;
     }
-}
-
-// Writes keys and values of each row of qkv to place slots[row] (block * 64 + place in the block) of the caches. A block is a row.
-extern "C" __global__ void append(const bf16* qkv, const int* slots, bf16* k_cache, bf16* v_cache, int heads, int kv_heads) {
-    int count = kv_heads * HEAD_DIM;
-    const bf16* k = qkv + (i64)blockIdx.x * (heads + 2 * kv_heads) * HEAD_DIM + heads * HEAD_DIM;
-    i64 to = (i64)slots[blockIdx.x] * count;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) k_cache[to + i] = k[i], v_cache[to + i] = k[count + i];
 }

@@ -128,11 +128,3 @@ extern "C" __global__ void attention_backward_keys(const float* d_o, const float
     write(to, dk, scale);
     write(to + (i64)kv_heads * HEAD_DIM, dv, 1.0f);
 }
-
-// As append in attention_paged.cu.
-extern "C" __global__ void append(const float* qkv, const int* slots, float* k_cache, float* v_cache, int heads, int kv_heads) {
-    int count = kv_heads * HEAD_DIM;
-    const float* k = qkv + (i64)blockIdx.x * (heads + 2 * kv_heads) * HEAD_DIM + heads * HEAD_DIM;
-    i64 to = (i64)slots[blockIdx.x] * count;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) k_cache[to + i] = k[i], v_cache[to + i] = k[count + i];
-}

@@ -102,7 +102,12 @@ fn outcome(
     check(op, "nvrtcGetProgramLog", unsafe { nvrtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast()) })?;
     let log = String::from_utf8_lossy(&log).trim_end_matches('\0').trim().to_owned();
     if code != nvrtc::nvrtcResult::NVRTC_SUCCESS {
-        let what = format!("{} does not compile for {} ({code:?}):\n{log}", variant.title(), target.architecture());
+        let what = format!(
+            "{} does not compile for {} ({code:?}), which is a fault of the engine or of this NVRTC: another release of NVRTC may do, and \
+             device = \"cpu\" needs none; it says:\n{log}",
+            variant.title(),
+            target.architecture()
+        );
         return Err(Error::Device { op, what });
     }
     let mut bytes = 0;

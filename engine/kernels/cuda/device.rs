@@ -1,9 +1,11 @@
 //! A GPU that this process uses: its context, its one stream, the kernels loaded on it. Memory is memory.rs's and pool.rs's.
-//! All work of a device is ordered on its stream, so a buffer may be freed and taken again without waiting for anything.
+//! All work of a device is ordered on its stream, so a buffer may be freed and taken again without waiting for anything. While
+//! a thread captures a graph (graph.rs), its work goes to a stream of the capture.
 //! Source: CUDA driver API, primary contexts and streams.
 
 use super::compile::{self, Target};
-use super::driver::{check, failed, is_lost};
+use super::driver::{check, failed, is_lost, lost};
+use super::graph::{capture_on, refuse_capture};
 use super::memory::Staging;
 use super::pool::Pool;
 use super::program::Variant;
@@ -46,7 +48,7 @@ pub struct Device {
     driver_version: i32,
     handle: sys::CUdevice,
     context: sys::CUcontext,
-    pub(super) stream: sys::CUstream,
+    stream: sys::CUstream,
     pub(super) pool: Mutex<Pool>,
     pub(super) staging: Mutex<Option<Staging>>,
     modules: Mutex<HashMap<Variant, Module>>,
@@ -144,23 +146,29 @@ impl Device {
         self.check(op, "cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
+    /// The stream that this thread's work goes to: the device's own, or the one on which the thread captures a graph.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        capture_on(self).map_or(self.stream, |capture| capture.stream)
+    }
+
     /// As [`check`], and remembers a lost device.
     pub(super) fn check(&self, op: &'static str, call: &'static str, code: sys::CUresult) -> Result<()> {
         if code == sys::CUresult::CUDA_SUCCESS {
             return Ok(());
         }
-        let error = failed(op, call, code);
-        if is_lost(code) {
-            let Error::Device { what, .. } = &error else { unreachable!("failed() makes device errors") };
-            self.lost.get_or_init(|| what.clone());
+        if !is_lost(code) {
+            return Err(failed(op, call, code));
         }
-        Err(error)
+        // The first reason is the true one.
+        let what = self.lost.get_or_init(|| lost(&format!("cuda:{} ({})", self.ordinal, self.name), call, code));
+        Err(Error::Device { op, what: what.clone() })
     }
 
     /// Waits until everything asked for is done. An error of an earlier kernel shows here.
     pub fn synchronize(&self) -> Result<()> {
         let op = "synchronize";
         self.enter(op)?;
+        refuse_capture(self, op, "waiting for the device")?;
         // SAFETY: the stream lives as long as `self`.
         self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
     }
@@ -169,6 +177,7 @@ impl Device {
     pub fn time_ms(&self, work: impl FnOnce() -> Result<()>) -> Result<f32> {
         let op = "time_ms";
         self.enter(op)?;
+        refuse_capture(self, op, "measuring time")?;
         let (mut start, mut end) = (std::ptr::null_mut(), std::ptr::null_mut());
         let mut elapsed = 0.0;
         // SAFETY: each call writes one handle to its own place; both events are recorded on a living stream, waited for
@@ -199,6 +208,7 @@ impl Device {
         if let Some(kernel) = lock(&self.kernels).get(&(variant.clone(), name)) {
             return Ok(*kernel);
         }
+        refuse_capture(self, op, "the first use of a kernel")?;
         // Compiled without holding the lock, so that two programs may compile side by side; the first of two equal ones stays.
         let is_loaded = lock(&self.modules).contains_key(&variant);
         if !is_loaded {

@@ -13,6 +13,7 @@ pub(super) fn is_lost(code: CUresult) -> bool {
             | CUDA_ERROR_LAUNCH_FAILED
             | CUDA_ERROR_LAUNCH_TIMEOUT
             | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
             | CUDA_ERROR_HARDWARE_STACK_ERROR
             | CUDA_ERROR_ILLEGAL_INSTRUCTION
             | CUDA_ERROR_MISALIGNED_ADDRESS
@@ -32,14 +33,15 @@ pub(super) fn check(op: &'static str, call: &'static str, code: CUresult) -> Res
 
 /// What to tell about an answer that is not success.
 pub(super) fn failed(op: &'static str, call: &'static str, code: CUresult) -> Error {
-    let what = if is_lost(code) {
-        format!(
-            "the GPU was lost ({call}: {code:?}), with all it held; `perilune resume` goes on from the run's last checkpoint in a new process"
-        )
-    } else {
-        format!("{call} failed: {code:?}")
-    };
+    let what = if is_lost(code) { lost("the GPU", call, code) } else { format!("{call} failed: {code:?}") };
     Error::Device { op, what }
+}
+
+/// What to tell about `device`, which an answer says is gone.
+pub(super) fn lost(device: &str, call: &'static str, code: CUresult) -> String {
+    format!(
+        "{device} was lost ({call}: {code:?}), with all it held; `perilune resume` goes on from the run's last checkpoint in a new process"
+    )
 }
 
 /// Loads a library from a file and keeps it, so that asking for its name finds it. Whether that went well.

@@ -114,7 +114,7 @@ impl<'a> Launch<'a> {
                 1,
                 1,
                 shared_bytes as u32,
-                self.device.stream,
+                self.device.stream(),
                 pointers.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

@@ -1,6 +1,9 @@
 // Log-probabilities of labels and entropies of rows of logits, and their gradient. A block is a row. See logprobs.rs.
 #include "prelude.cuh"
 
+// Logits that a thread asks for before it uses the first: a decoded token has one block, which waits for memory alone.
+constexpr int AHEAD = 8;
+
 // lse, log-probability of the label and (if wanted) entropy of each row; rows with a negative label give 0.
 extern "C" __global__ void logprobs(const float* logits, int vocab, const int* labels, float* logsumexp, float* logprobs, float* entropy) {
     int row = blockIdx.x, label = labels[row];
@@ -15,20 +18,29 @@ extern "C" __global__ void logprobs(const float* logits, int vocab, const int* l
     logits += (i64)row * vocab;
     // Each thread keeps its own maximum, so that the row is read once.
     float largest = -INFINITE, sum = 0.0f, weighted = 0.0f;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
-        float logit = logits[i];
-        if (logit > largest) {
-            float factor = expf(largest - logit);
-            if (sum > 0.0f) weighted = factor * (weighted + sum * (largest - logit));
-            sum *= factor;
-            largest = logit;
+    for (int first = threadIdx.x; first < vocab; first += AHEAD * blockDim.x) {
+        float ahead[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            int i = first + j * blockDim.x;
+            ahead[j] = i < vocab ? logits[i] : -INFINITE;
         }
-        float power = logit == -INFINITE ? 0.0f : expf(logit - largest);
-        sum += power;
-        if (power > 0.0f) weighted += power * (logit - largest);
-        // Not a number: the row's results must show it.
-        if (logit != logit) sum = logit;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (first + j * (int)blockDim.x >= vocab) break;
+            float logit = ahead[j];
+            if (logit > largest) {
+                float factor = expf(largest - logit);
+                if (sum > 0.0f) weighted = factor * (weighted + sum * (largest - logit));
+                sum *= factor;
+                largest = logit;
+            }
+            float power = logit == -INFINITE ? 0.0f : expf(logit - largest);
+            sum += power;
+            if (power > 0.0f) weighted += power * (logit - largest);
+            // Not a number: the row's results must show it.
+            if (logit != logit) sum = logit;
+        }
     }
     float top = block_max(largest);
     float factor = sum > 0.0f ? expf(largest - top) : 0.0f;

@@ -2,6 +2,7 @@
 //! Knows no tensors. Contents of a new buffer are undefined until something writes them.
 
 use super::device::{Device, lock};
+use super::graph::refuse_capture;
 use super::pool::Block;
 use crate::error::Result;
 use bytemuck::Pod;
@@ -101,7 +102,7 @@ impl<E: Pod> DeviceBuffer<E> {
         }
         let bytes = self.len * size_of::<E>();
         // SAFETY: the block holds `bytes` bytes, and it is borrowed alone.
-        let code = unsafe { sys::cuMemsetD8Async(self.block.address, byte, bytes, self.device.stream) };
+        let code = unsafe { sys::cuMemsetD8Async(self.block.address, byte, bytes, self.device.stream()) };
         self.device.check(op, "cuMemsetD8Async", code)
     }
 
@@ -247,7 +248,7 @@ impl<'a, E: Pod> ViewMut<'a, E> {
             return Ok(());
         }
         // SAFETY: both are `len` elements of living buffers; `self` is borrowed alone, so they do not overlap.
-        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, other.address, self.len * size_of::<E>(), device.stream) };
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(self.address, other.address, self.len * size_of::<E>(), device.stream()) };
         device.check(op, "cuMemcpyDtoDAsync", code)
     }
 
@@ -260,7 +261,7 @@ impl<'a, E: Pod> ViewMut<'a, E> {
             return Ok(());
         }
         // SAFETY: the view is `len` elements of a living buffer, and it is borrowed alone.
-        let code = unsafe { sys::cuMemsetD8Async(self.address, 0, self.len * size_of::<E>(), device.stream) };
+        let code = unsafe { sys::cuMemsetD8Async(self.address, 0, self.len * size_of::<E>(), device.stream()) };
         device.check(op, "cuMemsetD8Async", code)
     }
 
@@ -302,6 +303,7 @@ unsafe impl Send for Ring {}
 
 fn with_staging<T>(device: &Device, op: &'static str, copy: impl FnOnce(&mut Staging) -> Result<T>) -> Result<T> {
     device.enter(op)?;
+    refuse_capture(device, op, "a copy to or from the host")?;
     let mut staging = lock(&device.staging);
     if staging.is_none() {
         *staging = Some(Staging::new(device, op)?);
@@ -365,8 +367,8 @@ impl Ring {
             // SAFETY: the slot holds a chunk and no copy uses it (its event has passed); the buffer holds all of `bytes`.
             unsafe {
                 std::ptr::copy_nonoverlapping(chunk.as_ptr(), pinned, chunk.len());
-                device.check(op, "cuMemcpyHtoDAsync", sys::cuMemcpyHtoDAsync_v2(to, pinned.cast(), chunk.len(), device.stream))?;
-                device.check(op, "cuEventRecord", sys::cuEventRecord(self.events[slot], device.stream))?;
+                device.check(op, "cuMemcpyHtoDAsync", sys::cuMemcpyHtoDAsync_v2(to, pinned.cast(), chunk.len(), device.stream()))?;
+                device.check(op, "cuEventRecord", sys::cuEventRecord(self.events[slot], device.stream()))?;
             }
         }
         Ok(())
@@ -387,8 +389,8 @@ impl Ring {
             // SAFETY: the slot holds a chunk and no copy uses it; the buffer holds all of `bytes`.
             unsafe {
                 let pinned = self.memory_of(slot).cast();
-                device.check(op, "cuMemcpyDtoHAsync", sys::cuMemcpyDtoHAsync_v2(pinned, from, chunk.len(), device.stream))?;
-                device.check(op, "cuEventRecord", sys::cuEventRecord(self.events[slot], device.stream))?;
+                device.check(op, "cuMemcpyDtoHAsync", sys::cuMemcpyDtoHAsync_v2(pinned, from, chunk.len(), device.stream()))?;
+                device.check(op, "cuEventRecord", sys::cuEventRecord(self.events[slot], device.stream()))?;
             }
             waiting.push_back((slot, chunk));
         }

@@ -12,6 +12,7 @@ mod driver;
 pub mod elements;
 pub mod embedding;
 pub mod generic;
+pub mod graph;
 mod launch;
 pub mod logprobs;
 pub mod memory;

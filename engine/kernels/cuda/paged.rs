@@ -1,9 +1,9 @@
-//! Launchers of attention over a paged cache: writing keys and values, prefill behind a cached prefix, decoding. A query's bits
+//! Launchers of attention over a paged cache: turning and writing keys and values, prefill behind a cached prefix, decoding. A query's bits
 //! are those of the same query in training (attention.rs).
 
 use super::attention::{self, BLOCK, Cache, NO_WINDOW, PLAIN_WARPS, Plan, Span, THREADS, tile_row};
 use super::device::Device;
-use super::launch::Launch;
+use super::launch::{Launch, assert_aligned};
 use super::memory::{DeviceBuffer, View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::{Error, Result};
@@ -23,34 +23,45 @@ fn program<E: Float>() -> Program {
     if E::DTYPE == Dtype::F32 { Program::AttentionPlain } else { Program::AttentionPaged }
 }
 
-/// Writes keys and values of each row of `qkv` to the caches.
+/// Turns queries and keys of each row of `qkv` by its position's angles. Queries go to the same places of `turned`; keys, and values as
+/// they are, to the caches. The bits are those of [`super::rope::rope`].
 ///
-/// - `qkv`: `[rows, (heads + 2 * kv_heads) * head_dim]`, after rope
-/// - `slots`: `[rows]`: `block * 64 + place in the block`, each in the caches, else memory beyond is written
+/// - `qkv`, `turned`: `[rows, (heads + 2 * kv_heads) * head_dim]`; `turned` gets no keys and values
+/// - `tables`: cosines and sines, `[rows, head_dim / 2]` each, f32
+/// - `slots`: `[rows]`: `block * 64 + place in the block`, each in the caches, else memory beyond is written; the keys and values of a
+///   row with a negative one are not kept
 /// - `keys`, `values`: `[blocks, 64, kv_heads, head_dim]`
 ///
 /// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes do not fit.
+#[allow(clippy::too_many_arguments, reason = "the operands of one step")]
 pub fn append<E: Float>(
     device: &Device,
     heads: Heads,
     qkv: View<E>,
+    (cos, sin): (View<f32>, View<f32>),
     slots: View<i32>,
+    mut turned: ViewMut<E>,
     mut keys: ViewMut<E>,
     mut values: ViewMut<E>,
 ) -> Result<()> {
     let op = "append_cache";
     heads.check(op)?;
-    let rows = heads.tokens(op, "qkv", qkv.len())?;
-    if rows != slots.len() {
-        return Err(Error::Shape { op, arg: "slots", expected: format!("[{rows}]"), got: format!("{} values", slots.len()) });
+    let (rows, half) = (heads.tokens(op, "qkv", qkv.len())?, heads.head_dim / 2);
+    let sizes = [("slots", slots.len(), 1), ("cos", cos.len(), half), ("sin", sin.len(), half), ("turned", turned.len(), heads.width())];
+    for (arg, got, width) in sizes {
+        if got != rows * width {
+            return Err(Error::Shape { op, arg, expected: format!("[{rows}, {width}]"), got: format!("{got} values") });
+        }
     }
     check_caches(op, heads, keys.len(), values.len())?;
     if rows == 0 {
         return Ok(());
     }
-    let launch = Launch::new(device, op, variant::<E>(program::<E>(), heads), "append")?;
-    let launch = launch.read(qkv).read(slots).write(&mut keys).write(&mut values).int(heads.heads).int(heads.kv_heads);
-    // SAFETY: the arguments are append's. A block reads its row and writes its slot, which the caller vouches for.
+    assert_aligned::<E>(op, half, &[qkv.address, turned.address, keys.address, values.address]);
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "append")?;
+    let launch = launch.read(qkv).read(cos).read(sin).read(slots).write(&mut turned).write(&mut keys).write(&mut values);
+    let launch = launch.int(heads.heads).int(heads.kv_heads).int(half);
+    // SAFETY: the arguments are append's. A block reads its row and writes its row's queries and its slot, which the caller vouches for.
     unsafe { launch.run((rows, 1, 1), 128, 0) }
 }
 
@@ -86,7 +97,7 @@ pub struct Decode {
 /// Attends from one query a sequence, spans of 512 keys side by side.
 ///
 /// - `qkv`: `[sequences, (heads + 2 * kv_heads) * head_dim]`; keys and values are read from the cache only
-/// - `lengths`: `[sequences]`, keys of each, its own query's included, from 1 to `length_max`
+/// - `lengths`: `[sequences]`, keys of each, its own query's included, up to `length_max`; in bf16 one of 0 gives zeros
 /// - `o`: `[sequences, heads * head_dim]`; `lse`: `[sequences, heads]`
 ///
 /// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes do not fit.
@@ -132,16 +143,25 @@ pub fn decode<E: Float>(
         return unsafe { launch.run(((rows * heads.heads).div_ceil(PLAIN_WARPS), 1, 1), 32 * PLAIN_WARPS, 0) };
     }
     let spans = length_max.div_ceil(SPAN);
+    let shared = (16 + 3 * BLOCK) * tile_row(heads.head_dim) * 2 + 16 * (BLOCK + 4) * 4;
+    let across = heads.kv_heads * heads.group().div_ceil(16);
+    let new = |name| Launch::new(device, op, variant::<E>(program::<E>(), heads), name);
+    let spans_of = || -> Result<Launch> {
+        let launch = new("decode_spans")?.read(qkv).read(cache.keys).read(cache.values).read(cache.block_table).int(cache.table_width);
+        Ok(launch.read(lengths))
+    };
+    if spans == 1 {
+        let launch = spans_of()?.read_or_null::<f32>(None).read_or_null::<f32>(None).read_or_null::<f32>(None);
+        let launch = launch.int(heads.heads).int(heads.kv_heads).float(scale).int(window).write(&mut o).write(&mut lse);
+        // SAFETY: as below, with results in place of parts: a block writes those of its heads and its sequence.
+        return unsafe { launch.run((1, across, rows), THREADS, shared) };
+    }
     let (places, dim) = (rows * heads.heads * spans, heads.head_dim.next_multiple_of(16));
     let mut parts = DeviceBuffer::<f32>::scratch(device, "attention spans", places * dim)?;
     let mut maxima = DeviceBuffer::<f32>::scratch(device, "attention spans", places)?;
     let mut sums = DeviceBuffer::<f32>::scratch(device, "attention spans", places)?;
-    let new = |name| Launch::new(device, op, variant::<E>(program::<E>(), heads), name);
-    let launch = new("decode_spans")?.read(qkv).read(cache.keys).read(cache.values).read(cache.block_table).int(cache.table_width);
-    let launch = launch.read(lengths).write(&mut parts.view_mut()).write(&mut maxima.view_mut()).write(&mut sums.view_mut());
-    let launch = launch.int(heads.heads).int(heads.kv_heads).float(scale).int(window);
-    let shared = (16 + 3 * BLOCK) * tile_row(heads.head_dim) * 2 + 16 * (BLOCK + 4) * 4;
-    let across = heads.kv_heads * heads.group().div_ceil(16);
+    let launch = spans_of()?.write(&mut parts.view_mut()).write(&mut maxima.view_mut()).write(&mut sums.view_mut());
+    let launch = launch.int(heads.heads).int(heads.kv_heads).float(scale).int(window).read_or_null::<E>(None).read_or_null::<f32>(None);
     // SAFETY: the arguments are decode_spans's. A block writes the places of its span, its heads and its sequence; spans beyond
     // a sequence's keys return. The shared memory holds 16 queries, three tiles and a tile of scores.
     unsafe { launch.run((spans, across, rows), THREADS, shared)? };

@@ -1,8 +1,10 @@
 //! The caching allocator of a device: freed blocks wait in classes of sizes and are taken again, since asking the driver
 //! stops the device. All work is ordered on one stream, so a block may be taken again the moment it is freed.
+//! What is taken while a graph is captured belongs to the graph's memory (graph.rs) and is lent to its captures alone.
 //! Every block carries a label, so that running out of memory names who holds it.
 
 use super::device::{Device, lock};
+use super::graph::{capture_on, outside_capture};
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +17,7 @@ pub const GRAIN: usize = 512;
 /// Device memory as the pool sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
-    /// Bytes in buffers that live.
+    /// Bytes in buffers that live and in the memory of captured graphs.
     pub live_bytes: usize,
     /// The most that this was.
     pub live_bytes_max: usize,
@@ -31,9 +33,16 @@ pub struct Statistics {
 #[derive(Default)]
 pub struct Pool {
     free: BTreeMap<usize, Vec<u64>>,
+    /// Blocks of the memory of captured graphs, by its number, that no buffer holds.
+    reserved: HashMap<u64, BTreeMap<usize, Vec<u64>>>,
+    /// The memory to which the block at an address belongs.
+    owners: HashMap<u64, u64>,
     holders: HashMap<&'static str, usize>,
     statistics: Statistics,
 }
+
+/// What an out-of-memory error calls the memory of graphs that no buffer holds.
+const GRAPHS: &str = "captured graphs";
 
 /// A piece of device memory.
 #[derive(Clone, Copy, Debug)]
@@ -66,13 +75,38 @@ impl Pool {
         }
     }
 
-    fn take(&mut self, bytes: usize) -> Option<u64> {
-        let addresses = self.free.get_mut(&bytes)?;
-        let address = addresses.pop();
-        if addresses.is_empty() {
-            self.free.remove(&bytes);
+    /// A block that waits, for a buffer; one of `memory`, if there is one, before the others.
+    fn take(&mut self, bytes: usize, memory: Option<u64>, label: &'static str) -> Option<u64> {
+        if let Some(address) = memory.and_then(|memory| pop(self.reserved.get_mut(&memory)?, bytes)) {
+            *self.holders.entry(GRAPHS).or_default() -= bytes;
+            *self.holders.entry(label).or_default() += bytes;
+            self.statistics.reuses += 1;
+            return Some(address);
         }
-        address
+        let address = pop(&mut self.free, bytes)?;
+        self.statistics.free_bytes -= bytes;
+        self.statistics.reuses += 1;
+        self.count(bytes, label);
+        self.belong(address, memory);
+        Some(address)
+    }
+
+    fn belong(&mut self, address: u64, memory: Option<u64>) {
+        if let Some(memory) = memory {
+            self.owners.insert(address, memory);
+        }
+    }
+
+    /// Ends the memory of captured graphs: its blocks wait for anybody, those of living buffers as soon as these end.
+    pub(super) fn release(&mut self, memory: u64) {
+        self.owners.retain(|_, owner| *owner != memory);
+        for (bytes, addresses) in self.reserved.remove(&memory).into_iter().flatten() {
+            let total = bytes * addresses.len();
+            *self.holders.entry(GRAPHS).or_default() -= total;
+            self.statistics.live_bytes -= total;
+            self.statistics.free_bytes += total;
+            self.free.entry(bytes).or_default().extend(addresses);
+        }
     }
 
     fn count(&mut self, bytes: usize, label: &'static str) {
@@ -90,6 +124,16 @@ impl Pool {
     }
 }
 
+/// A block of `bytes` out of `blocks`.
+fn pop(blocks: &mut BTreeMap<usize, Vec<u64>>, bytes: usize) -> Option<u64> {
+    let addresses = blocks.get_mut(&bytes)?;
+    let address = addresses.pop();
+    if addresses.is_empty() {
+        blocks.remove(&bytes);
+    }
+    address
+}
+
 fn size(bytes: usize) -> String {
     let bytes = bytes as f64;
     if bytes >= 1e9 { format!("{:.2} GB", bytes / 1e9) } else { format!("{:.1} MB", bytes / 1e6) }
@@ -102,19 +146,17 @@ impl Device {
     pub(super) fn take(&self, op: &'static str, label: &'static str, bytes: usize) -> Result<Block> {
         self.enter(op)?;
         let bytes = if self.settings.size_classes { size_class(bytes) } else { bytes.max(1) };
+        let memory = capture_on(self).map(|capture| capture.memory);
         let mut pool = lock(&self.pool);
-        if let Some(address) = pool.take(bytes) {
-            pool.statistics.free_bytes -= bytes;
-            pool.statistics.reuses += 1;
-            pool.count(bytes, label);
+        if let Some(address) = pool.take(bytes, memory, label) {
             return Ok(Block { address, bytes, label });
         }
         let address = match self.ask(op, &mut pool, bytes)? {
             Some(address) => Some(address),
-            // What waits in other classes may make room, once nothing uses it any more.
-            None if pool.statistics.free_bytes > 0 => {
+            // What waits in other classes may make room, once nothing uses it any more; a capture cannot wait.
+            None if pool.statistics.free_bytes > 0 && memory.is_none() => {
                 // SAFETY: the stream lives as long as `self`.
-                self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })?;
+                self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream()) })?;
                 pool.close();
                 self.ask(op, &mut pool, bytes)?
             }
@@ -122,7 +164,8 @@ impl Device {
         };
         let Some(address) = address else {
             let what = format!(
-                "{} is out of memory: {} wanted for {label}, {} of {} in use; the largest holders: {}",
+                "{} is out of memory: {} wanted for {label}, {} of {} in use; the largest holders: {}; a smaller batch, shorter texts and \
+                 `recompute` take less, and a run goes on with `perilune resume`",
                 self.name,
                 size(bytes),
                 size(pool.statistics.live_bytes),
@@ -132,6 +175,7 @@ impl Device {
             return Err(Error::Device { op, what });
         };
         pool.count(bytes, label);
+        pool.belong(address, memory);
         Ok(Block { address, bytes, label })
     }
 
@@ -143,7 +187,7 @@ impl Device {
         }
         let mut address = 0;
         // SAFETY: writes one address to an exclusive place; the context is the thread's own.
-        match unsafe { sys::cuMemAlloc_v2(&mut address, bytes) } {
+        match outside_capture(self, || unsafe { sys::cuMemAlloc_v2(&mut address, bytes) }) {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
             code => {
                 self.check(op, "cuMemAlloc", code)?;
@@ -157,6 +201,11 @@ impl Device {
     pub(super) fn give_back(&self, block: Block) {
         let mut pool = lock(&self.pool);
         *pool.holders.entry(block.label).or_default() -= block.bytes;
+        if let Some(memory) = pool.owners.get(&block.address).copied() {
+            *pool.holders.entry(GRAPHS).or_default() += block.bytes;
+            pool.reserved.entry(memory).or_default().entry(block.bytes).or_default().push(block.address);
+            return;
+        }
         pool.statistics.live_bytes -= block.bytes;
         pool.statistics.free_bytes += block.bytes;
         pool.free.entry(block.bytes).or_default().push(block.address);

@@ -67,7 +67,7 @@ impl Program {
 
     /// Whether products and sums may be contracted to one rounding. Where the CPU's bits are wanted they may not.
     fn contracts(&self) -> bool {
-        !matches!(self, Self::Adamw | Self::Elements | Self::Embedding | Self::Rope | Self::Route | Self::Generated(_))
+        !matches!(self, Self::Adamw | Self::Elements | Self::Embedding | Self::Rope | Self::Route | Self::Sample | Self::Generated(_))
     }
 }
 

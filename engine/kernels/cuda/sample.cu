@@ -1,160 +1,138 @@
-// The next token of each row of logits, on the device: penalty, temperature, top-k, top-p, min-p, then a choice by a given uniform
-// number, in the order and with the ties of infer/sampler.rs. Weights and their sums are f64. A block is a row. See sample.rs.
+// The next token of rows of logits: the most likely one, or a draw by weight, with the bits of kernels/cpu/likelihood.rs and the order
+// of infer/sampler.rs, so that it does not matter where a token is drawn. A row is cut into blocks of BLOCK tokens. See sample.rs.
 #include "prelude.cuh"
 
-constexpr int THREADS = 512;
+// Weights that are summed in f32 before f64 takes over, as in kernels/cpu/likelihood.rs.
+constexpr int BLOCK = 1024;
 
-// As infer/sampler.rs has them, and the row's random number.
-struct Rules {
-    double temperature, top_p, min_p, uniform, repetition_penalty;
-    i64 top_k;
+// As in sample.rs. A temperature of 0 takes the most likely token.
+struct Draw {
+    double uniform;
+    float temperature;
+    int row;
 };
 
-// The order of floats as an order of integers.
-__device__ __forceinline__ u32 key_of(float v) {
-    // Minus zero and zero are equal.
-    u32 bits = __float_as_uint(v + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// kernels/cpu/exp.rs, of numbers up to 0. Nothing is contracted in this program.
+__device__ __forceinline__ float exp_as_host(float x) {
+    const float rounder = 12582912.0f;
+    x = x < -104.0f ? -104.0f : x;
+    float shifted = x * LOG2_E + rounder;
+    float power = shifted - rounder;
+    float rest = (x - power * 0.693145751953125f) - power * 1.4286068e-6f;
+    float tail = 0.0013933734f;
+    tail = tail * rest + 0.008363236f;
+    tail = tail * rest + 0.041666463f;
+    tail = tail * rest + 0.16666576f;
+    tail = tail * rest + 0.5f;
+    float mantissa = (rest * rest) * tail + rest + 1.0f;
+    int exponent = (int)(__float_as_uint(shifted) - __float_as_uint(rounder)), half = exponent >> 1;
+    return (mantissa * __uint_as_float((u32)(half + 127) << 23)) * __uint_as_float((u32)(exponent - half + 127) << 23);
 }
 
-// Divides or multiplies the logits of the tokens seen before, each once. previous: [rows][width], -1 where there is none.
-extern "C" __global__ void penalise(float* logits, int vocab, const int* previous, int width, const Rules* rules) {
-    float* row = logits + (i64)blockIdx.x * vocab;
-    previous += (i64)blockIdx.x * width;
-    float penalty = (float)rules[blockIdx.x].repetition_penalty;
-    if (penalty == 1.0f) return;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        int id = previous[i];
-        bool first = id >= 0 && id < vocab;
-        for (int j = 0; j < i && first; j++) first = previous[j] != id;
-        if (first) row[id] = row[id] > 0.0f ? row[id] / penalty : row[id] * penalty;
-    }
-}
+__device__ __forceinline__ float weight_of(float logit, float largest, float temperature) { return exp_as_host((logit - largest) / temperature); }
 
-// Sum of `value(i)` over the row's elements, in an order that depends on vocab alone.
-template <class T, class Value> __device__ __forceinline__ T sum_over(int vocab, Value value) {
-    T sum = 0;
-    for (int i = threadIdx.x; i < vocab; i += THREADS) sum += value(i);
-    return block_sum(sum);
-}
-
-// Visits the tokens begin..end that stay, until a visit says that it is enough. See `border` and `ties` below; `rank` is how many
-// ties come before `begin`.
-template <class Visit>
-__device__ __forceinline__ void walk(const float* logits, const double* weights, int begin, int end, u32 border, int ties, int rank, double min_p, Visit visit) {
-    for (int i = begin; i < end; i++) {
-        u32 key = key_of(logits[i]);
-        bool stays = key > border || (key == border && rank++ < ties);
-        if (stays && weights[i] >= min_p && visit(i)) return;
-    }
-}
-
-// tokens[row]: the choice; -1 if a logit is not a number or infinite, or if all are ruled out. weights: [rows][vocab], scratch.
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const float* logits, int vocab, const Rules* all_rules, double* weights, int* tokens) {
-    __shared__ double shares[THREADS];
-    __shared__ int tie_counts[THREADS];
-    int row = blockIdx.x;
-    Rules rules = all_rules[row];
-    logits += (i64)row * vocab, weights += (i64)row * vocab;
-
-    // The first of the highest logits.
-    float highest = -INFINITE;
+// The largest logit of a row from those of its blocks, in each thread; not a number if one of them is not.
+__device__ __forceinline__ float largest_of(const float* maxima, int blocks) {
+    float largest = -INFINITE;
     int bad = 0;
-    for (int i = threadIdx.x; i < vocab; i += THREADS) {
-        float logit = logits[i];
-        bad |= logit != logit || logit == INFINITE;
-        highest = logit > highest ? logit : highest;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+        float maximum = maxima[i];
+        bad |= maximum != maximum;
+        largest = maximum > largest ? maximum : largest;
     }
     bad = block_sum(bad);
-    highest = block_max(highest);
-    if (bad || highest == -INFINITE) {
-        if (threadIdx.x == 0) tokens[row] = -1;
+    largest = block_max(largest);
+    return bad ? __uint_as_float(0x7fc00000u) : largest;
+}
+
+// The least of all threads' numbers, each below 2^24, in each thread.
+__device__ __forceinline__ int block_least(int value) { return -(int)block_max((float)-value); }
+
+// The largest logit of each block of each draw's row; not a number if a logit is not one, or is infinite. stride: logits of a row,
+// of which the first `vocab` may be chosen.
+extern "C" __global__ void survey(const float* logits, int stride, int vocab, const Draw* draws, float* maxima) {
+    int first = blockIdx.x * BLOCK, end = min(first + BLOCK, vocab);
+    logits += (i64)draws[blockIdx.y].row * stride;
+    float largest = -INFINITE;
+    int bad = 0;
+    for (int i = first + threadIdx.x; i < end; i += blockDim.x) {
+        float logit = logits[i];
+        bad |= !(logit < INFINITE);
+        largest = logit > largest ? logit : largest;
+    }
+    bad = block_sum(bad);
+    largest = block_max(largest);
+    if (threadIdx.x == 0) maxima[(i64)blockIdx.y * gridDim.x + blockIdx.x] = bad ? __uint_as_float(0x7fc00000u) : largest;
+}
+
+// The sum of the weights of each block. A warp is a block; its lanes are those of kernels/cpu/lanes.rs.
+extern "C" __global__ void __launch_bounds__(32) weigh(const float* logits, int stride, int vocab, const Draw* draws, const float* maxima, double* sums) {
+    Draw draw = draws[blockIdx.y];
+    if (draw.temperature == 0.0f) return;
+    int first = blockIdx.x * BLOCK, end = min(first + BLOCK, vocab);
+    i64 place = (i64)blockIdx.y * gridDim.x;
+    float largest = largest_of(maxima + place, gridDim.x);
+    logits += (i64)draw.row * stride;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = first + threadIdx.x; i < end; i += 32) sum += weight_of(logits[i], largest, draw.temperature);
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) sums[place + blockIdx.x] = (double)sum;
+}
+
+// tokens[draw]: the choice; -1 if a logit is not a number or is infinite, or if all are minus infinity.
+extern "C" __global__ void __launch_bounds__(256) choose(const float* logits, int stride, int vocab, const Draw* draws, const float* maxima, const double* sums,
+    int blocks, int* tokens) {
+    __shared__ float weights[BLOCK];
+    __shared__ double begun;
+    __shared__ int chosen_block;
+    Draw draw = draws[blockIdx.x];
+    logits += (i64)draw.row * stride, maxima += (i64)blockIdx.x * blocks, sums += (i64)blockIdx.x * blocks;
+    float largest = largest_of(maxima, blocks);
+    if (!(largest > -INFINITE)) {
+        if (threadIdx.x == 0) tokens[blockIdx.x] = -1;
         return;
     }
-    if (rules.temperature == 0.0) {
-        int first = vocab;
-        for (int i = threadIdx.x; i < vocab; i += THREADS) {
-            if (logits[i] == highest) {
-                first = i;
-                break;
-            }
-        }
-        first = -(int)block_max((float)-first);
-        if (threadIdx.x == 0) tokens[row] = first;
+
+    // The first of the most likely tokens.
+    int block = blocks;
+    for (int i = threadIdx.x; i < blocks && block == blocks; i += blockDim.x) {
+        if (maxima[i] == largest) block = i;
+    }
+    block = block_least(block);
+    int first = vocab;
+    for (int i = block * BLOCK + threadIdx.x; i < min((block + 1) * BLOCK, vocab) && first == vocab; i += blockDim.x) {
+        if (logits[i] == largest) first = i;
+    }
+    first = block_least(first);
+    if (draw.temperature == 0.0f) {
+        if (threadIdx.x == 0) tokens[blockIdx.x] = first;
         return;
     }
 
-    for (int i = threadIdx.x; i < vocab; i += THREADS) weights[i] = exp(((double)logits[i] - (double)highest) / rules.temperature);
+    // The block at which the sum of weights passes the target, then the token in it; additions one after the other, as the host's.
+    double target = 0.0;
+    if (threadIdx.x == 0) {
+        double total = 0.0, below = 0.0;
+        for (int i = 0; i < blocks; i++) total += sums[i];
+        target = draw.uniform * total;
+        int i = 0;
+        while (i < blocks && below + sums[i] <= target) below += sums[i++];
+        begun = below, chosen_block = i;
+    }
     __syncthreads();
-
-    // Keys below `least` are out. Both searches go bit by bit from the top.
-    u32 least = key_of(-INFINITE) + 1;
-    if (rules.top_k > 0 && rules.top_k < vocab) {
-        u32 found = 0;
-        for (int bit = 31; bit >= 0; bit--) {
-            u32 tried = found | 1u << bit;
-            if (sum_over<int>(vocab, [&](int i) { return (int)(key_of(logits[i]) >= tried); }) >= rules.top_k) found = tried;
-        }
-        least = found > least ? found : least;
-    }
-    // Of the keys that equal `border`, the first `ties` stay; those above stay, those below go.
-    u32 border = least;
-    int ties = vocab;
-    if (rules.top_p < 1.0) {
-        double total = sum_over<double>(vocab, [&](int i) { return key_of(logits[i]) >= least ? weights[i] : 0.0; });
-        double wanted = rules.top_p * total;
-        // The highest key such that it and those above it reach what is wanted, searched as a distance from `least`, which does.
-        u32 offset = 0;
-        for (int bit = 31; bit >= 0; bit--) {
-            u32 tried = offset | 1u << bit;
-            if (tried > ~0u - least) continue;
-            if (sum_over<double>(vocab, [&](int i) { return key_of(logits[i]) >= least + tried ? weights[i] : 0.0; }) >= wanted) offset = tried;
-        }
-        border = least + offset;
-        double above = sum_over<double>(vocab, [&](int i) { return key_of(logits[i]) > border ? weights[i] : 0.0; });
-        double tied = sum_over<double>(vocab, [&](int i) { return key_of(logits[i]) == border ? weights[i] : 0.0; });
-        int count = sum_over<int>(vocab, [&](int i) { return (int)(key_of(logits[i]) == border); });
-        double each = count > 0 ? tied / count : 0.0;
-        ties = 0;
-        while (ties < count && (ties == 0 || above + ties * each < wanted)) ties++;
-    }
-
-    // Each thread owns a stretch of ids, so that places among the ties and the choice follow the order of ids.
-    int stretch = (vocab + THREADS - 1) / THREADS, begin = min((int)threadIdx.x * stretch, vocab), end = min(begin + stretch, vocab);
-    int own_ties = 0;
-    for (int i = begin; i < end; i++) own_ties += key_of(logits[i]) == border;
-    tie_counts[threadIdx.x] = own_ties;
+    int begin = chosen_block * BLOCK, end = min(begin + BLOCK, vocab);
+    for (int i = begin + threadIdx.x; i < end; i += blockDim.x) weights[i - begin] = weight_of(logits[i], largest, draw.temperature);
     __syncthreads();
-    int before = 0;
-    for (int t = 0; t < (int)threadIdx.x; t++) before += tie_counts[t];
-    double share = 0.0;
-    walk(logits, weights, begin, end, border, ties, before, rules.min_p, [&](int i) {
-        share += weights[i];
-        return false;
-    });
-    shares[threadIdx.x] = share;
-    __syncthreads();
-    double total = 0.0, sum = 0.0;
-    for (int t = 0; t < THREADS; t++) {
-        if (t == (int)threadIdx.x) sum = total;
-        total += shares[t];
+    if (threadIdx.x != 0) return;
+    double within = begun;
+    int token = first;
+    for (int i = begin; i < end; i++) {
+        float weight = weights[i - begin];
+        if (!(weight > 0.0f)) continue;
+        within += (double)weight;
+        token = i;
+        if (within > target) break;
     }
-    // The first token at which the sum passes the target is the choice; the last that stays, if rounding lets none do so.
-    double target = rules.uniform * total;
-    int last_owner = -1, owner = -1;
-    double passed = 0.0;
-    for (int t = 0; t < THREADS; t++) {
-        passed += shares[t];
-        if (shares[t] > 0.0) last_owner = t;
-        if (owner < 0 && shares[t] > 0.0 && passed > target) owner = t;
-    }
-    if (owner < 0) owner = last_owner;
-    if (owner != (int)threadIdx.x) return;
-    int choice = -1;
-    walk(logits, weights, begin, end, border, ties, before, rules.min_p, [&](int i) {
-        choice = i;
-        sum += weights[i];
-        return sum > target;
-    });
-    tokens[row] = choice;
+    tokens[blockIdx.x] = token;
 }

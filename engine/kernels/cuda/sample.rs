@@ -1,67 +1,63 @@
-//! Launcher of sample.cu: the choice of the next token of each sequence on the device, by the rules of `infer/sampler.rs` in
-//! the same order. The repetition penalty acts on logits in f32 (there: f64); all else is f64 as there. Logit bias and the
-//! additive penalties come before these rules and are not here yet.
+//! Launchers of sample.cu: the next token of rows of logits, as `infer/sampler.rs` chooses it where no rule filters or changes
+//! them: the most likely one, or a draw by weight. The choice has the host's bits, so it does not matter where it was made.
 
 use super::device::Device;
 use super::launch::Launch;
 use super::memory::{DeviceBuffer, View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::Result;
+use crate::kernels::cpu::likelihood::BLOCK;
 use bytemuck::{Pod, Zeroable};
 use std::sync::Arc;
 
-/// How one sequence's token is chosen; `Rules` of sample.cu.
-#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+/// How one token is chosen; `Draw` of sample.cu.
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-pub struct Choice {
-    /// 0 takes the most likely token.
-    pub temperature: f64,
-    /// 1 is off.
-    pub top_p: f64,
-    /// 0 is off.
-    pub min_p: f64,
+pub struct Draw {
     /// The random number, in [0, 1).
     pub uniform: f64,
-    /// 1 is off.
-    pub repetition_penalty: f64,
-    /// 0 is off.
-    pub top_k: i64,
+    /// 0 takes the most likely token.
+    pub temperature: f32,
+    /// The row of logits; several may choose from one.
+    pub row: i32,
 }
 
-/// Chooses a token for each row.
+/// Chooses a token for each draw.
 ///
-/// - `logits`: `[rows, vocab]`, f32; the penalty changes them
-/// - `choices`: one for each row
-/// - `previous`: `[rows, width]`, the tokens so far, -1 where there is none; not needed if no row has a penalty
-/// - `tokens`: `[rows]`; -1 where a logit is NaN or infinite, or all are ruled out
+/// - `logits`: `[rows, stride]`, f32, of which the first `vocab` of a row may be chosen
+/// - `tokens`: `[draws]`; -1 where a logit is NaN or infinite, or all are minus infinity
 pub fn sample(
     device: &Arc<Device>,
-    mut logits: ViewMut<f32>,
-    choices: &[Choice],
-    previous: Option<View<i32>>,
+    logits: View<f32>,
+    (stride, vocab): (usize, usize),
+    draws: &[Draw],
     mut tokens: ViewMut<i32>,
 ) -> Result<()> {
-    let rows = choices.len();
-    assert!(tokens.len() == rows, "sample: {} tokens for {rows} choices", tokens.len());
-    assert!(choices.iter().all(|choice| (0.0..1.0).contains(&choice.uniform) && choice.top_k >= 0), "sample: {choices:?}");
-    if rows == 0 {
+    let (op, count) = ("sample", draws.len());
+    assert!(tokens.len() == count, "sample: {} tokens for {count} draws", tokens.len());
+    assert!(0 < vocab && vocab <= stride && logits.len().is_multiple_of(stride), "sample: {} logits, {vocab} of {stride}", logits.len());
+    // The kernel finds first places as whole numbers in f32.
+    assert!(vocab < 1 << 24, "sample: a vocabulary of {vocab}");
+    let fits = |draw: &Draw| (0.0..1.0).contains(&draw.uniform) && draw.temperature >= 0.0 && (draw.row as usize) < logits.len() / stride;
+    assert!(draws.iter().all(fits), "sample: {draws:?}");
+    if count == 0 {
         return Ok(());
     }
-    let vocab = logits.len() / rows;
-    assert!(logits.len() == rows * vocab && vocab > 0, "sample: {} logits for {rows} rows", logits.len());
-    let op = "sample";
-    let rules = DeviceBuffer::copy_of(device, op, choices)?;
-    if choices.iter().any(|choice| choice.repetition_penalty != 1.0) {
-        let previous = previous.expect("a penalty wants the tokens so far");
-        assert!(previous.len().is_multiple_of(rows), "sample: {} previous tokens for {rows} rows", previous.len());
-        let launch = Launch::new(device, op, Variant::of::<f32>(Program::Sample), "penalise")?;
-        let launch = launch.write(&mut logits).int(vocab).read(previous).int(previous.len() / rows).read(rules.view());
-        // SAFETY: the arguments are penalise's. A block stays in its row, and ids outside the vocabulary are passed over.
-        unsafe { launch.run((rows, 1, 1), 256, 0)? };
-    }
-    let mut weights = DeviceBuffer::<f64>::scratch(device, op, rows * vocab)?;
-    let launch = Launch::new(device, op, Variant::of::<f32>(Program::Sample), "sample")?;
-    let launch = launch.read(logits.view()).int(vocab).read(rules.view()).write(&mut weights.view_mut()).write(&mut tokens);
-    // SAFETY: the arguments are sample's; `Choice` has the layout of its Rules. A block stays in its row.
-    unsafe { launch.run((rows, 1, 1), 512, 0) }
+    let blocks = vocab.div_ceil(BLOCK);
+    let draws = DeviceBuffer::copy_of(device, op, draws)?;
+    let mut maxima = DeviceBuffer::<f32>::scratch(device, op, count * blocks)?;
+    let mut sums = DeviceBuffer::<f64>::scratch(device, op, count * blocks)?;
+    let new = |name| Launch::new(device, op, Variant::of::<f32>(Program::Sample), name);
+    let launch = new("survey")?.read(logits).int(stride).int(vocab).read(draws.view()).write(&mut maxima.view_mut());
+    // SAFETY: the arguments are survey's. A block reads its part of a row that there is and writes its maximum.
+    unsafe { launch.run((blocks, count, 1), 256, 0)? };
+    let launch = new("weigh")?.read(logits).int(stride).int(vocab).read(draws.view()).read(maxima.view());
+    let launch = launch.write(&mut sums.view_mut());
+    // SAFETY: the arguments are weigh's. As above, and it reads the maxima of its row.
+    unsafe { launch.run((blocks, count, 1), 32, 0)? };
+    let launch = new("choose")?.read(logits).int(stride).int(vocab).read(draws.view()).read(maxima.view()).read(sums.view());
+    let launch = launch.int(blocks).write(&mut tokens);
+    // SAFETY: the arguments are choose's. A block stays in its row and writes the token of its draw; it reads no sums of a greedy
+    // draw, which has none.
+    unsafe { launch.run((count, 1, 1), 256, 0) }
 }

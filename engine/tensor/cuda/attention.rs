@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::kernels::cuda::attention::{Plan, attention as kernel};
 use crate::kernels::cuda::attention_backward::{Saved, attention_backward};
 use crate::kernels::cuda::device::Device;
-use crate::kernels::cuda::memory::DeviceBuffer;
+use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::kernels::cuda::rope;
 use crate::tensor::attention::{Heads, Rope};
 use crate::tensor::{Data, ModelElement, Tensor};
@@ -20,12 +20,16 @@ pub struct Tables {
 impl Tables {
     /// For tokens at `positions`.
     pub fn new<E: ModelElement>(device: &Arc<Device>, settings: &Rope, positions: &[i32]) -> Result<Self> {
-        let len = positions.len() * settings.inv_freq.len();
-        let (mut cos, mut sin) = (activation::<f32>(device, len)?, activation::<f32>(device, len)?);
         let inv_freq = DeviceBuffer::copy_of(device, "positions", &settings.inv_freq)?;
         let positions = DeviceBuffer::copy_of(device, "positions", positions)?;
-        let scaling = settings.attention_scaling;
-        rope::rope_tables::<E>(device, inv_freq.view(), scaling, positions.view(), cos.view_mut(), sin.view_mut())?;
+        Self::of::<E>(device, inv_freq.view(), settings.attention_scaling, positions.view())
+    }
+
+    /// As [`Tables::new`], of frequencies and positions that lie on the device.
+    pub fn of<E: ModelElement>(device: &Arc<Device>, inv_freq: View<f32>, scaling: f32, positions: View<i32>) -> Result<Self> {
+        let len = positions.len() * inv_freq.len();
+        let (mut cos, mut sin) = (activation::<f32>(device, len)?, activation::<f32>(device, len)?);
+        rope::rope_tables::<E>(device, inv_freq, scaling, positions, cos.view_mut(), sin.view_mut())?;
         Ok(Self { cos, sin })
     }
 }
@@ -58,7 +62,7 @@ pub fn attention<E: ModelElement>(
 ) -> Result<Tensor<E, 2>> {
     let [tokens, width] = qkv.shape();
     let mixed_width = heads.heads * heads.head_dim;
-    let plan = plans.get(device, heads, borders, (heads.head_dim as f32).sqrt().recip(), window)?;
+    let plan = plans.get(device, heads, borders, heads.scale(), window)?;
     let mut turned = activation::<E>(device, tokens * width)?;
     turned.copy_from(qkv.cuda())?;
     rope::rope(device, turned.view_mut(), heads, tables.cos.view(), tables.sin.view())?;

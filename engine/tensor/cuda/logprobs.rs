@@ -9,6 +9,7 @@ use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::logprobs::{self as kernel, EntropyGradient, Place};
 use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::cuda::product::{self, Residual};
+use crate::kernels::cuda::sample::{Draw, sample};
 use crate::kernels::cuda::{elements, embedding::embed};
 use crate::tensor::autograd::{Node, Sink};
 use crate::tensor::logprobs::{Extra, Score, labelled_rows, rows_on_device, scalar};
@@ -241,24 +242,66 @@ pub fn logprobs_of_logits(
     labels: &[i32],
     temperatures: &[f32],
 ) -> Result<(Vec<f32>, Vec<f32>)> {
-    let device = logits.device();
-    let count = rows.len();
-    let row_ids = DeviceBuffer::copy_of(device, "rows", &row_ids(rows))?;
-    let mut own = scratch::<f32>(device, count * vocab)?;
-    embed(device, logits.view(), vocab, row_ids.view(), own.view_mut())?;
-    if temperatures.iter().any(|temperature| *temperature != 1.0) {
-        let plain = std::mem::replace(&mut own, scratch::<f32>(device, count * vocab)?);
-        // Neighbours of one temperature go together; all of them, as a rule.
-        let mut start = 0;
-        for group in temperatures.chunk_by(|a, b| a == b) {
-            let part = start * vocab..(start + group.len()) * vocab;
-            let scaled = own.part_mut(part.clone());
-            elements::take_columns(device, plain.part(part), vocab, 0..vocab, group[0].recip(), scaled)?;
-            start += group.len();
-        }
-    }
+    let (device, count) = (logits.device(), rows.len());
     let labels = DeviceBuffer::copy_of(device, "labels", labels)?;
     let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
-    kernel::logprobs(device, own.view(), labels.view(), lse.view_mut(), logprobs.view_mut(), None)?;
+    logprobs_of_rows(logits, vocab, rows, temperatures, labels.view(), lse.view_mut(), logprobs.view_mut())?;
     Ok((logprobs.to_vec()?, lse.to_vec()?))
+}
+
+/// As [`crate::tensor::head::LogitRows::draw`].
+///
+/// - `logits`: `[any, stride]`, of which the first `vocab` of a row may be chosen
+/// - `temperatures`: those that log-probabilities are reported for
+pub fn draw(
+    logits: &DeviceBuffer<f32>,
+    (stride, vocab): (usize, usize),
+    draws: &[Draw],
+    temperatures: &[f32],
+) -> Result<(Vec<i32>, Vec<f32>)> {
+    let (device, count) = (logits.device(), draws.len());
+    // Tokens and log-probabilities side by side, so that one copy fetches both.
+    let mut both = scratch::<i32>(device, 2 * count)?;
+    sample(device, logits.view(), (stride, vocab), draws, both.part_mut(..count))?;
+    let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
+    let rows: Vec<usize> = draws.iter().map(|draw| draw.row as usize).collect();
+    logprobs_of_rows(logits, stride, &rows, temperatures, both.part(..count), lse.view_mut(), logprobs.view_mut())?;
+    both.part_mut(count..).copy_from(device, logprobs.view().cast())?;
+    let both = both.to_vec()?;
+    Ok((both[..count].to_vec(), both[count..].iter().map(|bits| f32::from_bits(*bits as u32)).collect()))
+}
+
+/// Log-probabilities of `labels`, `[rows]`, and the logarithm of each row's sum of exponentials, all on the device.
+fn logprobs_of_rows(
+    logits: &DeviceBuffer<f32>,
+    vocab: usize,
+    rows: &[usize],
+    temperatures: &[f32],
+    labels: View<i32>,
+    lse: ViewMut<f32>,
+    logprobs: ViewMut<f32>,
+) -> Result<()> {
+    let (device, len) = (logits.device(), rows.len() * vocab);
+    // As a rule each row is wanted once; the members of a group begin at one row.
+    let gathered = if rows.iter().copied().eq(0..rows.len()) {
+        None
+    } else {
+        let row_ids = DeviceBuffer::copy_of(device, "rows", &row_ids(rows))?;
+        let mut gathered = scratch::<f32>(device, len)?;
+        embed(device, logits.view(), vocab, row_ids.view(), gathered.view_mut())?;
+        Some(gathered)
+    };
+    let plain = gathered.as_ref().unwrap_or(logits).part(..len);
+    if temperatures.iter().all(|temperature| *temperature == 1.0) {
+        return kernel::logprobs(device, plain, labels, lse, logprobs, None);
+    }
+    let mut scaled = scratch::<f32>(device, len)?;
+    // Neighbours of one temperature go together; all of them, as a rule.
+    let mut start = 0;
+    for group in temperatures.chunk_by(|a, b| a == b) {
+        let part = start * vocab..(start + group.len()) * vocab;
+        elements::take_columns(device, plain.part(part.clone()), vocab, 0..vocab, group[0].recip(), scaled.part_mut(part))?;
+        start += group.len();
+    }
+    kernel::logprobs(device, scaled.view(), labels, lse, logprobs, None)
 }

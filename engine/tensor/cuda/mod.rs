@@ -3,6 +3,7 @@
 //! the host. Nothing waits for the device but what says so.
 
 pub mod attention;
+pub mod decode;
 pub mod embedding;
 pub mod experts;
 pub mod head;

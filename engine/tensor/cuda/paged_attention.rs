@@ -2,13 +2,13 @@
 //! kernel computes them: one for texts that go on by a token, one for pieces of prompts.
 
 use super::attention::Tables;
+use super::decode::CapturedSteps;
 use super::{activation, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::attention::{Cache, Plan, Span as PlanSpan};
 use crate::kernels::cuda::device::Device;
-use crate::kernels::cuda::memory::{DeviceBuffer, ViewMut};
+use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::kernels::cuda::paged::{self, Decode};
-use crate::kernels::cuda::rope;
 use crate::kernels::element::Dtype;
 use crate::tensor::attention::Heads;
 use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
@@ -29,6 +29,8 @@ pub struct DeviceBlocks {
     capacity: usize,
     /// Keys and values of each layer, as bytes: the cache does not know the model's type.
     layers: Vec<[DeviceBuffer<u8>; 2]>,
+    /// Steps that read and write where the cache lies now.
+    pub(super) captured: CapturedSteps,
 }
 
 impl DeviceBlocks {
@@ -39,7 +41,7 @@ impl DeviceBlocks {
         let part_bytes = BLOCK_POSITIONS * heads.kv_heads * heads.head_dim * dtype.size();
         let empty = || DeviceBuffer::scratch(device, CACHE, 0);
         let layers = (0..layers).map(|_| Ok([empty()?, empty()?])).collect::<Result<_>>()?;
-        Ok(Self { device: device.clone(), part_bytes, capacity: 0, layers })
+        Ok(Self { device: device.clone(), part_bytes, capacity: 0, layers, captured: CapturedSteps::new(device) })
     }
 
     /// Bytes of one block, all layers together.
@@ -59,6 +61,7 @@ impl DeviceBlocks {
         if (id as usize) < self.capacity {
             return Ok(());
         }
+        self.captured.clear();
         let capacity = (2 * self.capacity).max(id as usize + 1).max(BLOCKS_LEAST);
         for part in self.layers.as_flattened_mut() {
             let mut grown = DeviceBuffer::scratch(&self.device, CACHE, capacity * self.part_bytes)?;
@@ -67,6 +70,20 @@ impl DeviceBlocks {
         }
         self.capacity = capacity;
         Ok(())
+    }
+
+    pub(super) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Blocks that there is room for. The cache lies elsewhere once this has changed.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Keys and values of a layer.
+    pub(super) fn layer(&self, layer: usize) -> [View<'_, u8>; 2] {
+        self.layers[layer].each_ref().map(DeviceBuffer::view)
     }
 
     /// Makes block `to` a copy of block `from`.
@@ -143,6 +160,25 @@ fn span_of(span: &Span) -> PlanSpan {
     PlanSpan { row: span.row, cached: span.position, count: span.count }
 }
 
+/// The queries of new tokens at their positions, in the places that they have in `qkv`; keys and values go to the cache.
+///
+/// - `slots`: as in [`paged::append`]
+pub(super) fn turn_and_append<E: ModelElement>(
+    device: &Arc<Device>,
+    qkv: &Tensor<E, 2>,
+    heads: Heads,
+    tables: &Tables,
+    slots: View<i32>,
+    cache: &mut DeviceBlocks,
+    layer: usize,
+) -> Result<DeviceBuffer<E>> {
+    let mut turned = activation::<E>(device, qkv.len())?;
+    let [keys, values] = &mut cache.layers[layer];
+    let (keys, values, angles) = (keys.view_mut().cast(), values.view_mut().cast(), (tables.cos.view(), tables.sin.view()));
+    paged::append(device, heads, qkv.cuda(), angles, slots, turned.view_mut(), keys, values)?;
+    Ok(turned)
+}
+
 /// As [`crate::tensor::paged_attention::paged_attention`], of spans whose rows follow one another.
 #[allow(clippy::too_many_arguments, reason = "the operands of one step")]
 pub fn paged_attention<E: ModelElement>(
@@ -156,19 +192,14 @@ pub fn paged_attention<E: ModelElement>(
     window: Option<usize>,
 ) -> Result<Tensor<E, 2>> {
     let [tokens, width] = qkv.shape();
-    let mixed_width = heads.heads * heads.head_dim;
-    let scale = (heads.head_dim as f32).sqrt().recip();
-    let mut turned = activation::<E>(device, tokens * width)?;
-    turned.copy_from(qkv.cuda())?;
-    rope::rope(device, turned.view_mut(), heads, tables.cos.view(), tables.sin.view())?;
+    let (mixed_width, scale) = (heads.heads * heads.head_dim, heads.scale());
+    let turned = turn_and_append(device, qkv, heads, tables, step.slots.view(), cache, layer)?;
     let mut mixed = activation::<E>(device, tokens * mixed_width)?;
     let mut lse = scratch::<f32>(device, tokens * heads.heads)?;
-    let [keys, values] = &mut cache.layers[layer];
-    let (new_keys, new_values): (ViewMut<E>, ViewMut<E>) = (keys.view_mut().cast(), values.view_mut().cast());
-    paged::append(device, heads, turned.view(), step.slots.view(), new_keys, new_values)?;
+    let [keys, values] = cache.layer(layer);
     let cached = |lines: Range<usize>| Cache {
-        keys: keys.view().cast(),
-        values: values.view().cast(),
+        keys: keys.cast(),
+        values: values.cast(),
         block_table: step.table.part(lines.start * step.width..lines.end * step.width),
         table_width: step.width,
     };

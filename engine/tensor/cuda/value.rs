@@ -1,5 +1,4 @@
 //! The value of a parameter in the memory of a device: row-major, a bf16 master split as on the host (tensor/parameter.rs).
-//! A device that is lost while rows are read ends the program with the driver's reason: nothing of the model is left then.
 
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -40,24 +39,25 @@ impl<E: ModelElement> DeviceValue<E> {
     }
 
     /// Copies elements from `start` on as f32: masters where they exist.
-    pub fn read_masters(&self, start: usize, masters: &mut [f32]) {
+    pub fn read_masters(&self, start: usize, masters: &mut [f32]) -> Result<()> {
         let mut narrow = Buffer::<E>::scratch(masters.len());
-        self.read_weight(start, &mut narrow);
+        self.read_weight(start, &mut narrow)?;
         match &self.remainder {
             None => masters.iter_mut().zip(narrow.iter()).for_each(|(to, from)| *to = from.to_f32()),
             Some(remainder) => {
                 let mut rest = Buffer::<E>::scratch(masters.len());
                 // A remainder exists beside bf16 alone, of whose size it is.
                 let rest_bits: &mut [i16] = bytemuck::cast_slice_mut(&mut rest);
-                remainder.download_at(start, rest_bits).unwrap_or_else(|error| panic!("{error}"));
+                remainder.download_at(start, rest_bits)?;
                 E::join_master(&narrow, &rest, masters);
             }
         }
+        Ok(())
     }
 
     /// Copies elements from `start` on.
-    pub fn read_weight(&self, start: usize, values: &mut [E]) {
-        self.weight.download_at(start, values).unwrap_or_else(|error| panic!("{error}"));
+    pub fn read_weight(&self, start: usize, values: &mut [E]) -> Result<()> {
+        self.weight.download_at(start, values)
     }
 
     /// Sets elements from `start` on; bf16 keeps the rest as remainder if `split_master` asks for one or one is there already.
@@ -96,8 +96,8 @@ impl<E: ModelElement> DeviceValue<E> {
     }
 
     /// A copy of the remainders on the host.
-    pub fn remainder_to_host(&self) -> Option<Vec<i16>> {
-        self.remainder.as_ref().map(|remainder| remainder.to_vec().unwrap_or_else(|error| panic!("{error}")))
+    pub fn remainder_to_host(&self) -> Result<Option<Vec<i16>>> {
+        self.remainder.as_ref().map(DeviceBuffer::to_vec).transpose()
     }
 
     /// A copy of the weight on the host.
