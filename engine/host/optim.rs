@@ -157,7 +157,8 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
 impl OptimizerObject {
     /// AdamW over the parameters of `model`.
     ///
-    /// Errors: [`Error::Argument`] for a setting that cannot be meant, or a model of which nothing trains.
+    /// Errors: [`Error::Argument`] for a setting that cannot be meant, a model of which nothing trains, or one whose training
+    /// does not fit the memory.
     pub fn adamw(lua: &Lua, op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
         let mut adamw = AdamW::new(model.model.parameters(), settings)?;
@@ -165,7 +166,9 @@ impl OptimizerObject {
             adamw = adamw.merging(merge)?;
         }
         let held = Held { adamw, script: settings, asked: settings, forced: Forced::new(), applied: 0 };
-        Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
+        let held = Arc::new(Mutex::new(held));
+        model.room.enter(op, &model.model, &held)?;
+        Ok(Self { held, name: None })
     }
 
     /// The same optimizer under a name of the run.

@@ -32,6 +32,8 @@ pub trait Trainable: Send + Sync {
     /// One AdamW update on the host by the gradient, which is gone afterwards. Nothing happens without a gradient.
     ///
     /// - `m`, `v`: `gradient_len` elements each
+    /// Bytes of the remainders that its first update makes; 0 if they are there, or it needs none.
+    fn remainder_bytes_to_come(&self) -> usize;
     fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
     /// How the elements of the gradient lie.
     fn layout(&self) -> Layout;
@@ -87,6 +89,10 @@ impl<E: ModelElement> Trainable for Parameter<E> {
     }
 
     fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+    fn remainder_bytes_to_come(&self) -> usize {
+        if E::HAS_REMAINDER && !self.has_remainder() { 2 * self.weight_len() } else { 0 }
+    }
+
         let panel_columns = (self.layout == Layout::Panels).then_some(self.columns);
         self.update(|value, gradient| {
             if E::HAS_REMAINDER && value.remainder.is_none() {

@@ -198,6 +198,17 @@ impl AdamW {
 
     /// Updates every parameter that has a gradient, scaled so that its norm is at most `clip_norm`, and clears all
     /// gradients. A gradient with a number that is not finite changes nothing but the count of skipped steps. On a device all is
+    /// Bytes that steps will keep and have not asked for yet: moments and remainders; and those of gradients that are not there.
+    pub fn bytes_to_come(&self) -> (u64, u64) {
+        let training = self.slots.iter().filter(|slot| slot.parameter.trains());
+        training.fold((0, 0), |(kept, gradients), slot| {
+            let len = 4 * slot.parameter.gradient_len() as u64;
+            let moments = if slot.moments.is_none() { 2 * len } else { 0 };
+            let gradient = if slot.parameter.has_gradient() { 0 } else { len };
+            (kept + moments + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
+        })
+    }
+
     /// asked for before the norm is read: the step waits once, at its end.
     ///
     /// Errors: those of the device.

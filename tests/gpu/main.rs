@@ -14,6 +14,7 @@ mod model;
 mod optimizer;
 mod paged;
 mod product;
+mod room;
 mod rows;
 mod run;
 mod sample;
@@ -36,7 +37,7 @@ unsafe extern "C" {
 }
 
 /// How the emulated device is opened: so that it sees each access beyond the end of a buffer, and its code is not kept.
-const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
+pub const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
 
 /// What the tests run on.
 pub struct Bench {

@@ -11,7 +11,7 @@ use perilune::kernels::element::Dtype;
 use perilune::model::config::Config;
 use perilune::model::presets::{preset, with_fields};
 use perilune::model::{Lora, Model, Packed};
-use perilune::tensor::Place;
+use perilune::tensor::{Place, Tensor};
 use perilune::train::optimizer::{AdamW, Settings};
 use serde_json::json;
 
@@ -21,7 +21,7 @@ const BORDERS: [u32; 3] = [0, 19, 26];
 const NORMALIZER: f32 = 21.0;
 const BALANCE: f32 = 0.01;
 
-fn config(moe: bool) -> Config {
+pub fn config(moe: bool) -> Config {
     let mut fields = vec![("vocab", json!(67)), ("hidden", json!(24)), ("layers", json!(2)), ("heads", json!(2)), ("kv_heads", json!(1))];
     fields.extend([("intermediate", json!(40)), ("tied", json!(!moe))]);
     if moe {
@@ -68,6 +68,27 @@ fn step(model: &Model, optimizer: &mut AdamW) -> (f32, f64) {
     let step = optimizer.step().unwrap();
     assert!(step.applied);
     (loss.values()[0], step.grad_norm)
+}
+
+/// Steps of the batch above, for other tests.
+pub struct Steps;
+
+impl Steps {
+    pub fn settings() -> Settings {
+        settings()
+    }
+
+    pub fn tokens() -> usize {
+        TOKENS.len()
+    }
+
+    pub fn loss(model: &Model) -> Tensor<f32, 0> {
+        with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total
+    }
+
+    pub fn step(model: &Model, optimizer: &mut AdamW) -> (f32, f64) {
+        step(model, optimizer)
+    }
 }
 
 /// All that a few steps show of a model.
