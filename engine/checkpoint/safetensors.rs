@@ -7,7 +7,7 @@
 
 pub use super::header::TensorInfo;
 use super::header::{Header, shown};
-use super::stored_dtype::{decode_floats, decode_integers};
+use super::stored_dtype::{StoredDtype, decode_floats, decode_integers};
 use crate::error::{Error, Result};
 use crate::kernels::element::Float;
 use std::collections::{BTreeMap, HashMap};
@@ -139,6 +139,23 @@ impl SafetensorsFile {
         let mut out = vec![E::default(); tensor.elements()];
         self.read_rows(name, 0..tensor.rows(), &mut out)?;
         Ok(out)
+    }
+
+    /// Reads rows `rows` of a tensor of 16-bit integers into `out`, `rows.len() * row_elements` of them.
+    ///
+    /// Errors: [`Error::Format`] for an unknown name, another type, or a file that shrank; [`Error::Io`]. Panics as
+    /// [`Self::read_rows`] does.
+    pub fn read_i16_rows(&self, name: &str, rows: Range<usize>, out: &mut [i16]) -> Result<()> {
+        let tensor = self.find(name)?;
+        if tensor.dtype != StoredDtype::I16 {
+            return Err(Error::format(&self.path, shown(name), "I16", tensor.dtype.name()));
+        }
+        assert!(rows.start <= rows.end && rows.end <= tensor.rows(), "{name}: rows {rows:?} of {}", tensor.rows());
+        assert_eq!(out.len(), rows.len() * tensor.row_elements(), "{name}: elements of rows {rows:?}");
+        let offset = tensor.offset + (rows.start * tensor.row_elements() * 2) as u64;
+        self.read_exact(name, offset, bytemuck::cast_slice_mut(out))?;
+        out.iter_mut().for_each(|value| *value = i16::from_le(*value));
+        Ok(())
     }
 
     /// A whole integer or boolean tensor. Errors: [`Error::Format`] for an unknown name, a float tensor, or a value beyond

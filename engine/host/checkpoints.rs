@@ -357,9 +357,8 @@ impl Origin {
             }
             Resource::Optimizer(optimizer, _) => {
                 let Some(stored) = self.state.optimizers.get(name) else { return Ok(()) };
-                let state = AdamWState::load(&self.folder.join("optimizers").join(name))?;
                 let mut held = optimizer.lock();
-                held.adamw.restore(state)?;
+                held.adamw.load(&self.folder.join("optimizers").join(name))?;
                 (held.script, held.asked, held.forced) = (stored.script, stored.asked, stored.forced.clone());
                 Ok(held.apply()?)
             }

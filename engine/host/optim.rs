@@ -7,6 +7,7 @@ use super::options::Options;
 use super::progress::Screen;
 use super::replay::Replay;
 use crate::error::Error;
+use crate::tensor::trainable::TensorRows;
 use crate::train::online_merge::{MergeSettings, Method, OnlineMerge, Source};
 use crate::train::optimizer::{AdamW, Settings};
 use mlua::{Lua, UserData, UserDataMethods, Value};
@@ -122,7 +123,8 @@ fn merge_option(lua: &Lua, op: &'static str, options: &Options) -> Failed<Option
         return Err(Error::argument(op, "merge.reference", "a model of the shape of merge.base", got).into());
     }
     let parts = base.parameters().into_iter().zip(reference.parameters()).zip(base.tensor_rows());
-    let sources = parts.map(|((base, reference), tensors)| Source { base, reference, tensors }).collect();
+    let ranges = |tensors: Vec<TensorRows>| tensors.into_iter().map(|tensor| tensor.rows).collect();
+    let sources = parts.map(|((base, reference), tensors)| Source { base, reference, tensors: ranges(tensors) }).collect();
     Ok(Some(OnlineMerge::new(settings, seed(lua), sources)?))
 }
 
@@ -161,7 +163,7 @@ impl OptimizerObject {
     /// does not fit the memory.
     pub fn adamw(lua: &Lua, op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
-        let mut adamw = AdamW::new(model.model.parameters(), settings)?;
+        let mut adamw = AdamW::new(model.model.parameters(), settings)?.naming(model.model.tensor_rows());
         if let Some(merge) = merge_option(lua, op, options)? {
             adamw = adamw.merging(merge)?;
         }

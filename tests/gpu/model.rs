@@ -259,7 +259,7 @@ fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
         let again = Model::load_at(model.place(), &place("model"), Some(dtype), true, &mut |remark| panic!("{remark}")).unwrap();
         again.load_training_state(&place("training")).unwrap();
         let mut other = AdamW::new(again.parameters(), settings()).unwrap();
-        other.restore(perilune::train::optimizer_state::AdamWState::load(&place("optimizer")).unwrap()).unwrap();
+        other.load(&place("optimizer")).unwrap();
         assert!(rest(&again, &mut other) == want, "{dtype}: from files");
 
         model.copy_from(&image).unwrap();
