@@ -95,12 +95,18 @@ impl SafetensorsFile {
         self.get(name).ok_or_else(|| Error::format(&self.path, shown(name), "this tensor in the file", "no such name"))
     }
 
-    /// The tensor of that name, when it has that shape and a float type. Errors: [`Error::Format`] if not.
-    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+    /// The tensor of that name, when it has that shape. Errors: [`Error::Format`] if not.
+    pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
         let tensor = self.find(name)?;
         if tensor.shape != shape {
             return Err(Error::format(&self.path, shown(name), format!("shape {shape:?}"), format!("shape {:?}", tensor.shape)));
         }
+        Ok(tensor)
+    }
+
+    /// As [`Self::expect_shape`], when it has a float type too. Errors: [`Error::Format`] if not.
+    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let tensor = self.expect_shape(name, shape)?;
         if !tensor.dtype.is_float() {
             return Err(Error::format(&self.path, shown(name), "F32, BF16, F16 or F64", tensor.dtype.name()));
         }
@@ -144,7 +150,7 @@ impl SafetensorsFile {
     /// Reads rows `rows` of a tensor of 16-bit integers into `out`, `rows.len() * row_elements` of them.
     ///
     /// Errors: [`Error::Format`] for an unknown name, another type, or a file that shrank; [`Error::Io`]. Panics as
-    /// [`Self::read_rows`] does.
+    /// [`Self::read_rows`] does: check the shape first, with [`Self::expect_shape`].
     pub fn read_i16_rows(&self, name: &str, rows: Range<usize>, out: &mut [i16]) -> Result<()> {
         let tensor = self.find(name)?;
         if tensor.dtype != StoredDtype::I16 {

@@ -71,6 +71,9 @@ pub struct StoredModel {
     /// Whether its adapter was merged into its weights.
     #[serde(default)]
     pub merged: bool,
+    /// The GPU that it was on.
+    #[serde(default)]
+    pub gpu: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -136,10 +139,10 @@ impl Snapshot {
             match named.resource {
                 Resource::Model(model) => {
                     let frozen = model.is_as_made();
-                    stored_models
-                        .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
+                    let (gpu, merged) = (model.gpu(), model.model.is_merged());
+                    let stored = StoredModel { definition: named.definition, frozen, merged, gpu: gpu.clone() };
+                    stored_models.insert(name.clone(), stored);
                     // A copy of what does not train shares its weights, so that it costs nothing.
-                    let gpu = model.model.place().device().map(|device| device.name.clone());
                     models.push(Copied { name, gpu, copy: model.image()?, version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {

@@ -212,6 +212,11 @@ impl ModelObject {
         Ok(Self { model: Arc::new(self.model.image()?), ..self.clone() })
     }
 
+    /// The name of the GPU that it is on.
+    pub fn gpu(&self) -> Option<String> {
+        self.model.place().device().map(|device| device.name.clone())
+    }
+
     /// Whether nothing trains it, and nothing else has changed it: it can be made again from its source.
     pub fn is_as_made(&self) -> bool {
         self.frozen && self.made == Some(self.model.version())

@@ -120,7 +120,7 @@ impl<E: ModelElement> Graph<E> {
             let columns = parameter.columns();
             let (remainder, gradient) = (format!("{name}.{REMAINDER}"), format!("{name}.{GRADIENT}"));
             if E::HAS_REMAINDER && file.get(&remainder).is_some() {
-                file.expect(&remainder, &[rows.len(), columns])?;
+                file.expect_shape(&remainder, &[rows.len(), columns])?;
                 for block in blocks(rows.len(), columns) {
                     let mut values = vec![0; block.len() * columns];
                     file.read_i16_rows(&remainder, block.clone(), &mut values)?;

@@ -56,14 +56,13 @@ fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl Moments {
-    fn write(&self, writer: &mut FolderWriter) -> Result<()> {
-        for TensorRows { name, rows } in self.tensors.iter() {
-            for (part, kept) in [("m", &self.m), ("v", &self.v)] {
-                for block in blocks(rows.len(), self.shape.1) {
-                    let mut values = Buffer::scratch(block.len() * self.shape.1);
-                    self.layout.unpack_f32(kept, self.shape, rows.start + block.start..rows.start + block.end, &mut values);
-                    writer.write(&format!("{name}.{part}"), &values[..])?;
-                }
+    fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
+        let TensorRows { name, rows } = tensor;
+        for (part, kept) in [("m", &self.m), ("v", &self.v)] {
+            for block in blocks(rows.len(), self.shape.1) {
+                let mut values = Buffer::scratch(block.len() * self.shape.1);
+                self.layout.unpack_f32(kept, self.shape, rows.start + block.start..rows.start + block.end, &mut values);
+                writer.write(&format!("{name}.{part}"), &values[..])?;
             }
         }
         Ok(())
@@ -98,18 +97,23 @@ impl AdamWState {
     /// Writes the folder `target`: `adamw.safetensors`, by the names of tensors and row-major, and `adamw.json`. Errors: those of
     /// [`FolderWriter`].
     pub fn save(&self, target: &Path) -> Result<()> {
+        let pairs = self.moments.values().flat_map(|moments| moments.tensors.iter().map(move |tensor| (tensor, moments)));
+        let mut tensors: Vec<(&TensorRows, &Moments)> = pairs.collect();
+        // One order, however tensors are parts of parameters here.
+        tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
         let mut specs = Vec::new();
         let mut counts = self.counts.clone();
-        for moments in self.moments.values() {
-            for TensorRows { name, rows } in moments.tensors.iter() {
-                counts.updates.insert(name.clone(), moments.updates);
-                let spec =
-                    |part| TensorSpec { name: format!("{name}.{part}"), dtype: StoredDtype::F32, shape: vec![rows.len(), moments.shape.1] };
-                specs.extend(["m", "v"].map(spec));
-            }
+        for (TensorRows { name, rows }, moments) in &tensors {
+            counts.updates.insert(name.clone(), moments.updates);
+            let shape = vec![rows.len(), moments.shape.1];
+            specs.extend(["m", "v"].map(|part| TensorSpec {
+                name: format!("{name}.{part}"),
+                dtype: StoredDtype::F32,
+                shape: shape.clone(),
+            }));
         }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
-        self.moments.values().try_for_each(|moments| moments.write(&mut writer))?;
+        tensors.iter().try_for_each(|(tensor, moments)| moments.write(tensor, &mut writer))?;
         writer.add_json("adamw.json", &serde_json::to_value(&counts).expect("plain data becomes JSON"))?;
         writer.finish()
     }
