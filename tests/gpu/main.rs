@@ -9,6 +9,8 @@ mod experts;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 mod generic;
+#[path = "../fixtures/tensor_ops.rs"]
+mod golden_tensor_ops;
 mod memory;
 mod model;
 mod optimizer;
@@ -18,6 +20,7 @@ mod room;
 mod rows;
 mod run;
 mod sample;
+mod tensor_ops;
 #[path = "../fixtures/training.rs"]
 mod training;
 
@@ -96,7 +99,10 @@ pub fn build_libraries(libraries: &Path) -> bool {
     let work = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&work).unwrap();
     std::fs::create_dir_all(libraries).unwrap();
-    std::fs::copy(sources.join("shim.h"), work.join("shim.h")).unwrap();
+    // Renamed into place: others may be compiling with it.
+    let shim = work.join(format!("shim.{}.{:?}.h", std::process::id(), std::thread::current().id()));
+    std::fs::copy(sources.join("shim.h"), &shim).unwrap();
+    std::fs::rename(shim, work.join("shim.h")).unwrap();
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
     for (source, library) in [("nvrtc.cpp", "libnvrtc.so.13"), ("driver.cpp", "libcuda.so.1")] {
         let built = Command::new(&compiler)

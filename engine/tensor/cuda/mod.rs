@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod embedding;
 pub mod experts;
+pub mod generic;
 pub mod head;
 pub mod linear;
 pub mod logprobs;
