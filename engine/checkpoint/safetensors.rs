@@ -7,7 +7,7 @@
 
 pub use super::header::TensorInfo;
 use super::header::{Header, shown};
-use super::stored_dtype::{decode_floats, decode_integers};
+use super::stored_dtype::{StoredDtype, decode_floats, decode_integers};
 use crate::error::{Error, Result};
 use crate::kernels::element::Float;
 use std::collections::{BTreeMap, HashMap};
@@ -95,12 +95,18 @@ impl SafetensorsFile {
         self.get(name).ok_or_else(|| Error::format(&self.path, shown(name), "this tensor in the file", "no such name"))
     }
 
-    /// The tensor of that name, when it has that shape and a float type. Errors: [`Error::Format`] if not.
-    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+    /// The tensor of that name, when it has that shape. Errors: [`Error::Format`] if not.
+    pub fn expect_shape(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
         let tensor = self.find(name)?;
         if tensor.shape != shape {
             return Err(Error::format(&self.path, shown(name), format!("shape {shape:?}"), format!("shape {:?}", tensor.shape)));
         }
+        Ok(tensor)
+    }
+
+    /// As [`Self::expect_shape`], when it has a float type too. Errors: [`Error::Format`] if not.
+    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let tensor = self.expect_shape(name, shape)?;
         if !tensor.dtype.is_float() {
             return Err(Error::format(&self.path, shown(name), "F32, BF16, F16 or F64", tensor.dtype.name()));
         }
@@ -139,6 +145,23 @@ impl SafetensorsFile {
         let mut out = vec![E::default(); tensor.elements()];
         self.read_rows(name, 0..tensor.rows(), &mut out)?;
         Ok(out)
+    }
+
+    /// Reads rows `rows` of a tensor of 16-bit integers into `out`, `rows.len() * row_elements` of them.
+    ///
+    /// Errors: [`Error::Format`] for an unknown name, another type, or a file that shrank; [`Error::Io`]. Panics as
+    /// [`Self::read_rows`] does: check the shape first, with [`Self::expect_shape`].
+    pub fn read_i16_rows(&self, name: &str, rows: Range<usize>, out: &mut [i16]) -> Result<()> {
+        let tensor = self.find(name)?;
+        if tensor.dtype != StoredDtype::I16 {
+            return Err(Error::format(&self.path, shown(name), "I16", tensor.dtype.name()));
+        }
+        assert!(rows.start <= rows.end && rows.end <= tensor.rows(), "{name}: rows {rows:?} of {}", tensor.rows());
+        assert_eq!(out.len(), rows.len() * tensor.row_elements(), "{name}: elements of rows {rows:?}");
+        let offset = tensor.offset + (rows.start * tensor.row_elements() * 2) as u64;
+        self.read_exact(name, offset, bytemuck::cast_slice_mut(out))?;
+        out.iter_mut().for_each(|value| *value = i16::from_le(*value));
+        Ok(())
     }
 
     /// A whole integer or boolean tensor. Errors: [`Error::Format`] for an unknown name, a float tensor, or a value beyond

@@ -80,7 +80,8 @@ fn on_device(args: &ParamsArgs, config: &Config, place: &Place) -> (Value, Strin
         None => String::new(),
     };
     for dtype in [Dtype::Bf16, Dtype::F32] {
-        let parts = sizes::device_training_parts(config, dtype, tokens);
+        let step = sizes::TrainingStep { dtype, tokens, trainable: sizes::parameters(config).total, recompute: false };
+        let parts = sizes::training_parts(config, &step);
         let total = parts.iter().fold(0, |total: u64, (_, bytes)| total.saturating_add(*bytes));
         lines += &format!("\na step of {tokens} tokens on a GPU in {dtype}: {}{}\n", units::bytes(total), fits(total));
         for (part, bytes) in &parts {

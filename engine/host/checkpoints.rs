@@ -71,6 +71,9 @@ pub struct StoredModel {
     /// Whether its adapter was merged into its weights.
     #[serde(default)]
     pub merged: bool,
+    /// The GPU that it was on.
+    #[serde(default)]
+    pub gpu: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -136,10 +139,10 @@ impl Snapshot {
             match named.resource {
                 Resource::Model(model) => {
                     let frozen = model.is_as_made();
-                    stored_models
-                        .insert(name.clone(), StoredModel { definition: named.definition, frozen, merged: model.model.is_merged() });
+                    let (gpu, merged) = (model.gpu(), model.model.is_merged());
+                    let stored = StoredModel { definition: named.definition, frozen, merged, gpu: gpu.clone() };
+                    stored_models.insert(name.clone(), stored);
                     // A copy of what does not train shares its weights, so that it costs nothing.
-                    let gpu = model.model.place().device().map(|device| device.name.clone());
                     models.push(Copied { name, gpu, copy: model.image()?, version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {
@@ -357,9 +360,8 @@ impl Origin {
             }
             Resource::Optimizer(optimizer, _) => {
                 let Some(stored) = self.state.optimizers.get(name) else { return Ok(()) };
-                let state = AdamWState::load(&self.folder.join("optimizers").join(name))?;
                 let mut held = optimizer.lock();
-                held.adamw.restore(state)?;
+                held.adamw.load(&self.folder.join("optimizers").join(name))?;
                 (held.script, held.asked, held.forced) = (stored.script, stored.asked, stored.forced.clone());
                 Ok(held.apply()?)
             }

@@ -298,7 +298,7 @@ fn document(call: &Call, value: &Value) -> Failed<Document> {
     let wrong = |got: String| Error::argument(call.op, "mask", format!("{} of 0 and 1, or true and false", tokens.len()), got);
     let flags = match (as_tensor(&mask), &mask) {
         (_, Value::Nil) => return Ok(Document::all(tokens)),
-        (Some(tensor), _) => tensor.to_f32_vec().into_iter().map(|flag| Value::Number(f64::from(flag))).collect(),
+        (Some(tensor), _) => tensor.on_host()?.to_f32_vec().into_iter().map(|flag| Value::Number(f64::from(flag))).collect(),
         (None, Value::Table(list)) => call.list(0, "documents with a list as mask", list)?,
         (None, other) => return Err(wrong(describe(other)).into()),
     };

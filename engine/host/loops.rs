@@ -380,6 +380,7 @@ fn logged_value(op: &'static str, name: &str, value: &Value) -> Result<Json, Fai
     let number = |value: f64| if value.is_finite() { Json::from(value) } else { Json::from(value.to_string()) };
     if let Some(tensor) = as_tensor(value) {
         if tensor.len() == 1 {
+            let tensor = tensor.on_host()?;
             tensor.force()?;
             return Ok(number(f64::from(tensor.to_f32_vec()[0])));
         }

@@ -40,6 +40,7 @@ pub mod replay;
 pub mod resources;
 mod results;
 mod rollouts;
+mod room;
 pub mod run;
 pub mod run_object;
 pub mod sandbox;

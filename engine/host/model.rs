@@ -8,6 +8,7 @@ use super::globals::seed;
 use super::model_weights::{self, adapter_value, lora_option, score_option};
 use super::options::Options;
 use super::progress::Screen;
+use super::room::Room;
 use super::tensor::{tensor, tensor_value};
 use super::tokenizer::TokenizerObject;
 use super::work::Work;
@@ -38,6 +39,7 @@ pub struct ModelObject {
     source: Option<String>,
     /// Its version when it was as its source has it; none if it never was.
     made: Option<u64>,
+    pub(super) room: Room,
 }
 
 /// What a script says of a new model besides its source.
@@ -147,7 +149,7 @@ impl ModelObject {
         let tokenizer = if has_tokenizer { Some(TokenizerObject::load(folder)?) } else { None };
         let generation_config = GenerationConfig::load(folder)?.map(|config| format!("{:#}\n", config.to_json()).into_bytes());
         let source = Some(folder.display().to_string());
-        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen: making.frozen, source, made: None })
+        Ok(Self { model: Arc::new(model), tokenizer, generation_config, frozen: making.frozen, source, made: None, room: Room::default() })
     }
 
     fn random(lua: &Lua, fields: &Table, making: &Making) -> Failed<Self> {
@@ -174,7 +176,15 @@ impl ModelObject {
         let dtype = making.dtype.unwrap_or(Dtype::F32);
         let model = Model::random_at(&making.place, config, dtype, seed(lua))?;
         model.set_trains(making.trains());
-        Ok(Self { model: Arc::new(model), tokenizer: None, generation_config: None, frozen: making.frozen, source: None, made: None })
+        Ok(Self {
+            model: Arc::new(model),
+            tokenizer: None,
+            generation_config: None,
+            frozen: making.frozen,
+            source: None,
+            made: None,
+            room: Room::default(),
+        })
     }
 
     /// The folder it came from.
@@ -200,6 +210,11 @@ impl ModelObject {
     /// Errors: those of [`Model::image`].
     pub fn image(&self) -> Result<Self> {
         Ok(Self { model: Arc::new(self.model.image()?), ..self.clone() })
+    }
+
+    /// The name of the GPU that it is on.
+    pub fn gpu(&self) -> Option<String> {
+        self.model.place().device().map(|device| device.name.clone())
     }
 
     /// Whether nothing trains it, and nothing else has changed it: it can be made again from its source.
@@ -301,6 +316,9 @@ pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, 
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
     let packed = packed(&batch);
+    if trains && !this.frozen {
+        this.room.check(call.lua, call.op, &this.model, batch.tokens.len())?;
+    }
     let result = run(&this, &batch, &packed)?;
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
         work.forward(&this.model, &batch.cu_seqlens, trains && !this.frozen);

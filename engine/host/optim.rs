@@ -7,6 +7,7 @@ use super::options::Options;
 use super::progress::Screen;
 use super::replay::Replay;
 use crate::error::Error;
+use crate::tensor::trainable::TensorRows;
 use crate::train::online_merge::{MergeSettings, Method, OnlineMerge, Source};
 use crate::train::optimizer::{AdamW, Settings};
 use mlua::{Lua, UserData, UserDataMethods, Value};
@@ -122,7 +123,8 @@ fn merge_option(lua: &Lua, op: &'static str, options: &Options) -> Failed<Option
         return Err(Error::argument(op, "merge.reference", "a model of the shape of merge.base", got).into());
     }
     let parts = base.parameters().into_iter().zip(reference.parameters()).zip(base.tensor_rows());
-    let sources = parts.map(|((base, reference), tensors)| Source { base, reference, tensors }).collect();
+    let ranges = |tensors: Vec<TensorRows>| tensors.into_iter().map(|tensor| tensor.rows).collect();
+    let sources = parts.map(|((base, reference), tensors)| Source { base, reference, tensors: ranges(tensors) }).collect();
     Ok(Some(OnlineMerge::new(settings, seed(lua), sources)?))
 }
 
@@ -157,15 +159,18 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
 impl OptimizerObject {
     /// AdamW over the parameters of `model`.
     ///
-    /// Errors: [`Error::Argument`] for a setting that cannot be meant, or a model of which nothing trains.
+    /// Errors: [`Error::Argument`] for a setting that cannot be meant, a model of which nothing trains, or one whose training
+    /// does not fit the memory.
     pub fn adamw(lua: &Lua, op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
         let settings = settings(op, Settings::default(), options)?;
-        let mut adamw = AdamW::new(model.model.parameters(), settings)?;
+        let mut adamw = AdamW::new(model.model.parameters(), settings)?.naming(model.model.tensor_rows());
         if let Some(merge) = merge_option(lua, op, options)? {
             adamw = adamw.merging(merge)?;
         }
         let held = Held { adamw, script: settings, asked: settings, forced: Forced::new(), applied: 0 };
-        Ok(Self { held: Arc::new(Mutex::new(held)), name: None })
+        let held = Arc::new(Mutex::new(held));
+        model.room.enter(op, &model.model, &held)?;
+        Ok(Self { held, name: None })
     }
 
     /// The same optimizer under a name of the run.

@@ -40,6 +40,10 @@ impl Plain {
     /// Takes `value` apart into this one; its tensors join the others. As [`Plain::of`].
     pub fn add(&mut self, op: &'static str, place: &str, value: &Value, depth: usize) -> Failed<Json> {
         if let Some(tensor) = as_tensor(value) {
+            if tensor.device().is_some() {
+                let got = format!("one on {}; move it with :to(\"cpu\")", tensor.place());
+                return Err(Error::argument(op, place, "tensors on the CPU, where they are when this is read again", got).into());
+            }
             tensor.force()?;
             let key = if tensor.node().is_some_and(|node| node.is_leaf()) { "$leaf" } else { "$tensor" };
             self.tensors.push(tensor.detach());

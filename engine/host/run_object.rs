@@ -65,12 +65,17 @@ fn run_model(call: &Call) -> super::call::Answer {
         Some(origin) => {
             let stored = &origin.state.models[&name];
             check_definition("model", &name, &stored.definition, &definition)?;
-            if stored.frozen {
+            let object = if stored.frozen {
                 // Nothing trains a frozen model, so checkpoints do not hold it.
                 ModelObject::make(call.lua, call.op, &call.value(1), &options)?
             } else {
                 origin.load_model(call.lua, call.op, &name, &call.value(1), &options)?
+            };
+            if stored.gpu != object.gpu() {
+                let [was, is] = [stored.gpu.clone(), object.gpu()].map(|gpu| gpu.unwrap_or_else(|| "the CPU".into()));
+                run.screen.note(&format!("the model `{name}` was on {was} and is on {is} now: results agree but for rounding"));
             }
+            object
         }
         None => ModelObject::make(call.lua, call.op, &call.value(1), &options)?,
     };

@@ -3,15 +3,16 @@
 
 use super::call::{Answer, Call, Class, Failed, Field, Function, as_integer, as_tensor, describe, list_of, register};
 use super::memory::tensor_made;
+use super::options::Options;
 use super::raise::{Failure, raise};
 use super::tensor_operations as operations;
 use super::tensor_text::tensor_text;
 use crate::error::Error;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::{Dtype, Element};
-use crate::tensor::AnyTensor;
 use crate::tensor::any::AnyData;
 use crate::tensor::autograd::with_recording;
+use crate::tensor::{AnyTensor, Place};
 use half::bf16;
 use mlua::{IntoLua, Lua, MetaMethod, MultiValue, UserData, UserDataMethods, Value};
 
@@ -31,12 +32,11 @@ pub const FUNCTIONS: &[Function] = &[
         op: "tensor.new",
         params: &["values", "options?"],
         call: |call| {
-            let options = call.options(1, &["dtype"])?;
-            let dtype = dtype_of(call, options.string("dtype")?)?;
+            let (dtype, place) = made(call, &call.options(1, MADE)?)?;
             let mut shape = Vec::new();
             let mut values = Vec::new();
             read_nested(call, &call.value(0), 0, &mut shape, &mut values)?;
-            tensor(call, from_numbers(call.op, &shape, &values, dtype)?)
+            tensor(call, from_numbers(call.op, &shape, &values, dtype)?.to_place(&place)?)
         },
     },
     Function {
@@ -61,8 +61,7 @@ const METHODS: &[Function] = &[
                 let got = format!("{:?}", x.shape());
                 return Err(Error::Shape { op: call.op, arg: "self", expected: "one element".into(), got }.into());
             }
-            x.force()?;
-            call.give(numbers(&x).remove(0))
+            call.give(numbers(&x)?.remove(0))
         },
     },
     Function { op: "Tensor:requires_grad", params: &[], call: |call| tensor(call, call.this()?.leaf()?) },
@@ -71,8 +70,7 @@ const METHODS: &[Function] = &[
         params: &[],
         call: |call| {
             let x = call.this()?;
-            x.force()?;
-            let values = numbers(&x);
+            let values = numbers(&x)?;
             call.give(nest(call.lua, x.shape(), &values)?)
         },
     },
@@ -88,6 +86,7 @@ const METHODS: &[Function] = &[
 
 const FIELDS: &[Field<TensorObject>] = &[
     Field { name: "count", get: |_, x| Ok(Value::Integer(x.0.len() as i64)) },
+    Field { name: "device", get: |lua, x| Ok(Value::String(lua.create_string(x.0.place().to_string())?)) },
     Field { name: "dtype", get: |lua, x| Ok(Value::String(lua.create_string(x.0.dtype().name())?)) },
     Field {
         name: "grad",
@@ -104,8 +103,8 @@ impl UserData for TensorObject {
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
         operations::operators(methods);
-        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.force() {
-            Ok(()) => Ok(tensor_text(&this.0)),
+        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.on_host().and_then(|x| x.force().map(|()| x)) {
+            Ok(x) => Ok(tensor_text(&x, &this.0.place())),
             Err(error) => Err(raise(lua, error.into())),
         });
         methods.add_meta_function(MetaMethod::Len, |lua, x: Value| -> mlua::Result<()> {
@@ -137,6 +136,15 @@ pub fn dtype_of(call: &Call, name: Option<String>) -> Failed<Dtype> {
     let Some(name) = name else { return Ok(Dtype::F32) };
     let known = "\"f32\", \"bf16\", \"i32\" or \"i8\"";
     Dtype::parse(&name).ok_or_else(|| Error::argument(call.op, "dtype", known, format!("\"{name}\"")).into())
+}
+
+/// Options of functions that make tensors.
+pub const MADE: &[&str] = &["device", "dtype"];
+
+/// The element type and the place that options name; f32 and the host if they do not.
+pub fn made(call: &Call, options: &Options) -> Failed<(Dtype, Place)> {
+    let place = options.string("device")?.map_or(Ok(Place::Host), |name| Place::named(&name))?;
+    Ok((dtype_of(call, options.string("dtype")?)?, place))
 }
 
 /// The most axes of a tensor that is written out.
@@ -202,13 +210,15 @@ fn from_numbers(op: &'static str, shape: &[usize], values: &[f64], dtype: Dtype)
     Ok(made?)
 }
 
-/// All elements as Lua numbers; integers stay integers.
-fn numbers(x: &AnyTensor) -> Vec<Value> {
-    match x.data() {
+/// All elements as Lua numbers; integers stay integers. Those on a device are fetched.
+fn numbers(x: &AnyTensor) -> Failed<Vec<Value>> {
+    let x = x.on_host()?;
+    x.force()?;
+    Ok(match x.data() {
         AnyData::I32(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
         AnyData::I8(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
         _ => x.to_f32_vec().into_iter().map(|value| Value::Number(f64::from(value))).collect(),
-    }
+    })
 }
 
 fn nest(lua: &Lua, shape: &[usize], values: &[Value]) -> mlua::Result<Value> {
@@ -219,7 +229,7 @@ fn nest(lua: &Lua, shape: &[usize], values: &[Value]) -> mlua::Result<Value> {
     Ok(Value::Table(lua.create_sequence_from(parts)?))
 }
 
-/// Argument `index` as a tensor: one, or a number that becomes a tensor of no axes with the element type of `like`.
+/// Argument `index` as a tensor: one, or a number that becomes a tensor of no axes with the element type of `like`, beside it.
 pub fn operand(call: &Call, index: usize, like: &AnyTensor) -> Failed<AnyTensor> {
     number_or_tensor(call.op, call.param(index), &call.value(index), like)
 }
@@ -230,8 +240,8 @@ pub fn number_or_tensor(op: &'static str, arg: &'static str, value: &Value, like
         return Ok(tensor);
     }
     match value {
-        Value::Integer(number) => from_numbers(op, &[], &[*number as f64], like.dtype()),
-        Value::Number(number) => from_numbers(op, &[], &[*number], like.dtype()),
+        Value::Integer(number) => Ok(from_numbers(op, &[], &[*number as f64], like.dtype())?.to_place(&like.place())?),
+        Value::Number(number) => Ok(from_numbers(op, &[], &[*number], like.dtype())?.to_place(&like.place())?),
         other => Err(Error::argument(op, arg, "a tensor or a number", describe(other)).into()),
     }
 }

@@ -5,11 +5,13 @@ use super::call::{Answer, Call, Failed, Function, as_tensor};
 use super::globals::take_counters;
 use super::memory::tensor_made;
 use super::raise::raise;
-use super::tensor::{TensorObject, axes, dtype_of, number_or_tensor, operand, tensor};
+use super::tensor::{MADE, TensorObject, axes, made, number_or_tensor, operand, tensor};
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
-use crate::tensor::{AnyTensor, arithmetic, compare, construct, convert, elementwise, gather, index, matmul, order, reduce, softmax};
+use crate::tensor::{
+    AnyTensor, Place, arithmetic, compare, construct, convert, elementwise, gather, index, matmul, order, reduce, softmax,
+};
 use mlua::{MetaMethod, UserDataMethods, Value};
 
 /// x -> f(x).
@@ -173,10 +175,19 @@ pub const OTHERS: &[Function] = &[
     Function { op: "Tensor:std", params: &["axis?", "options?"], call: |call| spread(call, reduce::std) },
     Function {
         op: "Tensor:to",
-        params: &["dtype"],
+        params: &["dtype_or_device"],
         call: |call| {
-            let dtype = dtype_of(call, Some(call.string(0)?))?;
-            tensor(call, convert::to_dtype(&call.this()?, dtype)?)
+            let (x, name) = (call.this()?, call.string(0)?);
+            x.force()?;
+            match Dtype::parse(&name) {
+                Some(dtype) => tensor(call, convert::to_dtype(&x, dtype)?),
+                None => match Place::named(&name) {
+                    Err(Error::Argument { .. }) => {
+                        Err(call.wrong(0, "\"f32\", \"bf16\", \"i32\", \"i8\", \"cpu\", \"cuda\" or \"cuda:1\""))
+                    }
+                    place => tensor(call, x.to_place(&place?)?),
+                },
+            }
         },
     },
     Function {
@@ -202,9 +213,9 @@ pub const FUNCTIONS: &[Function] = &[
         op: "tensor.arange",
         params: &["start", "stop", "options?"],
         call: |call| {
-            let options = call.options(2, &["step", "dtype"])?;
-            let (step, dtype) = (options.number("step")?.unwrap_or(1.0), dtype_of(call, options.string("dtype")?)?);
-            tensor(call, construct::arange(call.number(0)?, call.number(1)?, step, dtype)?)
+            let options = call.options(2, &["device", "dtype", "step"])?;
+            let (step, (dtype, place)) = (options.number("step")?.unwrap_or(1.0), made(call, &options)?);
+            tensor(call, construct::arange(call.number(0)?, call.number(1)?, step, dtype)?.to_place(&place)?)
         },
     },
     Function {
@@ -215,34 +226,37 @@ pub const FUNCTIONS: &[Function] = &[
     Function {
         op: "tensor.eye",
         params: &["size", "options?"],
-        call: |call| tensor(call, construct::eye(call.count(0)?, dtype_of(call, call.options(1, &["dtype"])?.string("dtype")?)?)?),
+        call: |call| {
+            let (dtype, place) = made(call, &call.options(1, MADE)?)?;
+            tensor(call, construct::eye(call.count(0)?, dtype)?.to_place(&place)?)
+        },
     },
     Function {
         op: "tensor.full",
         params: &["shape", "value", "options?"],
         call: |call| {
-            let dtype = dtype_of(call, call.options(2, &["dtype"])?.string("dtype")?)?;
-            tensor(call, construct::full(&call.shape(0)?, call.number(1)?, dtype)?)
+            let (dtype, place) = made(call, &call.options(2, MADE)?)?;
+            tensor(call, construct::full(&call.shape(0)?, call.number(1)?, dtype)?.to_place(&place)?)
         },
     },
     Function {
         op: "tensor.linspace",
         params: &["start", "stop", "count", "options?"],
         call: |call| {
-            let dtype = dtype_of(call, call.options(3, &["dtype"])?.string("dtype")?)?;
-            tensor(call, construct::linspace(call.number(0)?, call.number(1)?, call.count(2)?, dtype)?)
+            let (dtype, place) = made(call, &call.options(3, MADE)?)?;
+            tensor(call, construct::linspace(call.number(0)?, call.number(1)?, call.count(2)?, dtype)?.to_place(&place)?)
         },
     },
     Function { op: "tensor.ones", params: &["shape", "options?"], call: |call| shaped(call, construct::ones) },
     Function { op: "tensor.rand", params: &["shape", "options?"], call: |call| random(call, construct::rand) },
     Function {
         op: "tensor.randint",
-        params: &["low", "high", "shape"],
+        params: &["low", "high", "shape", "options?"],
         call: |call| {
             let bound = |index| i32::try_from(call.integer(index)?).map_err(|_| call.wrong(index, "an integer that fits i32"));
-            let shape = call.shape(2)?;
+            let (shape, (_, place)) = (call.shape(2)?, made(call, &call.options(3, &["device"])?)?);
             let (stream, first) = take_counters(call.lua, count_of(call.op, &shape)? as u64);
-            tensor(call, construct::randint(bound(0)?, bound(1)?, &shape, stream, first)?)
+            tensor(call, construct::randint(bound(0)?, bound(1)?, &shape, stream, first)?.to_place(&place)?)
         },
     },
     Function { op: "tensor.randn", params: &["shape", "options?"], call: |call| random(call, construct::randn) },
@@ -268,7 +282,7 @@ pub const FUNCTIONS: &[Function] = &[
 pub fn operators<M: UserDataMethods<TensorObject>>(methods: &mut M) {
     /// With a number as exponent the derivative by it is not computed, and its own sign may be negative.
     fn power(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
-        if b.rank() == 0 && b.node().is_none() {
+        if b.rank() == 0 && b.node().is_none() && b.device().is_none() {
             b.force()?;
             return elementwise::powf(a, b.to_f32_vec()[0]);
         }
@@ -340,13 +354,13 @@ fn spread(call: &Call, f: Spread) -> Answer {
 }
 
 fn shaped(call: &Call, f: fn(&[usize], Dtype) -> Result<AnyTensor>) -> Answer {
-    let dtype = dtype_of(call, call.options(1, &["dtype"])?.string("dtype")?)?;
-    tensor(call, f(&call.shape(0)?, dtype)?)
+    let (dtype, place) = made(call, &call.options(1, MADE)?)?;
+    tensor(call, f(&call.shape(0)?, dtype)?.to_place(&place)?)
 }
 
 fn random(call: &Call, f: fn(&[usize], Dtype, Stream, u64) -> Result<AnyTensor>) -> Answer {
-    let dtype = dtype_of(call, call.options(1, &["dtype"])?.string("dtype")?)?;
+    let (dtype, place) = made(call, &call.options(1, MADE)?)?;
     let shape = call.shape(0)?;
     let (stream, first) = take_counters(call.lua, count_of(call.op, &shape)? as u64);
-    tensor(call, f(&shape, dtype, stream, first)?)
+    tensor(call, f(&shape, dtype, stream, first)?.to_place(&place)?)
 }

@@ -1,7 +1,7 @@
 //! A tensor as text, for `print`: its type and shape, then its elements in rows, with the middle of long ones left out.
 
 use crate::kernels::element::Dtype;
-use crate::tensor::AnyTensor;
+use crate::tensor::{AnyTensor, Place};
 
 /// Tensors up to this many elements are shown whole.
 const WHOLE: usize = 1000;
@@ -14,8 +14,12 @@ const EDGE: usize = 3;
 /// [[ 1.0000, -2.0000,  0.5000],
 ///  [ 0.0000,  4.2500, 10.0000]]
 /// ```
-pub fn tensor_text(tensor: &AnyTensor) -> String {
-    let head = format!("Tensor {} {:?}", tensor.dtype(), tensor.shape());
+///
+/// - `tensor`: on the host
+/// - `place`: where it was; a device is named
+pub fn tensor_text(tensor: &AnyTensor, place: &Place) -> String {
+    let on = place.device().map_or_else(String::new, |_| format!(" on {place}"));
+    let head = format!("Tensor {} {:?}{on}", tensor.dtype(), tensor.shape());
     if tensor.is_empty() {
         return head;
     }
@@ -73,7 +77,7 @@ mod tests {
     use crate::kernels::buffer::Buffer;
 
     fn text(shape: &[usize], values: &[f32]) -> String {
-        tensor_text(&AnyTensor::new(shape, Buffer::copy_of(values)).unwrap())
+        tensor_text(&AnyTensor::new(shape, Buffer::copy_of(values)).unwrap(), &Place::Host)
     }
 
     #[test]

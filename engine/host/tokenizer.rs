@@ -140,7 +140,7 @@ pub fn token_ids(call: &Call, index: usize, value: &Value) -> Failed<Vec<u32>> {
     let wrong = |got: String| Failure::from(Error::argument(call.op, call.param(index), "a list of token ids", got));
     let ids: Vec<Value> = match (super::call::as_tensor(value), value) {
         (Some(tensor), _) => {
-            let ids = tensor.typed::<i32, 1>(call.op, "ids")?;
+            let ids = tensor.on_host()?.typed::<i32, 1>(call.op, "ids")?;
             ids.values().iter().map(|id| Value::Integer(i64::from(*id))).collect()
         }
         (None, Value::Table(list)) => call.list(index, "a list of token ids", list)?,

@@ -246,8 +246,13 @@ impl Model {
         self.recompute.store(recompute, Relaxed);
     }
 
+    /// Whether layers are computed again; see [`Model::set_recompute`].
+    pub fn recomputes(&self) -> bool {
+        self.recompute.load(Relaxed)
+    }
+
     fn run<E: ModelElement>(&self, graph: &Arc<Graph<E>>, input: &Packed) -> Result<(Tensor<E, 2>, Forward<E>)> {
-        let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+        let forward = graph.forward(input, self.recomputes(), |_| {})?;
         Ok((graph.final_norm(&forward.hidden)?, forward))
     }
 
@@ -285,7 +290,7 @@ impl Model {
         self.check_language("logits")?;
         let rows = row_ids(rows);
         on_graph!(self, graph => {
-            let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+            let forward = graph.forward(input, self.recomputes(), |_| {})?;
             let some = select_rows("logits", &forward.hidden, &rows)?;
             head::logits(&graph.final_norm(&some)?, &graph.head)
         })
@@ -304,7 +309,7 @@ impl Model {
         });
         let last: Arc<[i32]> = last.collect::<Result<_>>()?;
         on_graph!(self, graph => {
-            let forward = graph.forward(input, self.recompute.load(Relaxed), |_| {})?;
+            let forward = graph.forward(input, self.recomputes(), |_| {})?;
             let last = select_rows("scores", &forward.hidden, &last)?;
             head::scores(&graph.final_norm(&last)?, &graph.head)
         })
@@ -318,7 +323,7 @@ impl Model {
         on_graph!(self, graph => {
             let mut states: Vec<Result<AnyTensor>> = Vec::new();
             let last = graph.config.layers;
-            let forward = graph.forward(input, self.recompute.load(Relaxed), |x| {
+            let forward = graph.forward(input, self.recomputes(), |x| {
                 if states.len() < last {
                     states.push(x.to_host().map(AnyTensor::from));
                 }

@@ -13,6 +13,7 @@ pub mod lora;
 pub mod names;
 pub mod paged;
 pub mod presets;
+mod room;
 pub mod rope_scaling;
 pub mod sizes;
 mod training_state;

@@ -117,12 +117,42 @@ pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequenc
     load_bytes(config, dtype).saturating_add(per_layer.saturating_mul(kept).saturating_mul(sequences as u64))
 }
 
-/// What a device holds at the height of a training step of all parameters with AdamW, the largest first: names and bytes.
-///
-/// - `tokens`: of the step, each with a label; activations are those that wait for the backward pass, layers not recomputed
-pub fn device_training_parts(config: &Config, dtype: Dtype, tokens: usize) -> Vec<(&'static str, u64)> {
-    let (count, element, rows) = (parameters(config).total, dtype.size() as u64, tokens as u64);
-    let size = |value: usize| value as u64;
+/// A step of training with AdamW, as far as its memory depends on it.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainingStep {
+    /// Of weights and activations.
+    pub dtype: Dtype,
+    /// Of the step, or of its largest micro-batch; each has a label.
+    pub tokens: usize,
+    /// Parameters that train; those of adapters count here alone.
+    pub trainable: u64,
+    /// Whether layers are computed again in the backward pass.
+    pub recompute: bool,
+}
+
+/// What is held at the height of a training step with AdamW, the largest first: names and bytes. Activations are those that
+/// wait for the backward pass of a model that trains all its weights.
+pub fn training_parts(config: &Config, step: &TrainingStep) -> Vec<(&'static str, u64)> {
+    let (element, trainable) = (step.dtype.size() as u64, step.trainable);
+    // A script may ask for any number of tokens, here as in `serve_bytes`.
+    let activations = (step.tokens as u64).saturating_mul(activation_bytes_per_token(config, step));
+    let rows = step.tokens.min(crate::tensor::logprobs::rows_on_device(config.vocab, step.tokens)) as u64;
+    let remainders = if step.dtype == Dtype::Bf16 { 2 * trainable } else { 0 };
+    let mut parts = vec![
+        ("moments of AdamW", 8 * trainable),
+        ("gradients of weights", 4 * trainable),
+        ("weights", load_bytes(config, step.dtype)),
+        ("remainders of masters", remainders),
+        ("activations", activations),
+        ("logits of a chunk and their gradient", rows * config.vocab as u64 * (4 + element)),
+    ];
+    parts.retain(|(_, bytes)| *bytes > 0);
+    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    parts
+}
+
+fn activation_bytes_per_token(config: &Config, step: &TrainingStep) -> u64 {
+    let (element, size) = (step.dtype.size() as u64, |value: usize| value as u64);
     let (hidden, query, key) = (size(config.hidden), size(config.heads * config.head_dim), size(config.kv_heads * config.head_dim));
     // Two inputs of norms, the turned queries, keys and values, and what attention mixed; lengths and sums of rows in f32.
     let attention = element * (2 * hidden + 2 * query + 2 * key) + 4 * (2 + size(config.heads));
@@ -134,21 +164,11 @@ pub fn device_training_parts(config: &Config, dtype: Dtype, tokens: usize) -> Ve
             attention + element * (experts + size(moe.experts)) + 4 * (size(moe.experts) + 2 * visits + 2)
         }
     };
-    // A script may ask for any number of tokens, here as in `serve_bytes`.
-    let activations = rows.saturating_mul((0..config.layers).map(layer).sum::<u64>());
-    let logits = rows.min(crate::tensor::logprobs::rows_on_device(config.vocab, tokens) as u64) * size(config.vocab) * (4 + element);
-    let remainders = if dtype == Dtype::Bf16 { 2 * count } else { 0 };
-    let mut parts = vec![
-        ("moments of AdamW", 8 * count),
-        ("gradients of weights", 4 * count),
-        ("weights", element * count),
-        ("remainders of masters", remainders),
-        ("activations", activations),
-        ("logits of a chunk and their gradient", logits),
-    ];
-    parts.retain(|(_, bytes)| *bytes > 0);
-    parts.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-    parts
+    if step.recompute {
+        // The input of every layer, and one layer while it is computed again.
+        return element * hidden * size(config.layers) + (0..config.layers).map(layer).max().unwrap_or(0);
+    }
+    (0..config.layers).map(layer).sum()
 }
 
 #[cfg(test)]
@@ -217,19 +237,28 @@ mod tests {
         }
     }
 
+    fn all(config: &Config, dtype: Dtype, tokens: usize) -> TrainingStep {
+        TrainingStep { dtype, tokens, trainable: parameters(config).total, recompute: false }
+    }
+
     #[test]
     fn the_parts_of_a_training_step_hold_what_training_keeps() {
         for (name, dtype) in [("0.5B", Dtype::Bf16), ("0.5B", Dtype::F32), ("Qwen1.5-MoE-A2.7B", Dtype::Bf16)] {
             let config = preset(name).unwrap();
-            let parts = device_training_parts(&config, dtype, 4096);
+            let parts = training_parts(&config, &all(&config, dtype, 4096));
             let of = |wanted: &[&str]| parts.iter().filter(|(part, _)| wanted.contains(part)).map(|(_, bytes)| bytes).sum::<u64>();
             let kept = of(&["moments of AdamW", "gradients of weights", "weights", "remainders of masters"]);
             assert_eq!(kept, train_bytes(&config, dtype), "{name}");
             assert!(parts.is_sorted_by(|a, b| a.1 >= b.1) && of(&["activations"]) > 1 << 28, "{name}: {parts:?}");
         }
         // 0.5B: 24 layers of 2 bytes x (2 x 896 + 2 x 896 + 2 x 128 + 2 x 4864) and 4 x (2 + 14) a token.
-        let parts = device_training_parts(&preset("0.5B").unwrap(), Dtype::Bf16, 10);
-        assert!(parts.contains(&("activations", 10 * 24 * (2 * (4 * 896 + 256 + 9728) + 64))), "{parts:?}");
+        let config = preset("0.5B").unwrap();
+        let step = all(&config, Dtype::Bf16, 10);
+        let (parts, layer) = (training_parts(&config, &step), 2 * (4 * 896 + 256 + 9728) + 64);
+        assert!(parts.contains(&("activations", 10 * 24 * layer)), "{parts:?}");
+        let parts = training_parts(&config, &TrainingStep { recompute: true, trainable: 1000, ..step });
+        assert!(parts.contains(&("activations", 10 * (24 * 2 * 896 + layer))), "{parts:?}");
+        assert!(parts.contains(&("moments of AdamW", 8000)) && parts.contains(&("weights", 2 * 494_032_768)), "{parts:?}");
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What training keeps beside the weights of a model: the remainders that complete bf16 weights to their f32 masters, and
-//! gradients that wait for their update. Copied in memory, and written beside a checkpoint in the layouts that the products
-//! read: only this engine reads them. Weights themselves go the way of every checkpoint (`weights.rs`).
+//! gradients that wait for their update. Copied in memory, and written beside a checkpoint as rows of the tensors that they
+//! belong to, so that a run goes on wherever its model then lies. Weights themselves go the way of every checkpoint (`weights.rs`).
 
 use super::graph::{Graph, Layer, Mlp, Sparse};
+use super::names::Named;
+use super::weights::{blocks, shift};
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
@@ -15,6 +17,9 @@ use std::sync::Arc;
 
 /// The one file of the folder, without its ending.
 const STEM: &str = "training_state";
+/// Endings of names in it.
+const REMAINDER: &str = "remainder";
+const GRADIENT: &str = "gradient";
 
 impl<E: ModelElement> Graph<E> {
     /// A graph of its own with the same weights, low-rank parts, masters and gradients.
@@ -71,76 +76,72 @@ impl<E: ModelElement> Graph<E> {
         self.weights().iter().zip(copy.weights()).try_for_each(|(to, from)| to.copy_from(&from))
     }
 
-    /// Writes remainders and gradients into the folder `target`. Errors: those of [`FolderWriter`].
+    /// Writes remainders and gradients into the folder `target`, by the names of tensors, row-major. Errors: those of
+    /// [`FolderWriter`]; those of a device.
     pub fn save_training_state(&self, target: &Path) -> Result<()> {
-        let parameters = self.parameters();
+        let tensors: Vec<Named<E>> = self.named().into_iter().chain(self.named_adapters()).collect();
         let mut specs = Vec::new();
-        for parameter in &parameters {
+        for Named { name, parameter, rows, .. } in &tensors {
+            let shape = vec![rows.len(), parameter.columns()];
             if parameter.has_remainder() {
-                let (name, shape) = (format!("{}.remainder", parameter.name()), vec![parameter.weight_len()]);
-                specs.push(TensorSpec { name, dtype: StoredDtype::I16, shape });
+                specs.push(TensorSpec { name: format!("{name}.{REMAINDER}"), dtype: StoredDtype::I16, shape: shape.clone() });
             }
             if parameter.has_gradient() {
-                let (name, shape) = (format!("{}.gradient", parameter.name()), vec![parameter.gradient_len()]);
-                specs.push(TensorSpec { name, dtype: StoredDtype::F32, shape });
+                specs.push(TensorSpec { name: format!("{name}.{GRADIENT}"), dtype: StoredDtype::F32, shape });
             }
         }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
-        for parameter in &parameters {
-            if let Some(remainder) = parameter.remainder()? {
-                writer.write_bytes(&format!("{}.remainder", parameter.name()), bytemuck::cast_slice(&remainder))?;
+        for Named { name, parameter, rows, .. } in &tensors {
+            let blocks = || blocks(rows.len(), parameter.columns()).map(|block| shift(&block, rows.start));
+            for block in blocks().filter(|_| parameter.has_remainder()) {
+                let mut remainder = vec![0; block.len() * parameter.columns()];
+                parameter.remainder_rows(block, &mut remainder)?;
+                remainder.iter_mut().for_each(|value| *value = value.to_le());
+                writer.write_bytes(&format!("{name}.{REMAINDER}"), bytemuck::cast_slice(&remainder))?;
             }
-            parameter.with_gradient(|gradient| match gradient {
-                Some(gradient) => writer.write(&format!("{}.gradient", parameter.name()), gradient),
-                None => Ok(()),
-            })??;
+            for block in blocks() {
+                if let Some(gradient) = parameter.gradient_rows(block)? {
+                    writer.write(&format!("{name}.{GRADIENT}"), &gradient[..])?;
+                }
+            }
         }
         writer.finish()
     }
 
-    /// Takes what [`Graph::save_training_state`] wrote; what is not there, the model does not have afterwards.
+    /// Takes what [`Graph::save_training_state`] wrote, wherever that model lay; what is not there, the model does not have
+    /// afterwards.
     ///
     /// Errors: [`Error::Format`] for tensors that this model has no place for; those of reading.
     pub fn load_training_state(&self, folder: &Path) -> Result<()> {
         let file = SafetensorsFile::open(&folder.join(format!("{STEM}.safetensors")))?;
+        self.parameters().iter().for_each(|parameter| parameter.clear_training_state());
         let mut taken = 0;
-        for parameter in self.parameters() {
-            let remainder = match file.get(&format!("{}.remainder", parameter.name())) {
-                Some(info) if E::HAS_REMAINDER => {
-                    let name = info.name.clone();
-                    if info.elements() != parameter.weight_len() {
-                        let expected = format!(
-                            "{} integers, as a model on {} keeps them; resume where the checkpoint was made",
-                            parameter.weight_len(),
-                            parameter.place()
-                        );
-                        return Err(Error::format(file.path(), name, expected, format!("{}", info.elements())));
-                    }
-                    let in_range = |value: i64| {
-                        i16::try_from(value).map_err(|_| Error::format(file.path(), &name, "16-bit integers", value.to_string()))
-                    };
-                    taken += 1;
-                    Some(file.read_integers(&name)?.into_iter().map(in_range).collect::<Result<Vec<_>>>()?)
+        for Named { name, parameter, rows, .. } in self.named().into_iter().chain(self.named_adapters()) {
+            let columns = parameter.columns();
+            let (remainder, gradient) = (format!("{name}.{REMAINDER}"), format!("{name}.{GRADIENT}"));
+            if E::HAS_REMAINDER && file.get(&remainder).is_some() {
+                file.expect_shape(&remainder, &[rows.len(), columns])?;
+                for block in blocks(rows.len(), columns) {
+                    let mut values = vec![0; block.len() * columns];
+                    file.read_i16_rows(&remainder, block.clone(), &mut values)?;
+                    parameter.write_remainder_rows(shift(&block, rows.start), &values)?;
                 }
-                _ => None,
-            };
-            let gradient = match file.get(&format!("{}.gradient", parameter.name())) {
-                Some(info) => {
-                    let name = info.name.clone();
-                    file.expect(&name, &[parameter.gradient_len()])?;
-                    taken += 1;
-                    let values: Vec<f32> = file.read_floats(&name)?;
-                    Some(Buffer::copy_of(&values))
+                taken += 1;
+            }
+            if file.get(&gradient).is_some() {
+                file.expect(&gradient, &[rows.len(), columns])?;
+                for block in blocks(rows.len(), columns) {
+                    let mut values = Buffer::<f32>::scratch(block.len() * columns);
+                    file.read_rows(&gradient, block.clone(), &mut values)?;
+                    parameter.write_gradient_rows(shift(&block, rows.start), &values)?;
                 }
-                None => None,
-            };
-            parameter.set_training_state(remainder, gradient)?;
+                taken += 1;
+            }
         }
         if taken == file.tensors().len() {
             return Ok(());
         }
-        let kept = "as a model at this place keeps them; resume where the checkpoint was made";
-        let expected = format!("the {taken} remainders and gradients of this model's parameters, {kept}");
+        let expected = format!("the {taken} remainders and gradients of this model's tensors");
         Err(Error::format(file.path(), "tensors", expected, format!("{} tensors", file.tensors().len())))
     }
 }

@@ -4,9 +4,11 @@
 use super::any::{AnyGraph, Model, find};
 use super::graph::Graph;
 use super::lora::Lora;
+use super::names::Named;
 use crate::error::{Error, Result};
+use crate::tensor::trainable::TensorRows;
 use crate::tensor::{AnyTensor, ModelElement, Parameter};
-use std::ops::Range;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 impl Model {
@@ -48,6 +50,7 @@ impl Model {
             if named.parameter.is_merged() {
                 return Err(Error::argument("set_parameter", "name", "a weight without a merged adapter", format!("{name}; call unmerge first")));
             }
+            let value = value.on_host()?;
             value.force()?;
             let masters = named.parameter.trains();
             named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters)?;
@@ -55,12 +58,15 @@ impl Model {
         Ok(())
     }
 
-    /// For each parameter of [`Model::parameters`], the rows of the tensors that it is made of.
-    pub fn tensor_rows(&self) -> Vec<Vec<Range<usize>>> {
+    /// For each parameter of [`Model::parameters`], the tensors that it is made of.
+    pub fn tensor_rows(&self) -> Vec<Vec<TensorRows>> {
         on_graph!(self, graph => {
-            let named: Vec<_> = graph.named().into_iter().chain(graph.named_adapters()).collect();
-            let rows = |parameter: &Arc<Parameter<_>>| named.iter().filter(|named| Arc::ptr_eq(&named.parameter, parameter)).map(|named| named.rows.clone()).collect();
-            graph.parameters().iter().map(rows).collect()
+            let mut tensors = HashMap::<_, Vec<TensorRows>>::new();
+            for Named { name, parameter, rows, .. } in graph.named().into_iter().chain(graph.named_adapters()) {
+                tensors.entry(Arc::as_ptr(&parameter)).or_default().push(TensorRows { name, rows });
+            }
+            let of = |parameter: &Arc<Parameter<_>>| tensors.remove(&Arc::as_ptr(parameter)).expect("every parameter has a tensor");
+            graph.parameters().iter().map(of).collect()
         })
     }
 }

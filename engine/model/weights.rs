@@ -245,7 +245,7 @@ pub(super) fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<
     (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
 }
 
-fn shift(range: &Range<usize>, by: usize) -> Range<usize> {
+pub(super) fn shift(range: &Range<usize>, by: usize) -> Range<usize> {
     range.start + by..range.end + by
 }
 

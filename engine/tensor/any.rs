@@ -1,9 +1,11 @@
 //! `AnyTensor`: a tensor whose element type and rank are known when the program runs. It is what scripts hold.
 
-use super::autograd::{Differentiable, Node};
+use super::autograd::{Differentiable, Gradient, Node, Sink, is_recording};
+use super::place::{Array, Place};
 use super::typed::{Data, Tensor, count};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::cuda::device::Device;
 use crate::kernels::element::{Dtype, Element};
 use half::bf16;
 use std::sync::Arc;
@@ -52,9 +54,7 @@ pub struct AnyTensor {
 }
 
 impl<E: TensorElement, const R: usize> From<Tensor<E, R>> for AnyTensor {
-    /// Panics for a tensor on a device: what scripts hold lies on the host.
     fn from(tensor: Tensor<E, R>) -> Self {
-        assert!(tensor.device().is_none(), "a tensor on {} reached a script", tensor.place());
         Self { shape: tensor.shape().to_vec(), node: tensor.node().cloned(), data: E::wrap(tensor.data().clone()) }
     }
 }
@@ -107,6 +107,58 @@ impl AnyTensor {
         }
     }
 
+    /// The device that it lies on; none for the host.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        match &self.data {
+            AnyData::F32(data) => data.device(),
+            AnyData::Bf16(data) => data.device(),
+            AnyData::I32(data) => data.device(),
+            AnyData::I8(data) => data.device(),
+        }
+    }
+
+    /// Where it lies.
+    pub fn place(&self) -> Place {
+        self.device().map_or(Place::Host, |device| Place::Cuda(device.clone()))
+    }
+
+    /// The same elements at `place`, still in the graph: its gradient goes the way back. Waits for a device that they leave.
+    ///
+    /// Errors: those of the devices.
+    pub fn to_place(&self, place: &Place) -> Result<Self> {
+        fn moved<E: TensorElement>(data: &Data<E>, place: &Place) -> Result<AnyData> {
+            Ok(E::wrap(Data::at_place(data.force()?.try_clone()?.moved_to(place, "tensors of scripts")?)))
+        }
+        fn back<E: Differentiable>(gradient: Array<E>, from: &Place, sink: &mut Sink) -> Result<()> {
+            sink.add_array(0, gradient.moved_to(from, "gradients of tensors of scripts")?)
+        }
+        let from = self.place();
+        if from.is(place) {
+            return Ok(self.clone());
+        }
+        let data = match &self.data {
+            AnyData::F32(data) => moved(data, place)?,
+            AnyData::Bf16(data) => moved(data, place)?,
+            AnyData::I32(data) => moved(data, place)?,
+            AnyData::I8(data) => moved(data, place)?,
+        };
+        let parent = self.node.as_ref().filter(|_| is_recording());
+        let node = parent.map(|parent| {
+            Node::new(&[Some(parent)], move |gradient, sink| match gradient {
+                Gradient::F32(gradient) => back(gradient, &from, sink),
+                Gradient::Bf16(gradient) => back(gradient, &from, sink),
+            })
+        });
+        Ok(Self { shape: self.shape.clone(), data, node })
+    }
+
+    /// As [`AnyTensor::to_place`], to the host.
+    ///
+    /// Errors: those of the device.
+    pub fn on_host(&self) -> Result<Self> {
+        self.to_place(&Place::Host)
+    }
+
     pub fn data(&self) -> &AnyData {
         &self.data
     }
@@ -132,7 +184,7 @@ impl AnyTensor {
         }
     }
 
-    /// All elements as f32, in row-major order.
+    /// All elements as f32, in row-major order. Panics for a tensor on a device: [`AnyTensor::on_host`] comes first.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         fn convert<E: Element>(data: &Data<E>) -> Vec<f32> {
             data.get().iter().map(|value| value.to_f32()).collect()
@@ -178,7 +230,6 @@ impl AnyTensor {
 
     /// The gradient that `backward` left at this leaf, if any.
     pub fn gradient(&self) -> Option<Self> {
-        use super::autograd::Gradient;
         let data = match self.node.as_ref()?.leaf_gradient()? {
             Gradient::F32(gradient) => f32::wrap(Data::at_place(gradient)),
             Gradient::Bf16(gradient) => bf16::wrap(Data::at_place(gradient)),

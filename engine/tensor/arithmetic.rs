@@ -2,15 +2,18 @@
 //!
 //! - By dfdx with its derivatives: add, sub, mul, div. Both operands become dfdx tensors of their own, so that a tensor
 //!   may meet itself (x - x), which dfdx alone refuses.
+//! - On a device by the expression beside each; integers come to the host for it.
 //! - Ours: maximum and minimum (dfdx drops NaN where torch keeps it), pow of two tensors (absent from dfdx), and all of
 //!   i32, where a result that does not fit is an error. Integers have no gradient.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
+use super::cuda::generic::{self as cuda, Expression};
 use super::dfdx_tape::{self, Traced};
-use super::operation::{as_f32, record_float, require_float, require_same};
+use super::operation::{as_f32, record_float, require_float, require_same, through_host};
 use super::shape::{View, broadcast_shape, room_for};
 use super::typed::Data;
 use crate::error::{Error, Result};
+use crate::kernels::element::Dtype;
 
 type Row = Traced<(usize,)>;
 
@@ -22,9 +25,12 @@ fn check(op: &'static str, a: &AnyTensor, b: &AnyTensor) -> Result<Vec<usize>> {
     Ok(shape)
 }
 
-fn by_dfdx(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(Row, Row) -> Row) -> Result<AnyTensor> {
+fn by_dfdx(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(Row, Row) -> Row, on_device: Expression) -> Result<AnyTensor> {
     let shape = check(op, a, b)?;
-    require_float(op, "a", a)?;
+    let dtype = require_float(op, "a", a)?;
+    if let Some(device) = a.device() {
+        return cuda::map(device, op, on_device, &[a, b], shape, dtype);
+    }
     dfdx_tape::binary(op, a, b, shape, f)
 }
 
@@ -35,9 +41,13 @@ fn by_loop(
     b: &AnyTensor,
     f: fn(f32, f32) -> f32,
     derivative: fn(f32, f32) -> (f32, f32),
+    on_device: Expression,
 ) -> Result<AnyTensor> {
     let shape = check(op, a, b)?;
     let dtype = require_float(op, "a", a)?;
+    if let Some(device) = a.device() {
+        return cuda::map(device, op, on_device, &[a, b], shape, dtype);
+    }
     let views = [View::broadcast(a.shape(), &shape), View::broadcast(b.shape(), &shape)];
     let (saved, lens) = ([a.data().clone(), b.data().clone()], [a.len(), b.len()]);
     let load = {
@@ -61,10 +71,19 @@ fn by_loop(
     }))
 }
 
-/// Both operands as integers, if they are; checks the shapes and types.
+/// `value` of `x0` and `x1` on a device, and its derivatives by both, given the gradient `x2`.
+const fn expression(value: &'static str, derivatives: &'static [Option<&'static str>; 2]) -> Expression {
+    Expression { value, derivatives }
+}
+
+/// Both operands as integers, if they are; checks the shapes and types. Those on a device come to the host for it.
 fn integers(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(i32, i32) -> Option<i32>) -> Result<Option<AnyTensor>> {
     let (AnyData::I32(left), AnyData::I32(right)) = (a.data(), b.data()) else { return Ok(None) };
     let shape = check(op, a, b)?;
+    if a.device().is_some() {
+        let run = |x: &[AnyTensor; 2]| Ok(integers(op, &x[0], &x[1], f)?.expect("both operands are i32"));
+        return through_host([a, b], run).map(Some);
+    }
     let mut values = View::broadcast(a.shape(), &shape).read(left.get());
     let right = View::broadcast(b.shape(), &shape).read(right.get());
     for (a, b) in values.iter_mut().zip(right.iter()) {
@@ -75,7 +94,9 @@ fn integers(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(i32, i32) -> O
 
 fn integers_only(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(i32, i32) -> Option<i32>) -> Result<AnyTensor> {
     for (arg, x) in [("a", a), ("b", b)] {
-        super::operation::require_i32(op, arg, x)?;
+        if x.dtype() != Dtype::I32 {
+            return Err(Error::Dtype { op, arg, expected: "i32".into(), got: x.dtype().name().into() });
+        }
     }
     Ok(integers(op, a, b, f)?.expect("both operands are i32"))
 }
@@ -98,18 +119,27 @@ macro_rules! arithmetic {
 
 arithmetic! {
     /// a + b.
-    add: i32::checked_add, by_dfdx(|a, b| a + b);
+    add: i32::checked_add, by_dfdx(|a, b| a + b, expression("x0 + x1", &[Some("x2"), Some("x2")]));
     /// a - b.
-    sub: i32::checked_sub, by_dfdx(|a, b| a - b);
+    sub: i32::checked_sub, by_dfdx(|a, b| a - b, expression("x0 - x1", &[Some("x2"), Some("-x2")]));
     /// a * b.
-    mul: i32::checked_mul, by_dfdx(|a, b| a * b);
+    mul: i32::checked_mul, by_dfdx(|a, b| a * b, expression("x0 * x1", &[Some("x2 * x1"), Some("x2 * x0")]));
     /// The larger of a and b, NaN if one is. Where they are equal, each takes half of the
     /// gradient; where one is NaN, each takes all of it; as in torch.
-    maximum: |a, b| Some(a.max(b)), by_loop(|a, b| if a > b || a.is_nan() { a } else { b }, share);
+    maximum: |a, b| Some(a.max(b)), by_loop(|a, b| if a > b || a.is_nan() { a } else { b }, share, MAXIMUM);
     /// The smaller of a and b, NaN if one is. Where they are equal, each takes half of the
     /// gradient; where one is NaN, each takes all of it; as in torch.
-    minimum: |a, b| Some(a.min(b)), by_loop(|a, b| if a < b || a.is_nan() { a } else { b }, |a, b| share(b, a));
+    minimum: |a, b| Some(a.min(b)), by_loop(|a, b| if a < b || a.is_nan() { a } else { b }, |a, b| share(b, a), MINIMUM);
 }
+
+const MAXIMUM: Expression = expression(
+    "x0 > x1 || x0 != x0 ? x0 : x1",
+    &[Some("x0 == x1 ? 0.5f * x2 : x0 < x1 ? 0.0f : x2"), Some("x0 == x1 ? 0.5f * x2 : x1 < x0 ? 0.0f : x2")],
+);
+const MINIMUM: Expression = expression(
+    "x0 < x1 || x0 != x0 ? x0 : x1",
+    &[Some("x0 == x1 ? 0.5f * x2 : x1 < x0 ? 0.0f : x2"), Some("x0 == x1 ? 0.5f * x2 : x0 < x1 ? 0.0f : x2")],
+);
 
 /// Derivatives of the larger of two values: by the larger one 1, by both where they do not compare.
 fn share(a: f32, b: f32) -> (f32, f32) {
@@ -124,18 +154,24 @@ fn share(a: f32, b: f32) -> (f32, f32) {
 ///
 /// Errors: as [`add`], and [`Error::Dtype`] for i32: whether to round is the caller's choice ([`floor_div`], or convert).
 pub fn div(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
-    by_dfdx("div", a, b, |a, b| a / b)
+    by_dfdx("div", a, b, |a, b| a / b, expression("x0 / x1", &[Some("x2 / x1"), Some("-x2 * (x0 / x1 / x1)")]))
 }
+
+/// The derivative of a power by its base.
+pub(super) const POW_BY_BASE: &str = "x1 == 0.0f ? 0.0f : x2 * x1 * powf(x0, x1 - 1.0f)";
+
+const POW_BY_EXPONENT: &str = "x0 == 0.0f && x1 >= 0.0f ? 0.0f : x2 * powf(x0, x1) * logf(x0)";
 
 /// a to the power of b, for f32 or bf16. Derivatives as torch's: 0 by `a` where b = 0, 0 by `b` where a = 0 and b >= 0.
 ///
 /// Errors: as [`div`].
 pub fn pow(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
-    by_loop("pow", a, b, f32::powf, |a, b| {
+    let derivative = |a: f32, b: f32| {
         let by_a = if b == 0.0 { 0.0 } else { b * a.powf(b - 1.0) };
         let by_b = if a == 0.0 && b >= 0.0 { 0.0 } else { a.powf(b) * a.ln() };
         (by_a, by_b)
-    })
+    };
+    by_loop("pow", a, b, f32::powf, derivative, expression("powf(x0, x1)", &[Some(POW_BY_BASE), Some(POW_BY_EXPONENT)]))
 }
 
 /// The quotient of i32 rounded down (towards minus infinity), as Lua's `//`.
@@ -166,7 +202,6 @@ pub fn modulo(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
 mod tests {
     use super::super::gradient_check::{check, integers as i32s, numbers, tensor};
     use super::*;
-    use crate::kernels::element::Dtype;
     use crate::tensor::convert::to_dtype;
     use crate::tensor::elementwise::exp;
     use crate::tensor::reduce::sum;

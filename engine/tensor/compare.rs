@@ -4,18 +4,28 @@
 //! in losses. Masks are constants of the graph. NaN compares as IEEE 754 says: unequal to all, neither below nor above.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
-use super::operation::{as_f32, record, require_same};
+use super::cuda::generic::{self as cuda, Expression};
+use super::operation::{as_f32, record, require_same, require_together, through_host};
 use super::shape::{View, broadcast_shape, room_for};
 use super::typed::Data;
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::element::Element;
+use crate::kernels::element::{Dtype, Element};
 
 /// The mask `f(a, b)` over the broadcast shape. bf16 and i8 convert to f64 exactly, as do f32 and i32.
-fn mask(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(f64, f64) -> bool) -> Result<AnyTensor> {
+/// On a device by `on_device`, an expression of `x0` and `x1`; integers come to the host for it.
+fn mask(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(f64, f64) -> bool, on_device: &'static str) -> Result<AnyTensor> {
     require_same(op, "b", a, b)?;
     let shape = broadcast_shape(op, "b", a.shape(), b.shape())?;
     room_for(op, &shape)?;
+    match (a.device(), a.dtype()) {
+        (None, _) => {}
+        (Some(device), Dtype::F32 | Dtype::Bf16) => {
+            let expression = Expression { value: on_device, derivatives: &[None, None] };
+            return cuda::map(device, op, expression, &[a, b], shape, Dtype::F32);
+        }
+        (Some(_), _) => return through_host([a, b], |[a, b]| mask(op, a, b, f, on_device)),
+    }
     fn read(x: &AnyTensor, shape: &[usize]) -> Vec<f64> {
         let view = View::broadcast(x.shape(), shape);
         match x.data() {
@@ -32,47 +42,58 @@ fn mask(op: &'static str, a: &AnyTensor, b: &AnyTensor, f: fn(f64, f64) -> bool)
 }
 
 macro_rules! comparisons {
-    ($($(#[$doc:meta])* $name:ident: $f:expr;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident: $f:expr, $on_device:literal;)*) => {$(
         $(#[$doc])*
         /// `a` and `b`: of one element type, any of the four, and of shapes that broadcast. Returns an f32 mask.
         ///
         /// Errors: [`Error::Dtype`](crate::error::Error::Dtype) if the types differ; [`Error::Shape`](crate::error::Error::Shape) if the shapes do not broadcast.
         pub fn $name(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
-            mask(stringify!($name), a, b, $f)
+            mask(stringify!($name), a, b, $f, $on_device)
         }
     )*};
 }
 
 comparisons! {
     /// 1 where a = b.
-    eq: |a, b| a == b;
+    eq: |a, b| a == b, "x0 == x1 ? 1.0f : 0.0f";
     /// 1 where a differs from b.
-    ne: |a, b| a != b;
+    ne: |a, b| a != b, "x0 != x1 ? 1.0f : 0.0f";
     /// 1 where a < b.
-    lt: |a, b| a < b;
+    lt: |a, b| a < b, "x0 < x1 ? 1.0f : 0.0f";
     /// 1 where a <= b.
-    le: |a, b| a <= b;
+    le: |a, b| a <= b, "x0 <= x1 ? 1.0f : 0.0f";
     /// 1 where a > b.
-    gt: |a, b| a > b;
+    gt: |a, b| a > b, "x0 > x1 ? 1.0f : 0.0f";
     /// 1 where a >= b.
-    ge: |a, b| a >= b;
+    ge: |a, b| a >= b, "x0 >= x1 ? 1.0f : 0.0f";
 }
 
-fn property(x: &AnyTensor, f: fn(f32) -> bool) -> AnyTensor {
+fn property(op: &'static str, x: &AnyTensor, f: fn(f32) -> bool, on_device: &'static str) -> Result<AnyTensor> {
+    match (x.device(), x.dtype()) {
+        (None, _) => {}
+        (Some(device), Dtype::F32 | Dtype::Bf16) => {
+            let expression = Expression { value: on_device, derivatives: &[None] };
+            return cuda::map(device, op, expression, &[x], x.shape().to_vec(), Dtype::F32);
+        }
+        (Some(_), _) => return through_host([x], |[x]| property(op, x, f, on_device)),
+    }
     let mut out = Buffer::scratch(x.len());
     out.iter_mut().zip(as_f32(x.data()).iter()).for_each(|(out, x)| *out = f32::from(u8::from(f(*x))));
-    AnyTensor::from_parts(x.shape().to_vec(), f32::wrap(Data::ready(out)), None)
+    Ok(AnyTensor::from_parts(x.shape().to_vec(), f32::wrap(Data::ready(out)), None))
 }
 
 /// An f32 mask: 1 where the element of `x`, of any type, is neither infinite nor NaN.
 pub fn is_finite(x: &AnyTensor) -> Result<AnyTensor> {
-    Ok(property(x, f32::is_finite))
+    property("is_finite", x, f32::is_finite, "x0 - x0 == 0.0f ? 1.0f : 0.0f")
 }
 
 /// An f32 mask: 1 where the element of `x`, of any type, is NaN.
 pub fn is_nan(x: &AnyTensor) -> Result<AnyTensor> {
-    Ok(property(x, f32::is_nan))
+    property("is_nan", x, f32::is_nan, "x0 != x0 ? 1.0f : 0.0f")
 }
+
+const WHERE: Expression =
+    Expression { value: "x0 != 0.0f ? x1 : x2", derivatives: &[None, Some("x0 != 0.0f ? x3 : 0.0f"), Some("x0 != 0.0f ? 0.0f : x3")] };
 
 /// `a` where `condition` is not 0, else `b`. All three broadcast to one shape. An element that was not chosen gets the
 /// gradient 0, also where it is not finite.
@@ -86,6 +107,14 @@ pub fn where_(condition: &AnyTensor, a: &AnyTensor, b: &AnyTensor) -> Result<Any
     let shape = broadcast_shape("where", "b", a.shape(), b.shape())?;
     let shape = broadcast_shape("where", "condition", &shape, condition.shape())?;
     room_for("where", &shape)?;
+    require_together("where", "condition", a, condition)?;
+    if let Some(device) = a.device() {
+        let is_float = |x: &AnyTensor| matches!(x.dtype(), Dtype::F32 | Dtype::Bf16);
+        if is_float(condition) && is_float(a) {
+            return cuda::map(device, "where", WHERE, &[condition, a, b], shape, a.dtype());
+        }
+        return through_host([condition, a, b], |[condition, a, b]| where_(condition, a, b));
+    }
     let chosen: Vec<bool> = View::broadcast(condition.shape(), &shape).read(&as_f32(condition.data())).iter().map(|v| *v != 0.0).collect();
     let views = [View::broadcast(a.shape(), &shape), View::broadcast(b.shape(), &shape)];
     let lens = [a.len(), b.len()];

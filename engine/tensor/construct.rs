@@ -138,7 +138,7 @@ pub fn randint(low: i32, high: i32, shape: &[usize], stream: Stream, first: u64)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::operation::require_i32;
+    use crate::tensor::operation::indices;
 
     #[test]
     fn constants_and_sequences_hold_what_they_say() {
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(full(&[], 2.5, Dtype::F32).unwrap().to_f32_vec(), [2.5]);
         assert_eq!(zeros(&[3, 0], Dtype::I8).unwrap().shape(), [3, 0]);
         let large = full(&[1], f64::from((1 << 24) + 1), Dtype::I32).unwrap();
-        assert_eq!(require_i32("", "", &large).unwrap(), [(1 << 24) + 1]);
+        assert_eq!(indices("", "", &large, &large).unwrap()[..], [(1 << 24) + 1]);
         assert_eq!(arange(1., 2., 0.25, Dtype::F32).unwrap().to_f32_vec(), [1., 1.25, 1.5, 1.75]);
         assert_eq!(arange(3., 0., -1., Dtype::I32).unwrap().to_f32_vec(), [3., 2., 1.]);
         assert!(arange(3., 0., 1., Dtype::F32).unwrap().is_empty());

@@ -2,18 +2,27 @@
 //! what becomes an integer leaves the graph.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
-use super::operation::{as_f32, float_data, record};
+use super::cuda::generic as cuda;
+use super::operation::{as_f32, float_data, record, through_host};
 use super::typed::Data;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 
-/// `x` with elements of type `dtype`. To an integer, fractions are cut towards zero.
+/// `x` with elements of type `dtype`. To an integer, fractions are cut towards zero. Integers on a device are made on the host.
 ///
 /// Errors: [`Error::Argument`] if an element does not fit the integer type: NaN, infinite or too large.
 pub fn to_dtype(x: &AnyTensor, dtype: Dtype) -> Result<AnyTensor> {
     if x.dtype() == dtype {
         return Ok(x.clone());
+    }
+    if let Some(device) = x.device() {
+        let is_float = |dtype| matches!(dtype, Dtype::F32 | Dtype::Bf16);
+        return if is_float(x.dtype()) && is_float(dtype) {
+            cuda::convert(device, x, dtype)
+        } else {
+            through_host([x], |[x]| to_dtype(x, dtype))
+        };
     }
     match dtype {
         Dtype::F32 | Dtype::Bf16 => {

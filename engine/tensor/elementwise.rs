@@ -3,25 +3,59 @@
 //!
 //! - By dfdx with its derivative: neg, abs, exp, log, sqrt, square, recip, powf, tanh, sigmoid, silu, gelu_tanh, sin, cos.
 //! - Values by dfdx, derivative ours: gelu (dfdx 0.13 misses a factor 1/sqrt(2) in the derivative of its second term).
+//! - On a device by the expression beside each; integers come to the host for it.
 //! - Ours: relu (dfdx turns NaN into 0), clamp (dfdx differentiates to 1 at a bound), softplus (absent from dfdx), and
 //!   floor, ceil, round, sign, which are constants of the graph; neg, abs and sign of i32.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
+use super::arithmetic::POW_BY_BASE;
+use super::cuda::generic::{self as cuda, Expression};
 use super::dfdx_tape::{self, Traced};
-use super::operation::{as_f32, record_float, require_float};
+use super::operation::{as_f32, record_float, require_float, through_host};
 use super::typed::Data;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use dfdx::tensor::{PutTape, SplitTape};
 
 /// A function of dfdx with its derivative.
-fn by_dfdx(op: &'static str, x: &AnyTensor, f: impl Fn(Traced<(usize,)>) -> Traced<(usize,)> + Send + 'static) -> Result<AnyTensor> {
-    require_float(op, "x", x)?;
+fn by_dfdx(
+    op: &'static str,
+    x: &AnyTensor,
+    f: impl Fn(Traced<(usize,)>) -> Traced<(usize,)> + Send + 'static,
+    on_device: Expression,
+) -> Result<AnyTensor> {
+    let dtype = require_float(op, "x", x)?;
+    match x.device() {
+        Some(device) => cuda::map(device, op, on_device, &[x], x.shape().to_vec(), dtype),
+        None => dfdx_on_host(op, x, f),
+    }
+}
+
+fn dfdx_on_host(op: &'static str, x: &AnyTensor, f: impl Fn(Traced<(usize,)>) -> Traced<(usize,)> + Send + 'static) -> Result<AnyTensor> {
     dfdx_tape::unary(op, x, (x.len(),), x.shape().to_vec(), f, |x| x.to_vec(), |gradient| gradient)
 }
 
 /// A loop of ours with its derivative.
-fn by_loop(op: &'static str, x: &AnyTensor, f: impl Fn(f32) -> f32, derivative: impl Fn(f32) -> f32 + Send + 'static) -> Result<AnyTensor> {
+fn by_loop(
+    op: &'static str,
+    x: &AnyTensor,
+    f: impl Fn(f32) -> f32,
+    derivative: impl Fn(f32) -> f32 + Send + 'static,
+    on_device: Expression,
+) -> Result<AnyTensor> {
+    let dtype = require_float(op, "x", x)?;
+    match x.device() {
+        Some(device) => cuda::map(device, op, on_device, &[x], x.shape().to_vec(), dtype),
+        None => loop_on_host(op, x, f, derivative),
+    }
+}
+
+fn loop_on_host(
+    op: &'static str,
+    x: &AnyTensor,
+    f: impl Fn(f32) -> f32,
+    derivative: impl Fn(f32) -> f32 + Send + 'static,
+) -> Result<AnyTensor> {
     let dtype = require_float(op, "x", x)?;
     let saved = x.data().clone();
     let mut values = Buffer::scratch(x.len());
@@ -36,18 +70,49 @@ fn by_loop(op: &'static str, x: &AnyTensor, f: impl Fn(f32) -> f32, derivative: 
 }
 
 /// A step function: a constant of the graph.
-fn step(op: &'static str, x: &AnyTensor, f: fn(f32) -> f32) -> Result<AnyTensor> {
-    by_loop(op, &x.detach(), f, |_| 0.0)
+fn step(op: &'static str, x: &AnyTensor, f: fn(f32) -> f32, value: &'static str) -> Result<AnyTensor> {
+    by_loop(op, &x.detach(), f, |_| 0.0, Expression { value, derivatives: &[None] })
 }
 
-/// A function of integers that may overflow.
-fn integers(op: &'static str, x: &[i32], shape: &[usize], f: fn(i32) -> Option<i32>) -> Result<AnyTensor> {
+/// A function of integers that may overflow; none of other types. Those on a device come to the host for it.
+fn integers(op: &'static str, x: &AnyTensor, f: fn(i32) -> Option<i32>) -> Result<Option<AnyTensor>> {
+    let AnyData::I32(data) = x.data() else { return Ok(None) };
+    if x.device().is_some() {
+        return through_host([x], |[x]| Ok(integers(op, x, f)?.expect("it is i32"))).map(Some);
+    }
     let mut out = Buffer::scratch(x.len());
-    for (out, x) in out.iter_mut().zip(x) {
+    for (out, x) in out.iter_mut().zip(data.get()) {
         *out = f(*x).ok_or_else(|| Error::argument(op, "x", "a value whose result fits i32", x))?;
     }
-    Ok(AnyTensor::from_parts(shape.to_vec(), i32::wrap(Data::ready(out)), None))
+    Ok(Some(AnyTensor::from_parts(x.shape().to_vec(), i32::wrap(Data::ready(out)), None)))
 }
+
+/// `value` of `x0` on a device, and its derivative, given the gradient `x1`.
+const fn expression(value: &'static str, derivative: &'static [Option<&'static str>; 1]) -> Expression {
+    Expression { value, derivatives: derivative }
+}
+
+const ABS: Expression = expression("fabsf(x0)", &[Some("x0 > 0.0f ? x1 : x0 < 0.0f ? -x1 : x0 == 0.0f ? 0.0f : x0")]);
+const SILU: Expression =
+    expression("x0 / (1.0f + expf(-x0))", &[Some("x1 * ((1.0f + x0 - x0 / (1.0f + expf(-x0))) / (1.0f + expf(-x0)))")]);
+const SOFTPLUS: Expression = expression("fmaxf(x0, 0.0f) + log1pf(expf(-fabsf(x0)))", &[Some("x1 / (1.0f + expf(-x0))")]);
+/// x P(x), and P(x) + x p(x), with P(x) = erfc(-x / sqrt(2)) / 2 and p(x) = exp(-x^2 / 2) / sqrt(2 pi).
+const GELU: Expression = expression(
+    "0.5f * x0 * erfcf(-0.70710678118654752f * x0)",
+    &[Some("x1 * (0.5f * erfcf(-0.70710678118654752f * x0) + x0 * expf(-0.5f * x0 * x0) * 0.39894228040143268f)")],
+);
+/// With t = tanh(sqrt(2 / pi) (x + 0.044715 x^3)): x (1 + t) / 2, and its derivative.
+const GELU_TANH: Expression = expression(
+    "0.5f * x0 * (1.0f + tanhf(0.79788456080286536f * (x0 + 0.044715f * x0 * x0 * x0)))",
+    &[Some(
+        "[=] { float t = tanhf(0.79788456080286536f * (x0 + 0.044715f * x0 * x0 * x0)); \
+         return x1 * (0.5f * (1.0f + t) + 0.5f * x0 * (1.0f - t * t) * 0.79788456080286536f * (1.0f + 0.134145f * x0 * x0)); }()",
+    )],
+);
+const CLAMP: Expression = Expression {
+    value: "x0 != x0 ? x0 : fminf(fmaxf(x0, x1), x2)",
+    derivatives: &[Some("x0 == x0 && (x1 != x1 || x1 < x0) && (x2 != x2 || x0 < x2) ? x3 : 0.0f"), None, None],
+};
 
 macro_rules! elementwise {
     ($($(#[$doc:meta])* $name:ident = $op:literal by $route:ident($($f:expr),+);)*) => {$(
@@ -62,49 +127,49 @@ macro_rules! elementwise {
 
 elementwise! {
     /// e to the power of each element of `x`.
-    exp = "exp" by by_dfdx(|x| x.exp());
+    exp = "exp" by by_dfdx(|x| x.exp(), expression("expf(x0)", &[Some("x1 * expf(x0)")]));
     /// Natural logarithm of each element of `x`; 0 gives -inf, below 0 NaN.
-    log = "log" by by_dfdx(|x| x.ln());
+    log = "log" by by_dfdx(|x| x.ln(), expression("logf(x0)", &[Some("x1 / x0")]));
     /// Square root of each element of `x`; below 0 NaN.
-    sqrt = "sqrt" by by_dfdx(|x| x.sqrt());
+    sqrt = "sqrt" by by_dfdx(|x| x.sqrt(), expression("sqrtf(x0)", &[Some("x1 * (0.5f / sqrtf(x0))")]));
     /// The square of each element of `x`.
-    square = "square" by by_dfdx(|x| x.square());
+    square = "square" by by_dfdx(|x| x.square(), expression("x0 * x0", &[Some("x1 * (2.0f * x0)")]));
     /// 1 over each element of `x`.
-    recip = "recip" by by_dfdx(|x| x.recip());
+    recip = "recip" by by_dfdx(|x| x.recip(), expression("1.0f / x0", &[Some("-x1 / (x0 * x0)")]));
     /// Hyperbolic tangent of each element of `x`.
-    tanh = "tanh" by by_dfdx(|x| x.tanh());
+    tanh = "tanh" by by_dfdx(|x| x.tanh(), expression("tanhf(x0)", &[Some("x1 * (1.0f - tanhf(x0) * tanhf(x0))")]));
     /// 1 / (1 + e^-x) of each element of `x`.
-    sigmoid = "sigmoid" by by_dfdx(|x| x.sigmoid());
+    sigmoid = "sigmoid" by by_dfdx(|x| x.sigmoid(), expression("1.0f / (1.0f + expf(-x0))", &[Some("x1 * (1.0f / (1.0f + expf(-x0)) * (1.0f - 1.0f / (1.0f + expf(-x0))))")]));
     /// x * sigmoid(x) of each element of `x`.
     silu = "silu" by by_dfdx(|x| {
         let (x, tape) = x.split_tape();
         x.clone().put_tape(tape).sigmoid() * x
-    });
+    }, SILU);
     /// The tanh approximation of gelu, as torch's `gelu(approximate="tanh")`.
-    gelu_tanh = "gelu_tanh" by by_dfdx(|x| x.fast_gelu());
+    gelu_tanh = "gelu_tanh" by by_dfdx(|x| x.fast_gelu(), GELU_TANH);
     /// Sine of each element of `x`, in radians.
-    sin = "sin" by by_dfdx(|x| x.sin());
+    sin = "sin" by by_dfdx(|x| x.sin(), expression("sinf(x0)", &[Some("x1 * cosf(x0)")]));
     /// Cosine of each element of `x`, in radians.
-    cos = "cos" by by_dfdx(|x| x.cos());
+    cos = "cos" by by_dfdx(|x| x.cos(), expression("cosf(x0)", &[Some("-x1 * sinf(x0)")]));
     /// The larger of x and 0, element by element; NaN stays NaN. The derivative at 0 is 0.
-    relu = "relu" by by_loop(|x| if x <= 0.0 { 0.0 } else { x }, |x| if x <= 0.0 { 0.0 } else { 1.0 });
+    relu = "relu" by by_loop(|x| if x <= 0.0 { 0.0 } else { x }, |x| if x <= 0.0 { 0.0 } else { 1.0 }, expression("x0 <= 0.0f ? 0.0f : x0", &[Some("x0 <= 0.0f ? 0.0f : x1")]));
     /// log(1 + e^x) of each element of `x`, without overflow.
-    softplus = "softplus" by by_loop(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), |x| 1.0 / (1.0 + (-x).exp()));
+    softplus = "softplus" by by_loop(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), |x| 1.0 / (1.0 + (-x).exp()), SOFTPLUS);
     /// The largest whole number not above each element of `x`. A constant of the graph.
-    floor = "floor" by step(f32::floor);
+    floor = "floor" by step(f32::floor, "floorf(x0)");
     /// The smallest whole number not below each element of `x`. A constant of the graph.
-    ceil = "ceil" by step(f32::ceil);
+    ceil = "ceil" by step(f32::ceil, "ceilf(x0)");
     /// The nearest whole number, halves to even as in torch. A constant of the graph.
-    round = "round" by step(f32::round_ties_even);
+    round = "round" by step(f32::round_ties_even, "rintf(x0)");
 }
 
 /// -x, element by element; f32, bf16 or i32.
 ///
 /// Errors: [`Error::Dtype`] for i8; [`Error::Argument`] if an integer overflows.
 pub fn neg(x: &AnyTensor) -> Result<AnyTensor> {
-    match x.data() {
-        AnyData::I32(data) => integers("neg", data.get(), x.shape(), i32::checked_neg),
-        _ => by_dfdx("neg", x, |x| x.negate()),
+    match integers("neg", x, i32::checked_neg)? {
+        Some(result) => Ok(result),
+        None => by_dfdx("neg", x, |x| x.negate(), expression("-x0", &[Some("-x1")])),
     }
 }
 
@@ -113,9 +178,9 @@ pub fn neg(x: &AnyTensor) -> Result<AnyTensor> {
 ///
 /// Errors: [`Error::Dtype`] for i8; [`Error::Argument`] if an integer overflows.
 pub fn abs(x: &AnyTensor) -> Result<AnyTensor> {
-    match x.data() {
-        AnyData::I32(data) => integers("abs", data.get(), x.shape(), i32::checked_abs),
-        _ => by_dfdx("abs", x, |x| x.abs()),
+    match integers("abs", x, i32::checked_abs)? {
+        Some(result) => Ok(result),
+        None => by_dfdx("abs", x, |x| x.abs(), ABS),
     }
 }
 
@@ -123,9 +188,9 @@ pub fn abs(x: &AnyTensor) -> Result<AnyTensor> {
 ///
 /// Errors: [`Error::Dtype`] for i8.
 pub fn sign(x: &AnyTensor) -> Result<AnyTensor> {
-    match x.data() {
-        AnyData::I32(data) => integers("sign", data.get(), x.shape(), |x| Some(x.signum())),
-        _ => step("sign", x, |x| if x == 0.0 { 0.0 } else { x.signum() }),
+    match integers("sign", x, |x| Some(x.signum()))? {
+        Some(result) => Ok(result),
+        None => step("sign", x, |x| if x == 0.0 { 0.0 } else { x.signum() }, "x0 > 0.0f ? 1.0f : x0 < 0.0f ? -1.0f : x0"),
     }
 }
 
@@ -134,10 +199,14 @@ pub fn sign(x: &AnyTensor) -> Result<AnyTensor> {
 ///
 /// Errors: [`Error::Dtype`] if `x` is not f32 or bf16.
 pub fn powf(x: &AnyTensor, exponent: f32) -> Result<AnyTensor> {
-    if exponent == 0.0 {
-        return by_loop("pow", x, |_| 1.0, |_| 0.0);
+    if let (Some(device), dtype) = (x.device(), require_float("pow", "x", x)?) {
+        let power = Expression { value: "powf(x0, x1)", derivatives: &[Some(POW_BY_BASE), None] };
+        return cuda::map(device, "pow", power, &[x, &cuda::scalar(device, exponent)?], x.shape().to_vec(), dtype);
     }
-    by_dfdx("pow", x, move |x| x.powf(exponent))
+    if exponent == 0.0 {
+        return loop_on_host("pow", x, |_| 1.0, |_| 0.0);
+    }
+    dfdx_on_host("pow", x, move |x| x.powf(exponent))
 }
 
 /// Each element of `x` kept between `min` and `max`, either of which may be absent. NaN stays NaN. The derivative is 1
@@ -149,8 +218,13 @@ pub fn clamp(x: &AnyTensor, min: Option<f32>, max: Option<f32>) -> Result<AnyTen
     if low > high || low.is_nan() || high.is_nan() {
         return Err(Error::argument("clamp", "min, max", "numbers with min <= max", format!("{low}, {high}")));
     }
+    if let (Some(device), dtype) = (x.device(), require_float("clamp", "x", x)?) {
+        // A bound that is absent is NaN, which compares with nothing.
+        let bound = |bound: Option<f32>| cuda::scalar(device, bound.unwrap_or(f32::NAN));
+        return cuda::map(device, "clamp", CLAMP, &[x, &bound(min)?, &bound(max)?], x.shape().to_vec(), dtype);
+    }
     let inside = move |x: f32| min.is_none_or(|min| min < x) && max.is_none_or(|max| x < max) && !x.is_nan();
-    by_loop("clamp", x, |x| if x.is_nan() { x } else { x.clamp(low, high) }, move |x| f32::from(u8::from(inside(x))))
+    loop_on_host("clamp", x, |x| if x.is_nan() { x } else { x.clamp(low, high) }, move |x| f32::from(u8::from(inside(x))))
 }
 
 /// x times the normal distribution function of x, by the error function; torch's `gelu` without approximation.
@@ -158,6 +232,9 @@ pub fn clamp(x: &AnyTensor, min: Option<f32>, max: Option<f32>) -> Result<AnyTen
 /// Errors: [`Error::Dtype`] if `x` is not f32 or bf16.
 pub fn gelu(x: &AnyTensor) -> Result<AnyTensor> {
     let dtype = require_float("gelu", "x", x)?;
+    if let Some(device) = x.device() {
+        return cuda::map(device, "gelu", GELU, &[x], x.shape().to_vec(), dtype);
+    }
     let saved = x.data().clone();
     let values = dfdx_tape::values("gelu", &as_f32(&saved), |x| x.accurate_gelu())?;
     Ok(record_float(x.shape().to_vec(), dtype, values, &[x], move |gradient, sink| {

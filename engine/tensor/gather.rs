@@ -1,34 +1,52 @@
 //! Elements chosen by an i32 tensor of indices: gather and index_select; rows added up by such a tensor: segment_sum; and
 //! parts put together: concat and stack.
 //! Any element type; float tensors stay in the graph. Plain loops of ours: dfdx gathers only along axes known when it is
-//! compiled, and concatenates two tensors at a time, which must differ. Indices count from 0; none may be negative.
+//! compiled, and concatenates two tensors at a time, which must differ. Indices count from 0; none may be negative. Those on
+//! a device are fetched, since the host checks them.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
+use super::cuda::generic::{self as cuda, Rows};
 use super::index::unsqueeze;
-use super::operation::{as_f32, map_elements, record, record_float, require_float, require_i32, require_same};
+use super::operation::{as_f32, indices, map_elements, record, record_float, require_float, require_same, through_host};
 use super::shape::{Around, axis_index, room_for};
 use super::typed::Data;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
-use crate::kernels::element::Element;
+use crate::kernels::cuda::device::Device;
+use crate::kernels::element::{Dtype, Element};
+use std::sync::Arc;
 
-/// The elements of `x` at the places `source`; each place may appear any number of times.
-fn taken(x: &AnyTensor, shape: Vec<usize>, source: Vec<usize>) -> AnyTensor {
-    fn read<E: Element>(values: &[E], source: &[usize]) -> Buffer<E> {
-        let mut out = Buffer::scratch(source.len());
-        out.iter_mut().zip(source).for_each(|(out, place)| *out = values[*place]);
+/// The rows of `x`, seen as `[any, width]`, that `rows` names; each may appear any number of times.
+fn taken(op: &'static str, x: &AnyTensor, shape: Vec<usize>, rows: Vec<usize>, width: usize) -> Result<AnyTensor> {
+    fn read<E: Element>(values: &[E], rows: &[usize], width: usize) -> Buffer<E> {
+        let mut out = Buffer::scratch(rows.len() * width);
+        out.chunks_exact_mut(width.max(1)).zip(rows).for_each(|(out, row)| out.copy_from_slice(&values[row * width..][..width]));
         out
     }
-    let data = map_elements!(x.data(), values => read(values, &source));
+    match (x.device(), x.dtype()) {
+        (Some(_), Dtype::I8) => return through_host([x], |[x]| taken(op, x, shape, rows, width)),
+        (Some(device), _) => {
+            return Rows::new(device, op, &rows, x.len() / width.max(1), width)?.taken(device, op, x, shape);
+        }
+        (None, _) => {}
+    }
+    let data = map_elements!(x.data(), values => read(values, &rows, width));
     let len = x.len();
-    record(shape, data, &[x], move |gradient, sink| {
-        let mut sums = vec![0f64; len];
-        source.iter().zip(gradient).for_each(|(place, g)| sums[*place] += f64::from(*g));
-        let mut out = Buffer::scratch(len);
-        out.iter_mut().zip(&sums).for_each(|(out, sum)| *out = *sum as f32);
-        sink.add(0, out);
+    Ok(record(shape, data, &[x], move |gradient, sink| {
+        sink.add(0, added_up(gradient, &rows, width, len));
         Ok(())
-    })
+    }))
+}
+
+/// `len` elements seen as `[any, width]`, of which row `rows[i]` gains row i of `values`; in f64, rounded once.
+fn added_up(values: &[f32], rows: &[usize], width: usize, len: usize) -> Buffer<f32> {
+    let mut sums = vec![0f64; len];
+    for (row, values) in rows.iter().zip(values.chunks_exact(width.max(1))) {
+        sums[row * width..][..width].iter_mut().zip(values).for_each(|(sum, value)| *sum += f64::from(*value));
+    }
+    let mut out = Buffer::scratch(len);
+    out.iter_mut().zip(&sums).for_each(|(out, sum)| *out = *sum as f32);
+    out
 }
 
 fn check_index(op: &'static str, index: i32, size: usize) -> Result<usize> {
@@ -49,7 +67,7 @@ fn check_index(op: &'static str, index: i32, size: usize) -> Result<usize> {
 /// there is no such axis, or an index is outside it.
 pub fn gather(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<AnyTensor> {
     let axis = axis_index("gather", axis, x.rank())?;
-    let places = require_i32("gather", "index", index)?;
+    let places = indices("gather", "index", x, index)?;
     let fits = index.rank() == x.rank() && (0..x.rank()).all(|i| i == axis || index.shape()[i] == x.shape()[i]);
     if !fits {
         return Err(Error::Shape {
@@ -65,7 +83,7 @@ pub fn gather(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<AnyTensor
         let (outer, inter) = (at / (to.axis * to.inter), at % to.inter);
         source.push((outer * from.axis + check_index("gather", *index, from.axis)?) * from.inter + inter);
     }
-    Ok(taken(x, index.shape().to_vec(), source))
+    taken("gather", x, index.shape().to_vec(), source, 1)
 }
 
 /// The parts of `x` along `axis` that `index` names, in its order, with repetitions.
@@ -78,7 +96,7 @@ pub fn gather(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<AnyTensor
 /// is no such axis, or an index is outside it.
 pub fn index_select(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<AnyTensor> {
     let axis = axis_index("index_select", axis, x.rank())?;
-    let places = require_i32("index_select", "index", index)?;
+    let places = indices("index_select", "index", x, index)?;
     if index.rank() > 1 {
         return Err(Error::Shape {
             op: "index_select",
@@ -92,14 +110,9 @@ pub fn index_select(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<Any
     let mut shape = x.shape().to_vec();
     shape.splice(axis..axis + 1, index.shape().iter().copied());
     let len = room_for("index_select", &shape)?;
-    let mut source = Vec::with_capacity(len);
-    for outer in 0..if len == 0 { 0 } else { around.outer } {
-        for place in &places {
-            let start = (outer * around.axis + place) * around.inter;
-            source.extend(start..start + around.inter);
-        }
-    }
-    Ok(taken(x, shape, source))
+    let outers = if len == 0 { 0 } else { around.outer };
+    let rows = (0..outers).flat_map(|outer| places.iter().map(move |place| outer * around.axis + place));
+    taken("index_select", x, shape, rows.collect(), around.inter)
 }
 
 /// The rows of `x` added up by number: out[s] is the sum of x[i] over all i with ids[i] = s, in the order of i, in f64 and
@@ -114,7 +127,7 @@ pub fn index_select(x: &AnyTensor, axis: isize, index: &AnyTensor) -> Result<Any
 pub fn segment_sum(x: &AnyTensor, ids: &AnyTensor, count: usize) -> Result<AnyTensor> {
     let op = "segment_sum";
     let dtype = require_float(op, "x", x)?;
-    let segments = require_i32(op, "ids", ids)?;
+    let segments = indices(op, "ids", x, ids)?;
     let Some(rows) = x.shape().first().copied() else {
         return Err(Error::Shape { op, arg: "x", expected: "[rows, ...]".into(), got: "rank 0".into() });
     };
@@ -127,13 +140,10 @@ pub fn segment_sum(x: &AnyTensor, ids: &AnyTensor, count: usize) -> Result<AnyTe
     let mut shape = x.shape().to_vec();
     shape[0] = count;
     let (len, width) = (room_for(op, &shape)?, x.shape()[1..].iter().product::<usize>());
-    let mut sums = vec![0f64; len];
-    let values = as_f32(x.data());
-    for (place, row) in places.iter().zip(values.chunks_exact(width.max(1))) {
-        sums[place * width..][..width].iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+    if let Some(device) = x.device() {
+        return Rows::new(device, op, &places, count, width)?.added_up(device, op, x, shape);
     }
-    let mut out = Buffer::scratch(len);
-    out.iter_mut().zip(&sums).for_each(|(out, sum)| *out = *sum as f32);
+    let out = added_up(&as_f32(x.data()), &places, width, len);
     Ok(record_float(shape, dtype, out, &[x], move |gradient, sink| {
         let mut rows = Buffer::scratch(places.len() * width);
         for (row, place) in rows.chunks_exact_mut(width.max(1)).zip(&places) {
@@ -170,6 +180,9 @@ pub fn concat(parts: &[AnyTensor], axis: isize) -> Result<AnyTensor> {
         shape[axis] += part.shape()[axis];
     }
     let len = room_for("concat", &shape)?;
+    if let Some(device) = first.device() {
+        return concat_on_device(device, parts, axis, shape);
+    }
     let mut around = Around::axis(&shape, axis);
     if len == 0 {
         around.outer = 0; // However many rows of nothing there are.
@@ -210,6 +223,18 @@ pub fn concat(parts: &[AnyTensor], axis: isize) -> Result<AnyTensor> {
         }
         Ok(())
     }))
+}
+
+/// Integers, and parts without elements, come to the host for it.
+fn concat_on_device(device: &Arc<Device>, parts: &[AnyTensor], axis: usize, shape: Vec<usize>) -> Result<AnyTensor> {
+    if matches!(parts[0].dtype(), Dtype::I32 | Dtype::I8) || shape.contains(&0) {
+        let copies = parts.iter().map(AnyTensor::on_host).collect::<Result<Vec<_>>>()?;
+        return concat(&copies, axis as isize)?.to_place(&parts[0].place());
+    }
+    let around = Around::axis(&shape, axis);
+    let widths: Vec<usize> = parts.iter().map(|part| part.shape()[axis] * around.inter).collect();
+    let parts: Vec<&AnyTensor> = parts.iter().collect();
+    cuda::concat(device, "concat", &parts, &widths, around.outer, shape)
 }
 
 /// The tensors along a new axis put in before `axis`; -1 puts it last.

@@ -3,12 +3,22 @@
 //! ranks that are known when it is compiled. Reshapes share the elements; the others copy.
 
 use super::any::AnyTensor;
-use super::operation::{map_elements, record};
+use super::cuda::generic as cuda;
+use super::operation::{map_elements, record, through_host};
 use super::shape::{View, axis_index, axis_indices, broadcast_shape, elements_of, room_for, strides_of};
 use crate::error::{Error, Result};
+use crate::kernels::element::Dtype;
 
-/// The elements that `view` names.
-fn viewed(x: &AnyTensor, view: View) -> AnyTensor {
+/// The elements that `view` names; those of i8 on a device, and views along more axes than kernels take, come to the host for it.
+fn viewed(op: &'static str, x: &AnyTensor, view: View) -> Result<AnyTensor> {
+    match (x.device(), x.dtype()) {
+        (None, _) => Ok(viewed_on_host(x, view)),
+        (Some(_), dtype) if dtype == Dtype::I8 || !cuda::can_view(&view) => through_host([x], |[x]| Ok(viewed_on_host(x, view))),
+        (Some(device), _) => cuda::viewed(device, op, x, view),
+    }
+}
+
+fn viewed_on_host(x: &AnyTensor, view: View) -> AnyTensor {
     let data = map_elements!(x.data(), values => view.read(values));
     let len = x.len();
     record(view.shape.clone(), data, &[x], move |gradient, sink| {
@@ -89,7 +99,7 @@ pub fn permute(x: &AnyTensor, axes: &[isize]) -> Result<AnyTensor> {
         strides: order.iter().map(|axis| strides[*axis]).collect(),
         offset: 0,
     };
-    Ok(viewed(x, view))
+    viewed("permute", x, view)
 }
 
 /// With two axes exchanged.
@@ -121,7 +131,7 @@ pub fn slice(x: &AnyTensor, axis: isize, start: isize, stop: Option<isize>, step
     }
     // One element or none is never stepped over, so that a huge step cannot overflow.
     view.strides[axis] *= if view.shape[axis] > 1 { step as isize } else { 1 };
-    Ok(viewed(x, view))
+    viewed("slice", x, view)
 }
 
 /// The elements at `index` of one axis, which is then gone; a negative index counts from the end.
@@ -136,7 +146,7 @@ pub fn select(x: &AnyTensor, axis: isize, index: isize) -> Result<AnyTensor> {
     let mut view = View::whole(x.shape());
     view.shape.remove(axis);
     view.offset = view.strides.remove(axis) as usize * (if index < 0 { index + size } else { index }) as usize;
-    Ok(viewed(x, view))
+    viewed("select", x, view)
 }
 
 /// With the elements of the given axes in opposite order.
@@ -150,7 +160,7 @@ pub fn flip(x: &AnyTensor, axes: &[isize]) -> Result<AnyTensor> {
             view.strides[axis] = -view.strides[axis];
         }
     }
-    Ok(viewed(x, view))
+    viewed("flip", x, view)
 }
 
 /// Repeated along axes of size 1 and along new leading axes, to `shape`. The gradient sums over the repetitions.
@@ -167,7 +177,7 @@ pub fn broadcast_to(x: &AnyTensor, shape: &[usize]) -> Result<AnyTensor> {
         });
     }
     room_for("broadcast_to", shape)?;
-    Ok(viewed(x, View::broadcast(x.shape(), shape)))
+    viewed("broadcast_to", x, View::broadcast(x.shape(), shape))
 }
 
 #[cfg(test)]
@@ -194,7 +204,7 @@ mod tests {
     fn integers_and_empty_tensors_move_too() {
         let x = integers(&[2, 2], &[1, 2, 3, (1 << 24) + 1]);
         let turned = transpose(&x, 0, 1).unwrap();
-        assert_eq!(super::super::operation::require_i32("", "", &turned).unwrap(), [1, 3, 2, (1 << 24) + 1]);
+        assert_eq!(super::super::operation::indices("", "", &turned, &turned).unwrap()[..], [1, 3, 2, (1 << 24) + 1]);
         let none = tensor(&[2, 0, 3], &[]);
         assert_eq!(permute(&none, &[1, 2, 0]).unwrap().shape(), [0, 3, 2]);
         assert_eq!(slice(&none, 0, 1, None, 1).unwrap().shape(), [1, 0, 3]);

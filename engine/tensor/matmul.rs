@@ -4,6 +4,7 @@
 //! Each element is summed along k in order, in f32, whatever the number of rows and threads.
 
 use super::any::AnyTensor;
+use super::cuda::generic as cuda;
 use super::operation::{as_f32, record_float, require_float, require_same};
 use super::shape::{View, broadcast_shape, room_for};
 use crate::error::{Error, Result};
@@ -104,6 +105,10 @@ pub fn matmul(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
         a.iter().zip(b.iter()).enumerate().map(|(out, (a, b))| Place { a: *a as usize, b: *b as usize, out }).collect()
     };
     let Sizes { m, k, n } = sizes;
+    if let Some(device) = a.device() {
+        let places = places.iter().map(|place| [place.a, place.b, place.out]).collect();
+        return cuda::matmul(device, (a, b), (m, k, n), places, shape);
+    }
     let at = |values: usize, index: usize| index * values..(index + 1) * values;
     let (left, right) = (a.data().clone(), b.data().clone());
     let mut out = Buffer::zeroed(out_len);

@@ -1,5 +1,5 @@
 //! What every operation of the generic mathematics shares: reading operands as f32, checking element types, and placing
-//! a result in the graph. Arithmetic is done in f32 for bf16 too; a bf16 result or gradient is rounded once, at the end.
+//! a result in the graph, and the way over the host of what has no form for devices. Arithmetic is done in f32 for bf16 too; a bf16 result or gradient is rounded once, at the end.
 //! Knows no single operation; each stands in its own file with its derivative.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
@@ -130,22 +130,58 @@ pub(super) fn require_float(op: &'static str, arg: &'static str, x: &AnyTensor) 
     }
 }
 
-/// Checks that `b` has the element type of `a`.
+/// Checks that `b` has the element type of `a`, and lies where it does.
 ///
-/// Errors: [`Error::Dtype`] otherwise; nothing is converted silently.
+/// Errors: [`Error::Dtype`] otherwise, nothing is converted silently; those of [`require_together`].
 pub(super) fn require_same(op: &'static str, arg: &'static str, a: &AnyTensor, b: &AnyTensor) -> Result<()> {
-    if a.dtype() == b.dtype() {
-        return Ok(());
+    if a.dtype() != b.dtype() {
+        return Err(Error::Dtype { op, arg, expected: a.dtype().name().into(), got: b.dtype().name().into() });
     }
-    Err(Error::Dtype { op, arg, expected: a.dtype().name().into(), got: b.dtype().name().into() })
+    require_together(op, arg, a, b)
 }
 
-/// Indices as i32, for argument `arg`.
+/// Checks that `b` lies where `a` does.
 ///
-/// Errors: [`Error::Dtype`] if `x` is not i32.
-pub(super) fn require_i32<'a>(op: &'static str, arg: &'static str, x: &'a AnyTensor) -> Result<&'a [i32]> {
+/// Errors: [`Error::Argument`] otherwise; nothing is moved silently.
+pub(super) fn require_together(op: &'static str, arg: &'static str, a: &AnyTensor, b: &AnyTensor) -> Result<()> {
+    let (place, other) = (a.place(), b.place());
+    if place.is(&other) {
+        return Ok(());
+    }
+    let expected = format!("a tensor on {place}, where the other one lies");
+    Err(Error::argument(op, arg, expected, format!("one on {other}; move it with :to(\"{place}\")")))
+}
+
+/// An operation without a form for devices: it runs on copies on the host, and its result goes to where the operands, which lie
+/// together, came from. So does its gradient. Waits for the device.
+///
+/// Errors: those of the operation and of the device.
+pub(super) fn through_host<const N: usize>(
+    operands: [&AnyTensor; N],
+    run: impl FnOnce(&[AnyTensor; N]) -> Result<AnyTensor>,
+) -> Result<AnyTensor> {
+    let place = operands[0].place();
+    let copies = operands.iter().map(|operand| operand.on_host()).collect::<Result<Vec<_>>>()?;
+    run(&copies.try_into().expect("as many copies as operands"))?.to_place(&place)
+}
+
+/// As [`through_host`], of an operation with two results.
+pub(super) fn pair_through_host(
+    x: &AnyTensor,
+    run: impl FnOnce(&AnyTensor) -> Result<(AnyTensor, AnyTensor)>,
+) -> Result<(AnyTensor, AnyTensor)> {
+    let (first, second) = run(&x.on_host()?)?;
+    Ok((first.to_place(&x.place())?, second.to_place(&x.place())?))
+}
+
+/// Indices as i32, for argument `arg`, which lies where `beside` does; those on a device are fetched, since they are checked.
+///
+/// Errors: [`Error::Dtype`] if `x` is not i32; those of [`require_together`].
+pub(super) fn indices<'a>(op: &'static str, arg: &'static str, beside: &AnyTensor, x: &'a AnyTensor) -> Result<Cow<'a, [i32]>> {
+    require_together(op, arg, beside, x)?;
     match x.data() {
-        AnyData::I32(data) => Ok(data.get()),
+        AnyData::I32(data) if data.device().is_some() => Ok(Cow::Owned(data.cuda().to_vec()?)),
+        AnyData::I32(data) => Ok(Cow::Borrowed(data.get())),
         _ => Err(Error::Dtype { op, arg, expected: "i32".into(), got: x.dtype().name().into() }),
     }
 }

@@ -1,10 +1,10 @@
 //! Order along an axis: sort, topk, argmax, argmin, and running sums. Plain loops of ours: dfdx has none of them.
 //! Values stay in the graph (through `gather`); indices are i32 and have no gradient. NaN counts as larger than all, as in
-//! torch; equal elements keep their order.
+//! torch; equal elements keep their order. What lies on a device comes to the host for all of these, and goes back.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
 use super::gather::gather;
-use super::operation::{as_f32, record_float, require_float};
+use super::operation::{as_f32, pair_through_host, record_float, require_float, through_host};
 use super::shape::{Around, axis_index};
 use super::typed::Data;
 use crate::error::{Error, Result};
@@ -74,6 +74,9 @@ fn sorted_indices(op: &'static str, x: &AnyTensor, axis: usize, descending: bool
 ///
 /// Errors: [`Error::Argument`] if there is no such axis.
 pub fn sort(x: &AnyTensor, axis: isize, descending: bool) -> Result<(AnyTensor, AnyTensor)> {
+    if x.device().is_some() {
+        return pair_through_host(x, |x| sort(x, axis, descending));
+    }
     let index = axis_index("sort", axis, x.rank())?;
     let order = sorted_indices("sort", x, index, descending, x.shape()[index])?;
     Ok((gather(x, axis, &order)?, order))
@@ -83,6 +86,9 @@ pub fn sort(x: &AnyTensor, axis: isize, descending: bool) -> Result<(AnyTensor, 
 ///
 /// Errors: [`Error::Argument`] if there is no such axis or it has fewer than `k` elements.
 pub fn topk(x: &AnyTensor, k: usize, axis: isize, largest: bool) -> Result<(AnyTensor, AnyTensor)> {
+    if x.device().is_some() {
+        return pair_through_host(x, |x| topk(x, k, axis, largest));
+    }
     let index = axis_index("topk", axis, x.rank())?;
     if k > x.shape()[index] {
         return Err(Error::argument("topk", "k", format!("at most {}, the size of axis {index}", x.shape()[index]), k));
@@ -92,6 +98,9 @@ pub fn topk(x: &AnyTensor, k: usize, axis: isize, largest: bool) -> Result<(AnyT
 }
 
 fn arg_best(op: &'static str, x: &AnyTensor, axis: Option<isize>, keepdim: bool, largest: bool) -> Result<AnyTensor> {
+    if x.device().is_some() {
+        return through_host([x], |[x]| arg_best(op, x, axis, keepdim, largest));
+    }
     let (around, shape) = match axis {
         Some(axis) => {
             let axis = axis_index(op, axis, x.rank())?;
@@ -145,6 +154,9 @@ pub fn argmin(x: &AnyTensor, axis: Option<isize>, keepdim: bool) -> Result<AnyTe
 ///
 /// Errors: [`Error::Dtype`] for i8; [`Error::Argument`] if there is no such axis, or an i32 sum does not fit.
 pub fn cumsum(x: &AnyTensor, axis: isize) -> Result<AnyTensor> {
+    if x.device().is_some() {
+        return through_host([x], |[x]| cumsum(x, axis));
+    }
     let axis = axis_index("cumsum", axis, x.rank())?;
     let around = Around::axis(x.shape(), axis);
     if let AnyData::I32(data) = x.data() {

@@ -34,6 +34,24 @@ pub enum Layout {
     Int8,
 }
 
+impl Layout {
+    /// Copies `rows` of what is kept in f32 beside a weight `[n, k]` of this layout to `values`, row-major.
+    pub fn unpack_f32(self, kept: &[f32], (n, k): (usize, usize), rows: Range<usize>, values: &mut [f32]) {
+        match self {
+            Self::Rows => values.copy_from_slice(&kept[rows.start * k..rows.end * k]),
+            Self::Panels | Self::Int8 => panels::unpack(kept, n, k, rows, values),
+        }
+    }
+
+    /// The way back of [`Layout::unpack_f32`]; other rows keep theirs.
+    pub fn pack_f32(self, kept: &mut [f32], (n, k): (usize, usize), rows: Range<usize>, values: &[f32]) {
+        match self {
+            Self::Rows => kept[rows.start * k..rows.end * k].copy_from_slice(values),
+            Self::Panels | Self::Int8 => panels::pack(kept, n, k, rows, values),
+        }
+    }
+}
+
 /// The value of a parameter.
 pub struct Value<E: ModelElement> {
     /// What the forward and backward products read.
@@ -275,36 +293,48 @@ impl<E: ModelElement> Parameter<E> {
         value.remainder.is_some() || value.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some())
     }
 
-    /// A copy of what completes a bf16 weight to its f32 master, in the order of the weight; none if there is none.
+    /// Copies `rows` of what completes a bf16 weight to its f32 master, row-major. Panics if there is none.
     ///
-    /// Errors: those of the device, here and where values are read below.
-    pub fn remainder(&self) -> Result<Option<Vec<i16>>> {
+    /// Errors: those of the device.
+    pub fn remainder_rows(&self, rows: Range<usize>, values: &mut [i16]) -> Result<()> {
         let value = self.read();
-        value.cuda.as_ref().map_or_else(|| Ok(value.remainder.clone()), DeviceValue::remainder_to_host)
+        match (&value.cuda, &value.remainder) {
+            (Some(cuda), _) => return cuda.read_remainder(rows.start * self.columns, values),
+            (None, Some(remainder)) => {
+                self.unpack(E::remainder_as_elements(remainder), rows, E::remainder_as_elements_mut(values));
+            }
+            (None, None) => panic!("{} has no remainder", self.name),
+        }
+        Ok(())
     }
 
-    /// Takes what training keeps beside the weight, in the layout of the weight and of the gradient. Panics if it has another
-    /// length.
+    /// Sets `rows` of the remainder; those of other rows are zero if there was none.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
-    pub fn set_training_state(&self, remainder: Option<Vec<i16>>, gradient: Option<Buffer<f32>>) -> Result<()> {
-        assert!(remainder.as_ref().is_none_or(|remainder| remainder.len() == self.weight_len()), "{}: remainder", self.name);
-        assert!(gradient.as_ref().is_none_or(|gradient| gradient.len() == self.gradient_len()), "{}: gradient", self.name);
+    pub fn write_remainder_rows(&self, rows: Range<usize>, values: &[i16]) -> Result<()> {
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        let had = guard.remainder.is_some() || guard.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some());
-        // A frozen weight has neither: it stays shared, and as it was.
-        if remainder.is_some() || had {
+        let value = Arc::make_mut(&mut guard);
+        if let Some(cuda) = &mut value.cuda {
+            cuda.remainder_mut()?.upload_at(rows.start * self.columns, values)?;
+        } else {
+            let remainder = value.remainder.get_or_insert_with(|| vec![0; value.weight.len()]);
+            self.pack(E::remainder_as_elements_mut(remainder), rows, E::remainder_as_elements(values));
+        }
+        self.version.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Forgets what training keeps beside the weight: the remainder and the gradient.
+    pub fn clear_training_state(&self) {
+        self.clear_gradient();
+        // A frozen weight has no remainder: it stays shared, and as it was.
+        if self.has_remainder() {
+            let mut guard = self.value.write().expect("nothing panics while a parameter is written");
             let value = Arc::make_mut(&mut guard);
-            match &mut value.cuda {
-                Some(cuda) => cuda.set_remainder(remainder.as_deref())?,
-                None => value.remainder = remainder,
-            }
+            value.remainder = None;
+            value.cuda.iter_mut().for_each(|cuda| cuda.remainder = None);
             self.version.fetch_add(1, Relaxed);
         }
-        let gradient = gradient.map(|gradient| Array::Host(gradient).moved_to(&self.place, GRADIENTS)).transpose()?;
-        *self.gradient.lock().expect("nothing panics while a gradient is written") = gradient;
-        self.gradients.fetch_add(1, Relaxed);
-        Ok(())
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -408,14 +438,30 @@ impl<E: ModelElement> Parameter<E> {
         let guard = self.gradient.lock().expect("nothing panics while a gradient is written");
         let Some(gradient) = guard.as_ref() else { return Ok(None) };
         let mut values = Buffer::scratch(rows.len() * self.columns);
-        match (gradient, self.layout) {
-            (Array::Cuda(gradient), _) => {
+        match gradient {
+            Array::Cuda(gradient) => {
                 gradient.download_at(rows.start * self.columns, &mut values)?;
             }
-            (Array::Host(gradient), Layout::Rows) => values.copy_from_slice(&gradient[rows.start * self.columns..rows.end * self.columns]),
-            (Array::Host(gradient), _) => panels::unpack(gradient, self.rows, self.columns, rows, &mut values),
+            Array::Host(gradient) => self.layout.unpack_f32(gradient, (self.rows, self.columns), rows, &mut values),
         }
         Ok(Some(values))
+    }
+
+    /// Sets `rows` of the gradient; those of other rows are zero if there was none.
+    ///
+    /// Errors: [`Error::Device`] if the device has no room.
+    pub fn write_gradient_rows(&self, rows: Range<usize>, values: &[f32]) -> Result<()> {
+        let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
+        if guard.is_none() {
+            *guard = Some(Array::zeroed(&self.place, GRADIENTS, self.gradient_len())?);
+        }
+        match guard.as_mut() {
+            Some(Array::Cuda(gradient)) => gradient.upload_at(rows.start * self.columns, values)?,
+            Some(Array::Host(gradient)) => self.layout.pack_f32(gradient, (self.rows, self.columns), rows, values),
+            None => unreachable!("it was made above"),
+        }
+        self.gradients.fetch_add(1, Relaxed);
+        Ok(())
     }
 
     /// Bytes of weight, remainder and gradient.

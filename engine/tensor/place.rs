@@ -1,5 +1,4 @@
-//! Where elements lie: on the host or on a GPU. `Place` names it, `Array` is elements at one. What scripts hold lies on the
-//! host always: a model's results come there, and on a device there are weights, activations and gradients alone.
+//! Where elements lie: on the host or on a GPU. `Place` names it, `Array` is elements at one.
 
 use crate::error::{Error, Result};
 use crate::kernels::buffer::{self, Buffer};

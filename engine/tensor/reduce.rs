@@ -3,6 +3,7 @@
 //!
 //! - By dfdx with its derivative: sum and mean. dfdx adds one by one in f32, so an axis is cut into blocks of [`BLOCK`],
 //!   added block by block: the error grows with the block and the number of blocks, not with the axis.
+//! - On a device by kernels of ours: sum, max and min; integers come to the host for it.
 //! - Composed of operations with their own derivatives: var, std, logsumexp (dfdx gives NaN where a row is -inf).
 //! - Ours: max and min (dfdx drops NaN, and gives each of several equal maxima the whole gradient; here they share it
 //!   evenly, as torch's `amax` does), and i32.
@@ -10,16 +11,18 @@
 //! Reductions of nothing are torch's: a sum is 0, a mean or variance NaN, logsumexp -inf, max and min are errors.
 
 use super::any::{AnyData, AnyTensor, TensorElement};
-use super::arithmetic::{add, sub};
+use super::arithmetic::{add, div, sub};
 use super::convert::to_dtype;
+use super::cuda::generic::{self as cuda, Expression};
 use super::dfdx_tape;
 use super::elementwise::{exp, log, square};
 use super::index::permute;
-use super::operation::{as_f32, record_float, require_float};
+use super::operation::{as_f32, record_float, require_float, through_host};
 use super::shape::{Around, axis_indices};
 use super::typed::Data;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::cuda::generic::Reduction;
 use crate::kernels::element::Dtype;
 use dfdx::shapes::Axis;
 use dfdx::tensor_ops::SumTo;
@@ -57,10 +60,17 @@ fn plan(op: &'static str, x: &AnyTensor, axes: Option<&[isize]>, keepdim: bool) 
     Ok(Plan { x, around, shape })
 }
 
-/// The sum along the axis, divided by `divisor`.
-fn sum_by_dfdx(op: &'static str, plan: Plan, divisor: f32) -> Result<AnyTensor> {
-    let Plan { x, around: Around { outer, axis, inter }, shape } = plan;
+/// The sum along the axis, divided by `divisor`; on the host by dfdx.
+fn summed(op: &'static str, plan: Plan, divisor: f32) -> Result<AnyTensor> {
+    let Plan { x, around, shape } = plan;
     let dtype = require_float(op, "x", &x)?;
+    if let Some(device) = x.device() {
+        // Divided before the result is rounded, if it is bf16.
+        let total = cuda::sum(device, op, &to_dtype(&x, Dtype::F32)?, around, shape)?;
+        let quotient = if divisor == 1.0 { total } else { div(&total, &cuda::scalar(device, divisor)?)? };
+        return to_dtype(&quotient, dtype);
+    }
+    let Around { outer, axis, inter } = around;
     if x.is_empty() {
         let mut out = Buffer::scratch(shape.iter().product());
         out.fill(0.0 / divisor);
@@ -98,10 +108,10 @@ fn sum_by_dfdx(op: &'static str, plan: Plan, divisor: f32) -> Result<AnyTensor> 
 /// Errors: [`Error::Dtype`] for i8; [`Error::Argument`] for an axis that is not there, or an i32 sum that does not fit.
 pub fn sum(x: &AnyTensor, axes: Option<&[isize]>, keepdim: bool) -> Result<AnyTensor> {
     let plan = plan("sum", x, axes, keepdim)?;
-    if let AnyData::I32(data) = plan.x.data() {
-        return integers("sum", &plan, data.get(), 0, |sum, value| sum + value);
+    if plan.x.dtype() == Dtype::I32 {
+        return integers("sum", &plan, 0, |sum, value| sum + value);
     }
-    sum_by_dfdx("sum", plan, 1.0)
+    summed("sum", plan, 1.0)
 }
 
 /// The mean over `axes`; as [`sum`]. NaN for no elements.
@@ -110,7 +120,7 @@ pub fn sum(x: &AnyTensor, axes: Option<&[isize]>, keepdim: bool) -> Result<AnyTe
 pub fn mean(x: &AnyTensor, axes: Option<&[isize]>, keepdim: bool) -> Result<AnyTensor> {
     let plan = plan("mean", x, axes, keepdim)?;
     let count = plan.around.axis as f32;
-    sum_by_dfdx("mean", plan, count)
+    summed("mean", plan, count)
 }
 
 /// The variance over `axes`: squared distances from the mean, summed and divided by the count less `correction` (1 for
@@ -124,8 +134,10 @@ pub fn var(x: &AnyTensor, axes: Option<&[isize]>, correction: usize, keepdim: bo
     let centred = square(&sub(&x, &mean(&x, axes, true)?)?)?;
     let plan = plan("var", &centred, axes, keepdim)?;
     let divisor = plan.around.axis.saturating_sub(correction) as f32;
-    to_dtype(&sum_by_dfdx("var", plan, divisor)?, dtype)
+    to_dtype(&summed("var", plan, divisor)?, dtype)
 }
+
+const ROOT: Expression = Expression { value: "sqrtf(x0)", derivatives: &[Some("x0 == 0.0f ? 0.0f : x1 / (2.0f * sqrtf(x0))")] };
 
 /// The square root of [`var`]. Where that is 0 the gradient is 0, as in torch.
 ///
@@ -133,6 +145,10 @@ pub fn var(x: &AnyTensor, axes: Option<&[isize]>, correction: usize, keepdim: bo
 pub fn std(x: &AnyTensor, axes: Option<&[isize]>, correction: usize, keepdim: bool) -> Result<AnyTensor> {
     let dtype = require_float("std", "x", x)?;
     let variance = var(&to_dtype(x, Dtype::F32)?, axes, correction, keepdim)?;
+    if let Some(device) = variance.device() {
+        let root = cuda::map(device, "std", ROOT, &[&variance], variance.shape().to_vec(), Dtype::F32)?;
+        return to_dtype(&root, dtype);
+    }
     let saved = variance.data().clone();
     let mut values = Buffer::copy_of(&as_f32(&saved));
     values.iter_mut().for_each(|v| *v = v.sqrt());
@@ -146,6 +162,17 @@ pub fn std(x: &AnyTensor, axes: Option<&[isize]>, correction: usize, keepdim: bo
     to_dtype(&root, dtype)
 }
 
+/// Zeros in place of infinities.
+fn without_infinities(x: &AnyTensor) -> Result<AnyTensor> {
+    if let Some(device) = x.device() {
+        let finite = Expression { value: "fabsf(x0) == INFINITE ? 0.0f : x0", derivatives: &[None] };
+        return cuda::map(device, "logsumexp", finite, &[x], x.shape().to_vec(), Dtype::F32);
+    }
+    let mut values = Buffer::copy_of(&as_f32(x.data()));
+    values.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = 0.0);
+    Ok(AnyTensor::from_parts(x.shape().to_vec(), f32::wrap(Data::ready(values)), None))
+}
+
 /// log(sum(e^x)) over `axes`, without overflow; -inf for no elements.
 ///
 /// Errors: as [`mean`].
@@ -157,10 +184,7 @@ pub fn logsumexp(x: &AnyTensor, axes: Option<&[isize]>, keepdim: bool) -> Result
         return to_dtype(&log(&sum(&exp(&x)?, axes, keepdim)?)?, dtype);
     } else {
         // A constant: its derivatives cancel. An infinite maximum is no shift, for inf - inf is NaN.
-        let largest = max(&x.detach(), axes, true)?;
-        let mut values = Buffer::copy_of(&as_f32(largest.data()));
-        values.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = 0.0);
-        AnyTensor::from_parts(largest.shape().to_vec(), f32::wrap(Data::ready(values)), None)
+        without_infinities(&max(&x.detach(), axes, true)?)?
     };
     let logs = log(&sum(&exp(&sub(&x, &shift)?)?, axes, keepdim)?)?;
     to_dtype(&add(&logs, &shift.with_shape(shape))?, dtype)
@@ -194,13 +218,17 @@ fn best(
     if plan.around.axis == 0 && len > 0 {
         return Err(Error::Shape { op, arg: "x", expected: "with an element to choose".into(), got: format!("{:?}", x.shape()) });
     }
-    if let AnyData::I32(data) = plan.x.data() {
+    if plan.x.dtype() == Dtype::I32 {
         let none = better_integer(i64::MAX, i64::MIN);
         // The worst value loses against every element.
-        return integers(op, &plan, data.get(), if none == i64::MAX { i64::MIN } else { i64::MAX }, better_integer);
+        return integers(op, &plan, if none == i64::MAX { i64::MIN } else { i64::MAX }, better_integer);
     }
     let dtype = require_float(op, "x", &plan.x)?;
     let Plan { x, around, shape } = plan;
+    if let Some(device) = x.device() {
+        let reduction = if better(1.0, 0.0) { Reduction::MAX } else { Reduction::MIN };
+        return cuda::best(device, op, reduction, &x, around, shape);
+    }
     let saved = x.data().clone();
     let places = move |at: usize| {
         let first = (at / around.inter) * around.axis * around.inter + at % around.inter;
@@ -229,8 +257,14 @@ fn best(
     }))
 }
 
-/// A reduction of integers, in i64, whose results must fit i32.
-fn integers(op: &'static str, plan: &Plan, values: &[i32], start: i64, f: fn(i64, i64) -> i64) -> Result<AnyTensor> {
+/// A reduction of integers, in i64, whose results must fit i32. Those on a device come to the host for it.
+fn integers(op: &'static str, plan: &Plan, start: i64, f: fn(i64, i64) -> i64) -> Result<AnyTensor> {
+    if plan.x.device().is_some() {
+        let here = |[x]: &[AnyTensor; 1]| integers(op, &Plan { x: x.clone(), around: plan.around, shape: plan.shape.clone() }, start, f);
+        return through_host([&plan.x], here);
+    }
+    let AnyData::I32(data) = plan.x.data() else { panic!("{op}: integers of {}", plan.x.dtype()) };
+    let values = data.get();
     let Around { axis, inter, .. } = plan.around;
     let mut out = Buffer::scratch(plan.shape.iter().product());
     for (at, out) in out.iter_mut().enumerate() {

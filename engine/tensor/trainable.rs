@@ -7,7 +7,16 @@ use super::place::Place;
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::AdamW;
-use crate::kernels::cpu::{norm, panels};
+use crate::kernels::cpu::norm;
+use std::ops::Range;
+
+/// A tensor of a checkpoint: which rows of a parameter it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorRows {
+    /// For example `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    pub rows: Range<usize>,
+}
 
 /// A parameter of any element type, as optimizers see it.
 pub trait Trainable: Send + Sync {
@@ -25,6 +34,8 @@ pub trait Trainable: Send + Sync {
     fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) -> Result<()>;
     fn has_gradient(&self) -> bool;
     fn clear_gradient(&self);
+    /// Bytes of the remainders that its first update makes; 0 if they are there, or it needs none.
+    fn remainder_bytes_to_come(&self) -> usize;
     /// Where it lies, and its moments should.
     fn place(&self) -> &Place;
     /// Holds it for an update on its device, after which the gradient is gone; none without a gradient. Panics on the host.
@@ -82,6 +93,10 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         Parameter::clear_gradient(self);
     }
 
+    fn remainder_bytes_to_come(&self) -> usize {
+        if E::HAS_REMAINDER && !self.has_remainder() { 2 * self.weight_len() } else { 0 }
+    }
+
     fn place(&self) -> &Place {
         Parameter::place(self)
     }
@@ -115,10 +130,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         for rows in self.row_blocks() {
             let mut block = Buffer::<f32>::scratch(rows.len() * self.columns);
             self.read_rows(rows.clone(), &mut block)?;
-            match self.layout {
-                Layout::Rows => values[rows.start * self.columns..rows.end * self.columns].copy_from_slice(&block),
-                Layout::Panels | Layout::Int8 => panels::pack(values, self.rows, self.columns, rows, &block),
-            }
+            self.layout.pack_f32(values, (self.rows, self.columns), rows, &block);
         }
         Ok(())
     }
@@ -129,10 +141,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
             let len = rows.len() * self.columns;
             let (mut values, mut step) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
             self.read_rows(rows.clone(), &mut values)?;
-            match self.layout {
-                Layout::Rows => step.copy_from_slice(&delta[rows.start * self.columns..rows.end * self.columns]),
-                Layout::Panels | Layout::Int8 => panels::unpack(delta, self.rows, self.columns, rows.clone(), &mut step),
-            }
+            self.layout.unpack_f32(delta, (self.rows, self.columns), rows.clone(), &mut step);
             norm::add(&mut values, &step);
             norm::scale(&mut values, scale);
             self.write_rows(rows, &values, E::HAS_REMAINDER)?;

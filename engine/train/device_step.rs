@@ -33,7 +33,7 @@ impl DeviceStep {
         // Holding the parameters takes the gradients out; they are freed when this function ends.
         let mut held = Vec::new();
         for slot in slots.iter_mut() {
-            let Slot { parameter, moments, updates } = slot;
+            let Slot { parameter, moments, updates, .. } = slot;
             if let Some(locked) = parameter.lock_update()? {
                 let Some((Array::Cuda(m), Array::Cuda(v))) = moments else {
                     panic!("{}: moments on the host of a parameter on a device", parameter.name());

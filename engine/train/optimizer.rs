@@ -10,7 +10,7 @@ use crate::kernels::cpu::adamw::AdamW as Update;
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::online_merge::adam_update;
 use crate::tensor::place::Array;
-use crate::tensor::trainable::Trainable;
+use crate::tensor::trainable::{TensorRows, Trainable};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -86,6 +86,12 @@ impl Settings {
 }
 
 impl Slot {
+    fn new(parameter: Arc<dyn Trainable>) -> Self {
+        let rows = 0..parameter.count() / parameter.columns().max(1);
+        let tensors = Arc::new([TensorRows { name: parameter.name().into(), rows }]);
+        Self { parameter, tensors, moments: None, updates: 0 }
+    }
+
     /// Makes the moments, zeros, where the parameter lies, if they are not there.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
@@ -101,6 +107,8 @@ impl Slot {
 /// One parameter and its moments, which come with its first gradient.
 pub(super) struct Slot {
     pub parameter: Arc<dyn Trainable>,
+    /// What it is in files.
+    pub tensors: Arc<[TensorRows]>,
     pub moments: Option<(Array<f32>, Array<f32>)>,
     /// Updates of this very parameter, for its bias correction.
     pub updates: u64,
@@ -130,7 +138,7 @@ impl AdamW {
     /// Errors: those of [`Settings::check`]; [`Error::Argument`] if no parameter trains, or if they lie at several places.
     pub fn new(parameters: Vec<Arc<dyn Trainable>>, settings: Settings) -> Result<Self> {
         settings.check()?;
-        let slots: Vec<Slot> = parameters.into_iter().map(|parameter| Slot { parameter, moments: None, updates: 0 }).collect();
+        let slots: Vec<Slot> = parameters.into_iter().map(Slot::new).collect();
         if !slots.iter().any(|slot| slot.parameter.trains()) {
             return Err(Error::argument("adamw", "parameters", "at least one that trains", "none; is the model frozen?"));
         }
@@ -141,6 +149,14 @@ impl AdamW {
         }
         let on_device = place.device().map(DeviceStep::new).transpose()?;
         Ok(Self { settings, slots, steps: 0, skipped: 0, merge: None, on_device })
+    }
+
+    /// The same optimizer, whose moments are written by the names of tensors: for each parameter those that it is made of. Without
+    /// it a parameter is one tensor.
+    pub fn naming(mut self, tensors: Vec<Vec<TensorRows>>) -> Self {
+        assert_eq!(tensors.len(), self.slots.len(), "names for each parameter");
+        self.slots.iter_mut().zip(tensors).for_each(|(slot, tensors)| slot.tensors = tensors.into());
+        self
     }
 
     /// The same optimizer, whose updates are merged with task vectors.
@@ -180,6 +196,17 @@ impl AdamW {
 
     pub(super) fn set_counts(&mut self, steps: u64, skipped: u64) {
         (self.steps, self.skipped) = (steps, skipped);
+    }
+
+    /// Bytes that steps will keep and have not asked for yet: moments and remainders; and those of gradients that are not there.
+    pub fn bytes_to_come(&self) -> (u64, u64) {
+        let training = self.slots.iter().filter(|slot| slot.parameter.trains());
+        training.fold((0, 0), |(kept, gradients), slot| {
+            let len = 4 * slot.parameter.gradient_len() as u64;
+            let moments = if slot.moments.is_none() { 2 * len } else { 0 };
+            let gradient = if slot.parameter.has_gradient() { 0 } else { len };
+            (kept + moments + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
+        })
     }
 
     /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,
@@ -228,7 +255,7 @@ impl AdamW {
             applied = true;
             slot.updates += 1;
             slot.make_moments()?;
-            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), updates } = slot else {
+            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), updates, .. } = slot else {
                 panic!("{}: moments on a device of a parameter on the host", slot.parameter.name());
             };
             let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);

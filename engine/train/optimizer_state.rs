@@ -1,4 +1,5 @@
-//! The state of AdamW as a value: copied in memory, written to a folder, put back to the bit.
+//! The state of AdamW as a value: copied in memory, written to a folder, put back to the bit. Files hold rows of tensors, so that
+//! a run goes on wherever its model then lies.
 
 use super::optimizer::{AdamW, MOMENTS, Settings, Slot};
 use crate::checkpoint::safetensors::SafetensorsFile;
@@ -6,16 +7,31 @@ use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::tensor::parameter::Layout;
 use crate::tensor::place::Array;
+use crate::tensor::trainable::TensorRows;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Counters, settings and moments of an optimizer.
 pub struct AdamWState {
     counts: Counts,
-    /// By the name of the parameter.
-    moments: BTreeMap<String, (Buffer<f32>, Buffer<f32>)>,
+    /// By the name of the parameter, with its updates.
+    moments: BTreeMap<String, Moments>,
+}
+
+#[derive(Clone)]
+struct Moments {
+    m: Buffer<f32>,
+    v: Buffer<f32>,
+    updates: u64,
+    /// How they lie: that of the parameter, its shape, and what of it is which tensor.
+    layout: Layout,
+    shape: (usize, usize),
+    tensors: Arc<[TensorRows]>,
 }
 
 /// All but the moments: `adamw.json`.
@@ -24,56 +40,82 @@ struct Counts {
     settings: Settings,
     steps: u64,
     skipped: u64,
-    /// Updates of each parameter that had any.
+    /// Updates of each tensor that had any.
     updates: BTreeMap<String, u64>,
 }
 
 const STEM: &str = "adamw";
 
+/// f32 values that are read or written at a time.
+const BLOCK_VALUES: usize = 1 << 20;
+
+/// Ranges of about [`BLOCK_VALUES`] values.
+fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = (BLOCK_VALUES / columns.max(1)).next_multiple_of(32);
+    (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
+}
+
+impl Moments {
+    fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
+        let TensorRows { name, rows } = tensor;
+        for (part, kept) in [("m", &self.m), ("v", &self.v)] {
+            for block in blocks(rows.len(), self.shape.1) {
+                let mut values = Buffer::scratch(block.len() * self.shape.1);
+                self.layout.unpack_f32(kept, self.shape, rows.start + block.start..rows.start + block.end, &mut values);
+                writer.write(&format!("{name}.{part}"), &values[..])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The rows of `part` of the moments of `slot` that the file has, in the layout of the parameter; others are zero.
+fn read(file: &SafetensorsFile, slot: &Slot, part: &str) -> Result<Buffer<f32>> {
+    let parameter = &slot.parameter;
+    let (columns, mut kept) = (parameter.columns(), Buffer::zeroed(parameter.gradient_len()));
+    let shape = (parameter.count() / columns.max(1), columns);
+    for TensorRows { name, rows } in slot.tensors.iter() {
+        let name = format!("{name}.{part}");
+        if file.get(&name).is_none() {
+            continue;
+        }
+        for block in blocks(rows.len(), columns) {
+            let mut values = Buffer::<f32>::scratch(block.len() * columns);
+            file.read_rows(&name, block.clone(), &mut values)?;
+            parameter.layout().pack_f32(&mut kept, shape, rows.start + block.start..rows.start + block.end, &values);
+        }
+    }
+    Ok(kept)
+}
+
 impl AdamWState {
     /// Bytes of the moments.
     pub fn bytes(&self) -> u64 {
-        self.moments.values().map(|(m, v)| ((m.len() + v.len()) * 4) as u64).sum()
+        self.moments.values().map(|moments| ((moments.m.len() + moments.v.len()) * 4) as u64).sum()
     }
 
-    /// Writes the folder `target`: `adamw.safetensors` and `adamw.json`. Errors: those of [`FolderWriter`].
+    /// Writes the folder `target`: `adamw.safetensors`, by the names of tensors and row-major, and `adamw.json`. Errors: those of
+    /// [`FolderWriter`].
     pub fn save(&self, target: &Path) -> Result<()> {
-        let spec = |name: &str, part: &str, values: &Buffer<f32>| TensorSpec {
-            name: format!("{name}.{part}"),
-            dtype: StoredDtype::F32,
-            shape: vec![values.len()],
-        };
-        let specs = self.moments.iter().flat_map(|(name, (m, v))| [spec(name, "m", m), spec(name, "v", v)]).collect();
+        let pairs = self.moments.values().flat_map(|moments| moments.tensors.iter().map(move |tensor| (tensor, moments)));
+        let mut tensors: Vec<(&TensorRows, &Moments)> = pairs.collect();
+        // One order, however tensors are parts of parameters here.
+        tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        let mut specs = Vec::new();
+        let mut counts = self.counts.clone();
+        for (TensorRows { name, rows }, moments) in &tensors {
+            counts.updates.insert(name.clone(), moments.updates);
+            let shape = vec![rows.len(), moments.shape.1];
+            specs.extend(["m", "v"].map(|part| TensorSpec {
+                name: format!("{name}.{part}"),
+                dtype: StoredDtype::F32,
+                shape: shape.clone(),
+            }));
+        }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
-        for (name, (m, v)) in &self.moments {
-            writer.write(&format!("{name}.m"), &m[..])?;
-            writer.write(&format!("{name}.v"), &v[..])?;
-        }
-        writer.add_json("adamw.json", &serde_json::to_value(&self.counts).expect("plain data becomes JSON"))?;
+        tensors.iter().try_for_each(|(tensor, moments)| moments.write(tensor, &mut writer))?;
+        writer.add_json("adamw.json", &serde_json::to_value(&counts).expect("plain data becomes JSON"))?;
         writer.finish()
-    }
-
-    /// Reads what [`Self::save`] wrote. Errors: [`Error::Format`] names file and tensor; [`Error::Io`].
-    pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("adamw.json");
-        let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
-        let counts: Counts = serde_json::from_str(&text)
-            .map_err(|error| Error::format(&path, "optimizer", "counters and settings of AdamW", error.to_string()))?;
-        let file = SafetensorsFile::open(&folder.join("adamw.safetensors"))?;
-        let read = |name: String| -> Result<Buffer<f32>> {
-            let info = file.find(&name)?;
-            let shape = info.shape.clone();
-            file.expect(&name, &shape)?;
-            let values: Vec<f32> = file.read_floats(&name)?;
-            Ok(Buffer::copy_of(&values))
-        };
-        let moments = counts.updates.keys().map(|name| Ok((name.clone(), (read(format!("{name}.m"))?, read(format!("{name}.v"))?))));
-        let moments = moments.collect::<Result<BTreeMap<_, _>>>()?;
-        if file.tensors().len() != 2 * moments.len() {
-            let expected = format!("{} moments, as adamw.json lists", 2 * moments.len());
-            return Err(Error::format(file.path(), "tensors", expected, format!("{}", file.tensors().len())));
-        }
-        Ok(Self { counts, moments })
     }
 }
 
@@ -83,60 +125,80 @@ impl AdamW {
     ///
     /// Errors: those of the device.
     pub fn state(&self) -> Result<AdamWState> {
-        let slots = || self.slots.iter().filter_map(|slot| Some((slot.parameter.name().to_string(), slot, slot.moments.as_ref()?)));
-        let counts = Counts {
-            settings: self.settings(),
-            steps: self.steps(),
-            skipped: self.skipped(),
-            updates: slots().map(|(name, slot, _)| (name, slot.updates)).collect(),
-        };
-        let moments = slots().map(|(name, _, (m, v))| Ok((name, (m.to_host()?, v.to_host()?)))).collect::<Result<_>>()?;
-        Ok(AdamWState { counts, moments })
+        let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
+        let mut kept = BTreeMap::new();
+        for Slot { parameter, tensors, moments, updates } in &self.slots {
+            if let Some((m, v)) = moments {
+                let (layout, tensors, columns) = (parameter.layout(), tensors.clone(), parameter.columns());
+                let shape = (parameter.count() / columns.max(1), columns);
+                let moments = Moments { m: m.to_host()?, v: v.to_host()?, updates: *updates, layout, shape, tensors };
+                kept.insert(parameter.name().to_string(), moments);
+            }
+        }
+        Ok(AdamWState { counts, moments: kept })
     }
 
-    /// Goes on from `state`.
+    /// Goes on from what [`AdamWState::save`] wrote, wherever its parameters lay; they come one by one. A parameter of several
+    /// tensors takes the largest of their numbers of updates: experts that are one matrix here may have been many there.
     ///
-    /// Errors: [`Error::Argument`] if it is that of other parameters; nothing changes then.
-    pub fn restore(&mut self, state: AdamWState) -> Result<()> {
-        self.check(&state)?;
-        let AdamWState { counts, mut moments } = state;
-        self.go_on(&counts, |name| moments.remove(name))
-    }
-
-    /// As [`Self::restore`], from a state that stays.
-    ///
-    /// Errors: as there.
-    pub fn copy_from(&mut self, state: &AdamWState) -> Result<()> {
-        self.check(state)?;
-        self.go_on(&state.counts, |name| state.moments.get(name).cloned())
-    }
-
-    fn check(&self, state: &AdamWState) -> Result<()> {
-        let lengths: BTreeMap<&str, usize> = self.slots.iter().map(|slot| (slot.parameter.name(), slot.parameter.gradient_len())).collect();
-        for (name, (m, v)) in &state.moments {
-            let expected = lengths.get(name.as_str()).copied();
-            if expected != Some(m.len()) || expected != Some(v.len()) {
-                let at_place = "as a model at this place keeps them; resume where the checkpoint was made";
-                let expected = expected.map_or("a parameter of the model".to_string(), |len| format!("{len} values"));
-                let expected = format!("{expected}, {at_place}");
-                return Err(Error::argument("adamw", format!("moments of {name}"), expected, format!("{} values", m.len())));
+    /// Errors: [`Error::Format`] names file and tensor if it is the state of other parameters, and nothing changes then;
+    /// [`Error::Io`].
+    pub fn load(&mut self, folder: &Path) -> Result<()> {
+        let path = folder.join("adamw.json");
+        let text = std::fs::read_to_string(&path).map_err(|error| Error::io(&path, "read", error))?;
+        let counts: Counts = serde_json::from_str(&text)
+            .map_err(|error| Error::format(&path, "optimizer", "counters and settings of AdamW", error.to_string()))?;
+        let file = SafetensorsFile::open(&folder.join("adamw.safetensors"))?;
+        let mut known = 0;
+        for slot in &self.slots {
+            for TensorRows { name, rows } in slot.tensors.iter().filter(|tensor| counts.updates.contains_key(&tensor.name)) {
+                for part in ["m", "v"] {
+                    file.expect(&format!("{name}.{part}"), &[rows.len(), slot.parameter.columns()])?;
+                }
+                known += 1;
+            }
+        }
+        if (known, 2 * known) != (counts.updates.len(), file.tensors().len()) {
+            let expected = format!("moments of {known} tensors, which the model has and adamw.json lists");
+            let got = format!("{} moments, and {} tensors in adamw.json", file.tensors().len(), counts.updates.len());
+            return Err(Error::format(file.path(), "tensors", expected, got));
+        }
+        self.set(counts.settings)?;
+        self.set_counts(counts.steps, counts.skipped);
+        for slot in &mut self.slots {
+            let updates = slot.tensors.iter().filter_map(|tensor| counts.updates.get(&tensor.name)).max().copied();
+            slot.updates = updates.unwrap_or(0);
+            slot.moments = None;
+            if updates.is_some() {
+                let (m, v) = (read(&file, slot, "m")?, read(&file, slot, "v")?);
+                slot.moments = Some((slot.at_place(m)?, slot.at_place(v)?));
             }
         }
         Ok(())
     }
 
-    fn go_on(&mut self, counts: &Counts, mut moments_of: impl FnMut(&str) -> Option<(Buffer<f32>, Buffer<f32>)>) -> Result<()> {
-        self.set(counts.settings)?;
-        self.set_counts(counts.steps, counts.skipped);
+    /// Goes on from a state of the same parameters, which stays.
+    ///
+    /// Errors: those of the settings, and of the device. Panics for a state of other parameters.
+    pub fn copy_from(&mut self, state: &AdamWState) -> Result<()> {
+        self.set(state.counts.settings)?;
+        self.set_counts(state.counts.steps, state.counts.skipped);
         for slot in &mut self.slots {
-            let Slot { parameter, moments: slot_moments, updates } = slot;
-            let at_place = |moment| Array::Host(moment).moved_to(parameter.place(), MOMENTS);
-            *slot_moments = match moments_of(parameter.name()) {
-                Some((m, v)) => Some((at_place(m)?, at_place(v)?)),
+            let moments = state.moments.get(slot.parameter.name()).cloned();
+            slot.updates = moments.as_ref().map_or(0, |moments| moments.updates);
+            slot.moments = match moments {
+                Some(Moments { m, v, .. }) => Some((slot.at_place(m)?, slot.at_place(v)?)),
                 None => None,
             };
-            *updates = counts.updates.get(parameter.name()).copied().unwrap_or(0);
         }
         Ok(())
+    }
+}
+
+impl Slot {
+    /// Moments in the layout of the parameter, where it lies.
+    fn at_place(&self, moments: Buffer<f32>) -> Result<Array<f32>> {
+        assert_eq!(moments.len(), self.parameter.gradient_len(), "{}: moments of another parameter", self.parameter.name());
+        Array::Host(moments).moved_to(self.parameter.place(), MOMENTS)
     }
 }

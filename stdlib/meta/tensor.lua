@@ -1,5 +1,5 @@
 ---@meta
---- Tensors. Elements are f32 unless `dtype` says else. Axes count from 0, negative ones from the end; so do indices.
+--- Tensors. Elements are f32 on the CPU unless `dtype` and `device` say else. Axes count from 0, negative ones from the end; so do indices.
 --- Operators: + - * / ^ % // and unary - between tensors, or a tensor and a number; shapes broadcast as numpy's do.
 
 ---@class engine.tensor
@@ -7,6 +7,7 @@ local tensor = {}
 
 ---@class engine.Tensor
 ---@field count integer elements
+---@field device string "cpu", or "cuda:0" and on; results of operations lie where their operands do, which must lie together
 ---@field dtype "f32"|"bf16"|"i32"|"i8"
 ---@field grad engine.Tensor? what backward left here
 ---@field rank integer axes
@@ -21,15 +22,16 @@ local tensor = {}
 ---@operator unm: engine.Tensor
 local Tensor = {}
 
----@class engine.DtypeOption
+---@class engine.TensorOptions
 ---@field dtype? "f32"|"bf16"|"i32"|"i8" default "f32"
+---@field device? string "cpu" (default), "cuda", "cuda:1" or "auto"
 
 --- Numbers from `start` to below `stop`.
 ---
 --- Example: engine.tensor.arange(0, 10, { dtype = "i32" })
 ---@param start number
 ---@param stop number
----@param options? { step?: number, dtype?: string } step: default 1
+---@param options? { step?: number, dtype?: string, device?: string } step: default 1
 ---@return engine.Tensor values [count]
 function tensor.arange(start, stop, options) end
 
@@ -45,7 +47,7 @@ function tensor.concat(parts, axis) end
 ---
 --- Example: engine.tensor.eye(3)
 ---@param size integer
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor matrix [size, size]
 function tensor.eye(size, options) end
 
@@ -54,7 +56,7 @@ function tensor.eye(size, options) end
 --- Example: engine.tensor.full({ 2, 3 }, 0.5)
 ---@param shape integer[]
 ---@param value number
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor filled
 function tensor.full(shape, value, options) end
 
@@ -64,7 +66,7 @@ function tensor.full(shape, value, options) end
 ---@param start number
 ---@param stop number
 ---@param count integer
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor values [count]
 function tensor.linspace(start, stop, count, options) end
 
@@ -72,7 +74,7 @@ function tensor.linspace(start, stop, count, options) end
 ---
 --- Example: engine.tensor.new { { 1, 2 }, { 3, 4 } }
 ---@param values number|table
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor tensor
 function tensor.new(values, options) end
 
@@ -87,7 +89,7 @@ function tensor.no_grad(body) end
 ---
 --- Example: engine.tensor.ones({ 2, 3 })
 ---@param shape integer[]
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor ones
 function tensor.ones(shape, options) end
 
@@ -95,7 +97,7 @@ function tensor.ones(shape, options) end
 ---
 --- Example: engine.tensor.rand({ 4 })
 ---@param shape integer[]
----@param options? { dtype?: "f32"|"bf16" }
+---@param options? { dtype?: "f32"|"bf16", device?: string }
 ---@return engine.Tensor values
 function tensor.rand(shape, options) end
 
@@ -105,14 +107,15 @@ function tensor.rand(shape, options) end
 ---@param low integer
 ---@param high integer
 ---@param shape integer[]
+---@param options? { device?: string }
 ---@return engine.Tensor values i32
-function tensor.randint(low, high, shape) end
+function tensor.randint(low, high, shape, options) end
 
 --- Normal with mean 0 and variance 1, from the run's seed.
 ---
 --- Example: engine.tensor.randn({ 4, 4 }) * 0.02
 ---@param shape integer[]
----@param options? { dtype?: "f32"|"bf16" }
+---@param options? { dtype?: "f32"|"bf16", device?: string }
 ---@return engine.Tensor values
 function tensor.randn(shape, options) end
 
@@ -137,7 +140,7 @@ function tensor.where(mask, a, b) end
 ---
 --- Example: engine.tensor.zeros({ 2, 3 }, { dtype = "bf16" })
 ---@param shape integer[]
----@param options? engine.DtypeOption
+---@param options? engine.TensorOptions
 ---@return engine.Tensor zeros
 function tensor.zeros(shape, options) end
 
@@ -586,12 +589,12 @@ function Tensor:sum(axis, options) end
 ---@return engine.Tensor result
 function Tensor:tanh() end
 
---- The same values in another element type.
+--- The same values in another element type, or on another device; still in the graph.
 ---
---- Example: x:to("bf16")
----@param dtype "f32"|"bf16"|"i32"|"i8"
+--- Example: x:to("bf16"); y:to("cuda")
+---@param dtype_or_device "f32"|"bf16"|"i32"|"i8"|"cpu"|"cuda"|string
 ---@return engine.Tensor result
-function Tensor:to(dtype) end
+function Tensor:to(dtype_or_device) end
 
 --- The elements as nested tables of numbers.
 ---

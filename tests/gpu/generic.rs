@@ -1,7 +1,7 @@
 //! Generic mathematics: kernels written from expressions.
 
 use crate::{assert_close, assert_same, bench, uniform};
-use perilune::kernels::cuda::generic::{Input, Reduction, elementwise, reduce, select, select_backward};
+use perilune::kernels::cuda::generic::{Input, Reduction, elementwise, reduce, scatter, select, sum_rows};
 
 #[test]
 fn elementwise_broadcasts_by_strides() {
@@ -11,9 +11,9 @@ fn elementwise_broadcasts_by_strides() {
     let got = bench.run(|device| {
         let (a, b, c, mut out) = (bench.upload(&a), bench.upload(&b), bench.upload(&c), bench.poisoned::<f32>(60));
         let inputs = [
-            Input { values: a.view(), strides: &[5, 0, 1] },
-            Input { values: b.view(), strides: &[0, 1, 0] },
-            Input { values: c.view(), strides: &[4, 1, 12] },
+            Input { values: a.view(), offset: 0, strides: &[5, 0, 1] },
+            Input { values: b.view(), offset: 0, strides: &[0, 1, 0] },
+            Input { values: c.view(), offset: 0, strides: &[4, 1, 12] },
         ];
         elementwise(device, "test", "x0 * x1 + x2", &[3, 4, 5], &inputs, out.view_mut()).unwrap();
         out.to_vec().unwrap()
@@ -63,28 +63,52 @@ fn reductions_agree() {
 }
 
 #[test]
+fn views_run_backwards_and_back() {
+    let Some(bench) = bench() else { return };
+    // Every second of 9 columns from the last on, of 3 rows; and into the same places of other elements.
+    let x = uniform::<f32>(1, 27);
+    let (shape, offset, strides) = ([3, 5], 8, [9, -2]);
+    let places: Vec<usize> = (0..15).map(|i| 8 + i / 5 * 9 - i % 5 * 2).collect();
+    let (read, written) = bench.run(|device| {
+        let (x, mut out) = (bench.upload(&x), bench.poisoned::<f32>(15));
+        let input = Input { values: x.view(), offset, strides: &strides };
+        elementwise(device, "slice", "x0", &shape, &[input], out.view_mut()).unwrap();
+        let mut back = bench.upload(&[7.0f32; 27]);
+        scatter(device, "slice", out.view(), &shape, offset, &strides, back.view_mut()).unwrap();
+        (out.to_vec().unwrap(), back.to_vec().unwrap())
+    });
+    assert_same("a view", &read, &places.iter().map(|at| x[*at]).collect::<Vec<_>>());
+    let mut want = [7.0; 27];
+    places.iter().for_each(|at| want[*at] = x[*at]);
+    assert_same("the way back", &written, &want);
+}
+
+#[test]
 fn places_are_picked_and_their_gradients_added() {
     let Some(bench) = bench() else { return };
     let (outer, axis, inner) = (3, 6, 5);
     let index = [4, 0, 4, 5];
-    let (from, d_out) = (uniform::<f32>(1, outer * axis * inner), uniform::<f32>(2, outer * index.len() * inner));
-    let (mut want, mut want_d) = (vec![0.0f32; d_out.len()], vec![1.0f32; from.len()]);
-    for o in 0..outer {
-        for (j, place) in index.iter().enumerate() {
-            for i in 0..inner {
-                let (source, target) = ((o * axis + *place as usize) * inner + i, (o * index.len() + j) * inner + i);
-                want[target] = from[source];
-                want_d[source] += d_out[target];
-            }
-        }
+    let from = uniform::<f32>(1, outer * axis * inner);
+    let mut want = vec![0.0f32; outer * index.len() * inner];
+    for (at, want) in want.iter_mut().enumerate() {
+        let (o, j, i) = (at / inner / index.len(), at / inner % index.len(), at % inner);
+        *want = from[(o * axis + index[j] as usize) * inner + i];
     }
+    let rows = uniform::<f32>(2, 4 * inner);
+    // The rows that were read from 0, 4 and 5, in order; nothing was from 1 to 3.
+    let (starts, lists) = ([0, 1, 1, 1, 1, 3, 4], [1, 0, 2, 3]);
+    let sum = |row: usize, i: usize| {
+        lists[starts[row] as usize..starts[row + 1] as usize].iter().map(|at| f64::from(rows[*at as usize * inner + i])).sum::<f64>()
+    };
+    let want_sums: Vec<f32> = (0..axis * inner).map(|at| sum(at / inner, at % inner) as f32).collect();
     let got = bench.run(|device| {
-        let (from, d_out, index) = (bench.upload(&from), bench.upload(&d_out), bench.upload(&index));
-        let (mut out, mut d_from) = (bench.poisoned::<f32>(d_out.len()), bench.upload(&vec![1.0f32; from.len()]));
+        let (from, index, rows) = (bench.upload(&from), bench.upload(&index), bench.upload(&rows));
+        let (starts, lists) = (bench.upload(&starts), bench.upload(&lists));
+        let (mut out, mut sums) = (bench.poisoned::<f32>(want.len()), bench.poisoned::<f32>(axis * inner));
         select(device, "select", from.view(), axis, inner, index.view(), out.view_mut()).unwrap();
-        select_backward(device, "select", d_out.view(), axis, inner, index.view(), d_from.view_mut()).unwrap();
-        (out.to_vec().unwrap(), d_from.to_vec().unwrap())
+        sum_rows(device, "select", rows.view(), starts.view(), lists.view(), inner, sums.view_mut()).unwrap();
+        (out.to_vec().unwrap(), sums.to_vec().unwrap())
     });
     assert_same("select", &got.0, &want);
-    assert_same("select backward", &got.1, &want_d);
+    assert_same("sums of rows", &got.1, &want_sums);
 }

@@ -10,15 +10,19 @@ mod experts;
 #[path = "../fixtures/mod.rs"]
 mod fixtures;
 mod generic;
+#[path = "../fixtures/tensor_ops.rs"]
+mod golden_tensor_ops;
 mod graph;
 mod memory;
 mod model;
 mod optimizer;
 mod paged;
 mod product;
+mod room;
 mod rows;
 mod run;
 mod sample;
+mod tensor_ops;
 #[path = "../fixtures/training.rs"]
 mod training;
 
@@ -38,7 +42,7 @@ unsafe extern "C" {
 }
 
 /// How the emulated device is opened: so that it sees each access beyond the end of a buffer, and its code is not kept.
-const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
+pub const EMULATED: Settings = Settings { size_classes: false, memory_bytes_max: usize::MAX, keeps_kernels: false };
 
 /// What the tests run on.
 pub struct Bench {
@@ -102,7 +106,10 @@ pub fn build_libraries(libraries: &Path) -> bool {
     let work = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("emulator");
     std::fs::create_dir_all(&work).unwrap();
     std::fs::create_dir_all(libraries).unwrap();
-    std::fs::copy(sources.join("shim.h"), work.join("shim.h")).unwrap();
+    // Renamed into place: others may be compiling with it.
+    let shim = work.join(format!("shim.{}.{:?}.h", std::process::id(), std::thread::current().id()));
+    std::fs::copy(sources.join("shim.h"), &shim).unwrap();
+    std::fs::rename(shim, work.join("shim.h")).unwrap();
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
     for (source, library) in [("nvrtc.cpp", "libnvrtc.so.13"), ("driver.cpp", "libcuda.so.1")] {
         let built = Command::new(&compiler)

@@ -10,14 +10,14 @@ const SCRIPT: &str = r#"
 local engine = require "engine"
 return engine.workflow {
   name = "survivor",
-  args = { experts = { 0, min = 0 } },
+  args = { experts = { 0, min = 0 }, device = "cuda" },
   run = function(run, args)
     local tokenizer = engine.tokenizer.bytes()
     local model = run:model("model", {
       preset = "tiny", vocab = 320, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 48,
       experts = args.experts > 0 and args.experts or nil, experts_per_token = args.experts > 0 and 2 or nil,
       moe_intermediate = args.experts > 0 and 24 or nil, shared_intermediate = args.experts > 0 and 48 or nil,
-    }, { device = "cuda", dtype = "bf16", tokenizer = tokenizer })
+    }, { device = args.device, dtype = "bf16", tokenizer = tokenizer })
     local optim = run:optimizer("adamw", model, { lr = 1e-3 })
     local batch = engine.data.batch { tokenizer:encode "the moon goes round", tokenizer:encode "and round" }
     for step in run:loop("train", { steps = 8, checkpoint_every = 2 }) do
@@ -25,6 +25,7 @@ return engine.workflow {
       loss:backward()
       local file = io.open "stop"
       if file and step.count == 6 then error "stopped as planned" end
+      print(step.count, loss:item())
       step:log { loss = loss:item(), grad_norm = optim:step() }
     end
     local rollouts = model:generate({ "the" }, { n = 2, max_tokens = 3, temperature = 1.0 })
@@ -58,28 +59,71 @@ impl Workplace {
         self.folder.path().join(name)
     }
 
-    /// Runs the program; the emulator loses its device as `loses` says (tests/emulator/driver.cpp).
-    fn run(&self, loses: Option<&str>, arguments: &[&str]) -> Output {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
         command.current_dir(self.folder.path()).args(arguments).env("PERILUNE_CACHE", self.path("cache"));
+        command
+    }
+
+    /// Runs the program with the device.
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.run_losing("", arguments)
+    }
+
+    /// Runs the program with the emulated device, which is lost as `loses` says (tests/emulator/driver.cpp).
+    fn run_losing(&self, loses: &str, arguments: &[&str]) -> Output {
+        let mut command = self.command(arguments);
         if self.is_emulated {
             command.env("LD_LIBRARY_PATH", self.path("libraries")).env("LD_PRELOAD", self.path("libraries/libcuda.so.1"));
         }
-        command.envs(loses.map(|loses| ("EMULATOR_LOSES", loses)));
+        if !loses.is_empty() {
+            command.env("EMULATOR_LOSES", loses);
+        }
         command.output().unwrap()
     }
 
     /// What a run of `experts` experts that nothing stops leaves and says.
-    fn whole(&self, experts: &str) -> (Vec<u8>, String) {
-        self.finished(&self.run(None, &["run", "survivor.lua", "--experts", experts]))
+    fn whole(&self, experts: &str) -> Finished {
+        self.finished(&self.run(&["run", "survivor.lua", "--experts", experts]))
     }
 
-    /// The weights and the answer of a run that has ended well; the weights are gone then.
-    fn finished(&self, output: &Output) -> (Vec<u8>, String) {
+    /// Runs the script until it stops inside its sixth step.
+    fn stopped(&self, run: impl Fn() -> Output) -> String {
+        std::fs::write(self.path("stop"), "").unwrap();
+        let told = errors(&run());
+        assert!(told.contains("stopped as planned"), "{told}");
+        std::fs::remove_file(self.path("stop")).unwrap();
+        told
+    }
+
+    /// What a run that has ended well leaves, which is gone then, and says.
+    fn finished(&self, output: &Output) -> Finished {
         assert!(output.status.success(), "{}", errors(output));
         let weights = std::fs::read(self.path("final/model.safetensors")).unwrap();
         std::fs::remove_dir_all(self.path("final")).unwrap();
-        (weights, String::from_utf8_lossy(&output.stdout).into_owned())
+        Finished { weights, said: String::from_utf8_lossy(&output.stdout).into_owned() }
+    }
+}
+
+/// The weights that a run leaves, and what its script printed.
+struct Finished {
+    weights: Vec<u8>,
+    said: String,
+}
+
+impl Finished {
+    /// Whether a resumed run ended as this one, all of it.
+    fn is_end_of(&self, resumed: &Self) -> bool {
+        self.weights == resumed.weights && !resumed.said.is_empty() && self.said.ends_with(&resumed.said)
+    }
+
+    /// Losses by step.
+    fn losses(&self) -> Vec<(usize, f64)> {
+        self.said
+            .lines()
+            .filter_map(|line| line.split_once('\t'))
+            .map(|(step, loss)| (step.parse().unwrap(), loss.parse().unwrap()))
+            .collect()
     }
 }
 
@@ -94,11 +138,9 @@ fn a_run_that_stopped_goes_on_to_the_bit() {
     let shapes: &[&str] = if place.is_emulated { &["4"] } else { &["0", "4"] };
     for experts in shapes.iter().copied() {
         let want = place.whole(experts);
-        std::fs::write(place.path("stop"), "").unwrap();
-        let stopped = place.run(None, &["run", "survivor.lua", "--experts", experts]);
-        assert!(errors(&stopped).contains("stopped as planned"), "{}", errors(&stopped));
-        std::fs::remove_file(place.path("stop")).unwrap();
-        assert!(place.finished(&place.run(None, &["resume", "latest"])) == want, "{experts} experts: a resumed run is another one");
+        place.stopped(|| place.run(&["run", "survivor.lua", "--experts", experts]));
+        let resumed = place.finished(&place.run(&["resume", "latest"]));
+        assert!(want.is_end_of(&resumed), "{experts} experts: a resumed run is another one");
     }
 }
 
@@ -110,10 +152,86 @@ fn a_run_that_lost_its_device_goes_on_to_the_bit() {
     let Some(place) = Workplace::new().filter(|place| place.is_emulated) else { return };
     let want = place.whole("0");
     for loses in LOSSES {
-        let lost = place.run(Some(loses), &["run", "survivor.lua", "--experts", "0"]);
+        let lost = place.run_losing(loses, &["run", "survivor.lua", "--experts", "0"]);
         let told = errors(&lost);
         assert!(!lost.status.success() && !told.contains("panicked"), "{loses}: {told}");
         assert!(told.contains("cuda:0 (CUDA emulator) was lost") && told.contains("perilune resume"), "{loses}: {told}");
-        assert!(place.finished(&place.run(None, &["resume", "latest"])) == want, "{loses}: a resumed run is another one");
+        let resumed = place.finished(&place.run(&["resume", "latest"]));
+        assert!(want.is_end_of(&resumed), "{loses}: a resumed run is another one");
+    }
+}
+
+#[test]
+fn a_run_goes_on_where_its_device_is_another() {
+    let Some(place) = Workplace::new().filter(|place| place.is_emulated) else {
+        eprintln!("skipped: a GPU cannot be taken away");
+        return;
+    };
+    // Without the emulator there is no GPU, and `auto` is the CPU.
+    let run = |gpu: bool, arguments: &[&str]| if gpu { place.run(arguments) } else { place.command(arguments).output().unwrap() };
+    for (experts, gpu_first) in [("0", false), ("4", true)] {
+        let started = ["run", "survivor.lua", "--experts", experts, "--device", "auto"];
+        let whole = place.finished(&run(false, &started));
+        let told = place.stopped(|| run(gpu_first, &started));
+        assert_eq!(told.contains("a model on cuda:0"), gpu_first, "{told}");
+        let resumed = run(!gpu_first, &["resume", "latest"]);
+        let told = errors(&resumed);
+        assert!(told.contains("a model on cuda:0") != gpu_first && told.contains("agree but for rounding"), "{told}");
+        let losses = place.finished(&resumed).losses();
+        assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [5, 6, 7, 8], "it goes on at the checkpoint");
+        for (step, loss) in losses {
+            let near = whole.losses()[step - 1].1;
+            assert!((loss - near).abs() <= 2e-2 * near, "{experts} experts, step {step}: {loss}, and {near} in one go on the CPU");
+        }
+    }
+}
+
+const TENSORS: &str = r#"
+local engine = require "engine"
+local tensor = engine.tensor
+return engine.workflow {
+  name = "tensors",
+  args = {},
+  run = function()
+    local x = tensor.new({ { 1, -2, 3 }, { 0.5, 0, -1 } }, { device = "cuda" })
+    local w = tensor.randn({ 3, 2 }, { device = "cuda:0" }):requires_grad()
+    assert(x.device == "cuda:0" and w.device == "cuda:0" and tensor.zeros({ 1 }).device == "cpu")
+    local loss = ((x:matmul(w) * 2 + 1) ^ 2 - 0.5):log_softmax():mean()
+    assert(loss.device == "cuda:0")
+    loss:backward()
+    local here = w:detach():to("cpu"):requires_grad()
+    local want = ((x:to("cpu"):matmul(here) * 2 + 1) ^ 2 - 0.5):log_softmax():mean()
+    want:backward()
+    assert(math.abs(loss:item() - want:item()) < 1e-5, loss:item() .. " and " .. want:item())
+    assert((w.grad:to("cpu") - here.grad):abs():max():item() < 1e-5, tostring(w.grad))
+    local sorted, order = x:sort()
+    assert(sorted.device == "cuda:0" and order.device == "cuda:0" and order:to_table()[1][1] == 1)
+    assert(x:to("bf16").dtype == "bf16" and x:to("cpu").device == "cpu")
+    print(x)
+    for _, wrong in ipairs {
+      function() return x + tensor.zeros({ 3 }) end,
+      function() return x:matmul(tensor.zeros({ 3, 1 })) end,
+      function() return x:to("tpu") end,
+    } do
+      print(select(2, pcall(wrong)))
+    end
+  end,
+}
+"#;
+
+#[test]
+fn a_script_computes_and_differentiates_on_the_device() {
+    let Some(place) = Workplace::new() else { return };
+    std::fs::write(place.path("tensors.lua"), TENSORS).unwrap();
+    let output = place.run(&["run", "tensors.lua"]);
+    let (said, told) = (String::from_utf8_lossy(&output.stdout).into_owned(), errors(&output));
+    assert!(output.status.success(), "{told}");
+    for part in [
+        "Tensor f32 [2, 3] on cuda:0",
+        "tensors.lua:24: add: `b` should be a tensor on cuda:0, where the other one lies, got one on cpu; move it with :to(\"cuda:0\")",
+        "matmul: `b` should be",
+        "tensors.lua:26: Tensor:to: `dtype_or_device` should be",
+    ] {
+        assert!(said.contains(part), "{part} in\n{said}");
     }
 }

@@ -100,6 +100,8 @@ describe("operations", function()
     expect(x:clamp { min = 2, max = 5 }).is { { 3, 2, 2 }, { 5, 5, 4 } }
     expect(x:softmax(1):sum(1)).near({ 1, 1 }, 1e-6)
     expect(x:to("i32").dtype).is "i32"
+    expect(x.device).is "cpu"
+    expect(x:to("cpu"):to("bf16").device).is "cpu"
   end)
 end)
 

@@ -1,6 +1,7 @@
 //! Generic mathematics on the device: kernels written from an expression when they are first used. Elementwise with
-//! broadcasting by strides, reductions along one axis, and rows picked along one axis with their gradient. All in f32, without
-//! contraction. Expressions are the engine's own, never a user's text.
+//! broadcasting by strides, elements put where a view names them, reductions along one axis, rows picked along one axis with
+//! their gradient, and rows added up by lists. All in f32, without contraction. Expressions are the engine's own, never a user's
+//! text, and hold no numbers of a script: each new text is compiled.
 
 use super::device::Device;
 use super::launch::{Launch, blocks};
@@ -20,11 +21,24 @@ fn variant(text: String) -> Variant {
     Variant::new(Program::Generated(Arc::from(text)), Dtype::F32)
 }
 
-/// An input of [`elementwise`]: where it lies, and how far apart its elements are along each axis (0 where it is repeated).
+/// An input of [`elementwise`]: where it lies, where its first element is, and how far apart they are along each axis: 0 where it
+/// is repeated, negative where it runs backwards.
 #[derive(Clone, Copy)]
 pub struct Input<'a> {
     pub values: View<'a, f32>,
-    pub strides: &'a [usize],
+    pub offset: usize,
+    pub strides: &'a [isize],
+}
+
+/// Asserts that a view of `len` elements stays within them.
+fn check_view(op: &str, shape: &[usize], offset: usize, strides: &[isize], len: usize) {
+    assert!(strides.len() == shape.len(), "{op}: {} strides for shape {shape:?}", strides.len());
+    let reach = |forwards: bool| {
+        let steps = shape.iter().zip(strides).filter(|(_, stride)| (**stride > 0) == forwards);
+        steps.map(|(size, stride)| (*size as isize - 1) * stride).sum::<isize>()
+    };
+    let (first, last) = (offset as isize + reach(false), offset as isize + reach(true));
+    assert!(first >= 0 && last < len as isize, "{op}: shape {shape:?} with strides {strides:?} from {offset} of {len} values");
 }
 
 /// The source of `out[i] = expression(x0[..], x1[..], ...)`.
@@ -34,14 +48,14 @@ fn elementwise_source(expression: &str, inputs: usize) -> String {
         let _ = write!(text, ", int size{axis}");
     }
     for input in 0..inputs {
-        let _ = write!(text, ", const float* in{input}");
+        let _ = write!(text, ", const float* in{input}, i64 offset{input}");
         for axis in 0..AXES_MAX {
             let _ = write!(text, ", int stride{input}_{axis}");
         }
     }
     text += ") {\n    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {\n        i64 left = i;\n";
     for input in 0..inputs {
-        let _ = writeln!(text, "        i64 at{input} = 0;");
+        let _ = writeln!(text, "        i64 at{input} = offset{input};");
     }
     // The last axis runs fastest.
     for axis in (0..AXES_MAX).rev() {
@@ -82,17 +96,59 @@ pub fn elementwise(
     for axis in 0..AXES_MAX {
         launch = launch.int(if axis < missing { 1 } else { shape[axis - missing] });
     }
-    for Input { values, strides } in inputs {
-        assert!(strides.len() == shape.len(), "{op}: {} strides for shape {shape:?}", strides.len());
-        let last: usize = shape.iter().zip(*strides).map(|(size, stride)| (size - 1) * stride).sum();
-        assert!(last < values.len(), "{op}: shape {shape:?} with strides {strides:?} of {} values", values.len());
-        launch = launch.read(*values);
+    for Input { values, offset, strides } in inputs {
+        check_view(op, shape, *offset, strides, values.len());
+        launch = launch.read(*values).long(*offset);
         for axis in 0..AXES_MAX {
-            launch = launch.int(if axis < missing { 0 } else { strides[axis - missing] });
+            launch = launch.signed(if axis < missing { 0 } else { strides[axis - missing] });
         }
     }
-    // SAFETY: the arguments are those of the source above; the largest place that is read lies in each input (asserted).
+    // SAFETY: the arguments are those of the source above; all places that are read lie in each input (asserted).
     unsafe { launch.run((blocks(out.len(), THREADS, 1 << 16), 1, 1), THREADS, 0) }
+}
+
+/// The source of `out[view of i] = in[i]`.
+fn scatter_source() -> String {
+    let mut text =
+        String::from("#include \"prelude.cuh\"\nextern \"C\" __global__ void scatter(const float* in, float* out, i64 count, i64 offset");
+    for axis in 0..AXES_MAX {
+        let _ = write!(text, ", int size{axis}, int stride{axis}");
+    }
+    text += ") {\n    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {\n        i64 left = i, at = offset;\n";
+    for axis in (0..AXES_MAX).rev() {
+        let _ = writeln!(text, "        at += left % size{axis} * stride{axis};\n        left /= size{axis};");
+    }
+    text + "        out[at] = in[i];\n    }\n}\n"
+}
+
+/// Writes `from`, row-major of `shape`, to where `out` has those elements: the way back of a view that names none twice. Other
+/// elements of `out` keep theirs.
+///
+/// - `shape`: at most [`AXES_MAX`] axes; `offset`, `strides`: as in [`Input`]
+pub fn scatter(
+    device: &Device,
+    op: &'static str,
+    from: View<f32>,
+    shape: &[usize],
+    offset: usize,
+    strides: &[isize],
+    mut out: ViewMut<f32>,
+) -> Result<()> {
+    assert!(shape.len() <= AXES_MAX, "{op}: {} axes, at most {AXES_MAX}", shape.len());
+    assert!(from.len() == shape.iter().product::<usize>(), "{op}: {} elements for shape {shape:?}", from.len());
+    if from.is_empty() {
+        return Ok(());
+    }
+    check_view(op, shape, offset, strides, out.len());
+    let missing = AXES_MAX - shape.len();
+    let mut launch = Launch::new(device, op, variant(scatter_source()), "scatter")?;
+    launch = launch.read(from).write(&mut out).long(from.len()).long(offset);
+    for axis in 0..AXES_MAX {
+        let (size, stride) = if axis < missing { (1, 0) } else { (shape[axis - missing], strides[axis - missing]) };
+        launch = launch.int(size).signed(stride);
+    }
+    // SAFETY: the arguments are those of the source above; all places that are written lie in `out` (asserted), one thread each.
+    unsafe { launch.run((blocks(from.len(), THREADS, 1 << 16), 1, 1), THREADS, 0) }
 }
 
 /// How a reduction goes on and ends; C++ of `sum`, `x` and `count`.
@@ -108,6 +164,8 @@ impl Reduction {
     pub const SUM: Self = Self { start: "0.0f", step: "sum + x", finish: "sum" };
     pub const MEAN: Self = Self { start: "0.0f", step: "sum + x", finish: "sum / (float)count" };
     /// A NaN wins, as on the CPU.
+    pub const MIN: Self = Self { start: "INFINITE", step: "(x < sum || x != x) ? x : sum", finish: "sum" };
+    /// As [`Reduction::MIN`].
     pub const MAX: Self = Self { start: "-INFINITE", step: "(x > sum || x != x) ? x : sum", finish: "sum" };
 }
 
@@ -160,18 +218,6 @@ extern "C" __global__ void pick(const float* from, const int* index, float* out,
         out[i] = from[(outer * axis + place) * inner + i % inner];
     }
 }
-// Each element of d_from looks for the places that were read from it, in their order, so nothing is added atomically.
-extern "C" __global__ void pick_backward(const float* d_out, const int* index, float* d_from, i64 total, int count, int axis, int inner) {
-    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += (i64)gridDim.x * blockDim.x) {
-        i64 outer = i / inner / axis;
-        int place = i / inner % axis;
-        float sum = d_from[i];
-        for (int j = 0; j < count; j++) {
-            if (index[j] == place) sum += d_out[(outer * count + j) * inner + i % inner];
-        }
-        d_from[i] = sum;
-    }
-}
 "#;
 
 /// Picks places `index` of the middle axis: `[outer, axis, inner]` to `[outer, count, inner]`.
@@ -187,7 +233,8 @@ pub fn select(
     mut out: ViewMut<f32>,
 ) -> Result<()> {
     let count = index.len();
-    check_select(op, from.len(), out.len(), axis, inner, count);
+    assert!(axis > 0 && inner > 0 && from.len().is_multiple_of(axis * inner), "{op}: {} values of [outer, {axis}, {inner}]", from.len());
+    assert!(out.len() == from.len() / axis * count, "{op}: {} values for [outer, {count}, {inner}]", out.len());
     if out.is_empty() {
         return Ok(());
     }
@@ -197,28 +244,40 @@ pub fn select(
     unsafe { launch.run((blocks(out.len(), THREADS, 1 << 16), 1, 1), THREADS, 0) }
 }
 
-/// `d_from += ` the gradient of [`select`], in the order of `index`. For many rows of a long axis use `embed_backward`.
-pub fn select_backward(
+const SUM_ROWS: &str = r#"#include "prelude.cuh"
+extern "C" __global__ void sum_rows(const float* from, const int* starts, const int* rows, float* out, i64 total, int width, int from_rows, int count) {
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < total; i += (i64)gridDim.x * blockDim.x) {
+        double sum = 0.0;
+        for (int j = starts[i / width]; j < starts[i / width + 1]; j++) {
+            if (j < 0 || j >= count || rows[j] < 0 || rows[j] >= from_rows) __trap();
+            sum += from[(i64)rows[j] * width + i % width];
+        }
+        out[i] = (float)sum;
+    }
+}
+"#;
+
+/// Row i of `out` is the sum of the rows of `from` that list i names, in its order, in f64 and rounded once.
+///
+/// - `from`: `[any, width]`; `out`: `[lists, width]`
+/// - `starts`: `[lists + 1]`, where each list begins in `rows` and the one before it ends; from 0 to the length of `rows`
+/// - `rows`: each below the rows of `from`; else, as with other starts, the device is lost
+pub fn sum_rows(
     device: &Device,
     op: &'static str,
-    d_out: View<f32>,
-    axis: usize,
-    inner: usize,
-    index: View<i32>,
-    mut d_from: ViewMut<f32>,
+    from: View<f32>,
+    starts: View<i32>,
+    rows: View<i32>,
+    width: usize,
+    mut out: ViewMut<f32>,
 ) -> Result<()> {
-    let count = index.len();
-    check_select(op, d_from.len(), d_out.len(), axis, inner, count);
-    if d_from.is_empty() {
+    assert!(width > 0 && out.len() == (starts.len() - 1) * width, "{op}: {} sums for {} lists of width {width}", out.len(), starts.len());
+    if out.is_empty() {
         return Ok(());
     }
-    let launch = Launch::new(device, op, variant(SELECT.into()), "pick_backward")?;
-    let launch = launch.read(d_out).read(index).write(&mut d_from).long(d_from.len()).int(count).int(axis).int(inner);
-    // SAFETY: the arguments are pick_backward's; a thread writes its own elements and reads places below `count`.
-    unsafe { launch.run((blocks(d_from.len(), THREADS, 1 << 16), 1, 1), THREADS, 0) }
-}
-
-fn check_select(op: &str, from: usize, out: usize, axis: usize, inner: usize, count: usize) {
-    assert!(axis > 0 && inner > 0 && from.is_multiple_of(axis * inner), "{op}: {from} values of [outer, {axis}, {inner}]");
-    assert!(out == from / axis * count, "{op}: {out} values for [outer, {count}, {inner}]");
+    let launch = Launch::new(device, op, variant(SUM_ROWS.into()), "sum_rows")?;
+    let launch = launch.read(from).read(starts).read(rows).write(&mut out).long(out.len());
+    let launch = launch.int(width).int(from.len() / width).int(rows.len());
+    // SAFETY: the arguments are sum_rows's; places in `rows` and rows of `from` are checked before they are read.
+    unsafe { launch.run((blocks(out.len(), THREADS, 1 << 16), 1, 1), THREADS, 0) }
 }

@@ -71,6 +71,12 @@ impl<'a> Launch<'a> {
         self.push(value as u32 as u64)
     }
 
+    /// A 32-bit integer that may be negative.
+    pub fn signed(self, value: isize) -> Self {
+        let value = i32::try_from(value).unwrap_or_else(|_| panic!("{}: {value} does not fit a 32-bit argument", self.op));
+        self.push(u64::from(value.cast_unsigned()))
+    }
+
     /// A 64-bit integer.
     pub fn long(self, value: usize) -> Self {
         self.push(value as u64)

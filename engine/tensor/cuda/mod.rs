@@ -6,6 +6,7 @@ pub mod attention;
 pub mod decode;
 pub mod embedding;
 pub mod experts;
+pub mod generic;
 pub mod head;
 pub mod linear;
 pub mod logprobs;

@@ -60,6 +60,11 @@ impl<E: ModelElement> DeviceValue<E> {
         self.weight.download_at(start, values)
     }
 
+    /// Copies remainders from `start` on. Panics if there are none.
+    pub fn read_remainder(&self, start: usize, values: &mut [i16]) -> Result<()> {
+        self.remainder.as_ref().expect("remainders were read where there are none").download_at(start, values)
+    }
+
     /// Sets elements from `start` on; bf16 keeps the rest as remainder if `split_master` asks for one or one is there already.
     pub fn write_masters(&mut self, start: usize, values: &[f32], split_master: bool) -> Result<()> {
         let mut narrow = Buffer::<E>::scratch(values.len());
