@@ -177,12 +177,21 @@ fn a_run_goes_on_where_its_device_is_another() {
         let resumed = run(!gpu_first, &["resume", "latest"]);
         let told = errors(&resumed);
         assert!(told.contains("a model on cuda:0") != gpu_first && told.contains("agree but for rounding"), "{told}");
-        let losses = place.finished(&resumed).losses();
-        assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [5, 6, 7, 8], "it goes on at the checkpoint");
-        for (step, loss) in losses {
-            let near = whole.losses()[step - 1].1;
-            assert!((loss - near).abs() <= 2e-2 * near, "{experts} experts, step {step}: {loss}, and {near} in one go on the CPU");
-        }
+        check_end(&place.finished(&resumed), &whole, experts, &[5, 6, 7, 8]);
+        // A script that names its device moves by another argument.
+        let forked = run(true, &["runs", "fork", "latest", "--at", "train=6", "--arg", "device=cuda:0"]);
+        assert!(errors(&forked).contains("a model on cuda:0"), "{}", errors(&forked));
+        check_end(&place.finished(&forked), &whole, experts, &[7, 8]);
+    }
+}
+
+/// Checks the losses of a run that went on at a checkpoint on another device: those of `steps`.
+fn check_end(end: &Finished, whole: &Finished, experts: &str, steps: &[usize]) {
+    let losses = end.losses();
+    assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), steps, "it goes on at the checkpoint");
+    for (step, loss) in losses {
+        let near = whole.losses()[step - 1].1;
+        assert!((loss - near).abs() <= 2e-2 * near, "{experts} experts, step {step}: {loss}, and {near} in one go on the CPU");
     }
 }
 
