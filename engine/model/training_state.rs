@@ -170,7 +170,8 @@ mod tests {
         let graph = Graph::<E>::random(&Place::Host, config(moe), false, 3).unwrap();
         // Every third parameter has a gradient.
         for (index, parameter) in graph.parameters().iter().enumerate().filter(|(index, _)| index % 3 == 1) {
-            parameter.accumulate(|gradient, _| gradient.iter_mut().enumerate().for_each(|(i, value)| *value = (i * index) as f32 * 0.1));
+            let gradient: Vec<f32> = (0..parameter.rows() * parameter.columns()).map(|i| (i * index) as f32 * 0.1).collect();
+            parameter.write_gradient_rows(0..parameter.rows(), &gradient).unwrap();
         }
         let same = |a: &Graph<E>, b: &Graph<E>| {
             for (a, b) in a.parameters().iter().zip(b.parameters()) {
