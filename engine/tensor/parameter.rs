@@ -313,7 +313,7 @@ impl<E: ModelElement> Parameter<E> {
     /// Errors: [`Error::Device`] if the device has no room.
     pub fn write_remainder_rows(&self, rows: Range<usize>, values: &[i16]) -> Result<()> {
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        let value = Arc::make_mut(&mut guard);
+        let value = own(&mut guard)?;
         if let Some(cuda) = &mut value.cuda {
             cuda.remainder_mut()?.upload_at(rows.start * self.columns, values)?;
         } else {

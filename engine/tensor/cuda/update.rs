@@ -6,7 +6,7 @@ use crate::kernels::cuda::adamw::{Line, Parameter};
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::tensor::ModelElement;
-use crate::tensor::parameter::Value;
+use crate::tensor::parameter::{Value, own};
 use std::sync::{Arc, RwLockWriteGuard};
 
 /// A parameter of any element type on a device, and its gradient, held for an update.
@@ -26,11 +26,10 @@ pub struct Locked<'a, E: ModelElement> {
 }
 
 impl<'a, E: ModelElement> Locked<'a, E> {
-    /// Errors: [`crate::error::Error::Device`] if there is no room for remainders that the weight does not have yet: one that
-    /// came as bf16 is its own master.
+    /// Errors: [`crate::error::Error::Device`] if there is no room for a weight of its own, where a copy of the model shares it, or for
+    /// remainders that it does not have yet: one that came as bf16 is its own master.
     pub fn new(mut value: RwLockWriteGuard<'a, Arc<Value<E>>>, gradient: DeviceBuffer<f32>) -> Result<Self> {
-        let own = Arc::make_mut(&mut value);
-        let cuda = own.cuda.as_mut().expect("a gradient on a device belongs to a weight there");
+        let cuda = own(&mut value)?.cuda.as_mut().expect("a gradient on a device belongs to a weight there");
         if E::HAS_REMAINDER {
             cuda.remainder_mut()?;
         }
