@@ -4,6 +4,7 @@ use super::bench::{Case, Times, clocked, timed};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
+use crate::kernels::cpu::lanes::sum_of_bits;
 use crate::kernels::cpu::panels;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::cpu::tile::TileElement;
@@ -121,12 +122,11 @@ pub fn copy(seconds: f64) -> Result<Ceiling> {
 pub fn read(seconds: f64) -> Result<Ceiling> {
     let values = filled::<f32>(READ_BYTES / 4);
     let part = values.len().div_ceil(threads());
-    let sum = |part: &[f32]| part.iter().fold(0u32, |sum, value| sum.wrapping_add(value.to_bits()));
     let times = timed(seconds, || {
         let (took, ()) = clocked(|| {
             std::thread::scope(|scope| {
                 for part in values.chunks(part) {
-                    scope.spawn(move || black_box(sum(part)));
+                    scope.spawn(move || black_box(sum_of_bits(part)));
                 }
             })
         });
