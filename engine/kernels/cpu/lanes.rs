@@ -2,7 +2,6 @@
 //! the lanes are folded in halves. Every vector form adds in this order, so all give the same bits.
 //! Not for whole tensors: past some thousand elements the caller adds blocks of rows in f64.
 
-use crate::vectorised;
 /// Lanes of a sum: two AVX-512 registers, so that one addition need not wait for the one before.
 pub const LANES: usize = 32;
 
@@ -81,13 +80,6 @@ pub fn max(values: &[f32]) -> f32 {
         *lane = larger(*lane, *value);
     }
     fold(lanes, larger)
-}
-
-vectorised! {
-    /// The sum of the elements' bits, modulo 2^32: work that costs nothing beside reading them.
-    pub fn sum_of_bits(values: &[f32]) -> u32 {
-        values.iter().fold(0, |sum: u32, value| sum.wrapping_add(value.to_bits()))
-    }
 }
 
 #[cfg(test)]
