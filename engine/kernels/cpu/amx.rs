@@ -13,6 +13,7 @@
 //! [`tile`]; only their shapes do, which is remembered for each thread.
 
 use super::isa::Isa;
+use super::split_f32::ROW_WORDS;
 use super::tile::TileArgs;
 use half::bf16;
 use std::arch::asm;
@@ -184,6 +185,157 @@ pub(super) unsafe fn int8_tile(planes: usize, args: &TileArgs<i8>) {
     unsafe {
         configure(planes);
         int8_groups(planes, 1, args, args.units / GROUP_UNITS);
+    }
+}
+
+/// The products of a group of split f32, in four equal parts: to each sum those of the parts 2 and 0 are added, of 1 and 0, 1 and 1,
+/// 0 and 1, 0 and 2, and 0 and 0. Few registers are in use: where another thread runs on the same core, each one more makes loads
+/// wait, and with eight of them products take 3 to 4 times as long as with four.
+macro_rules! split_products {
+    (0) => {
+        concat!(
+            "tileloadd tmm4, [{a} + {a_row} + 128]\n",
+            "tileloadd tmm6, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm4, [{a} + {a_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+        )
+    };
+    (1) => {
+        concat!(
+            "tileloadd tmm6, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 2048]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 2112]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+        )
+    };
+    (2) => {
+        concat!(
+            "tileloadd tmm4, [{a} + {a_row}]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 2048]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 4096]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+        )
+    };
+    (3) => {
+        concat!(
+            "tileloadd tmm6, [{b} + {b_row} + 4160]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm6, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+        )
+    };
+}
+
+/// Bytes between the rows of a group of split f32.
+const SPLIT_ROW: usize = ROW_WORDS * 4;
+
+/// The sums of up to 16 rows and one panel of split f32 in tile registers, from [`begin`](Self::begin) to [`end`](Self::end). They stay
+/// there because nothing but this file uses the registers, and nothing of it may run in between.
+pub(super) struct SplitSums {
+    sums: *mut f32,
+}
+
+impl SplitSums {
+    /// Takes up `sums`, `[rows][32]`, or zeros without `add`.
+    ///
+    /// # Safety
+    /// [`granted`] has said yes; `rows` is 1 to [`FEW_ROWS`]; `sums` may be read and written by this thread alone until the end.
+    pub(super) unsafe fn begin(rows: usize, sums: *mut f32, add: bool) -> Self {
+        // SAFETY: the caller's promise; the registers get the shape of `rows` first.
+        unsafe {
+            configure(rows);
+            asm!(
+                "test {add:e}, {add:e}",
+                "jz 2f",
+                "tileloadd tmm0, [{c} + {c_row}]",
+                "tileloadd tmm1, [{c} + {c_row} + 64]",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "3:",
+                add = in(reg) u32::from(add), c = in(reg) sums, c_row = in(reg) PANEL_STRIDE,
+                out("tmm0") _, out("tmm1") _,
+                options(nostack),
+            );
+        }
+        Self { sums }
+    }
+
+    /// Adds all products of `groups` groups, one or more, of packed rows, `row_words` apart from a group to the next, and of a split
+    /// panel.
+    ///
+    /// # Safety
+    /// The rows and the panel hold so many groups.
+    pub(super) unsafe fn add(&mut self, rows: *const f32, row_words: usize, panel: *const f32, groups: usize) {
+        // SAFETY: the caller's promise; `begin` has shaped the registers.
+        unsafe {
+            asm!(
+                "2:",
+                split_products!(0),
+                split_products!(1),
+                split_products!(2),
+                split_products!(3),
+                "add {a}, {a_group}",
+                "add {b}, 6144",
+                "dec {groups}",
+                "jnz 2b",
+                a = inout(reg) rows => _, a_row = in(reg) SPLIT_ROW, a_group = in(reg) row_words * 4,
+                b = inout(reg) panel => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
+                options(nostack, readonly),
+            );
+        }
+    }
+
+    /// Adds the quarter `quarter` of the products of one group; the four of them in order are [`Self::add`].
+    ///
+    /// # Safety
+    /// As [`Self::add`], for one group.
+    #[inline(always)]
+    pub(super) unsafe fn add_quarter(&mut self, quarter: usize, rows: *const f32, panel: *const f32) {
+        macro_rules! add {
+            ($quarter:tt) => {
+                asm!(
+                    split_products!($quarter),
+                    "/* {a} {a_row} */",
+                    a = in(reg) rows, a_row = in(reg) SPLIT_ROW, b = in(reg) panel, b_row = in(reg) PANEL_STRIDE,
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
+                    options(nostack, readonly),
+                )
+            };
+        }
+        // SAFETY: the caller's promise; `begin` has shaped the registers, and tmm4 and tmm6 are those of the quarter before.
+        unsafe {
+            match quarter {
+                0 => add!(0),
+                1 => add!(1),
+                2 => add!(2),
+                _ => add!(3),
+            }
+        }
+    }
+
+    /// Writes the sums back.
+    pub(super) fn end(self) {
+        // SAFETY: `begin` was promised that the sums may be written, and has shaped the registers.
+        unsafe {
+            asm!(
+                "tilestored [{c} + {c_row}], tmm0",
+                "tilestored [{c} + {c_row} + 64], tmm1",
+                c = in(reg) self.sums, c_row = in(reg) PANEL_STRIDE,
+                options(nostack),
+            );
+        }
     }
 }
 

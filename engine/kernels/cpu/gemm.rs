@@ -9,7 +9,7 @@
 
 use super::epilogue::{finish_forward, finish_gradient, streams};
 use super::isa::{Isa, isa};
-use super::product::{AMX_BLOCK_BYTES, AMX_SLAB_UNITS, Carry, Finish, Panels, Product};
+use super::product::{AMX_BLOCK_BYTES, Carry, Finish, Panels, Product, amx_slab_units};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
 use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS_MAX, TileElement};
 use super::{pack, panels};
@@ -156,7 +156,8 @@ fn input_gradient_as<E: TileElement, O: Float>(
     let mut slab_panels = (panel_bytes / (PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
     if few && E::layout(isa) != Layout::UNITS {
         // All rows of the slab meet each panel, and AMX waits for them unless they lie in the second cache.
-        let most = AMX_SLAB_UNITS.min(AMX_BLOCK_BYTES / (4 * count)).max(PANEL_COLUMNS);
+        let layout = E::layout(isa);
+        let most = amx_slab_units(layout).min(AMX_BLOCK_BYTES / (layout.unit_bytes * count)).max(PANEL_COLUMNS);
         slab_panels = slab_panels.min(most * E::UNIT / PANEL_COLUMNS);
     }
     let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));
@@ -304,7 +305,7 @@ vectorised! {
 /// Packs columns `taken` of `rows` into tiles, as the form's [`Layout`] says.
 pub(super) fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
     let layout = E::layout(isa);
-    let row_len = layout.padded(E::units(taken.len())) * E::UNIT;
+    let row_len = layout.row_len::<E>(E::units(taken.len()));
     for (i, tile) in out.chunks_mut((layout.rows * row_len).max(1)).enumerate() {
         let first = rows.start + i * layout.rows;
         let count = layout.rows.min(rows.end - first);

@@ -35,6 +35,12 @@ pub mod rope;
 pub mod route;
 #[cfg(test)]
 mod samples;
+#[cfg(target_arch = "x86_64")]
+mod split_f32;
+#[cfg(target_arch = "x86_64")]
+mod split_few_rows;
+#[cfg(target_arch = "x86_64")]
+mod split_product;
 pub mod swiglu;
 pub mod threads;
 pub mod tile;

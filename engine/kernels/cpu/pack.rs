@@ -2,7 +2,9 @@
 //! panels into those of the transposed weight. Copies only; nothing is computed.
 
 use super::isa::{Isa, isa};
-use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS, TileElement};
+#[cfg(target_arch = "x86_64")]
+use super::split_f32;
+use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS, TILE_ROWS_MAX, TileElement};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
@@ -19,7 +21,14 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
     let (count, k, layout) = (rows.len(), rows[0].len(), E::layout(isa));
     assert!((1..=layout.rows).contains(&count), "a tile of {count} rows");
     assert!(rows.iter().all(|row| row.len() == k), "rows of different lengths");
-    assert_eq!(out.len(), layout.padded(E::units(k)) * count * E::UNIT, "a packed tile of {count} rows of {k}");
+    assert_eq!(out.len(), layout.row_len::<E>(E::units(k)) * count, "a packed tile of {count} rows of {k}");
+    #[cfg(target_arch = "x86_64")]
+    if layout.is_split() {
+        let mut values: [&[f32]; TILE_ROWS_MAX] = [&[]; TILE_ROWS_MAX];
+        values.iter_mut().zip(rows).for_each(|(values, row)| *values = bytemuck::cast_slice(row));
+        // SAFETY: a form that splits has AVX-512 F and BW; the length of `out` is asserted above.
+        return unsafe { split_f32::tile_of_rows(&values[..count], bytemuck::cast_slice_mut(out)) };
+    }
     if layout != Layout::UNITS {
         return tile_in_groups(rows, out);
     }
@@ -46,7 +55,7 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
     }
 }
 
-/// Values of a group of 16 units of bf16.
+/// Values of a group on AMX.
 const GROUP: usize = 32;
 
 /// Packs rows of bf16 group by group: 64 bytes of each row side by side.
@@ -214,7 +223,7 @@ pub(super) fn tiles_of_columns<'a, E: TileElement>(isa: Isa, token: impl Fn(usiz
     if layout == Layout::UNITS {
         return columns_of_tokens::<E, TILE_ROWS>(isa, token, count, width, false, out);
     }
-    let row_len = layout.padded(E::units(count)) * E::UNIT;
+    let row_len = layout.row_len::<E>(E::units(count));
     assert_eq!(out.len(), width * row_len, "{width} packed rows of {count}");
     for from in (0..count).step_by(GROUP) {
         let mut rows: [&[E]; GROUP] = [&[]; GROUP];
@@ -224,7 +233,15 @@ pub(super) fn tiles_of_columns<'a, E: TileElement>(isa: Isa, token: impl Fn(usiz
         }
         for left in (0..width).step_by(layout.rows) {
             let columns = layout.rows.min(width - left);
-            let group = &mut out[left * row_len + from * columns..][..columns * GROUP];
+            let group_len = layout.group_len::<E>();
+            let group = &mut out[left * row_len + from / GROUP * columns * group_len..][..columns * group_len];
+            #[cfg(target_arch = "x86_64")]
+            if layout.is_split() {
+                // SAFETY: a form that splits has AVX-512 F and BW; each token has `columns` values from `left`, or none, and
+                // `group` a row of a group for each of them.
+                unsafe { split_f32::group_of_columns(&rows.map(bytemuck::cast_slice), left, columns, bytemuck::cast_slice_mut(group)) };
+                continue;
+            }
             #[cfg(target_arch = "x86_64")]
             if size_of::<E>() == 2 {
                 // SAFETY: a form in groups has AVX-512 F and BW; `group` has `columns`, at most 32, rows of 32 values, and
@@ -368,12 +385,15 @@ mod tests {
     fn tiles<E: TileElement>() {
         for isa in forms() {
             let layout = E::layout(isa);
+            if layout.is_split() {
+                continue; // split_f32.rs tests how split values lie.
+            }
             let group = layout.units * E::UNIT;
             for count in 1..=layout.rows {
                 for k in [1, 2, 15, 33, 64, 101, 160] {
                     let rows: Vec<Vec<E>> = (0..count).map(|r| (0..k).map(|i| value(r * 31 + i)).collect()).collect();
                     let rows: Vec<&[E]> = rows.iter().map(Vec::as_slice).collect();
-                    let mut out = vec![value::<E>(7); layout.padded(E::units(k)) * count * E::UNIT];
+                    let mut out = vec![value::<E>(7); layout.row_len::<E>(E::units(k)) * count];
                     tile_of_rows_as(isa, &rows, &mut out);
                     for (at, got) in out.iter().enumerate() {
                         let (g, r, i) = (at / group / count, at / group % count, at % group);
@@ -422,7 +442,7 @@ mod tests {
             let layout = E::layout(isa);
             for (count, width) in [(1, 1), (2, 12), (33, 40), (7, 64), (50, 25), (64, 33), (95, 100)] {
                 let matrix: Vec<E> = (0..count * width).map(value).collect();
-                let row_len = layout.padded(E::units(count)) * E::UNIT;
+                let row_len = layout.row_len::<E>(E::units(count));
                 let (mut got, mut want) = (vec![value::<E>(7); width * row_len], vec![value::<E>(9); width * row_len]);
                 tiles_of_columns(isa, |t| &matrix[t * width..(t + 1) * width], count, width, &mut got);
                 let rows: Vec<Vec<E>> = (0..width).map(|j| (0..count).map(|t| matrix[t * width + j]).collect()).collect();

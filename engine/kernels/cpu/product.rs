@@ -4,6 +4,8 @@
 
 use super::epilogue::Fence;
 use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::split_product;
 use super::threads::{Shared, parallel, parallel_ranges, threads};
 use super::tile::{AHEAD_UNITS, Layout, PANEL_COLUMNS, TileArgs, TileElement};
 use crate::kernels::buffer::Buffer;
@@ -11,7 +13,7 @@ use std::ops::Range;
 
 /// Units of the reduction between two visits to a tile's sums: the panel's part (16 KiB) stays in the first cache, or in the half
 /// of it that a neighbour on the same core leaves, while tiles pass by. 384 units were 5 % slower.
-const BLOCK_UNITS: usize = 128;
+pub(super) const BLOCK_UNITS: usize = 128;
 
 /// Most tiles of rows that one task packs and multiplies by all panels: 192 rows.
 const BLOCK_TILES: usize = 16;
@@ -19,7 +21,9 @@ const BLOCK_TILES: usize = 16;
 /// The like for AMX, which is so fast that packed rows must lie in the second cache, and be many, while panels come from
 /// beyond it: one core made 2.0 TFLOP/s with 512 rows of 448 units, 1.4 with 1024 (more than the cache holds) and 1.0 with 96
 /// rows of 2432 units. So a long reduction is cut into slabs of at most this many units, and all panels pass by for each.
-pub(super) const AMX_SLAB_UNITS: usize = 768;
+pub(super) const fn amx_slab_units(layout: Layout) -> usize {
+    if layout.is_split() { 1024 } else { 768 }
+}
 
 /// Bytes of packed rows of a slab that one task multiplies by all panels.
 pub(super) const AMX_BLOCK_BYTES: usize = 1 << 20;
@@ -68,14 +72,15 @@ impl<E: TileElement> Product<'_, E> {
     /// Splits rows and panels over the threads, never the reduction.
     pub(super) fn run(&self, pack: &(impl Fn(Range<usize>, &mut [E]) + Sync), carry: Option<&Carry>, finish: Option<Finish>) {
         let layout = E::layout(self.isa);
-        let row_len = layout.padded(self.units) * E::UNIT;
+        let row_len = layout.row_len::<E>(self.units);
         let panels = self.columns;
         let tiles = self.rows.div_ceil(layout.rows);
         if tiles == 0 || panels == 0 {
             return;
         }
         let threads = threads();
-        let block_tiles = if layout == Layout::UNITS { BLOCK_TILES } else { (AMX_BLOCK_BYTES / (self.slab() * 4 * layout.rows)).max(1) };
+        let block_tiles =
+            if layout == Layout::UNITS { BLOCK_TILES } else { (AMX_BLOCK_BYTES / (self.slab() * layout.unit_bytes * layout.rows)).max(1) };
         let whole = tiles <= block_tiles || matches!(self.panels, Panels::Made(_));
         let least_tiles = 96 / layout.rows;
         let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * block_tiles)).min(tiles / least_tiles) };
@@ -117,7 +122,7 @@ impl<E: TileElement> Product<'_, E> {
             return self.units.max(1);
         }
         let groups = self.units.div_ceil(layout.units).max(1);
-        let slabs = groups.div_ceil(AMX_SLAB_UNITS / layout.units);
+        let slabs = groups.div_ceil(amx_slab_units(layout) / layout.units);
         groups.div_ceil(slabs) * layout.units
     }
 
@@ -185,11 +190,18 @@ fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usiz
     let panels = sums.len() / (rows * PANEL_COLUMNS);
     assert!(isa <= Isa::best(), "{isa:?} is beyond this processor");
     assert_eq!(sums.len(), panels * rows * PANEL_COLUMNS, "sums of {panels} panels and {rows} rows");
-    assert_eq!(a.len(), rows * layout.padded(units) * E::UNIT, "{rows} packed rows of {units} units");
+    let (row_len, group_len) = (layout.row_len::<E>(units), layout.group_len::<E>());
+    assert_eq!(a.len(), rows * row_len, "{rows} packed rows of {units} units");
     assert_eq!(b.len(), panels * units * PANEL_COLUMNS * E::UNIT, "{panels} panels of {units} units");
     assert!(part.start <= part.end && part.end <= units, "units {part:?} of {units}");
     assert_eq!(part.start % layout.units, 0, "a reduction cut inside a group");
     assert!(part.end == units || part.end.is_multiple_of(layout.units), "a reduction cut inside a group");
+    #[cfg(target_arch = "x86_64")]
+    if layout.is_split() {
+        let (a, b) = (bytemuck::cast_slice(a), bytemuck::cast_slice(b));
+        // SAFETY: a form that splits is AMX, and the processor has it.
+        return unsafe { split_product::multiply(a, rows, b, units, part, sums, add) };
+    }
     let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
     let abreast = layout.panels_abreast(rows);
     // One tile meets each panel once, so nothing is gained by cutting its reduction; and AMX's slabs are cut already.
@@ -206,9 +218,9 @@ fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usiz
                     _ => (at.wrapping_add(block * b_unit + top / layout.rows * block * (b_unit / tiles)), b_unit / tiles),
                 };
                 let args = TileArgs {
-                    a: a.as_ptr().wrapping_add((top * layout.padded(units) + from * height) * E::UNIT),
-                    a_row: layout.units * E::UNIT,
-                    a_unit: height * layout.units * E::UNIT,
+                    a: a.as_ptr().wrapping_add(top * row_len + from / layout.units * height * group_len),
+                    a_row: group_len,
+                    a_unit: height * group_len,
                     b: at,
                     b_unit,
                     b_panel,

@@ -2,7 +2,7 @@
 //! registers. Knows addresses and strides, not matrices; gemm.rs chooses what to multiply.
 //!
 //! Each of the tile's elements is one chain along the reduction index, in one lane, from zero or from the value already in
-//! `c`: of fused multiply-adds unit by unit, or, on AMX, of groups of 16 units (amx.rs). So its bits depend neither on the
+//! `c`: of fused multiply-adds unit by unit, or, on AMX, of groups of 32 values (amx.rs). So its bits depend neither on the
 //! height of the tile nor on where a long reduction is cut into several calls, provided that it is cut between groups. The
 //! forms differ from each other in rounding (the portable one does not fuse, `vdpbf16ps` takes two products at a time, AMX
 //! 32), but every form keeps this law.
@@ -53,24 +53,42 @@ pub struct Layout {
     pub(super) rows: usize,
     /// Units of a group. A reduction may be cut between groups and nowhere else.
     pub(super) units: usize,
+    /// Bytes that stand for a unit: 4, or more where a value is split (split_f32.rs).
+    pub(super) unit_bytes: usize,
 }
 
 impl Layout {
     /// For vector registers, which take the units of all rows one after the other.
-    pub(super) const UNITS: Self = Self { rows: TILE_ROWS, units: 1 };
+    pub(super) const UNITS: Self = Self { rows: TILE_ROWS, units: 1, unit_bytes: 4 };
 
     /// For AMX, whose tile registers hold 16 units of a row side by side.
     #[cfg(target_arch = "x86_64")]
-    pub(super) const AMX: Self = Self { rows: super::amx::TILE_ROWS, units: super::amx::GROUP_UNITS };
+    pub(super) const AMX: Self = Self { rows: super::amx::TILE_ROWS, units: super::amx::GROUP_UNITS, unit_bytes: 4 };
 
-    /// `units` rounded up to whole groups.
-    pub(super) const fn padded(self, units: usize) -> usize {
-        units.next_multiple_of(self.units)
+    /// For f32 on AMX, which takes each value as three of bf16.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) const SPLIT: Self =
+        Self { rows: super::amx::FEW_ROWS, units: super::split_f32::GROUP_UNITS, unit_bytes: super::split_f32::UNIT_BYTES };
+
+    /// Whether values are split, those of a panel too, block by block, before they are multiplied.
+    pub(super) const fn is_split(self) -> bool {
+        self.unit_bytes > 4
+    }
+
+    /// Elements that a group takes in a packed row.
+    pub(super) const fn group_len<E>(self) -> usize {
+        self.units * self.unit_bytes / size_of::<E>()
+    }
+
+    /// Elements of a packed row of `units`, in whole groups.
+    pub(super) const fn row_len<E>(self, units: usize) -> usize {
+        units.div_ceil(self.units) * self.group_len::<E>()
     }
 
     /// Panels that a tile of `rows` rows computes side by side: enough sums to hide the latency of an addition.
     pub(super) const fn panels_abreast(self, rows: usize) -> usize {
         match rows {
+            _ if self.is_split() => 1,
             // Two registers of rows, or of panels, fill the eight of AMX.
             1..=16 if self.units > 1 => 2,
             _ if self.units > 1 => 1,

@@ -1,7 +1,7 @@
 //! The tile product in f32, for each instruction set.
 
 use super::isa::Isa;
-use super::tile::{PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
+use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{TILE_ROWS, for_rows, tile_avx2, tile_avx512};
 #[cfg(target_arch = "x86_64")]
@@ -10,15 +10,25 @@ use std::arch::x86_64::*;
 impl TileElement for f32 {
     const UNIT: usize = 1;
 
+    fn layout(isa: Isa) -> Layout {
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::AmxBf16 {
+            return Layout::SPLIT;
+        }
+        let _ = isa;
+        Layout::UNITS
+    }
+
     unsafe fn tile(isa: Isa, rows: usize, panels: usize, args: &TileArgs<Self>) {
         // SAFETY: the caller's promise, passed on: the processor has `isa`, which includes the features of the form.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
-                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 if panels == 1 && args.a_row == 1 => {
+                Isa::AmxBf16 => unreachable!("split values are multiplied by split_product.rs"),
+                Isa::Avx512 | Isa::Avx512Bf16 if panels == 1 && args.a_row == 1 => {
                     return for_rows!(rows, side_by_side, 2, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
                 }
-                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return avx512(rows, panels, args),
+                Isa::Avx512 | Isa::Avx512Bf16 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),
                 Isa::Portable => {}
             }
