@@ -23,11 +23,8 @@ use std::cell::Cell;
 /// Units of a group: a row of a tile register, 64 bytes.
 pub(super) const GROUP_UNITS: usize = 16;
 
-/// Rows of a tile: two registers of 16. With the panel's two registers they leave four for sums.
-pub(super) const TILE_ROWS: usize = 32;
-
-/// Most rows for which [`tile`] computes two panels side by side.
-pub(super) const FEW_ROWS: usize = 16;
+/// Most rows of a tile: those of a register.
+pub(super) const TILE_ROWS: usize = 16;
 
 /// Bytes between the units of a panel.
 const PANEL_STRIDE: usize = 128;
@@ -94,7 +91,7 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// Shapes the registers for tiles of `rows`: 0 to 3 hold sums, 4 and 5 rows, 6 and 7 columns. Takes about 70 ns, so that it
+/// Shapes the registers for tiles of `rows`: 0 and 1 hold sums, 2 rows, 3 columns. Takes about 70 ns, so that it
 /// is done only when the height changes.
 ///
 /// # Safety
@@ -103,12 +100,9 @@ unsafe fn configure(rows: usize) {
     if CONFIGURED.get() == rows {
         return;
     }
-    let upper = rows.min(FEW_ROWS) as u8;
-    // With few rows the sums 2 and 3 belong to the second panel and the same rows.
-    let lower = if rows > FEW_ROWS { (rows - FEW_ROWS) as u8 } else { upper };
     let mut configuration = Configuration { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    configuration.row_bytes[..8].fill(64);
-    configuration.rows[..8].copy_from_slice(&[upper, upper, lower, lower, upper, lower, 16, 16]);
+    configuration.row_bytes[..4].fill(64);
+    configuration.rows[..4].copy_from_slice(&[rows as u8, rows as u8, rows as u8, 16]);
     // SAFETY: the process may use the registers; the configuration is 64 bytes long and valid for palette 1, whose
     // registers have at most 16 rows of 64 bytes.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &configuration, options(nostack, readonly)) };
@@ -128,54 +122,45 @@ impl Drop for Release {
     }
 }
 
-/// The tile of `rows` rows and one panel, or two if there are few rows.
+/// The tile of `rows` rows, at most 16, and one panel.
 ///
 /// # Safety
 /// As [`super::tile::TileElement::tile`] for [`Isa::AmxBf16`]: groups of `a` are whole, with zeros past the last unit.
-pub(super) unsafe fn tile(rows: usize, panels: usize, args: &TileArgs<bf16>) {
+pub(super) unsafe fn tile(rows: usize, args: &TileArgs<bf16>) {
     debug_assert!(Isa::best() == Isa::AmxBf16);
+    let (groups, rest) = (args.units / GROUP_UNITS, args.units % GROUP_UNITS);
     // SAFETY: the caller's promise: the processor has the form, and the addresses are valid.
     unsafe {
         configure(rows);
-        if args.units.is_multiple_of(GROUP_UNITS) {
-            bf16_groups(rows, panels, args, args.units / GROUP_UNITS);
-        } else {
-            tile_with_rest(rows, panels, args);
+        if groups > 0 || rest == 0 {
+            match args.asks_alone() {
+                true => bf16_groups_ahead(args, groups),
+                false => bf16_groups(args, groups),
+            }
+        }
+        if rest > 0 {
+            rest_of_tile(args, groups, rest);
         }
     }
 }
 
-/// [`tile`], when the panel ends inside a group: its last units go through a copy with zeros after them.
+/// Adds the last `rest` units of a panel, which end inside a group: they go through a copy with zeros after them.
 ///
 /// # Safety
 /// As [`tile`]; the registers have the right shape.
 #[cold]
-unsafe fn tile_with_rest(rows: usize, panels: usize, args: &TileArgs<bf16>) {
-    let (groups, rest) = (args.units / GROUP_UNITS, args.units % GROUP_UNITS);
-    let mut padded = [[bf16::ZERO; GROUP_UNITS * PANEL_STRIDE / 2]; 2];
-    // SAFETY: the caller's promise. The copies hold the last `rest` units of each panel, and as many groups are left of `a`:
-    // one.
+unsafe fn rest_of_tile(args: &TileArgs<bf16>, groups: usize, rest: usize) {
+    let mut padded = [bf16::ZERO; GROUP_UNITS * PANEL_STRIDE / 2];
+    // SAFETY: the caller's promise. The copy holds the last `rest` units of the panel, and as many groups are left of `a`: one.
     unsafe {
-        if groups > 0 {
-            bf16_groups(rows, panels, args, groups);
-        }
-        for (panel, copy) in padded.iter_mut().enumerate().take(panels) {
-            let from = args.b.add(panel * args.b_panel + groups * GROUP_UNITS * args.b_unit);
-            std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), rest * PANEL_STRIDE / 2);
-        }
-        let last = TileArgs {
-            a: args.a.add(groups * args.a_unit),
-            b: padded.as_ptr().cast(),
-            b_panel: padded[0].len(),
-            add: args.add || groups > 0,
-            ..*args
-        };
-        bf16_groups(rows, panels, &last, 1);
+        std::ptr::copy_nonoverlapping(args.b.add(groups * GROUP_UNITS * args.b_unit), padded.as_mut_ptr(), rest * PANEL_STRIDE / 2);
+        let a = args.a.add(groups * args.a_unit);
+        bf16_groups(&TileArgs { a, b: padded.as_ptr(), add: args.add || groups > 0, ..*args }, 1);
     }
 }
 
-/// The tile of `planes` rows of unsigned bytes and one panel of signed ones, with sums of 32 bits in the place of f32. A unit is
-/// 4 bytes.
+/// The tile of `planes` rows, at most 16, of unsigned bytes and one panel of signed ones, with sums of 32 bits in the place of f32. A
+/// unit is 4 bytes.
 ///
 /// # Safety
 /// As [`tile`]; the panel too is made of whole groups.
@@ -184,7 +169,10 @@ pub(super) unsafe fn int8_tile(planes: usize, args: &TileArgs<i8>) {
     // SAFETY: the caller's promise: the processor has the form, and the addresses are valid.
     unsafe {
         configure(planes);
-        int8_groups(planes, 1, args, args.units / GROUP_UNITS);
+        match args.asks_alone() {
+            true => int8_groups_ahead(args, args.units / GROUP_UNITS),
+            false => int8_groups(args, args.units / GROUP_UNITS),
+        }
     }
 }
 
@@ -194,43 +182,43 @@ pub(super) unsafe fn int8_tile(planes: usize, args: &TileArgs<i8>) {
 macro_rules! split_products {
     (0) => {
         concat!(
-            "tileloadd tmm4, [{a} + {a_row} + 128]\n",
-            "tileloadd tmm6, [{b} + {b_row}]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 64]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
-            "tileloadd tmm4, [{a} + {a_row} + 64]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm2, [{a} + {a_row} + 128]\n",
+            "tileloadd tmm3, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
+            "tileloadd tmm2, [{a} + {a_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
         )
     };
     (1) => {
         concat!(
-            "tileloadd tmm6, [{b} + {b_row}]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 2048]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 2112]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
+            "tileloadd tmm3, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 2048]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 2112]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
         )
     };
     (2) => {
         concat!(
-            "tileloadd tmm4, [{a} + {a_row}]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 2048]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 4096]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm2, [{a} + {a_row}]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 2048]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 4096]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
         )
     };
     (3) => {
         concat!(
-            "tileloadd tmm6, [{b} + {b_row} + 4160]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row} + 64]\n",
-            "tdpbf16ps tmm1, tmm4, tmm6\n",
-            "tileloadd tmm6, [{b} + {b_row}]\n",
-            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            "tileloadd tmm3, [{b} + {b_row} + 4160]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row} + 64]\n",
+            "tdpbf16ps tmm1, tmm2, tmm3\n",
+            "tileloadd tmm3, [{b} + {b_row}]\n",
+            "tdpbf16ps tmm0, tmm2, tmm3\n",
         )
     };
 }
@@ -248,7 +236,7 @@ impl SplitSums {
     /// Takes up `sums`, `[rows][32]`, or zeros without `add`.
     ///
     /// # Safety
-    /// [`granted`] has said yes; `rows` is 1 to [`FEW_ROWS`]; `sums` may be read and written by this thread alone until the end.
+    /// [`granted`] has said yes; `rows` is 1 to [`TILE_ROWS`]; `sums` may be read and written by this thread alone until the end.
     pub(super) unsafe fn begin(rows: usize, sums: *mut f32, add: bool) -> Self {
         // SAFETY: the caller's promise; the registers get the shape of `rows` first.
         unsafe {
@@ -291,7 +279,7 @@ impl SplitSums {
                 "jnz 2b",
                 a = inout(reg) rows => _, a_row = in(reg) SPLIT_ROW, a_group = in(reg) row_words * 4,
                 b = inout(reg) panel => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
-                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 options(nostack, readonly),
             );
         }
@@ -309,12 +297,12 @@ impl SplitSums {
                     split_products!($quarter),
                     "/* {a} {a_row} */",
                     a = in(reg) rows, a_row = in(reg) SPLIT_ROW, b = in(reg) panel, b_row = in(reg) PANEL_STRIDE,
-                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     options(nostack, readonly),
                 )
             };
         }
-        // SAFETY: the caller's promise; `begin` has shaped the registers, and tmm4 and tmm6 are those of the quarter before.
+        // SAFETY: the caller's promise; `begin` has shaped the registers, and tmm2 and tmm3 are those of the quarter before.
         unsafe {
             match quarter {
                 0 => add!(0),
@@ -339,234 +327,73 @@ impl SplitSums {
     }
 }
 
-/// Asks for the 32 lines of a group of a panel's units two groups ahead, into the second cache: with few rows the registers
-/// would wait for memory line by line (13 GB/s for one row, where the machine has 30).
-macro_rules! ahead_of {
-    ($panel:literal) => {
+/// Asks for the 32 lines of a group of a panel, at `ahead`, into the second cache: with few rows the registers would wait for memory
+/// line by line (13 GB/s for one row, where the machine has 30).
+macro_rules! ask_ahead {
+    (true) => {
         concat!(
-            "prefetcht1 [{",
-            $panel,
-            "} + 4096]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4160]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4224]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4288]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4352]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4416]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4480]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4544]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4608]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4672]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4736]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4800]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4864]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4928]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 4992]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5056]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5120]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5184]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5248]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5312]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5376]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5440]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5504]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5568]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5632]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5696]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5760]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5824]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5888]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 5952]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 6016]\n",
-            "prefetcht1 [{",
-            $panel,
-            "} + 6080]\n",
+            ask_ahead!(0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960),
+            ask_ahead!(1024, 1088, 1152, 1216, 1280, 1344, 1408, 1472, 1536, 1600, 1664, 1728, 1792, 1856, 1920, 1984),
+            "add {ahead}, 2048\n",
         )
     };
+    (false) => { "/* {ahead} */\n" };
+    ($($offset:literal),*) => { concat!($("prefetcht1 [{ahead} + ", $offset, "]\n"),*) };
 }
 
-/// Defines `$name`, the tile of a number of whole groups in registers of the right shape, by the instruction `$multiply`.
+/// Defines `$name`, up to 16 rows times one panel, over whole groups and in registers of the right shape, by the instruction
+/// `$multiply`. One register of rows and one of columns are loaded again and again, and two hold sums: see [`split_products`].
 macro_rules! whole_groups {
-    ($name:ident, $multiply:literal, $element:ty) => {
-/// # Safety
-/// As [`tile`].
-unsafe fn $name(rows: usize, panels: usize, args: &TileArgs<$element>, groups: usize) {
-    const SIZE: usize = size_of::<$element>();
-    let TileArgs { a, a_row, a_unit, b, b_unit, b_panel, c, c_row, c_panel, add, .. } = *args;
-    debug_assert!(b_unit * SIZE == PANEL_STRIDE);
-    let (second_rows, second_panel) = (rows > FEW_ROWS, panels > 1);
-    debug_assert!(!(second_rows && second_panel) && panels <= 2);
-    // Bytes from here on.
-    let (a_row, a_group, c_row) = (a_row * SIZE, a_unit * SIZE, c_row * 4);
-    // SAFETY: the registers are configured for `rows` (`tile`), so that what is loaded and stored is what the caller
-    // vouches for: `rows` rows of `groups` groups of `a`, as many units of the panels, and the tile `c` of each panel. No
-    // other code uses tile registers, and nothing is expected of them afterwards.
-    unsafe {
-        if second_rows {
-            let (a_second, c_second) = (a.wrapping_add(FEW_ROWS * a_row / SIZE), c.wrapping_add(FEW_ROWS * c_row / 4));
-            asm!(
-                "test {add:e}, {add:e}",
-                "jz 2f",
-                "tileloadd tmm0, [{c} + {c_row}]",
-                "tileloadd tmm1, [{c} + {c_row} + 64]",
-                "tileloadd tmm2, [{c_second} + {c_row}]",
-                "tileloadd tmm3, [{c_second} + {c_row} + 64]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "3:",
-                "test {groups}, {groups}",
-                "jz 5f",
-                "4:",
-                "tileloadd tmm6, [{b} + {b_row}]",
-                "tileloadd tmm4, [{a} + {a_row}]",
-                "tileloadd tmm7, [{b} + {b_row} + 64]",
-                concat!($multiply, " tmm0, tmm4, tmm6"),
-                "tileloadd tmm5, [{a_second} + {a_row}]",
-                concat!($multiply, " tmm1, tmm4, tmm7"),
-                concat!($multiply, " tmm2, tmm5, tmm6"),
-                concat!($multiply, " tmm3, tmm5, tmm7"),
-                "add {a}, {a_group}",
-                "add {a_second}, {a_group}",
-                "add {b}, 2048",
-                "dec {groups}",
-                "jnz 4b",
-                "5:",
-                "tilestored [{c} + {c_row}], tmm0",
-                "tilestored [{c} + {c_row} + 64], tmm1",
-                "tilestored [{c_second} + {c_row}], tmm2",
-                "tilestored [{c_second} + {c_row} + 64], tmm3",
-                add = in(reg) u32::from(add),
-                a = inout(reg) a => _, a_second = inout(reg) a_second => _, a_row = in(reg) a_row, a_group = in(reg) a_group,
-                b = inout(reg) b => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
-                c = in(reg) c, c_second = in(reg) c_second, c_row = in(reg) c_row,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-            return;
+    ($name:ident, $multiply:literal, $element:ty, $ahead:tt) => {
+        /// # Safety
+        /// As [`tile`].
+        unsafe fn $name(args: &TileArgs<$element>, groups: usize) {
+            const SIZE: usize = size_of::<$element>();
+            let TileArgs { a, a_row, a_unit, b, b_unit, c, c_row, ahead, add, .. } = *args;
+            debug_assert!(b_unit * SIZE == PANEL_STRIDE);
+            // SAFETY: the registers are configured for the tile's rows, so that what is loaded and stored is what the caller
+            // vouches for: so many rows of `groups` groups of `a`, as many units of the panel, and the tile `c`. No other code
+            // uses tile registers, and nothing is expected of them afterwards. Lines asked for may be of any address.
+            unsafe {
+                asm!(
+                    "test {add:e}, {add:e}",
+                    "jz 2f",
+                    "tileloadd tmm0, [{c} + {c_row}]",
+                    "tileloadd tmm1, [{c} + {c_row} + 64]",
+                    "jmp 3f",
+                    "2:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "3:",
+                    "test {groups}, {groups}",
+                    "jz 5f",
+                    "4:",
+                    ask_ahead!($ahead),
+                    "tileloadd tmm2, [{a} + {a_row}]",
+                    "tileloadd tmm3, [{b} + {b_row}]",
+                    concat!($multiply, " tmm0, tmm2, tmm3"),
+                    "tileloadd tmm3, [{b} + {b_row} + 64]",
+                    concat!($multiply, " tmm1, tmm2, tmm3"),
+                    "add {a}, {a_group}",
+                    "add {b}, 2048",
+                    "dec {groups}",
+                    "jnz 4b",
+                    "5:",
+                    "tilestored [{c} + {c_row}], tmm0",
+                    "tilestored [{c} + {c_row} + 64], tmm1",
+                    add = in(reg) u32::from(add),
+                    a = inout(reg) a => _, a_row = in(reg) a_row * SIZE, a_group = in(reg) a_unit * SIZE,
+                    b = inout(reg) b => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
+                    c = in(reg) c, c_row = in(reg) c_row * 4, ahead = inout(reg) ahead => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nostack),
+                );
+            }
         }
-        // With one panel the addresses of the second are those of the first, by which the instructions below know.
-        // Panels without units lie at one place, and nothing is read of them.
-        let (b_second, c_second) = if second_panel { (b.wrapping_add(b_panel.max(1)), c.wrapping_add(c_panel)) } else { (b, c) };
-        asm!(
-            "test {add:e}, {add:e}",
-            "jz 2f",
-            "tileloadd tmm0, [{c} + {c_row}]",
-            "tileloadd tmm1, [{c} + {c_row} + 64]",
-            "cmp {b}, {b_second}",
-            "je 3f",
-            "tileloadd tmm2, [{c_second} + {c_row}]",
-            "tileloadd tmm3, [{c_second} + {c_row} + 64]",
-            "jmp 3f",
-            "2:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "3:",
-            "test {groups}, {groups}",
-            "jz 5f",
-            "4:",
-            ahead_of!("b"),
-            "tileloadd tmm4, [{a} + {a_row}]",
-            "tileloadd tmm6, [{b} + {b_row}]",
-            "tileloadd tmm7, [{b} + {b_row} + 64]",
-            concat!($multiply, " tmm0, tmm4, tmm6"),
-            concat!($multiply, " tmm1, tmm4, tmm7"),
-            "cmp {b}, {b_second}",
-            "je 6f",
-            ahead_of!("b_second"),
-            "tileloadd tmm6, [{b_second} + {b_row}]",
-            "tileloadd tmm7, [{b_second} + {b_row} + 64]",
-            concat!($multiply, " tmm2, tmm4, tmm6"),
-            concat!($multiply, " tmm3, tmm4, tmm7"),
-            "6:",
-            "add {a}, {a_group}",
-            "add {b}, 2048",
-            "add {b_second}, 2048",
-            "dec {groups}",
-            "jnz 4b",
-            "5:",
-            "tilestored [{c} + {c_row}], tmm0",
-            "tilestored [{c} + {c_row} + 64], tmm1",
-            "cmp {b}, {b_second}",
-            "je 7f",
-            "tilestored [{c_second} + {c_row}], tmm2",
-            "tilestored [{c_second} + {c_row} + 64], tmm3",
-            "7:",
-            add = in(reg) u32::from(add),
-            a = inout(reg) a => _, a_row = in(reg) a_row, a_group = in(reg) a_group,
-            b = inout(reg) b => _, b_second = inout(reg) b_second => _, b_row = in(reg) PANEL_STRIDE, groups = inout(reg) groups => _,
-            c = in(reg) c, c_second = in(reg) c_second, c_row = in(reg) c_row,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
     };
 }
 
-whole_groups!(bf16_groups, "tdpbf16ps", bf16);
-whole_groups!(int8_groups, "tdpbusd", i8);
+whole_groups!(bf16_groups, "tdpbf16ps", bf16, false);
+whole_groups!(bf16_groups_ahead, "tdpbf16ps", bf16, true);
+whole_groups!(int8_groups, "tdpbusd", i8, false);
+whole_groups!(int8_groups_ahead, "tdpbusd", i8, true);

@@ -28,21 +28,17 @@ impl Form for Amx {
         self.multiply_panels(a, b, 0, 1, depth, c, stride, start);
     }
 
-    /// Two panels at a time: with the two registers of sums that one panel has, a product waits for the one before.
     #[inline(always)]
     fn multiply_panels(self, a: Left, b: &[f32], b_panel: usize, panels: usize, depth: usize, c: &mut [f32], stride: usize, start: Start) {
         assert_eq!(depth % Self::GROUP, 0, "a walk of {depth} words");
-        for panel in (0..panels).step_by(2) {
-            let two = 2.min(panels - panel);
+        if let Start::Scaled(factors) = start {
+            for (row, factor) in c.chunks_mut(stride).zip(factors) {
+                row[..panels * COLUMNS].iter_mut().for_each(|value| *value *= factor);
+            }
+        }
+        for panel in 0..panels {
             let (b, c) = (&b[panel * b_panel..], &mut c[panel * COLUMNS..]);
-            for index in 0..two {
-                check::<1>(a, &b[index * b_panel..], depth, &c[index * COLUMNS..], stride);
-            }
-            if let Start::Scaled(factors) = start {
-                for (row, factor) in c.chunks_mut(stride).zip(factors) {
-                    row[..two * COLUMNS].iter_mut().for_each(|value| *value *= factor);
-                }
-            }
+            check::<1>(a, b, depth, c, stride);
             #[cfg(target_arch = "x86_64")]
             {
                 use super::{amx, tile::TileArgs};
@@ -53,19 +49,19 @@ impl Form for Amx {
                     a_unit: 2 * Self::GROUP,
                     b: b.as_ptr().cast(),
                     b_unit: 2 * COLUMNS,
-                    b_panel: 2 * b_panel,
+                    b_panel: 0,
                     c: c.as_mut_ptr(),
                     c_row: stride,
-                    c_panel: COLUMNS,
+                    c_panel: 0,
                     units: depth,
                     ahead: b.as_ptr().cast(),
                     ahead_unit: 0,
                     add: !matches!(start, Start::Zero),
                 };
                 // SAFETY: `new` saw a process that may use the registers. `check` holds that words 0..depth of 8 rows of
-                // `a`, whole groups, `depth` rows of 32 of each panel of `b` and rows 0..8 of `c`, 32 wide for each panel,
-                // lie within their slices; `c` is borrowed mutably.
-                unsafe { amx::tile(ROWS, two, &args) };
+                // `a`, whole groups, `depth` rows of 32 of the panel and rows 0..8 of `c`, 32 wide, lie within their slices;
+                // `c` is borrowed mutably.
+                unsafe { amx::tile(ROWS, &args) };
             }
         }
     }

@@ -70,7 +70,10 @@ impl Drop for Fence {
 /// The caller's task holds a [`Fence`].
 #[inline(always)]
 fn write_row<O: Float>(out: &mut [O], sums: &[f32; PANEL_COLUMNS], streams: bool) {
-    let rounded = sums.map(O::from_f32);
+    let mut rounded = [O::default(); PANEL_COLUMNS];
+    for (out, sum) in rounded.iter_mut().zip(sums) {
+        *out = O::from_f32(*sum);
+    }
     #[cfg(target_arch = "x86_64")]
     if streams && out.len() == PANEL_COLUMNS && out.as_ptr().addr().is_multiple_of(64) {
         use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps};

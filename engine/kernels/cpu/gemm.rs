@@ -157,7 +157,7 @@ fn input_gradient_as<E: TileElement, O: Float>(
     if few && E::layout(isa) != Layout::UNITS {
         // All rows of the slab meet each panel, and AMX waits for them unless they lie in the second cache.
         let layout = E::layout(isa);
-        let most = amx_slab_units(layout).min(AMX_BLOCK_BYTES / (layout.unit_bytes * count)).max(PANEL_COLUMNS);
+        let most = amx_slab_units(layout, true).min(AMX_BLOCK_BYTES / (layout.unit_bytes * count)).max(PANEL_COLUMNS);
         slab_panels = slab_panels.min(most * E::UNIT / PANEL_COLUMNS);
     }
     let slab = (slab_panels * PANEL_COLUMNS).min(outputs.next_multiple_of(PANEL_COLUMNS));

@@ -167,7 +167,7 @@ fn forward_as<E: Float, O: Float>(
                 let (rows, packed) = x.tile(number);
                 let (sums, scaled) = (&mut sums[..2 * rows.len() * PANEL_COLUMNS], &mut scaled[..rows.len() * PANEL_COLUMNS]);
                 for panel in first..taken.end.min(first + PANELS) {
-                    tile(form, 2 * rows.len(), packed, &values[panel * size..(panel + 1) * size], sums);
+                    tile(form, 2 * rows.len(), packed, &values[panel * size..(panel + 1) * size], sums, x.scales.len() <= x.tile_rows);
                     let left = panel * PANEL_COLUMNS;
                     let width = PANEL_COLUMNS.min(outputs - left);
                     let (mut factors, mut offsets) = ([0.0; PANEL_COLUMNS], [0; PANEL_COLUMNS]);

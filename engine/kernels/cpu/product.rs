@@ -21,8 +21,13 @@ const BLOCK_TILES: usize = 16;
 /// The like for AMX, which is so fast that packed rows must lie in the second cache, and be many, while panels come from
 /// beyond it: one core made 2.0 TFLOP/s with 512 rows of 448 units, 1.4 with 1024 (more than the cache holds) and 1.0 with 96
 /// rows of 2432 units. So a long reduction is cut into slabs of at most this many units, and all panels pass by for each.
-pub(super) const fn amx_slab_units(layout: Layout) -> usize {
-    if layout.is_split() { 1024 } else { 768 }
+/// Split values take half as many again: sums that lie elsewhere may be visited more often, to have more rows for each split panel.
+pub(super) const fn amx_slab_units(layout: Layout, is_carried: bool) -> usize {
+    match layout.is_split() {
+        true if is_carried => 512,
+        true => 1024,
+        false => 768,
+    }
 }
 
 /// Bytes of packed rows of a slab that one task multiplies by all panels.
@@ -79,8 +84,11 @@ impl<E: TileElement> Product<'_, E> {
             return;
         }
         let threads = threads();
-        let block_tiles =
-            if layout == Layout::UNITS { BLOCK_TILES } else { (AMX_BLOCK_BYTES / (self.slab() * layout.unit_bytes * layout.rows)).max(1) };
+        let block_tiles = if layout == Layout::UNITS {
+            BLOCK_TILES
+        } else {
+            (AMX_BLOCK_BYTES / (self.slab(carry.is_some()) * layout.unit_bytes * layout.rows)).max(1)
+        };
         let whole = tiles <= block_tiles || matches!(self.panels, Panels::Made(_));
         let least_tiles = 96 / layout.rows;
         let row_parts = if whole { 1 } else { (threads * tiles.div_ceil(threads * block_tiles)).min(tiles / least_tiles) };
@@ -116,13 +124,13 @@ impl<E: TileElement> Product<'_, E> {
     }
 
     /// Units of the reduction that many rows go through before the next: all, or on AMX equal parts of whole groups.
-    fn slab(&self) -> usize {
+    fn slab(&self, is_carried: bool) -> usize {
         let layout = E::layout(self.isa);
         if layout == Layout::UNITS {
             return self.units.max(1);
         }
         let groups = self.units.div_ceil(layout.units).max(1);
-        let slabs = groups.div_ceil(amx_slab_units(layout) / layout.units);
+        let slabs = groups.div_ceil(amx_slab_units(layout, is_carried) / layout.units);
         groups.div_ceil(slabs) * layout.units
     }
 
@@ -134,7 +142,7 @@ impl<E: TileElement> Product<'_, E> {
         let panel_len = self.units * PANEL_COLUMNS * E::UNIT;
         let is_made = matches!(self.panels, Panels::Made(_));
         // Few rows stay in the cache whatever their length, and a panel is made but once.
-        let slab = if is_made || size_of_val(packed) <= AMX_BLOCK_BYTES { self.units.max(1) } else { self.slab() };
+        let slab = if is_made || size_of_val(packed) <= AMX_BLOCK_BYTES { self.units.max(1) } else { self.slab(carry.is_some()) };
         let slabs = self.units.div_ceil(slab).max(1);
         let step = if carry.is_some() {
             1
@@ -204,8 +212,8 @@ fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usiz
     }
     let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
     let abreast = layout.panels_abreast(rows);
-    // One tile meets each panel once, so nothing is gained by cutting its reduction; and AMX's slabs are cut already.
-    let block = if rows <= layout.rows || layout != Layout::UNITS { part.len().max(1) } else { BLOCK_UNITS };
+    // One tile meets each panel once, so nothing is gained by cutting its reduction.
+    let block = if rows <= layout.rows { part.len().max(1) } else { BLOCK_UNITS };
     let tiles = rows.div_ceil(layout.rows);
     for p in (0..panels).step_by(abreast) {
         for from in (part.start..part.end.max(part.start + 1)).step_by(block) {

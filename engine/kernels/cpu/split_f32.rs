@@ -244,7 +244,11 @@ mod tests {
             unsafe { tile_of_rows(&rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut out) };
             for (r, i) in (0..count).flat_map(|r| (0..padded).map(move |i| (r, i))) {
                 let words = &out[(i / GROUP_UNITS * count + r) * ROW_WORDS..];
-                assert_eq!(joined(words, 16, i % GROUP_UNITS), rows[r].get(i).copied().unwrap_or(0.0).into(), "{count} x {k}: {r}, {i}");
+                assert_eq!(
+                    joined(words, 16, i % GROUP_UNITS),
+                    f64::from(rows[r].get(i).copied().unwrap_or(0.0)),
+                    "{count} x {k}: {r}, {i}"
+                );
             }
         }
     }
@@ -264,7 +268,7 @@ mod tests {
                 let place = unit % GROUP_UNITS;
                 let words = &out[unit / GROUP_UNITS * PANEL_WORDS + place % 16 * 32 + column..];
                 let word = [words[0], words[512], words[1024]].map(|word| [word; 16]).concat();
-                assert_eq!(joined(&word, 16, place), block.get(unit * 32 + column).copied().unwrap_or(0.0).into(), "{unit}, {column}");
+                assert_eq!(joined(&word, 16, place), f64::from(block.get(unit * 32 + column).copied().unwrap_or(0.0)), "{unit}, {column}");
             }
             let mut tokens: [&[f32]; GROUP_UNITS] = [&[]; GROUP_UNITS];
             tokens.iter_mut().zip(block.chunks(32)).for_each(|(token, row)| *token = row);
@@ -274,7 +278,7 @@ mod tests {
                 unsafe { group_of_columns(&tokens, left, columns, &mut out) };
                 for (column, place) in (0..columns).flat_map(|column| (0..GROUP_UNITS).map(move |place| (column, place))) {
                     let want = tokens[place].get(left + column).copied().unwrap_or(0.0);
-                    assert_eq!(joined(&out[column * ROW_WORDS..], 16, place), want.into(), "column {column} of token {place}");
+                    assert_eq!(joined(&out[column * ROW_WORDS..], 16, place), f64::from(want), "column {column} of token {place}");
                 }
             }
         }

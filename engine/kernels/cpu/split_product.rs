@@ -25,7 +25,7 @@ pub(super) unsafe fn multiply(a: &[f32], rows: usize, panels: &[f32], units: usi
     }
     let row_words = rows * ROW_WORDS;
     let taken = part.start * PANEL_COLUMNS..part.end * PANEL_COLUMNS;
-    if rows <= amx::FEW_ROWS {
+    if rows <= amx::TILE_ROWS {
         let a = &a[part.start / GROUP_UNITS * row_words..part.end.div_ceil(GROUP_UNITS) * row_words];
         let mut tile = split_few_rows::Rows::new(a, rows);
         for (panel, sums) in panels.zip(sums) {
@@ -41,9 +41,9 @@ pub(super) unsafe fn multiply(a: &[f32], rows: usize, panels: &[f32], units: usi
             let taken = from..part.end.min(from + BLOCK_UNITS);
             // SAFETY: AMX comes with AVX-512; `block` holds the groups of a block.
             unsafe { split_f32::panel(&panel[taken.start * PANEL_COLUMNS..taken.end * PANEL_COLUMNS], &mut block) };
-            for (index, sums) in sums.chunks_mut(amx::FEW_ROWS * PANEL_COLUMNS).enumerate() {
+            for (index, sums) in sums.chunks_mut(amx::TILE_ROWS * PANEL_COLUMNS).enumerate() {
                 let height = sums.len() / PANEL_COLUMNS;
-                let (first, row_words) = (index * amx::FEW_ROWS * row_len + from / GROUP_UNITS * height * ROW_WORDS, height * ROW_WORDS);
+                let (first, row_words) = (index * amx::TILE_ROWS * row_len + from / GROUP_UNITS * height * ROW_WORDS, height * ROW_WORDS);
                 let groups = taken.len().div_ceil(GROUP_UNITS);
                 let rows = &a[first..first + groups * row_words];
                 // SAFETY: this process may use AMX; `rows`, `block` and `sums` are as long as they have to be.

@@ -1,4 +1,4 @@
-//! The innermost step of every matrix product: a tile of up to 12 rows (AMX: 32) times a panel of 32 columns, added up in
+//! The innermost step of every matrix product: a tile of up to 12 rows (AMX: 16) times a panel of 32 columns, added up in
 //! registers. Knows addresses and strides, not matrices; gemm.rs chooses what to multiply.
 //!
 //! Each of the tile's elements is one chain along the reduction index, in one lane, from zero or from the value already in
@@ -14,7 +14,7 @@ use crate::kernels::element::Float;
 pub const TILE_ROWS: usize = 12;
 
 /// Most rows of a tile in any form.
-pub(super) const TILE_ROWS_MAX: usize = 32;
+pub(super) const TILE_ROWS_MAX: usize = 16;
 
 /// Columns of a panel and of a tile: two AVX-512 vectors of f32.
 pub const PANEL_COLUMNS: usize = 32;
@@ -68,7 +68,7 @@ impl Layout {
     /// For f32 on AMX, which takes each value as three of bf16.
     #[cfg(target_arch = "x86_64")]
     pub(super) const SPLIT: Self =
-        Self { rows: super::amx::FEW_ROWS, units: super::split_f32::GROUP_UNITS, unit_bytes: super::split_f32::UNIT_BYTES };
+        Self { rows: super::amx::TILE_ROWS, units: super::split_f32::GROUP_UNITS, unit_bytes: super::split_f32::UNIT_BYTES };
 
     /// Whether values are split, those of a panel too, block by block, before they are multiplied.
     pub(super) const fn is_split(self) -> bool {
@@ -88,9 +88,6 @@ impl Layout {
     /// Panels that a tile of `rows` rows computes side by side: enough sums to hide the latency of an addition.
     pub(super) const fn panels_abreast(self, rows: usize) -> usize {
         match rows {
-            _ if self.is_split() => 1,
-            // Two registers of rows, or of panels, fill the eight of AMX.
-            1..=16 if self.units > 1 => 2,
             _ if self.units > 1 => 1,
             1 | 2 => 4,
             3 | 4 => 2,
@@ -122,6 +119,14 @@ pub struct TileArgs<E> {
     pub(super) ahead_unit: usize,
     /// Start from what `c` holds, not from zero.
     pub(super) add: bool,
+}
+
+impl<E> TileArgs<E> {
+    /// Whether with each unit as much is asked for as it has, since no other tile does.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn asks_alone(&self) -> bool {
+        self.ahead_unit == self.b_unit
+    }
 }
 
 /// `a` `[rows, k]` times a panel `[k, 32]`, for kernels that build products of their own, such as attention.

@@ -29,7 +29,7 @@ impl TileElement for bf16 {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
-                Isa::AmxBf16 => return amx::tile(rows, panels, args),
+                Isa::AmxBf16 => return amx::tile(rows, args),
                 Isa::Avx512Bf16 => return dot_pairs(rows, panels, args),
                 Isa::Avx512 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),

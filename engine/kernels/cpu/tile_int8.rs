@@ -23,7 +23,7 @@ pub(super) const TOGETHER: usize = 4;
 pub(super) const PANEL_GROUP: usize = GROUP * PANEL_COLUMNS;
 
 /// Most planes of a tile in any form.
-pub(super) const TILE_PLANES_MAX: usize = 32;
+pub(super) const TILE_PLANES_MAX: usize = 16;
 
 /// Most planes of a tile on vector registers: 12 x 2 sums, 2 vectors of the panel and a broadcast fill the 32 of AVX-512.
 const VECTOR_PLANES: usize = 12;
@@ -56,8 +56,8 @@ impl Form {
 }
 
 /// Writes `planes` packed planes times a panel to `sums` `[planes][32]`, in a form that this processor has. `planes` is even; at
-/// most 66,311 inputs fit the sums.
-pub(super) fn tile(form: Form, planes: usize, a: &[u8], panel: &[i8], sums: &mut [i32]) {
+/// most 66,311 inputs fit the sums. A tile that meets panels `alone` asks for the next ones.
+pub(super) fn tile(form: Form, planes: usize, a: &[u8], panel: &[i8], sums: &mut [i32], alone: bool) {
     let groups = panel.len() / PANEL_GROUP;
     assert!(planes.is_multiple_of(2) && (2..=form.planes()).contains(&planes), "a tile of {planes} planes");
     assert_eq!(panel.len(), groups * PANEL_GROUP, "a panel of whole groups");
@@ -85,8 +85,8 @@ pub(super) fn tile(form: Form, planes: usize, a: &[u8], panel: &[i8], sums: &mut
                             c_row: columns,
                             c_panel: 0,
                             units,
-                            ahead: panel,
-                            ahead_unit: 0,
+                            ahead: panel.wrapping_add(2 * PANEL_GROUP),
+                            ahead_unit: if alone { columns * TOGETHER } else { 0 },
                             add: false,
                         },
                     );
@@ -220,7 +220,7 @@ mod tests {
                         .map(|i| if i % 5 < 2 { 127 - (i % 5 * 254) as i32 } else { (i * 91 + i / 128) as i32 % 127 } as i8)
                         .collect();
                     let mut sums = vec![7; planes * PANEL_COLUMNS];
-                    tile(form, planes, &a, &panel, &mut sums);
+                    tile(form, planes, &a, &panel, &mut sums, true);
                     for (index, sum) in sums.iter().enumerate() {
                         let (plane, column) = (index / PANEL_COLUMNS, index % PANEL_COLUMNS);
                         let product = |input: usize| {
