@@ -3,7 +3,7 @@
 //!
 //! A value `a` has 24 bits, a bf16 has 8. `a0` is `a` rounded to bf16, `a1` what is left of it rounded likewise, `a2` what is left
 //! then: nothing is lost. Of the nine products of `a` and `b` six are added, `a0 b0`, `a0 b1`, `a1 b0`, `a1 b1`, `a0 b2` and
-//! `a2 b0`; each is exact, and the other three together are at most 2^-23 of `|a b|`, as much as one rounding of an f32. A group
+//! `a2 b0`; each is exact, and the other three together are at most 2^-23 of `|a b|`, as much as two roundings of an f32. A group
 //! of 32 products joins the running sum in six additions instead of 32, so that a sum comes nearer to the exact one than a
 //! chain of fused multiply-adds does (of 1024 terms: 0.4 of its error, root mean square).
 //!

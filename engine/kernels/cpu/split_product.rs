@@ -10,7 +10,7 @@ use std::ops::Range;
 
 /// Units `part` of `rows` split rows times those of neighbouring panels, each of `units`; `sums` are `[panels][rows][32]`.
 ///
-/// - `rows`: packed as `Layout::SPLIT` says; `panels`: as stored
+/// - `a`: `rows` rows packed as `Layout::SPLIT` says; `panels`: as stored
 /// - `part`: begins at a group
 /// - `add`: continue the sums
 ///
