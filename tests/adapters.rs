@@ -27,7 +27,8 @@ fn alone() -> MutexGuard<'static, ()> {
 
 #[test]
 fn a_run_with_adapters_killed_at_any_boundary_ends_as_if_it_had_not_been() {
-    for args in [&["--method", "dare"][..], &["--method", "ties", "--dtype", "bf16", "--experts", "4"]] {
+    let mixture = ["--method", "ties", "--dtype", "bf16", "--experts", "4", "--dora"];
+    for args in [&["--method", "dare"][..], &mixture] {
         let boundaries = Place::new().kill_at_each_boundary(SCRIPT, args);
         // Six, three and four steps.
         assert!(boundaries >= 13, "only {boundaries} boundaries");
@@ -63,7 +64,7 @@ fn a_checkpoint_holds_the_adapter_alone_until_its_base_changes() {
 }
 
 fn lora(rank: usize) -> Lora {
-    Lora { rank, alpha: 16.0, rank_stabilized: false, targets: vec!["all-linear".into()], modules_to_save: Vec::new() }
+    Lora { rank, ..Lora::default() }
 }
 
 /// The base of an adapter has neither gradients nor moments nor masters: what training keeps is that of the adapter.

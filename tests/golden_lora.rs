@@ -1,17 +1,21 @@
 //! Adapters against PEFT: logits of the base, with the adapter and merged; the loss and the gradient of every factor; folders
-//! there and back. Numbers are those of tests/golden/lora, lora_moe and lora_rslora_qv.
+//! there and back; and steps of AdamW. Numbers are those of tests/golden/lora and its siblings: plain, with DoRA, and on embedding
+//! and head.
 
 mod fixtures;
 
 use fixtures::{Batch, Golden, clear_gradients, gradient, targets};
 use perilune::checkpoint::safetensors::SafetensorsFile;
 use perilune::error::Error;
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::element::Dtype;
 use perilune::model::{Lora, Model};
+use perilune::tensor::AnyTensor;
 use perilune::train::optimizer::{AdamW, Settings};
 use std::path::Path;
 
-const NAMES: [&str; 3] = ["lora", "lora_moe", "lora_rslora_qv"];
+const NAMES: [&str; 8] =
+    ["lora", "lora_moe", "lora_rslora_qv", "lora_dora", "lora_dora_moe", "lora_dora_head", "lora_embedding", "lora_embedding_tied"];
 
 fn adapted(golden: &Golden, dtype: Dtype) -> Model {
     let model = golden.model(dtype);
@@ -31,6 +35,11 @@ fn an_adapter_gives_the_reference_numbers_at_run_time_and_merged() {
         golden.check("logits_adapter", &at_run_time);
         golden.check("logits_base", &logits(&model.base().unwrap()));
 
+        if name == "lora_embedding_tied" {
+            let error = model.merge().unwrap_err().to_string();
+            assert!(error.contains("save the model") && !model.is_merged() && logits(&model) == at_run_time, "{error}");
+            continue;
+        }
         let before: Vec<Vec<f32>> = model.tensors().iter().map(|(name, _)| model.value(name).unwrap().to_f32_vec()).collect();
         model.merge().unwrap();
         golden.check("logits_merged", &logits(&model));
@@ -71,6 +80,31 @@ fn the_loss_and_every_gradient_of_an_adapter_follow_the_reference() {
     }
 }
 
+#[test]
+fn steps_of_adamw_follow_the_reference() {
+    for name in NAMES.into_iter().filter(|name| Golden::open(name).has("losses")) {
+        let golden = Golden::open(name);
+        let batch = Batch::new(&golden.integer_rows("input_ids"));
+        let labels = batch.shift(&golden.integers("labels"));
+        let model = adapted(&golden, Dtype::F32);
+        let number = |key: &str| golden.meta["params"]["optimizer"][key].as_f64().unwrap();
+        let (lr, weight_decay) = (number("lr"), number("weight_decay"));
+        let settings = Settings { lr, betas: (0.9, 0.95), eps: 1e-8, weight_decay, decay_vectors: false, clip_norm: None };
+        let mut optimizer = AdamW::new(model.parameters(), settings).unwrap();
+        let step = |_| {
+            let loss = model.cross_entropy(&batch.packed(), &labels, targets(&labels) as f32, 0.0).unwrap().total;
+            loss.backward().unwrap();
+            assert!(optimizer.step().unwrap().applied);
+            loss.values()[0]
+        };
+        let losses: Vec<f32> = (0..golden.floats("losses").len()).map(step).collect();
+        golden.check("losses", &losses);
+        for tensor in golden.names("final.") {
+            golden.check(&format!("final.{tensor}"), &model.value(&tensor).unwrap().to_f32_vec());
+        }
+    }
+}
+
 /// bf16 keeps 8 bits: logits up to 16 are off by a few hundredths a layer, and losses by what training in bf16 is off.
 #[test]
 fn an_adapter_in_bf16_stays_near_f32() {
@@ -85,11 +119,12 @@ fn an_adapter_in_bf16_stays_near_f32() {
     }
 }
 
-/// Tensors of a PEFT folder.
+/// Tensors of a PEFT folder, without the copies of embedding and head that PEFT writes beside adapters of theirs.
 fn tensors(folder: &Path) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let file = SafetensorsFile::open(&folder.join("adapter_model.safetensors")).unwrap();
     let mut all: Vec<_> =
         file.tensors().iter().map(|tensor| (tensor.name.clone(), tensor.shape.clone(), file.read_floats(&tensor.name).unwrap())).collect();
+    all.retain(|(name, ..)| !name.ends_with(".base_layer.weight"));
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all
 }
@@ -115,27 +150,32 @@ fn a_folder_is_written_as_it_was_read_and_a_saved_model_has_the_adapter_in_its_w
         assert_eq!(model.version(), before, "saving changes nothing");
         let merged = fixtures::load(&place.path().join("merged"), Dtype::F32);
         assert!(merged.adapter().is_none());
-        golden.check("logits_merged", merged.logits(&batch.packed()).unwrap().values());
+        // Where embedding and head are one matrix, PEFT merges the part of one into both; two are saved here.
+        let (logits, is_tied) = (merged.logits(&batch.packed()).unwrap(), name == "lora_embedding_tied");
+        golden.check(if is_tied { "logits_adapter" } else { "logits_merged" }, logits.values());
+        assert_eq!(merged.config().tied, model.config().tied && !is_tied, "{name}");
     }
 }
 
 fn lora(targets: &[&str]) -> Lora {
     let targets = targets.iter().map(|target| target.to_string()).collect();
-    Lora { rank: 4, alpha: 8.0, rank_stabilized: false, targets, modules_to_save: Vec::new() }
+    Lora { rank: 4, alpha: 8.0, targets, ..Lora::default() }
 }
 
 /// A new adapter changes nothing until it is trained; then all targets of a mixture of experts, routers and experts included,
 /// take part, and nothing else does.
 #[test]
 fn a_new_adapter_begins_as_its_base_and_only_it_trains() {
-    for (name, dtype) in [("dense_tied", Dtype::F32), ("moe_mixed_layers", Dtype::F32), ("moe_norm_true", Dtype::Bf16)] {
+    let cases = [("dense_tied", Dtype::F32), ("moe_mixed_layers", Dtype::F32), ("moe_norm_true", Dtype::Bf16)];
+    for ((name, dtype), dora) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
         let golden = Golden::open(name);
         let batch = Batch::new(&golden.integer_rows("input_ids"));
         let labels = batch.next_tokens();
         let model = golden.model(dtype);
         let plain = model.logits(&batch.packed()).unwrap().values().to_vec();
         let count = model.count();
-        model.adapt(lora(&["all-linear"]), 5).unwrap();
+        let modules: &[&str] = if dora { &["all-linear", "lm_head"] } else { &["all-linear", "lm_head", "embed_tokens"] };
+        model.adapt(Lora { dora, ..lora(modules) }, 5).unwrap();
         // What products read; the masters of frozen bf16 weights are dropped with the freezing.
         let base: Vec<(String, Vec<f32>)> =
             model.tensors().into_iter().map(|(name, _)| (name.clone(), model.value(&name).unwrap().to_f32_vec())).collect();
@@ -155,6 +195,14 @@ fn a_new_adapter_begins_as_its_base_and_only_it_trains() {
             assert!(model.value(tensor).unwrap().to_f32_vec() == *before, "{name}: {tensor} has changed");
         }
         let unmoved = |module: &str| model.value(&format!("{module}.lora_B.weight")).unwrap().to_f32_vec().iter().all(|b| *b == 0.0);
+        if !dora {
+            let a = model.value("model.embed_tokens.lora_embedding_A").unwrap().to_f32_vec();
+            let moved = |token: usize| a.iter().skip(token).step_by(model.config().vocab).any(|value| *value != 0.0);
+            // The last token of a document has no label, and no later one sees it.
+            let mut learned = batch.tokens.iter().zip(&labels).filter(|(_, label)| **label != fixtures::IGNORE);
+            assert!(learned.all(|(token, _)| moved(*token as usize)), "{name}: an embedding has not moved");
+            assert!((0..model.config().vocab).any(|token| !moved(token)), "{name}: tokens that do not occur");
+        }
         for (tensor, _) in model.tensors().iter().filter(|(tensor, _)| tensor.ends_with("lora_B.weight")) {
             let module = tensor.trim_end_matches(".lora_B.weight");
             // An expert that no token is sent to learns nothing.
@@ -201,7 +249,8 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     let message = |error: Error| error.to_string();
     for (bad, says) in [
         (lora(&["q_prj"]), "\"q_prj\""),
-        (lora(&["lm_head"]), "modules_to_save"),
+        (lora(&["score"]), "trains whole"),
+        (Lora { dora: true, ..lora(&["embed_tokens"]) }, "DoRA of model.embed_tokens"),
         (lora(&[]), "an empty list"),
         (Lora { rank: 0, ..lora(&["q_proj"]) }, "`rank`"),
         (Lora { alpha: f64::NAN, ..lora(&["q_proj"]) }, "`alpha`"),
@@ -231,7 +280,7 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
     for (key, value, says) in [
         ("r", json!(8), "lora_A.weight"),
         ("r", json!("many"), "whole number"),
-        ("use_dora", json!(true), "DoRA"),
+        ("use_dora", json!(true), "lora_magnitude_vector"),
         ("bias", json!("all"), "bias"),
         ("rank_pattern", json!({ "q_proj": 2 }), "rank_pattern"),
         ("layers_to_transform", json!([1]), "layers_to_transform"),
@@ -244,7 +293,16 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
         let got = load(key, value.clone()).unwrap_err();
         assert!(got.contains(says), "{key} {value}: {got}");
     }
-    // The adapter of another model, and no weights at all.
+    // The adapter of an embedding that another model has; the adapter of another model; and no weights at all.
+    let of_embedding = Golden::open("lora_embedding");
+    let other = of_embedding.model(Dtype::F32);
+    let name = "model.embed_tokens.weight";
+    let mut value = other.value(name).unwrap().to_f32_vec();
+    value[5] += 1.0;
+    let value = AnyTensor::new(other.value(name).unwrap().shape(), Buffer::copy_of(&value)).unwrap();
+    other.set_value(name, &value).unwrap();
+    let other = other.load_adapter(of_embedding.folder(), true, &mut |_| ()).map_err(message).unwrap_err();
+    assert!(other.contains("embed_tokens.base_layer") && other.contains("merge_and_unload"), "{other}");
     let other = Golden::open("lora_moe").model(Dtype::F32).load_adapter(golden.folder(), true, &mut |_| ()).map_err(message).unwrap_err();
     assert!(other.contains("gate_proj") || other.contains("lora_A"), "{other}");
     std::fs::remove_file(place.path().join("adapter_model.safetensors")).unwrap();
@@ -255,7 +313,7 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
 /// A row is the same alone and in a batch, and for one thread or two.
 #[test]
 fn rows_with_an_adapter_do_not_depend_on_their_batch() {
-    for (name, dtype) in [("lora", Dtype::F32), ("lora_moe", Dtype::F32), ("lora", Dtype::Bf16), ("lora_moe", Dtype::Bf16)] {
+    for (name, dtype) in NAMES.into_iter().flat_map(|name| [(name, Dtype::F32), (name, Dtype::Bf16)]) {
         let golden = Golden::open(name);
         let rows = golden.integer_rows("input_ids");
         let model = adapted(&golden, dtype);

@@ -64,9 +64,11 @@ fn models() -> Vec<(String, Model)> {
         for dtype in [Dtype::F32, Dtype::Bf16] {
             models.push((format!("{name}, {dtype}"), Model::random(config.clone(), dtype, 11).unwrap()));
             if ["sliding", "experts"].contains(&name) {
-                let model = Model::random(config.clone(), dtype, 11).unwrap();
-                adapt(&model);
-                models.push((format!("{name}, {dtype}, adapter"), model));
+                for dora in [false, true] {
+                    let model = Model::random(config.clone(), dtype, 11).unwrap();
+                    adapt(&model, dora);
+                    models.push((format!("{name}, {dtype}, {}", if dora { "DoRA" } else { "adapter" }), model));
+                }
             }
         }
     }
@@ -79,11 +81,13 @@ fn models_and_int8() -> Vec<(String, Model)> {
     models().into_iter().chain(configs().into_iter().map(int8)).collect()
 }
 
-/// Puts an adapter on every projection, with a second factor that is not zero.
-fn adapt(model: &Model) {
-    let targets = vec!["all-linear".into()];
-    model.adapt(Lora { rank: 5, alpha: 4.0, rank_stabilized: false, targets, modules_to_save: Vec::new() }, 3).unwrap();
-    for (number, (name, shape)) in model.tensors().into_iter().filter(|(name, _)| name.ends_with("lora_B.weight")).enumerate() {
+/// Puts an adapter on every projection, on the head and, without DoRA, on the embedding, with a second factor that is not zero.
+fn adapt(model: &Model, dora: bool) {
+    let targets: &[&str] = if dora { &["all-linear", "lm_head"] } else { &["all-linear", "lm_head", "embed_tokens"] };
+    let targets = targets.iter().map(|target| target.to_string()).collect();
+    model.adapt(Lora { rank: 5, alpha: 4.0, dora, targets, ..Lora::default() }, 3).unwrap();
+    let is_second = |name: &str| name.ends_with("lora_B.weight") || name.ends_with("lora_embedding_A");
+    for (number, (name, shape)) in model.tensors().into_iter().filter(|(name, _)| is_second(name)).enumerate() {
         let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| ((i * 31 + number * 7) % 19) as f32 * 0.01 - 0.09).collect();
         model.set_value(&name, &AnyTensor::new(&shape, Buffer::copy_of(&values)).unwrap()).unwrap();
     }

@@ -10,7 +10,7 @@ use mlua::{Lua, Value};
 use std::path::PathBuf;
 
 /// Keys of the option `lora`.
-const LORA: &[&str] = &["alpha", "modules_to_save", "rank", "rank_stabilized", "targets"];
+const LORA: &[&str] = &["alpha", "dora", "modules_to_save", "rank", "rank_stabilized", "targets"];
 
 /// What the option `lora` asks for, if it is given.
 ///
@@ -18,12 +18,14 @@ const LORA: &[&str] = &["alpha", "modules_to_save", "rank", "rank_stabilized", "
 pub(super) fn lora_option(op: &'static str, options: &Options) -> Failed<Option<Lora>> {
     let Some(table) = options.table("lora")? else { return Ok(None) };
     let fields = Options::read(op, Some(table), LORA)?;
-    let rank = fields.count("rank", 1)?.unwrap_or(8);
+    let default = Lora::default();
+    let rank = fields.count("rank", 1)?.unwrap_or(default.rank);
     Ok(Some(Lora {
         rank,
         alpha: fields.number("alpha")?.unwrap_or(2.0 * rank as f64),
-        rank_stabilized: fields.boolean("rank_stabilized")?.unwrap_or(false),
-        targets: fields.strings("targets")?.unwrap_or_else(|| vec!["all-linear".into()]),
+        rank_stabilized: fields.boolean("rank_stabilized")?.unwrap_or(default.rank_stabilized),
+        dora: fields.boolean("dora")?.unwrap_or(default.dora),
+        targets: fields.strings("targets")?.unwrap_or(default.targets),
         modules_to_save: fields.strings("modules_to_save")?.unwrap_or_default(),
     }))
 }
@@ -46,6 +48,7 @@ pub(super) fn adapter_value(lua: &Lua, model: &Model) -> Failed<Value> {
     table.raw_set("rank", lora.rank)?;
     table.raw_set("alpha", lora.alpha)?;
     table.raw_set("rank_stabilized", lora.rank_stabilized)?;
+    table.raw_set("dora", lora.dora)?;
     table.raw_set("targets", lora.targets)?;
     table.raw_set("modules_to_save", lora.modules_to_save)?;
     table.raw_set("merged", model.is_merged())?;

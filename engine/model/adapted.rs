@@ -87,9 +87,15 @@ impl Model {
     /// Adds the low-rank parts to the weights, in f32, and sets them aside until [`Model::unmerge`]. The weights as they were
     /// stay in memory. Nothing happens if it is merged.
     ///
-    /// Errors: [`Error::Argument`] without an adapter.
+    /// Errors: [`Error::Argument`] without an adapter, and for one on the embedding or the head where both are one matrix, which
+    /// [`Model::save`] writes as two.
     pub fn merge(&self) -> Result<()> {
         self.lora("merge")?;
+        if on_graph!(self, graph => graph.is_torn()) {
+            let expected = "an adapter of the layers, or a model whose head is not its embedding";
+            let got = "one on embed_tokens or lm_head, which are one matrix here; save the model, which writes two, and load that";
+            return Err(Error::argument("merge", "self", expected, got));
+        }
         self.keep_seen(|| on_graph!(self, graph => graph.weights().iter().try_for_each(|weight| weight.merge())))
     }
 
@@ -118,7 +124,7 @@ impl Model {
         on_graph!(base, graph => {
             for weight in graph.weights() {
                 weight.unmerge();
-                weight.set_adapters(Vec::new());
+                weight.clear_adapters();
                 weight.set_trains(false);
             }
         });

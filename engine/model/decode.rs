@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::kernels::element::Dtype;
 use crate::tensor::experts::{Expert, Experts};
 use crate::tensor::head::{LogitRows, logits_on_device};
+use crate::tensor::low_rank::LowRank;
 use crate::tensor::paged_attention::{KvBlocks, Span};
 use crate::tensor::{ModelElement, Parameter, Tensor};
 use std::sync::{Arc, MutexGuard};
@@ -45,8 +46,9 @@ impl<E: ModelElement> Graph<E> {
     /// A number that changes with every change of a weight: of its values, of where they lie, of its low-rank parts.
     fn version(&self) -> u64 {
         let of = |weight: &Arc<Parameter<E>>| {
-            let parts = weight.adapters().iter().map(|part| part.a.version().wrapping_add(part.b.version())).fold(0, u64::wrapping_add);
-            weight.version().wrapping_add(parts)
+            let parts = weight.adapters();
+            let versions = parts.iter().flat_map(LowRank::parameters).map(|parameter| parameter.version());
+            weight.version().wrapping_add(versions.fold(0, u64::wrapping_add))
         };
         let both = |expert: &Expert<E>| of(&expert.gate_up).wrapping_add(of(&expert.down));
         let mut version = [&self.embed, &self.norm, &self.head].map(of).into_iter().fold(0, u64::wrapping_add);

@@ -1,10 +1,12 @@
 //! LoRA on a model: which modules get low-rank parts, how those begin, and the folders in which PEFT keeps them.
-//! The arithmetic is in tensor/low_rank.rs. DoRA, dropout and parts on the embedding or the head are not built.
-//! Source: Hu et al., arXiv 2106.09685; rank-stabilised scale of Kalajdzievski, arXiv 2312.03732; files as PEFT 0.18 writes.
+//! The arithmetic is in tensor/low_rank.rs, dora.rs and embedding_part.rs. Dropout is not built.
+//! Source: Hu et al., arXiv 2106.09685; rank-stabilised scale of Kalajdzievski, arXiv 2312.03732; DoRA of Liu et al., arXiv
+//! 2402.09353; files as PEFT 0.18 writes.
 
 use super::fields::{Fields, parse_object};
 use super::graph::{Graph, Mlp};
 use super::names::Named;
+use super::weights::blocks;
 use crate::checkpoint::folder::read_text;
 use crate::checkpoint::safetensors::SafetensorsFile;
 use crate::checkpoint::stored_dtype::StoredDtype;
@@ -13,6 +15,8 @@ use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::kernels::random::Stream;
+use crate::tensor::dora::Magnitude;
+use crate::tensor::embedding_part::EmbeddingPart;
 use crate::tensor::experts::Experts;
 use crate::tensor::low_rank::LowRank;
 use crate::tensor::parameter::Layout;
@@ -28,6 +32,10 @@ const RANK_MAX: usize = 4096;
 /// Files of a PEFT folder.
 const CONFIG: &str = "adapter_config.json";
 const STEM: &str = "adapter_model";
+/// What the names of tensors in it begin with.
+const FILE_PREFIX: &str = "base_model.model.";
+/// The module of the embedding.
+pub(super) const EMBEDDING: &str = "model.embed_tokens";
 
 /// What the low-rank parts of a model are.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,10 +44,19 @@ pub struct Lora {
     pub alpha: f64,
     /// Scale by `alpha / sqrt(rank)` in place of `alpha / rank`.
     pub rank_stabilized: bool,
-    /// Names of modules, or ends of them: `q_proj`, `layers.0.mlp.down_proj`; or `all-linear`.
+    /// Scale each adapted row to a length that is learnt.
+    pub dora: bool,
+    /// Names of modules, or ends of them: `q_proj`, `layers.0.mlp.down_proj`, `embed_tokens`, `lm_head`; or `all-linear`, which
+    /// are those of the layers.
     pub targets: Vec<String>,
     /// Ends of names of modules that train whole and are kept with the adapter.
     pub modules_to_save: Vec<String>,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self { rank: 8, alpha: 16.0, rank_stabilized: false, dora: false, targets: vec![ALL.into()], modules_to_save: Vec::new() }
+    }
 }
 
 impl Lora {
@@ -63,6 +80,26 @@ impl Lora {
         Ok(())
     }
 
+    /// Whether the weight of `module`, one of a layer, the head or the embedding, gets a low-rank part.
+    pub(super) fn takes(&self, module: &str) -> bool {
+        self.targets.iter().any(|target| (target == ALL && module.starts_with("model.layers.")) || is_called(module, target))
+    }
+
+    /// Errors: [`Error::Argument`] for a target that is none of `modules`, with the names that are.
+    pub(super) fn check_targets(&self, modules: &[&str]) -> Result<()> {
+        for target in self.targets.iter().filter(|target| *target != ALL) {
+            if !modules.iter().any(|module| is_called(module, target)) {
+                let remedy = if target == "score" { "; it trains whole beside an adapter" } else { "" };
+                let mut known: Vec<&str> = modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
+                known.sort_unstable();
+                known.dedup();
+                let expected = format!("modules of this model ({}), or {ALL}", known.join(", "));
+                return Err(Error::argument("lora", "targets", expected, format!("{target:?}{remedy}")));
+            }
+        }
+        Ok(())
+    }
+
     fn to_json(&self, task: &str, base: Option<&str>) -> Value {
         // Whole numbers stay so: PEFT writes 16, not 16.0.
         let alpha = if self.alpha.fract() == 0.0 && self.alpha < 1e15 { json!(self.alpha as i64) } else { json!(self.alpha) };
@@ -71,7 +108,7 @@ impl Lora {
             "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": self.rank, "lora_alpha": alpha,
             "use_rslora": self.rank_stabilized, "target_modules": targets,
             "modules_to_save": (!self.modules_to_save.is_empty()).then_some(&self.modules_to_save),
-            "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false, "use_dora": false, "inference_mode": true,
+            "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false, "use_dora": self.dora, "inference_mode": true,
             "init_lora_weights": true,
         })
     }
@@ -103,6 +140,7 @@ impl Lora {
             rank: fields.count("r", 8, 1..=RANK_MAX)?,
             alpha: fields.number("lora_alpha", 8.0, f64::MIN_POSITIVE..=1e9)?,
             rank_stabilized: fields.flag("use_rslora", false)?,
+            dora: fields.flag("use_dora", false)?,
             targets: names("target_modules")?,
             modules_to_save: names("modules_to_save")?,
         };
@@ -120,12 +158,9 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
         Err(Error::Unsupported { what, remedy: remedy.to_owned() })
     };
     let merge = "merge the adapter into its base with PEFT (merge_and_unload) and load the result";
-    for (key, what) in [
-        ("use_dora", "DoRA"),
-        ("lora_bias", "a bias beside the low-rank part"),
-        ("fan_in_fan_out", "transposed weights"),
-        ("use_qalora", "QA-LoRA"),
-    ] {
+    for (key, what) in
+        [("lora_bias", "a bias beside the low-rank part"), ("fan_in_fan_out", "transposed weights"), ("use_qalora", "QA-LoRA")]
+    {
         if fields.flag(key, false)? {
             return unsupported(key, what, merge);
         }
@@ -155,7 +190,7 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
 }
 
 /// The module of a tensor: its name without what it is of the module.
-fn module(name: &str) -> &str {
+pub(super) fn module(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(module, _)| module)
 }
 
@@ -173,26 +208,23 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: [`Error::Argument`] for a target or a module to save that this model does not have or that cannot be one.
     pub(super) fn attach(&self, lora: &Lora) -> Result<()> {
         lora.check()?;
+        if lora.dora && self.place().device().is_some() {
+            let remedy = "leave `dora` out (plain LoRA), train it on the CPU, or merge the adapter there and load the saved model".into();
+            return Err(Error::Unsupported { what: format!("DoRA of a model on {}", self.place()), remedy });
+        }
         let named = self.named();
         let saved = saved_modules(&named, lora)?;
-        let can = |tensor: &&Named<E>| tensor.shape.len() == 2 && tensor.name.starts_with("model.layers.");
-        let modules: Vec<&Named<E>> = named.iter().filter(can).collect();
-        for target in lora.targets.iter().filter(|target| *target != ALL) {
-            if !modules.iter().any(|tensor| is_called(module(&tensor.name), target)) {
-                let remedy =
-                    if matches!(target.as_str(), "lm_head" | "embed_tokens" | "score") { "; put it into modules_to_save" } else { "" };
-                let mut known: Vec<&str> = modules.iter().filter_map(|tensor| module(&tensor.name).rsplit('.').next()).collect();
-                known.sort_unstable();
-                known.dedup();
-                let expected = format!("modules of this model's layers ({}), or {ALL}", known.join(", "));
-                return Err(Error::argument("lora", "targets", expected, format!("{target:?}{remedy}")));
-            }
-        }
+        let modules = self.modules();
+        lora.check_targets(&modules.iter().map(|tensor| module(&tensor.name)).chain([EMBEDDING]).collect::<Vec<_>>())?;
+        let embedding = self.embedding_part(lora)?;
         let mut parts: Vec<Adapted<E>> = Vec::new();
-        for tensor in modules {
+        for tensor in &modules {
             let module = module(&tensor.name);
-            if !lora.targets.iter().any(|target| target == ALL || is_called(module, target)) {
+            if !lora.takes(module) {
                 continue;
+            }
+            if Arc::ptr_eq(&tensor.parameter, &self.head) {
+                self.refuse_device(module)?;
             }
             if let Some(experts) = stacked(self).find(|experts| Arc::ptr_eq(experts, &tensor.parameter)) {
                 let what = format!("an adapter on {module} of a model on {}", experts.place());
@@ -203,11 +235,13 @@ impl<E: ModelElement> Graph<E> {
             let factor = |name: &str, rows, columns| -> Result<Arc<Parameter<E>>> {
                 Ok(Arc::new(Parameter::zeros_at(place, format!("{module}.{name}"), rows, columns, Layout::Panels)?))
             };
+            let lengths = || Parameter::zeros(format!("{module}.lora_magnitude_vector"), tensor.rows.len(), 1, Layout::Rows);
             let part = LowRank {
                 rows: tensor.rows.clone(),
                 a: factor("lora_A", lora.rank, tensor.parameter.columns())?,
                 b: factor("lora_B", tensor.rows.len(), lora.rank)?,
                 scale: lora.scale(),
+                magnitude: lora.dora.then(|| Arc::new(Magnitude::new(Arc::new(lengths())))),
             };
             match parts.iter_mut().rev().find(|(parameter, _)| Arc::ptr_eq(parameter, &tensor.parameter)) {
                 Some((_, parts)) => parts.push(part),
@@ -218,11 +252,41 @@ impl<E: ModelElement> Graph<E> {
         saved.iter().for_each(|tensor| tensor.parameter.set_trains(true));
         named.iter().filter(|tensor| !tensor.parameter.trains()).for_each(|tensor| tensor.parameter.drop_master());
         parts.into_iter().for_each(|(parameter, parts)| parameter.set_adapters(parts));
+        embedding.into_iter().for_each(|part| self.embed.set_embedding_part(part));
         Ok(())
     }
 
+    /// The low-rank part that the embedding gets, zeros; none if `lora` does not name it.
+    ///
+    /// Errors: [`Error::Unsupported`] with DoRA, and on a device.
+    fn embedding_part(&self, lora: &Lora) -> Result<Option<EmbeddingPart<E>>> {
+        if !lora.takes(EMBEDDING) {
+            return Ok(None);
+        }
+        self.refuse_device(EMBEDDING)?;
+        if lora.dora {
+            let remedy = "leave embed_tokens out of the targets (modules_to_save trains it whole), or leave `dora` out".into();
+            return Err(Error::Unsupported { what: format!("DoRA of {EMBEDDING}"), remedy });
+        }
+        let factor = |name: &str, rows, columns, layout| Arc::new(Parameter::zeros(format!("{EMBEDDING}.{name}"), rows, columns, layout));
+        let a = factor("lora_embedding_A", lora.rank, self.config.vocab, Layout::Rows);
+        let b = factor("lora_embedding_B", self.config.hidden, lora.rank, Layout::Panels);
+        Ok(Some(EmbeddingPart { a, b, scale: lora.scale() }))
+    }
+
+    /// Errors: [`Error::Unsupported`] for an adapter on `module`, embedding or head, of a model on a device.
+    fn refuse_device(&self, module: &str) -> Result<()> {
+        if self.place().device().is_none() {
+            return Ok(());
+        }
+        let what = format!("an adapter on {module} of a model on {}", self.place());
+        let remedy = "name it in modules_to_save in place of the targets, where it trains whole, or train on the CPU".into();
+        Err(Error::Unsupported { what, remedy })
+    }
+
     /// Low-rank parts as they begin: A uniform in ±1/sqrt(in), as PEFT's Kaiming initialisation gives, each number a function
-    /// of the seed, the tensor's name and its index there; B zero.
+    /// of the seed, the tensor's name and its index there; B zero; the lengths of rows those of the weight. Of the embedding, as
+    /// there, A is zero and B normal.
     ///
     /// Errors: those of the device.
     pub(super) fn begin_adapters(&self, seed: u64) -> Result<()> {
@@ -235,10 +299,20 @@ impl<E: ModelElement> Graph<E> {
             }
             tensor.parameter.write_rows(0..tensor.parameter.rows(), &values, E::HAS_REMAINDER)?;
         }
+        for tensor in self.named_adapters().iter().filter(|tensor| tensor.name.ends_with("lora_embedding_B")) {
+            let mut values = vec![0.0; tensor.parameter.count()];
+            Stream::new(seed, &tensor.name).fill_normal(0, 1.0, &mut values);
+            tensor.parameter.write_rows(tensor.rows.clone(), &values, E::HAS_REMAINDER)?;
+        }
+        for weight in self.weights() {
+            for part in weight.adapters().iter() {
+                part.magnitude.as_ref().map_or(Ok(()), |magnitude| magnitude.begin(&weight, part))?;
+            }
+        }
         Ok(())
     }
 
-    /// The tensors of the adapter: both factors of every low-rank part, then the modules saved whole.
+    /// The tensors of the adapter: the parameters of every low-rank part, then the modules saved whole.
     ///
     /// Errors: as [`Graph::attach`].
     pub(super) fn adapter_tensors(&self, lora: &Lora) -> Result<Vec<Named<E>>> {
@@ -255,11 +329,13 @@ impl<E: ModelElement> Graph<E> {
     pub(super) fn save_adapter(&self, target: &Path, lora: &Lora, dtype: Dtype, base: Option<&str>) -> Result<()> {
         let stored = if dtype == Dtype::Bf16 { StoredDtype::Bf16 } else { StoredDtype::F32 };
         let tensors = self.adapter_tensors(lora)?;
-        let specs = tensors.iter().map(|tensor| TensorSpec { name: file_name(tensor), dtype: stored, shape: tensor.shape.clone() });
+        let stored_as = |tensor: &Named<E>| if is_length(tensor) { StoredDtype::F32 } else { stored };
+        let specs =
+            tensors.iter().map(|tensor| TensorSpec { name: file_name(tensor), dtype: stored_as(tensor), shape: tensor.shape.clone() });
         // PEFT reads one file, whatever its size.
         let mut writer = FolderWriter::create_named(target, STEM, specs.collect(), SHARD_BYTES_MAX.max(u64::MAX / 2))?;
         for tensor in &tensors {
-            if dtype == E::DTYPE {
+            if dtype == E::DTYPE && !is_length(tensor) {
                 let mut values = Buffer::<E>::scratch(tensor.parameter.count());
                 tensor.parameter.read_weight_rows(tensor.rows.clone(), &mut values)?;
                 writer.write(&file_name(tensor), &values)?;
@@ -288,7 +364,8 @@ impl<E: ModelElement> Graph<E> {
         for tensor in &tensors {
             file.expect(&file_name(tensor), &tensor.shape)?;
         }
-        let known: std::collections::HashSet<String> = tensors.iter().map(file_name).collect();
+        let mut known: std::collections::HashSet<String> = tensors.iter().map(file_name).collect();
+        self.check_copies(&file, &mut known)?;
         if let Some(tensor) = file.tensors().iter().find(|tensor| !known.contains(&tensor.name)) {
             let expected = format!("only tensors of the modules that {CONFIG} names");
             return Err(Error::format(&path, &tensor.name, expected, format!("this one, of shape {:?}", tensor.shape)));
@@ -297,7 +374,34 @@ impl<E: ModelElement> Graph<E> {
             let values: Vec<f32> = file.read_floats(&file_name(tensor))?;
             // bf16 holds a stored bf16 exactly; of every other type something is left over.
             let is_finer = file.get(&file_name(tensor)).is_some_and(|info| info.dtype != StoredDtype::Bf16);
-            tensor.parameter.write_rows(tensor.rows.clone(), &values, trains && is_finer)?;
+            tensor.parameter.write_rows(tensor.rows.clone(), &values, is_finer && (trains || is_length(tensor)))?;
+        }
+        Ok(())
+    }
+
+    /// Looks at the copies of embedding and head that PEFT writes beside their adapters; they are `known` then.
+    ///
+    /// Errors: [`Error::Format`] if they are not those of this model.
+    fn check_copies(&self, file: &SafetensorsFile, known: &mut std::collections::HashSet<String>) -> Result<()> {
+        for (module, weight) in [(EMBEDDING, &self.embed), ("lm_head", &self.head)].into_iter().take(if self.config.score { 1 } else { 2 })
+        {
+            let name = format!("{FILE_PREFIX}{module}.base_layer.weight");
+            if file.get(&name).is_none() {
+                continue;
+            }
+            file.expect(&name, &[weight.rows(), weight.columns()])?;
+            for rows in blocks(weight.rows(), weight.columns()) {
+                let len = rows.len() * weight.columns();
+                let (mut theirs, mut ours) = (Buffer::<f32>::scratch(len), Buffer::<E>::scratch(len));
+                file.read_rows(&name, rows.clone(), &mut theirs)?;
+                weight.read_weight_rows(rows, &mut ours)?;
+                if theirs.iter().zip(ours.iter()).any(|(theirs, ours)| E::from_f32(*theirs) != *ours) {
+                    let expected = format!("the weight of {module} that the model has");
+                    let got = "another one; merge the adapter into its base with PEFT (merge_and_unload) and load the result";
+                    return Err(Error::format(file.path(), &name, expected, got));
+                }
+            }
+            known.insert(name);
         }
         Ok(())
     }
@@ -324,9 +428,14 @@ fn stacked<E: ModelElement>(graph: &Graph<E>) -> impl Iterator<Item = &Arc<Param
     })
 }
 
+/// Whether it is the lengths of a weight's rows, which are kept in f32: all of a row has the error of its length.
+fn is_length<E: ModelElement>(tensor: &Named<E>) -> bool {
+    tensor.name.ends_with(".lora_magnitude_vector")
+}
+
 /// The name that PEFT gives a tensor.
 fn file_name<E: ModelElement>(tensor: &Named<E>) -> String {
-    format!("base_model.model.{}", tensor.name)
+    format!("{FILE_PREFIX}{}", tensor.name)
 }
 
 /// Tensors of the modules that train whole. As in PEFT, any module is one whose name ends so: `norm` names all norms, and

@@ -58,18 +58,41 @@ impl<E: ModelElement> Graph<E> {
         list.named
     }
 
-    /// The factors of low-rank parts, merged or not, in the order of [`Graph::named`]: for `q_proj.weight` they are
-    /// `q_proj.lora_A.weight` and `q_proj.lora_B.weight`.
+    /// The parameters of low-rank parts, merged or not, in the order of [`Graph::named`]: for `q_proj.weight` they are
+    /// `q_proj.lora_A.weight`, `q_proj.lora_B.weight` and, with DoRA, `q_proj.lora_magnitude_vector`; those of the embedding are
+    /// `embed_tokens.lora_embedding_A` and `embed_tokens.lora_embedding_B`.
     pub fn named_adapters(&self) -> Vec<Named<E>> {
         let mut list = List { named: Vec::new() };
-        for named in self.named() {
+        if let Some(part) = self.embed.any_embedding_part() {
+            list.matrix("model.embed_tokens.lora_embedding_A", &part.a);
+            list.matrix("model.embed_tokens.lora_embedding_B", &part.b);
+        }
+        for named in self.modules() {
             let module = named.name.trim_end_matches(".weight");
-            for part in named.parameter.all_adapters().iter().filter(|part| part.rows == named.rows && named.shape.len() == 2) {
+            for part in named.parameter.all_adapters().iter().filter(|part| part.rows == named.rows) {
                 list.matrix(&format!("{module}.lora_A.weight"), &part.a);
                 list.matrix(&format!("{module}.lora_B.weight"), &part.b);
+                if let Some(magnitude) = &part.magnitude {
+                    list.vector(&format!("{module}.lora_magnitude_vector"), &magnitude.lengths);
+                }
             }
         }
         list.named
+    }
+
+    /// The weights of products: matrices of the layers, and the head over the vocabulary, also where it is the embedding.
+    pub fn modules(&self) -> Vec<Named<E>> {
+        let is_module = |named: &Named<E>| named.shape.len() == 2 && named.name.starts_with("model.layers.");
+        let mut list = List { named: self.named().into_iter().filter(is_module).collect() };
+        if !self.config.score {
+            list.matrix("lm_head.weight", &self.head);
+        }
+        list.named
+    }
+
+    /// Whether embedding and head are one matrix, and an adapter makes two of it.
+    pub fn is_torn(&self) -> bool {
+        Arc::ptr_eq(&self.embed, &self.head) && self.embed.is_adapted()
     }
 
     /// Every parameter once: weights in the order of [`Graph::named`], then those of [`Graph::named_adapters`].
@@ -79,7 +102,7 @@ impl<E: ModelElement> Graph<E> {
         parameters
     }
 
-    /// Every parameter once, without the factors of low-rank parts.
+    /// Every parameter once, without those of low-rank parts.
     pub fn weights(&self) -> Vec<Arc<Parameter<E>>> {
         let mut parameters: Vec<Arc<Parameter<E>>> = Vec::new();
         for named in self.named() {

@@ -183,8 +183,8 @@ impl<E: ModelElement> Graph<E> {
         Ok(Self { embed, layers, norm: vector("model.norm".into(), hidden)?, head, rope: Rope { inv_freq, attention_scaling }, config })
     }
 
-    /// Writes a checkpoint folder, whole or not at all: weights with their low-rank parts added in f32, `config.json`, and `files` (tokenizer, generation
-    /// configuration) by name.
+    /// Writes a checkpoint folder, whole or not at all: weights with their low-rank parts added in f32, `config.json`, and `files`
+    /// (tokenizer, generation configuration) by name. Where an adapter makes two matrices of a tied embedding, both are written.
     ///
     /// - `dtype`: of the stored weights; the model's own type stores them as they stand, f32 the master weights of a bf16
     ///   model that trains
@@ -192,24 +192,32 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: those of [`FolderWriter`].
     pub fn save(&self, target: &Path, dtype: Dtype, files: &[(String, Vec<u8>)]) -> Result<()> {
         let stored = if dtype == Dtype::Bf16 { StoredDtype::Bf16 } else { StoredDtype::F32 };
-        let named = self.named();
+        let (mut named, is_torn) = (self.named(), self.is_torn());
+        if is_torn {
+            named.extend(self.modules().into_iter().filter(|module| Arc::ptr_eq(&module.parameter, &self.head)));
+        }
         let specs = named.iter().map(|tensor| TensorSpec { name: tensor.name.clone(), dtype: stored, shape: tensor.shape.clone() });
         let mut writer = FolderWriter::create(target, specs.collect(), SHARD_BYTES_MAX)?;
         for tensor in &named {
-            let columns = tensor.parameter.columns();
+            let (columns, is_plain) = (tensor.parameter.columns(), !tensor.parameter.is_adapted() || tensor.parameter.is_merged());
             for block in blocks(tensor.rows.len(), columns) {
-                if dtype == E::DTYPE && tensor.parameter.adapters().is_empty() {
+                if dtype == E::DTYPE && is_plain {
                     let mut values = Buffer::<E>::scratch(block.len() * columns);
                     tensor.parameter.read_weight_rows(shift(&block, tensor.rows.start), &mut values)?;
                     writer.write(&tensor.name, &values)?;
                 } else {
                     let mut values = Buffer::<f32>::scratch(block.len() * columns);
-                    tensor.parameter.read_adapted_rows(shift(&block, tensor.rows.start), &mut values)?;
+                    let rows = shift(&block, tensor.rows.start);
+                    if tensor.name == "model.embed_tokens.weight" {
+                        tensor.parameter.read_embedded_rows(rows, &mut values)?;
+                    } else {
+                        tensor.parameter.read_adapted_rows(rows, &mut values)?;
+                    }
                     writer.write(&tensor.name, &values)?;
                 }
             }
         }
-        writer.add_json("config.json", &Config { dtype, ..self.config.clone() }.to_json())?;
+        writer.add_json("config.json", &Config { dtype, tied: self.config.tied && !is_torn, ..self.config.clone() }.to_json())?;
         for (name, bytes) in files {
             writer.add_file(name, bytes)?;
         }

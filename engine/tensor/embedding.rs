@@ -1,7 +1,9 @@
-//! Token embedding with autograd: rows of a weight, and the sum of gradients back into them in token order.
+//! Token embedding with autograd: rows of a weight, with its low-rank part for lookups if it has one, and the sum of gradients
+//! back into them in token order.
 
 use super::ModelElement;
 use super::cuda::embedding as cuda;
+use super::embedding_part::LookedUp;
 use super::parameter::{Layout, Parameter};
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
@@ -30,20 +32,20 @@ pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) ->
         return cuda::embedding(device, tokens, weight);
     }
     let mut x = Buffer::<E>::scratch(tokens.len() * hidden);
-    let order = match weight.layout() {
-        Layout::Rows => Order::Rows,
-        Layout::Panels => Order::Panels,
-        Layout::Int8 => {
-            for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden.max(1))) {
-                weight.read_weight_rows(*token as usize..*token as usize + 1, x)?;
-            }
-            return Tensor::new([tokens.len(), hidden], x);
+    let order = if weight.layout() == Layout::Rows { Order::Rows } else { Order::Panels };
+    if weight.layout() == Layout::Int8 {
+        for (token, x) in tokens.iter().zip(x.chunks_exact_mut(hidden.max(1))) {
+            weight.read_weight_rows(*token as usize..*token as usize + 1, x)?;
         }
-    };
-    embed(&weight.read().weight, order, vocab, hidden, tokens, &mut x);
+    } else {
+        embed(&weight.read().weight, order, vocab, hidden, tokens, &mut x);
+    }
     let (tokens, weight): (Arc<[i32]>, _) = (tokens.into(), weight.clone());
-    let trains = weight.trains();
+    let part = weight.embedding_part();
+    let trains = weight.trains() || part.as_ref().is_some_and(|part| part.trains());
+    let looked_up = part.map(|part| LookedUp::forward(part, tokens.clone(), &mut x));
     Ok(Tensor::from_operation([tokens.len(), hidden], Data::ready(x), &[], trains, move |dx, _| {
+        looked_up.as_ref().map_or(Ok(()), |looked_up| looked_up.backward(&dx))?;
         weight.accumulate(|gradient, add| {
             if !add {
                 gradient.fill(0.0);

@@ -219,15 +219,13 @@ pub fn mixture<E: ModelElement>(
         let weight = &experts[index].gate_up;
         let tokens = &groups.rows[rows.clone()];
         let y = &mut gate_up[part(&rows, 2 * intermediate)];
-        weight.multiply(&mut *y, normed.values(), Some(tokens), None, None);
-        gate_up_parts[index] = Some(Applied::forward(weight, y, normed.values(), Some(tokens)));
+        gate_up_parts[index] = Some(Applied::product(weight, y, normed.values(), Some(tokens), None, None));
     });
     swiglu::swiglu(&gate_up, intermediate, &mut activation);
     each_expert(groups, |index, rows| {
         let weight = &experts[index].down;
         let (from, y) = (&activation[part(&rows, intermediate)], &mut out[part(&rows, hidden)]);
-        weight.multiply(&mut *y, from, None, None, None);
-        down_parts[index] = Some(Applied::forward(weight, y, from, None));
+        down_parts[index] = Some(Applied::product(weight, y, from, None, None, None));
     });
     drop(activation);
     let mut y = Buffer::copy_of(x.values());
@@ -267,9 +265,12 @@ pub fn mixture<E: ModelElement>(
         let mut d_activation = Buffer::<E>::scratch(grouped * intermediate);
         each_expert(&groups, |index, rows| {
             let weight = &experts[index].down;
-            let (d_out, d) = (&d_out[part(&rows, hidden)], &mut d_activation[part(&rows, intermediate)]);
-            gemm::input_gradient(&mut *d, d_out, weight.product_weight(&weight.read()), false);
+            let (d_out, d) = (&mut d_out[part(&rows, hidden)], &mut d_activation[part(&rows, intermediate)]);
             let down = down_parts[index].as_ref().expect("an expert with rows was applied");
+            if let Some(unscaled) = down.unscaled(d_out) {
+                d_out.copy_from_slice(&unscaled);
+            }
+            gemm::input_gradient(&mut *d, d_out, weight.product_weight(&weight.read()), false);
             if down.trains() {
                 let mut activation = Buffer::<E>::scratch(rows.len() * intermediate);
                 swiglu::swiglu(&gate_up[part(&rows, 2 * intermediate)], intermediate, &mut activation);
@@ -290,7 +291,10 @@ pub fn mixture<E: ModelElement>(
             expert.down.accumulate(|gradient, add| {
                 gemm::weight_gradient(gradient, d_out, activation, None, hidden, intermediate, add);
             });
-            let d_gate_up = &gate_up[part(&rows, 2 * intermediate)];
+            let d_gate_up = &mut gate_up[part(&rows, 2 * intermediate)];
+            if let Some(unscaled) = gate_up_parts[index].as_ref().and_then(|gate_up| gate_up.unscaled(d_gate_up)) {
+                d_gate_up.copy_from_slice(&unscaled);
+            }
             expert.gate_up.accumulate(|gradient, add| {
                 gemm::weight_gradient(gradient, d_gate_up, normed, Some(tokens), 2 * intermediate, hidden, add);
             });

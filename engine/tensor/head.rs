@@ -5,6 +5,7 @@ use super::ModelElement;
 use super::cuda::head as cuda;
 use super::linear::{check_weight, weight_gradients};
 use super::logprobs::logprobs_of_logits;
+use super::low_rank::Applied;
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use crate::error::Result;
@@ -91,7 +92,7 @@ pub fn logit_rows<E: ModelElement>(x: &Tensor<E, 2>, head: &Parameter<E>) -> Res
         return Ok(LogitRows::on_device(Arc::new(cuda::logits(device, x, head)?), rows, vocab));
     }
     let mut values = Buffer::scratch(rows * vocab);
-    head.multiply(&mut values, x.values(), None, None, None);
+    Applied::product(head, &mut values, x.values(), None, None, None);
     Ok(LogitRows { rows, vocab, values: OnceLock::from(values), on_device: None })
 }
 
@@ -123,17 +124,24 @@ fn product<E: ModelElement, const R: usize>(
         return cuda::product(op, device, shape, x, head);
     }
     let mut y = Buffer::scratch(rows * head.rows());
-    head.multiply(&mut y, x.values(), None, None, None);
-    let (saved, head, seen) = (head.trains().then(|| x.data().clone()), head.clone(), head.version());
-    Ok(Tensor::from_operation(shape, Data::ready(y), &[x.node()], head.trains(), {
+    let applied = Applied::product(head, &mut y, x.values(), None, None, None);
+    let trains = head.learns();
+    let (saved, head, seen) = (trains.then(|| x.data().clone()), head.clone(), head.version());
+    Ok(Tensor::from_operation(shape, Data::ready(y), &[x.node()], trains, {
         move |dy, sink| {
             head.check_version(seen, op)?;
+            applied.check_versions(op)?;
             let mut narrow = Buffer::<E>::scratch(dy.len());
             norm::convert(&dy, &mut narrow);
             drop(dy);
-            weight_gradients(&narrow, saved.as_ref().map_or(&[][..], |saved| saved.get()), &head, None);
-            let weight = head.read();
-            sink.accumulate::<E>(0, rows * hidden, |dx, add| gemm::input_gradient(dx, &narrow, head.product_weight(&weight), add));
+            let narrow = applied.unscaled(&narrow).unwrap_or(narrow);
+            let x = saved.as_ref().map_or(&[][..], |saved| saved.get());
+            weight_gradients(&narrow, x, &head, None);
+            let d_inner = applied.factor_gradients(&narrow, x, None);
+            sink.accumulate::<E>(0, rows * hidden, |dx, add| {
+                gemm::input_gradient(&mut *dx, &narrow, head.product_weight(&head.read()), add);
+                applied.add_input_gradient(&d_inner, dx);
+            });
             Ok(())
         }
     }))

@@ -43,10 +43,13 @@ pub fn linear<E: ModelElement>(
         weight.check_version(seen, "linear")?;
         applied.check_versions("linear")?;
         let x = saved.as_ref().map_or(&[][..], |saved| saved.get());
-        weight_gradients(&dy, x, &weight, bias.as_deref());
-        let d_inner = applied.factor_gradients(&dy, x, None);
+        let unscaled = applied.unscaled(&dy);
+        let d_product = unscaled.as_deref().unwrap_or(&dy);
+        weight_gradients(d_product, x, &weight, None);
+        bias_gradient(&dy, bias.as_deref());
+        let d_inner = applied.factor_gradients(d_product, x, None);
         sink.accumulate::<E>(0, tokens * input, |dx, add| {
-            gemm::input_gradient(&mut *dx, &dy, weight.product_weight(&weight.read()), add);
+            gemm::input_gradient(&mut *dx, d_product, weight.product_weight(&weight.read()), add);
             applied.add_input_gradient(&d_inner, dx);
         });
         sink.add(1, dy);
@@ -90,7 +93,9 @@ pub fn norm_linear<E: ModelElement>(
         if needs_input {
             rms_norm::rms_norm(saved.get(), &norm.read().weight, eps, &mut normed, &mut inv_rms);
         }
-        weight_gradients(&dy, &normed, &weight, bias.as_deref());
+        bias_gradient(&dy, bias.as_deref());
+        let dy = applied.unscaled(&dy).unwrap_or(dy);
+        weight_gradients(&dy, &normed, &weight, None);
         let d_inner = applied.factor_gradients(&dy, &normed, None);
         if sink.wants(0) || norm.trains() {
             // The normalised input is read no more: its buffer takes the gradient that flows into the norm.
@@ -141,27 +146,29 @@ pub fn swiglu_linear<E: ModelElement>(
         weight.check_version(seen, "swiglu_linear")?;
         applied.check_versions("swiglu_linear")?;
         let mut activation = Buffer::<E>::scratch(tokens * intermediate);
+        let unscaled = applied.unscaled(&dy);
+        let d_product = unscaled.as_deref().unwrap_or(&dy);
         let d_inner = if applied.trains() {
             // The factors' part of the gradient flows back through the activation, which they must see first.
             swiglu::swiglu(saved.get(), intermediate, &mut activation);
-            applied.factor_gradients(&dy, &activation, None)
+            applied.factor_gradients(d_product, &activation, None)
         } else {
-            applied.factor_gradients(&dy, &[], None)
+            applied.factor_gradients(d_product, &[], None)
         };
         let mut d_activation = Buffer::<E>::scratch(tokens * intermediate);
-        gemm::input_gradient(&mut d_activation[..], &dy, weight.product_weight(&weight.read()), false);
+        gemm::input_gradient(&mut d_activation[..], d_product, weight.product_weight(&weight.read()), false);
         applied.add_input_gradient(&d_inner, &mut d_activation);
         let mut d_gate_up = Buffer::<E>::scratch(tokens * width);
         swiglu::swiglu_backward(saved.get(), intermediate, &d_activation, &mut d_gate_up, Some(&mut activation));
         drop(d_activation);
-        weight_gradients(&dy, &activation, &weight, None);
+        weight_gradients(d_product, &activation, &weight, None);
         sink.add(0, d_gate_up);
         sink.add(1, dy);
         Ok(())
     }))
 }
 
-/// The product itself, on slices, and the low-rank parts of the weight that were added.
+/// The product itself, on slices, and the low-rank parts of the weight that take part.
 fn product<E: ModelElement>(
     x: &[E],
     tokens: usize,
@@ -172,8 +179,7 @@ fn product<E: ModelElement>(
     let mut y = Buffer::scratch(tokens * weight.rows());
     let bias = bias.map(|bias| bias.read());
     let bias = bias.as_ref().map(|bias| &bias.weight[..]);
-    weight.multiply(&mut y[..], x, None, bias, residual.map(Tensor::values));
-    let applied = Applied::forward(weight, &mut y, x, None);
+    let applied = Applied::product(weight, &mut y[..], x, None, bias, residual.map(Tensor::values));
     (y, applied)
 }
 
@@ -203,6 +209,10 @@ fn check_operands<E: ModelElement>(
 /// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.
 pub(super) fn weight_gradients<E: ModelElement>(dy: &[E], x: &[E], weight: &Parameter<E>, bias: Option<&Parameter<E>>) {
     weight.accumulate(|gradient, add| gemm::weight_gradient(gradient, dy, x, None, weight.rows(), weight.columns(), add));
+    bias_gradient(dy, bias);
+}
+
+fn bias_gradient<E: ModelElement>(dy: &[E], bias: Option<&Parameter<E>>) {
     if let Some(bias) = bias {
         bias.accumulate(|gradient, add| gemm::bias_gradient(gradient, dy, add));
     }

@@ -5,9 +5,10 @@
 //! Source of the idea: Liger-Kernel's fused linear cross entropy.
 
 use super::ModelElement;
-use super::autograd::{Sink, is_recording};
+use super::autograd::{Sink, is_recording, with_recording};
 use super::cuda::logprobs as cuda;
 use super::linear::{check_weight, weight_gradients};
+use super::low_rank::Applied;
 use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
@@ -149,15 +150,17 @@ impl<E: ModelElement> Targets<E> {
     }
 }
 
-/// The logits of one chunk of labelled rows, divided by the temperature.
-fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32) -> Buffer<f32> {
+/// The logits of one chunk of labelled rows, divided by the temperature; and the head's low-rank parts in them.
+///
+/// - `differentiates`: whether [`chunk_backward`] will follow
+fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32, differentiates: bool) -> (Buffer<f32>, Applied<E>) {
     let rows = x.len() / head.columns();
     let mut logits = Buffer::scratch(rows * head.rows());
-    head.multiply(&mut logits, x, None, None, None);
+    let applied = with_recording(differentiates, || Applied::product(head, &mut logits[..], x, None, None, None));
     if temperature != 1.0 {
         norm::scale(&mut logits, temperature.recip());
     }
-    logits
+    (logits, applied)
 }
 
 /// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
@@ -171,11 +174,14 @@ fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: im
 }
 
 /// One chunk's part of the backward pass: from the gradient in its logits to those of its hidden states and the head.
-fn chunk_backward<E: ModelElement>(x: &[E], d_logits: &[E], head: &Parameter<E>, d_rows: Option<&mut [E]>) {
+fn chunk_backward<E: ModelElement>(x: &[E], d_logits: Buffer<E>, head: &Parameter<E>, applied: &Applied<E>, d_rows: Option<&mut [E]>) {
+    let d_logits = applied.unscaled(&d_logits).unwrap_or(d_logits);
+    let d_inner = applied.factor_gradients(&d_logits, x, None);
     if let Some(d_rows) = d_rows {
-        gemm::input_gradient(d_rows, d_logits, head.product_weight(&head.read()), false);
+        gemm::input_gradient(&mut *d_rows, &d_logits, head.product_weight(&head.read()), false);
+        applied.add_input_gradient(&d_inner, d_rows);
     }
-    weight_gradients(d_logits, x, head, None);
+    weight_gradients(&d_logits, x, head, None);
 }
 
 /// Gives parent 0 the gradients of its labelled rows.
@@ -216,33 +222,33 @@ pub fn cross_entropy<E: ModelElement>(
     let targets = Arc::new(Targets::new("cross_entropy", x, labels, vocab)?);
     let data = {
         let (targets, head, extra) = (targets.clone(), head.clone(), extra.clone());
-        let seen = head.version();
+        let seen = head.versions();
         Data::deferred(move || {
-            head.check_version(seen, "cross_entropy")?;
+            head.check_versions(&seen, "cross_entropy")?;
             let mut sum = 0.0;
             for_chunks(&targets, vocab, |range, x, labels| {
-                let logits = chunk_logits(x, &head, 1.0);
+                let (logits, _) = chunk_logits(x, &head, 1.0, false);
                 sum += chunk_loss(&logits, vocab, labels, &mut Buffer::scratch(range.len()));
             });
             Ok(scalar(sum, normalizer, extra.value()?))
         })
     };
-    let (value, head, seen) = (data.clone(), head.clone(), head.version());
-    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream, sink| {
-        head.check_version(seen, "cross_entropy")?;
+    let (value, head, seen) = (data.clone(), head.clone(), head.versions());
+    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.learns(), move |upstream, sink| {
+        head.check_versions(&seen, "cross_entropy")?;
         let wants_rows = sink.wants(0);
         let mut d_rows = Buffer::<E>::scratch(if wants_rows { targets.rows.len() * targets.hidden } else { 0 });
         let coefficient = upstream[0] / normalizer;
         let mut sum = 0.0;
         for_chunks(&targets, vocab, |range, x, labels| {
-            let logits = chunk_logits(x, &head, 1.0);
+            let (logits, applied) = chunk_logits(x, &head, 1.0, true);
             let mut lse = Buffer::scratch(range.len());
             sum += chunk_loss(&logits, vocab, labels, &mut lse);
             let mut coefficients = Buffer::scratch(range.len());
             coefficients.fill(coefficient);
             let d_logits = E::logits_gradient(logits, vocab, labels, &lse, &coefficients, None);
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
-            chunk_backward(x, &d_logits, &head, d_part);
+            chunk_backward(x, d_logits, &head, &applied, d_part);
         });
         value.fulfil(scalar(sum, normalizer, extra.value()?));
         sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * extra.coefficient()]));
@@ -313,29 +319,29 @@ fn score<E: ModelElement>(
     let count = targets.rows.len();
     let (mut lse, mut logprobs, mut entropies) =
         (Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count), Buffer::<f32>::scratch(count));
-    let differentiates = is_recording() && (x.node().is_some() || head.trains());
+    let differentiates = is_recording() && (x.node().is_some() || head.learns());
     let (mut kept, mut room) = (VecDeque::new(), if differentiates { KEPT_BYTES } else { 0 });
     for_chunks(&targets, vocab, |range, x, labels| {
-        let logits = chunk_logits(x, head, temperature);
+        let (logits, applied) = chunk_logits(x, head, temperature, room > 0);
         let entropies = (score == Score::Entropy).then(|| &mut entropies[range.clone()]);
         kernel::logprobs(&logits, vocab, labels, &mut lse[range.clone()], &mut logprobs[range], entropies);
         // The first chunks, without a gap: a later one that is smaller does not slip in.
         room = room.saturating_sub(size_of_val(&logits[..]));
         if room > 0 {
-            kept.push_back(logits);
+            kept.push_back((logits, applied));
         }
     });
     let mut y = Buffer::zeroed(targets.tokens);
     for (row, value) in targets.rows.iter().zip(if score == Score::Logprob { &logprobs } else { &entropies }.iter()) {
         y[*row as usize] = *value;
     }
-    let (head, seen) = (head.clone(), head.version());
-    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.trains(), move |dy, sink| {
-        head.check_version(seen, op)?;
+    let (head, seen) = (head.clone(), head.versions());
+    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.learns(), move |dy, sink| {
+        head.check_versions(&seen, op)?;
         let wants_rows = sink.wants(0);
         let mut d_rows = Buffer::<E>::scratch(if wants_rows { count * targets.hidden } else { 0 });
         for_chunks(&targets, vocab, |range, x, labels| {
-            let logits = kept.pop_front().unwrap_or_else(|| chunk_logits(x, &head, temperature));
+            let (logits, applied) = kept.pop_front().unwrap_or_else(|| chunk_logits(x, &head, temperature, true));
             let (mut minus, mut plain) = (Buffer::scratch(range.len()), Buffer::scratch(range.len()));
             for (index, row) in targets.rows[range.clone()].iter().enumerate() {
                 plain[index] = dy[*row as usize] / temperature;
@@ -345,7 +351,7 @@ fn score<E: ModelElement>(
                 (score == Score::Entropy).then(|| kernel::EntropyGradient { entropy: &entropies[range.clone()], coefficients: &plain });
             let d_logits = E::logits_gradient(logits, vocab, labels, &lse[range.clone()], &minus, entropy);
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
-            chunk_backward(x, &d_logits, &head, d_part);
+            chunk_backward(x, d_logits, &head, &applied, d_part);
         });
         give_rows(sink, &targets, d_rows);
         Ok(())

@@ -1,14 +1,18 @@
 //! Low-rank parts of a weight: `W + scale * B A` on some of its rows, with W frozen as a rule. A parameter carries its own
 //! parts (parameter.rs), and every operation that multiplies by the parameter adds them, so that no graph knows of them.
 //! Both factors go through the packed products, whose sums run over their own reduction alone: a row is the same in any batch.
+//! With DoRA (dora.rs) the rows are then scaled to lengths that are learnt.
 //! Source: Hu et al., LoRA, arXiv 2106.09685; initialisation and scale are those of PEFT.
 
 use super::ModelElement;
+use super::autograd::is_recording;
+use super::dora::{Magnitude, Scaling};
 use super::parameter::Parameter;
 use super::place::Place;
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, low_rank};
+use crate::kernels::element::Float;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -22,6 +26,8 @@ pub struct LowRank<E: ModelElement> {
     /// `[rows, rank]` in panels
     pub b: Arc<Parameter<E>>,
     pub scale: f32,
+    /// With DoRA: the lengths of the adapted rows.
+    pub magnitude: Option<Arc<Magnitude<E>>>,
 }
 
 impl<E: ModelElement> LowRank<E> {
@@ -29,19 +35,48 @@ impl<E: ModelElement> LowRank<E> {
         self.a.rows()
     }
 
+    /// Its parameters: both factors, and the lengths of rows if it has them.
+    pub fn parameters(&self) -> impl Iterator<Item = &Arc<Parameter<E>>> {
+        [&self.a, &self.b].into_iter().chain(self.magnitude.iter().map(|magnitude| &magnitude.lengths))
+    }
+
+    /// Whether one of its parameters trains.
+    pub fn trains(&self) -> bool {
+        self.parameters().any(|parameter| parameter.trains())
+    }
+
     /// A part of its own with the same values, at `place` if it trains.
     ///
     /// Errors: those of [`Parameter::copy`].
     pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), ..self.clone() })
+        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.copy_to(place).map(Arc::new)).transpose()?;
+        Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), magnitude, ..self.clone() })
     }
 
-    /// Adds its share to `values`, `rows` of the weight, row-major, in f32 from the masters of both factors.
+    /// Makes `values`, `rows` of the weight, row-major, those with this part: in f32, from the masters of both factors.
     ///
     /// Errors: those of the device that they lie on.
-    pub(super) fn add_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
-        let common = rows.start.max(self.rows.start)..rows.end.min(self.rows.end);
-        if common.start >= common.end {
+    pub(super) fn apply_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
+        self.add_product_to_rows(rows, values)?;
+        let (common, inputs) = (self.common(rows), self.a.columns());
+        match &self.magnitude {
+            Some(magnitude) if !common.is_empty() => {
+                let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
+                magnitude.scale_rows(common.start - self.rows.start, values, inputs)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Which of `rows` are its own.
+    fn common(&self, rows: &Range<usize>) -> Range<usize> {
+        rows.start.max(self.rows.start)..rows.end.min(self.rows.end)
+    }
+
+    /// Adds the product of its factors to `values`, as [`LowRank::apply_to_rows`] does.
+    pub(super) fn add_product_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
+        let common = self.common(rows);
+        if common.is_empty() {
             return Ok(());
         }
         let (rank, inputs) = (self.rank(), self.a.columns());
@@ -60,46 +95,63 @@ pub(super) struct Applied<E: ModelElement> {
     width: usize,
     /// `A x` of each part, `[tokens, rank]`.
     inner: Vec<Buffer<E>>,
-    versions: Vec<(u64, u64)>,
+    scaling: Option<Scaling<E>>,
+    versions: Vec<u64>,
 }
 
 impl<E: ModelElement> Applied<E> {
-    /// Adds the low-rank parts of `weight` to a product with it.
+    /// `y = x W'ᵀ (+ bias) (+ residual)` with the low-rank parts of `weight`.
     ///
-    /// - `y`: `[tokens, out]`, the product
+    /// - `y`: `[tokens, out]`; `bias`: `[out]`; `residual`: `[tokens, out]`
     /// - `x`: `[tokens, in]`; with `choice`, token `i` uses row `choice[i]`
-    pub fn forward(weight: &Parameter<E>, y: &mut [E], x: &[E], choice: Option<&[u32]>) -> Self {
+    pub fn product<O: Float>(
+        weight: &Parameter<E>,
+        y: &mut [O],
+        x: &[E],
+        choice: Option<&[u32]>,
+        bias: Option<&[E]>,
+        residual: Option<&[O]>,
+    ) -> Self {
         let (parts, width) = (weight.adapters(), weight.rows());
-        let tokens = y.len() / width;
-        let apply = |part: &LowRank<E>| {
-            let mut inner = Buffer::<E>::scratch(tokens * part.rank());
-            part.a.multiply(&mut inner[..], x, choice, None, None);
-            let mut delta = Buffer::<f32>::scratch(tokens * part.rows.len());
-            part.b.multiply(&mut delta, &inner, None, None, None);
-            low_rank::add_columns(y, width, part.rows.clone(), &delta, part.scale);
-            inner
+        let mut scaling = Scaling::of(weight, &parts);
+        let inner = match &mut scaling {
+            None => {
+                weight.multiply(&mut *y, x, choice, bias, residual);
+                add_parts(&parts, width, y, x, choice)
+            }
+            Some(scaling) => {
+                let mut sums = Buffer::<f32>::scratch(y.len());
+                weight.multiply(&mut sums[..], x, choice, None, None);
+                let inner = add_parts(&parts, width, &mut sums, x, choice);
+                scaling.forward(&sums, bias, residual, y, is_recording());
+                inner
+            }
         };
-        let inner = parts.iter().map(apply).collect();
-        let versions = parts.iter().map(|part| (part.a.version(), part.b.version())).collect();
-        Self { parts, width, inner, versions }
+        let versions = parts.iter().flat_map(LowRank::parameters).map(|parameter| parameter.version()).collect();
+        Self { parts, width, inner, scaling, versions }
     }
 
-    /// Whether a factor trains.
+    /// Whether a parameter of a part trains.
     pub fn trains(&self) -> bool {
-        self.parts.iter().any(|part| part.a.trains() || part.b.trains())
+        self.parts.iter().any(LowRank::trains)
     }
 
-    /// Errors: as [`Parameter::check_version`], for every factor.
+    /// Errors: as [`Parameter::check_version`], for every parameter.
     pub fn check_versions(&self, op: &'static str) -> Result<()> {
-        self.parts.iter().zip(&self.versions).try_for_each(|(part, (a, b))| {
-            part.a.check_version(*a, op)?;
-            part.b.check_version(*b, op)
-        })
+        let parameters = self.parts.iter().flat_map(LowRank::parameters);
+        parameters.zip(&self.versions).try_for_each(|(parameter, seen)| parameter.check_version(*seen, op))
+    }
+
+    /// With DoRA: adds the gradients of the lengths of rows, and gives that of what they scale, which everything but the bias and
+    /// the residual then takes in place of `dy` `[tokens, out]`.
+    pub fn unscaled(&self, dy: &[E]) -> Option<Buffer<E>> {
+        self.scaling.as_ref().map(|scaling| scaling.backward(dy))
     }
 
     /// Adds the gradients of the factors that train, and gives those of `A x`, from which that of x follows.
     ///
-    /// - `dy`: `[tokens, out]`; `x` and `choice` as in [`Applied::forward`]; x may be empty if no factor trains
+    /// - `dy`: `[tokens, out]`, as [`Applied::unscaled`] gives it; `x` and `choice` as in [`Applied::product`]; x may be empty if
+    ///   no factor trains
     pub fn factor_gradients(&self, dy: &[E], x: &[E], choice: Option<&[u32]>) -> Vec<Buffer<E>> {
         let tokens = dy.len() / self.width;
         let backward = |(part, inner): (&LowRank<E>, &Buffer<E>)| {
@@ -123,6 +175,26 @@ impl<E: ModelElement> Applied<E> {
     }
 }
 
+/// Adds the low-rank parts to the product `y` `[tokens, width]`; gives `A x` of each, `[tokens, rank]`.
+fn add_parts<E: ModelElement, O: Float>(
+    parts: &[LowRank<E>],
+    width: usize,
+    y: &mut [O],
+    x: &[E],
+    choice: Option<&[u32]>,
+) -> Vec<Buffer<E>> {
+    let tokens = y.len() / width;
+    let add = |part: &LowRank<E>| {
+        let mut inner = Buffer::<E>::scratch(tokens * part.rank());
+        part.a.multiply(&mut inner[..], x, choice, None, None);
+        let mut delta = Buffer::<f32>::scratch(tokens * part.rows.len());
+        part.b.multiply(&mut delta, &inner, None, None, None);
+        low_rank::add_columns(y, width, part.rows.clone(), &delta, part.scale);
+        inner
+    };
+    parts.iter().map(add).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::parameter::Layout;
@@ -139,12 +211,13 @@ mod tests {
     }
 
     /// A frozen weight `[out, in]` with parts on its first rows and on its last.
-    fn adapted<E: ModelElement>(out: usize, input: usize, split: usize) -> Arc<Parameter<E>> {
+    fn adapted<E: ModelElement>(out: usize, input: usize, split: usize, dora: bool) -> Arc<Parameter<E>> {
         let weight = filled::<E>("w", out, input, 1);
         weight.set_trains(false);
         let part = |rows: Range<usize>, rank: usize, seed: usize| LowRank {
             a: filled("a", rank, input, seed),
             b: filled("b", rows.len(), rank, seed + 1),
+            magnitude: dora.then(|| Arc::new(Magnitude::new(filled("m", rows.len(), 1, seed + 2)))),
             rows,
             scale: 0.5,
         };
@@ -157,10 +230,11 @@ mod tests {
         Tensor::from_slice([tokens, columns], &values).unwrap()
     }
 
-    /// The sum of the squares of `run`'s result and, by finite differences, the gradient of every factor and of x.
+    /// The sum of the squares of `run`'s result and, by finite differences, the gradient of every factor and of x; with DoRA, whose
+    /// factors change lengths that are constants to derivatives, that of every length and of x.
     fn check_gradients(weight: &Arc<Parameter<f32>>, x: &Tensor<f32, 2>, run: impl Fn(&Tensor<f32, 2>) -> Tensor<f32, 2>) {
         // One weight serves several products, and gradients add up.
-        weight.adapters().iter().for_each(|part| [&part.a, &part.b].into_iter().for_each(|factor| factor.clear_gradient()));
+        weight.adapters().iter().flat_map(LowRank::parameters).for_each(|parameter| parameter.clear_gradient());
         let leaf = x.leaf();
         let y = run(&leaf);
         let mut upstream = Buffer::copy_of(y.values());
@@ -175,7 +249,7 @@ mod tests {
         };
         const STEP: f32 = 0.01;
         for part in weight.adapters().iter() {
-            for factor in [&part.a, &part.b] {
+            for factor in part.parameters().skip(if part.magnitude.is_some() { 2 } else { 0 }) {
                 let gradient = factor.gradient_rows(0..factor.rows()).unwrap().unwrap();
                 let mut values = vec![0.0; factor.count()];
                 factor.read_rows(0..factor.rows(), &mut values).unwrap();
@@ -204,19 +278,21 @@ mod tests {
 
     #[test]
     fn every_product_differentiates_its_low_rank_parts() {
-        let (weight, x) = (adapted::<f32>(7, 6, 4), input(5, 6));
-        check_gradients(&weight, &x, |x| linear(x, &weight, None, None).unwrap());
-        let norm = filled("norm", 6, 1, 9);
-        norm.set_trains(false);
-        check_gradients(&weight, &x, |x| norm_linear(x, &norm, 1e-6, &weight, None).unwrap());
-        let weight = adapted::<f32>(7, 3, 4);
-        check_gradients(&weight, &x, |x| swiglu_linear(x, &weight, None).unwrap());
+        for dora in [false, true] {
+            let (weight, x, bias) = (adapted::<f32>(7, 6, 4, dora), input(5, 6), filled("bias", 7, 1, 3));
+            check_gradients(&weight, &x, |x| linear(x, &weight, Some(&bias), Some(&input(5, 7))).unwrap());
+            let norm = filled("norm", 6, 1, 9);
+            norm.set_trains(false);
+            check_gradients(&weight, &x, |x| norm_linear(x, &norm, 1e-6, &weight, Some(&bias)).unwrap());
+            let weight = adapted::<f32>(7, 3, 4, dora);
+            check_gradients(&weight, &x, |x| swiglu_linear(x, &weight, Some(&input(5, 7))).unwrap());
+        }
     }
 
     #[test]
     fn a_row_is_the_same_alone_and_merging_comes_near_and_goes_back_to_the_bit() {
-        fn check<E: ModelElement>(tolerance: f32) {
-            let (weight, x) = (adapted::<E>(70, 45, 33), input::<E>(9, 45));
+        fn check<E: ModelElement>(tolerance: f32, dora: bool) {
+            let (weight, x) = (adapted::<E>(70, 45, 33, dora), input::<E>(9, 45));
             let y = linear(&x, &weight, None, None).unwrap();
             for (row, values) in x.values().chunks_exact(45).enumerate() {
                 let alone = linear(&Tensor::from_slice([1, 45], values).unwrap(), &weight, None, None).unwrap();
@@ -234,7 +310,45 @@ mod tests {
             assert!(linear(&x, &weight, None, None).unwrap().values() == y.values());
         }
         // Sums of 45 terms up to 2.3, rounded to 24 bits, or at the end and in the weight to 8.
-        check::<f32>(1e-4);
-        check::<bf16>(1.0);
+        for dora in [false, true] {
+            check::<f32>(1e-4, dora);
+            check::<bf16>(1.0, dora);
+        }
+    }
+
+    /// Equation 5 of the paper for every row, and its start: rows of the length that they have.
+    #[test]
+    fn rows_have_the_lengths_that_are_learnt() {
+        fn rows_of(weight: &Parameter<f32>) -> Vec<f32> {
+            let mut values = vec![0.0; weight.count()];
+            weight.read_adapted_rows(0..weight.rows(), &mut values).unwrap();
+            values
+        }
+        let (out, inputs) = (40, 6);
+        let (plain, weight) = (adapted::<f32>(out, inputs, 33, false), adapted::<f32>(out, inputs, 33, true));
+        let length = |row: &[f32]| row.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        let mut lengths = Vec::new();
+        for part in weight.adapters().iter() {
+            let mut values = vec![0.0; part.rows.len()];
+            part.magnitude.as_ref().unwrap().lengths.read_rows(0..part.rows.len(), &mut values).unwrap();
+            lengths.extend(values);
+        }
+        let plain_rows = rows_of(&plain);
+        let pairs = plain_rows.chunks_exact(inputs).zip(lengths);
+        let want: Vec<f64> =
+            pairs.flat_map(|(row, m)| row.iter().map(|value| f64::from(*value) * f64::from(m) / length(row)).collect::<Vec<_>>()).collect();
+        for (got, want) in rows_of(&weight).iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() < 1e-6, "{got} {want}");
+        }
+        weight.adapters().iter().for_each(|part| part.magnitude.as_ref().unwrap().begin(&weight, part).unwrap());
+        assert!(rows_of(&weight) == plain_rows);
+        // Lengths follow a factor that changes.
+        let part = &weight.adapters()[0];
+        part.b.write_rows(0..part.b.rows(), &vec![0.0; part.b.count()], false).unwrap();
+        part.magnitude.as_ref().unwrap().begin(&weight, part).unwrap();
+        let (mut bare, mut scaled) = (vec![0.0; 33 * inputs], vec![0.0; 33 * inputs]);
+        weight.read_rows(0..33, &mut bare).unwrap();
+        weight.read_adapted_rows(0..33, &mut scaled).unwrap();
+        assert!(bare == scaled);
     }
 }

@@ -9,8 +9,10 @@ pub mod construct;
 pub mod convert;
 mod cuda;
 mod dfdx_tape;
+pub mod dora;
 pub mod elementwise;
 pub mod embedding;
+pub mod embedding_part;
 pub mod experts;
 pub mod gather;
 #[cfg(test)]

@@ -7,6 +7,7 @@
 use super::ModelElement;
 use super::cuda::update::Locked;
 use super::cuda::value::{DeviceValue, GRADIENTS};
+use super::embedding_part::EmbeddingPart;
 use super::low_rank::LowRank;
 use super::place::{Array, Place, downloaded};
 use crate::error::{Error, Result};
@@ -111,13 +112,15 @@ pub struct Parameter<E: ModelElement> {
 #[derive(Clone)]
 pub(super) struct Adapters<E: ModelElement> {
     pub(super) parts: Arc<[LowRank<E>]>,
+    /// What lookups add, if it is an embedding.
+    pub(super) embedding: Option<EmbeddingPart<E>>,
     /// While they are merged: the value without them.
     pub(super) former: Option<Arc<Value<E>>>,
 }
 
 impl<E: ModelElement> Default for Adapters<E> {
     fn default() -> Self {
-        Self { parts: Arc::new([]), former: None }
+        Self { parts: Arc::new([]), embedding: None, former: None }
     }
 }
 

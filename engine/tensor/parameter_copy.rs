@@ -47,6 +47,7 @@ impl<E: ModelElement> Parameter<E> {
         };
         let adapters = self.lock_adapters();
         let parts = adapters.parts.iter().map(|part| part.copy_to(place)).collect::<Result<_>>()?;
+        let embedding = adapters.embedding.as_ref().map(|part| part.copy_to(place)).transpose()?;
         Ok(Self {
             name: self.name.clone(),
             rows: self.rows,
@@ -54,7 +55,7 @@ impl<E: ModelElement> Parameter<E> {
             layout: self.layout,
             value: RwLock::new(value),
             place: place.clone(),
-            adapters: RwLock::new(Adapters { parts, former: adapters.former.clone() }),
+            adapters: RwLock::new(Adapters { parts, embedding, former: adapters.former.clone() }),
             gradient: Mutex::new(gradient),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
@@ -80,13 +81,15 @@ impl<E: ModelElement> Parameter<E> {
         let theirs = other.lock_adapters().clone();
         let ours = {
             let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
-            adapters.former = theirs.former;
-            adapters.parts.clone()
+            adapters.former.clone_from(&theirs.former);
+            adapters.clone()
         };
-        assert_eq!(ours.len(), theirs.parts.len(), "{}: other low-rank parts", self.name);
-        for (to, from) in ours.iter().zip(theirs.parts.iter()) {
-            to.a.copy_from(&from.a)?;
-            to.b.copy_from(&from.b)?;
+        assert_eq!(ours.parts.len(), theirs.parts.len(), "{}: other low-rank parts", self.name);
+        if let (Some(to), Some(from)) = (&ours.embedding, &theirs.embedding) {
+            to.parameters().zip(from.parameters()).try_for_each(|(to, from)| to.copy_from(from))?;
+        }
+        for (to, from) in ours.parts.iter().zip(theirs.parts.iter()) {
+            to.parameters().zip(from.parameters()).try_for_each(|(to, from)| to.copy_from(from))?;
         }
         let gradient =
             other.gradient.lock().expect("nothing panics while a gradient is read").as_ref().map(Array::try_clone).transpose()?;

@@ -8,7 +8,7 @@ local model = {}
 local optim = {}
 
 ---@class engine.Model
----@field adapter { rank: integer, alpha: number, rank_stabilized: boolean, targets: string[], modules_to_save: string[], merged: boolean }? its adapter, if it has one
+---@field adapter { rank: integer, alpha: number, rank_stabilized: boolean, dora: boolean, targets: string[], modules_to_save: string[], merged: boolean }? its adapter, if it has one
 ---@field config table as config.json writes it, with Hugging Face's names
 ---@field count integer parameters, those of an adapter included
 ---@field device string "cpu" or "cuda:0"; what it gives a script lies on the CPU always
@@ -25,14 +25,16 @@ local Model = {}
 local Optimizer = {}
 
 --- What LoRA adds to a model. `targets` are names of modules or ends of names (`q_proj`, `layers.0.mlp.down_proj`, `gate` for
---- routers), or "all-linear" for all projections of the layers, experts included. The scale is alpha / rank, with
---- `rank_stabilized` alpha / sqrt(rank). `modules_to_save`, ends of names (`norm`: all norms), train whole beside it: a base
+--- routers, on the CPU also `embed_tokens` and `lm_head`), or "all-linear" for all projections of the layers, experts included. The scale is alpha / rank, with
+--- `rank_stabilized` alpha / sqrt(rank). `dora` (on the CPU) scales each adapted row to a length that is learnt, which begins as
+--- that of the weight: nearer to full fine-tuning at small ranks, slower, and it keeps the outputs of adapted products. `modules_to_save`, ends of names (`norm`: all norms), train whole beside it: a base
 --- model that is to learn `<|im_end|>` needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
 ---@class engine.Lora
 ---@field rank? integer default 8
 ---@field alpha? number default twice the rank
 ---@field targets? string[] default { "all-linear" }
 ---@field rank_stabilized? boolean
+---@field dora? boolean
 ---@field modules_to_save? string[]
 
 ---@class engine.ModelOptions
@@ -156,8 +158,8 @@ function Model:logprobs(batch, options) end
 --- Example: policy:merge()
 function Model:merge() end
 
---- A copy of the parameter of that Hugging Face name. Those of an adapter are called `MODULE.lora_A.weight` and
---- `MODULE.lora_B.weight`.
+--- A copy of the parameter of that Hugging Face name. Those of an adapter are called `MODULE.lora_A.weight`,
+--- `MODULE.lora_B.weight` and, with DoRA, `MODULE.lora_magnitude_vector`; of the embedding `lora_embedding_A` and `lora_embedding_B`.
 ---
 --- Example: print(model:parameter("model.norm.weight").shape[1])
 ---@param name string

@@ -82,8 +82,7 @@ fn each_generation_has_the_weights_of_its_time() {
     step(&model, &mut optimizer);
     drop(optimizer);
     reports_what_training_computes("trained", &model, &jobs());
-    let lora =
-        Lora { rank: 3, alpha: 6.0, rank_stabilized: false, targets: vec!["q_proj".into(), "down_proj".into()], modules_to_save: vec![] };
+    let lora = Lora { rank: 3, alpha: 6.0, targets: vec!["q_proj".into(), "down_proj".into()], ..Lora::default() };
     model.adapt(lora, 5).unwrap();
     let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
     step(&model, &mut optimizer);

@@ -351,7 +351,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 fn adapters_train_as_on_the_cpu() {
     let Some(bench) = bench() else { return };
     let targets = ["q_proj", "v_proj", "down_proj", "gate_proj"].map(String::from).to_vec();
-    let lora = Lora { rank: 3, alpha: 6.0, rank_stabilized: false, targets, modules_to_save: vec!["norm".into()] };
+    let lora = Lora { rank: 3, alpha: 6.0, targets, modules_to_save: vec!["norm".into()], ..Lora::default() };
     let run = |model: &Model| {
         model.adapt(lora.clone(), 5).unwrap();
         let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
@@ -370,8 +370,11 @@ fn adapters_train_as_on_the_cpu() {
         assert_near("logits", &got.1, &want.1, by);
         assert_near("merged logits", &got.2, &want.2, by);
     }
-    let error = on(bench, true, Dtype::F32).adapt(Lora { targets: vec!["all-linear".into()], ..lora }, 5).unwrap_err().to_string();
+    let refused = |moe, lora| on(bench, moe, Dtype::F32).adapt(lora, 5).unwrap_err().to_string();
+    let error = refused(true, Lora { targets: vec!["all-linear".into()], ..lora.clone() });
     assert!(error.contains("experts") && error.contains("CPU"), "{error}");
+    let error = refused(false, Lora { dora: true, ..lora });
+    assert!(error.contains("DoRA") && error.contains("CPU"), "{error}");
 }
 
 /// PyTorch's numbers (tests/golden): the loss and every gradient of the first batch, then steps of AdamW on a cosine schedule; all

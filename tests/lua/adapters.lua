@@ -36,6 +36,21 @@ describe("lora", function()
     model:unmerge()
     expect((model:logits(batch) - with):abs():max():item()).is(0.0)
   end)
+  it("scales rows with DoRA", function()
+    local plain = engine.model.new(sizes)
+    local model = engine.model.new(sizes, { lora = { rank = 2, dora = true, targets = { "q_proj" } } })
+    expect(model.adapter.dora).is(true)
+    expect(model.trainable).is(2 * (2 * (32 + 32) + 32))
+    expect((model:logits(batch) - plain:logits(batch)):abs():max():item()).is(0.0)
+    local module = "model.layers.0.self_attn.q_proj"
+    local lengths = model:parameter(module .. ".lora_magnitude_vector")
+    expect((model:parameter(module .. ".weight"):square():sum(-1):sqrt() - lengths):abs():max():item()).near(0, 1e-6)
+    -- Twice the length is twice the row.
+    model:set_parameter(module .. ".lora_magnitude_vector", lengths * 2)
+    model:merge()
+    local merged, weight = model:parameter(module .. ".weight"), plain:parameter(module .. ".weight")
+    expect((merged - weight * 2):abs():max():item()).near(0, 1e-6)
+  end)
   it("says what is wrong", function()
     expect(function() engine.model.new(sizes, { lora = { ranks = 2 } }) end).fails "`ranks`"
     expect(function() engine.model.new(sizes, { lora = { targets = { "q" } } }) end).fails "q_proj"

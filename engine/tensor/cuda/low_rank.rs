@@ -27,6 +27,7 @@ impl<E: ModelElement> Applied<E> {
         let tokens = y.len() / width;
         let mut inner = Vec::with_capacity(parts.len());
         for part in parts.iter() {
+            assert!(part.magnitude.is_none(), "{}: lengths of rows on a device", weight.name());
             let mut middle = activation::<E>(device, tokens * part.rank())?;
             let a = part.a.read();
             product::forward(device, middle.view_mut(), x, operand(&part.a, &a), None, Residual::None, None)?;
