@@ -27,7 +27,7 @@ fn alone() -> MutexGuard<'static, ()> {
 
 #[test]
 fn a_run_with_adapters_killed_at_any_boundary_ends_as_if_it_had_not_been() {
-    let mixture = ["--method", "ties", "--dtype", "bf16", "--experts", "4", "--dora"];
+    let mixture = ["--method", "ties", "--every", "4", "--dtype", "bf16", "--experts", "4", "--dora"];
     for args in [&["--method", "dare"][..], &mixture] {
         let boundaries = Place::new().kill_at_each_boundary(SCRIPT, args);
         // Six, three and four steps.

@@ -93,7 +93,7 @@ const CHANGEABLE: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vecto
 /// Options of an optimizer.
 pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "merge"];
 /// Keys of the option `merge`.
-const MERGE: &[&str] = &["alpha", "base", "method", "reference", "rescale", "reserve"];
+const MERGE: &[&str] = &["alpha", "base", "every", "method", "reference", "rescale", "reserve"];
 
 /// What the option `merge` asks for, if it is given.
 ///
@@ -117,6 +117,7 @@ fn merge_option(lua: &Lua, op: &'static str, options: &Options) -> Failed<Option
         alpha: fields.number("alpha")?.unwrap_or(1e-7),
         reserve: fields.number("reserve")?.unwrap_or(0.01),
         rescale: fields.boolean("rescale")?.unwrap_or(false),
+        every: fields.count("every", 1)?.unwrap_or(1) as u64,
     };
     if base.parameters().len() != reference.parameters().len() {
         let got = "a model with another number of parameters";

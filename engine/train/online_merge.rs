@@ -1,6 +1,7 @@
 //! The Online Merging Optimizer: each update of Adam is merged with a task vector, `reference - base`, so that what was learnt
 //! before is not paid for what is learnt now. In the form of the paper: survivors of a mask are not scaled up unless asked.
-//! The task vector is kept sparse: what the mask drops from it is dropped for good.
+//! The task vector is kept sparse: what the mask drops from it is dropped for good. With `every` above 1 the updates in between are
+//! plain Adam's; at the last of them all are taken back, and their sum is merged (the published code moves one parameter only then).
 //! Source: Lu et al., arXiv 2405.17931; qwen2.5.md section 6.3.
 
 use crate::error::{Error, Result};
@@ -31,6 +32,8 @@ pub struct MergeSettings {
     pub reserve: f64,
     /// Whether what stays is divided by `reserve`, as the published code (not the paper) does with random masks.
     pub rescale: bool,
+    /// Updates of a parameter that are merged together, with its last.
+    pub every: u64,
 }
 
 impl MergeSettings {
@@ -41,6 +44,9 @@ impl MergeSettings {
                 let from = if least == 0.0 { "from 0" } else { "above 0" };
                 return Err(Error::argument("adamw", arg, format!("a number {from} to 1"), value));
             }
+        }
+        if self.every == 0 {
+            return Err(Error::argument("adamw", "merge.every", "a number of updates from 1", 0));
         }
         if self.rescale && self.method == Method::Ties {
             return Err(Error::argument("adamw", "merge.rescale", "false for ties, which drops nothing at random", true));
@@ -91,6 +97,16 @@ impl OnlineMerge {
         Ok(merge)
     }
 
+    /// Whether updates wait for later ones, to be merged with them.
+    pub(super) fn accumulates(&self) -> bool {
+        self.settings.every > 1
+    }
+
+    /// Whether update number `update` of a parameter, from 1, is merged, with those that wait.
+    pub(super) fn is_due(&self, update: u64) -> bool {
+        update.is_multiple_of(self.settings.every)
+    }
+
     /// Bytes of the task vectors.
     pub fn bytes(&self) -> usize {
         self.tasks.values().map(|task| task.elements.len() * size_of::<(u32, f32)>()).sum()
@@ -121,7 +137,8 @@ impl OnlineMerge {
         Ok(Task { elements, tensors: source.tensors.clone() })
     }
 
-    /// Merges Adam's update `delta` of `parameter` with its task vector, in place. `update` is its number, from 1.
+    /// Merges Adam's update `delta` of `parameter`, or a sum of them, with its task vector, in place. `update` is the number of the
+    /// last, from 1.
     pub(super) fn merge(&self, parameter: &dyn Trainable, update: u64, delta: &mut [f32]) {
         let task = &self.tasks[parameter.name()];
         let (alpha, rest) = (self.settings.alpha as f32, (1.0 - self.settings.alpha) as f32);
@@ -220,9 +237,11 @@ mod tests {
         values
     }
 
-    /// The same, element by element in f64; `merged(update, delta, tau)` over all elements, row by row.
-    fn reference(updates: usize, merged: impl Fn(usize, &[f64]) -> Vec<f64>) -> Vec<f64> {
+    /// The same, element by element in f64, merging at every `every`-th update; `merged(update, delta)` over all elements, row by
+    /// row.
+    fn reference(updates: usize, every: usize, merged: impl Fn(usize, &[f64]) -> Vec<f64>) -> Vec<f64> {
         let count = ROWS * COLUMNS;
+        let mut waiting = vec![0.0; count];
         let (mut theta, mut m, mut v): (Vec<f64>, _, _) =
             ((0..count).map(|i| f64::from(base(i) + tau(i))).collect(), vec![0.0; count], vec![0.0; count]);
         for update in 1..=updates {
@@ -235,10 +254,16 @@ mod tests {
                     -0.25 * second.sqrt() / first * m[i] / (f64::sqrt(v[i]) + 1e-6)
                 })
                 .collect();
-            for (theta, step) in theta.iter_mut().zip(merged(update, &delta)) {
-                *theta += step;
-                *theta -= 0.25 * 0.5 * *theta;
+            if update % every == 0 {
+                let sum: Vec<f64> = waiting.iter().zip(&delta).map(|(waiting, delta)| waiting + delta).collect();
+                for ((theta, step), waiting) in theta.iter_mut().zip(merged(update, &sum)).zip(&mut waiting) {
+                    *theta += step - std::mem::take(waiting);
+                }
+            } else {
+                theta.iter_mut().zip(&delta).for_each(|(theta, delta)| *theta += delta);
+                waiting.iter_mut().zip(&delta).for_each(|(waiting, delta)| *waiting += delta);
             }
+            theta.iter_mut().for_each(|theta| *theta -= 0.25 * 0.5 * *theta);
         }
         theta
     }
@@ -261,23 +286,22 @@ mod tests {
 
     #[test]
     fn random_merging_follows_the_paper_and_with_scaling_the_code() {
-        for rescale in [false, true] {
-            let settings = MergeSettings { method: Method::Dare, alpha: 0.25, reserve: 0.5, rescale };
+        for (rescale, every) in [(false, 1), (true, 1), (false, 2), (true, 4)] {
+            let settings = MergeSettings { method: Method::Dare, alpha: 0.25, reserve: 0.5, rescale, every };
             let scale = if rescale { 2.0 } else { 1.0 };
-            let want = reference(3, |update, delta| {
+            let want = reference(5, every as usize, |update, delta| {
                 let term = |of: &str, update: usize, i: usize, value: f64| if kept(of, update, i, 0.5) { scale * value } else { 0.0 };
                 let clipped = |i: usize| f64::from(tau(i)).clamp(-1.0, 1.0);
                 (0..delta.len()).map(|i| 0.75 * term("update", update, i, delta[i]) + 0.25 * term("task", 0, i, clipped(i))).collect()
             });
-            assert_near(&trained::<f32>(settings, 3), &want, 2e-5);
+            assert_near(&trained::<f32>(settings, 5), &want, 2e-5);
             // Masters keep f32 values beside bf16 weights.
-            assert_near(&trained::<bf16>(settings, 3), &want, 2e-5);
+            assert_near(&trained::<bf16>(settings, 5), &want, 2e-5);
         }
     }
 
     #[test]
     fn merging_by_sign_follows_the_paper_tensor_by_tensor() {
-        let settings = MergeSettings { method: Method::Ties, alpha: 0.25, reserve: 0.3, rescale: false };
         let largest = |values: &[f64]| {
             let mut kept = vec![0.0; values.len()];
             for rows in [0..25, 25..ROWS] {
@@ -289,25 +313,29 @@ mod tests {
             kept
         };
         let taus: Vec<f64> = (0..ROWS * COLUMNS).map(|i| f64::from(tau(i)).clamp(-1.0, 1.0)).collect();
-        let want = reference(1, |_, delta| {
+        let merged = |_, delta: &[f64]| {
             let pairs = largest(delta).into_iter().zip(largest(&taus));
             let merged = pairs.map(|(delta, tau)| {
                 let (delta, tau) = (0.75 * delta, 0.25 * tau);
                 [delta, tau].into_iter().filter(|value| (*value >= 0.0) == (delta + tau >= 0.0)).sum::<f64>()
             });
             merged.collect()
-        });
-        assert_near(&trained::<f32>(settings, 1), &want, 2e-5);
+        };
+        for every in [1, 3] {
+            let settings = MergeSettings { method: Method::Ties, alpha: 0.25, reserve: 0.3, rescale: false, every };
+            assert_near(&trained::<f32>(settings, every as usize), &reference(every as usize, every as usize, merged), 2e-5);
+        }
     }
 
     #[test]
     fn settings_and_models_that_cannot_be_meant_are_refused() {
-        let good = MergeSettings { method: Method::Ties, alpha: 1e-7, reserve: 0.01, rescale: false };
+        let good = MergeSettings { method: Method::Ties, alpha: 1e-7, reserve: 0.01, rescale: false, every: 1 };
         assert!(merge(good).unwrap().bytes() <= 8 * ROWS * COLUMNS / 50);
         for bad in [
             MergeSettings { alpha: 1.5, ..good },
             MergeSettings { reserve: 0.0, ..good },
             MergeSettings { rescale: true, ..good },
+            MergeSettings { every: 0, ..good },
             MergeSettings { alpha: f64::NAN, ..good },
         ] {
             assert!(merge(bad).is_err(), "{bad:?}");

@@ -89,7 +89,7 @@ impl Slot {
     fn new(parameter: Arc<dyn Trainable>) -> Self {
         let rows = 0..parameter.count() / parameter.columns().max(1);
         let tensors = Arc::new([TensorRows { name: parameter.name().into(), rows }]);
-        Self { parameter, tensors, moments: None, updates: 0 }
+        Self { parameter, tensors, moments: None, waiting: None, updates: 0 }
     }
 
     /// Makes the moments, zeros, where the parameter lies, if they are not there.
@@ -110,6 +110,8 @@ pub(super) struct Slot {
     /// What it is in files.
     pub tensors: Arc<[TensorRows]>,
     pub moments: Option<(Array<f32>, Array<f32>)>,
+    /// The sum of the updates that wait to be merged with a later one.
+    pub waiting: Option<Buffer<f32>>,
     /// Updates of this very parameter, for its bias correction.
     pub updates: u64,
 }
@@ -204,8 +206,9 @@ impl AdamW {
         training.fold((0, 0), |(kept, gradients), slot| {
             let len = 4 * slot.parameter.gradient_len() as u64;
             let moments = if slot.moments.is_none() { 2 * len } else { 0 };
+            let waits = self.merge.as_ref().is_some_and(OnlineMerge::accumulates) && slot.waiting.is_none();
             let gradient = if slot.parameter.has_gradient() { 0 } else { len };
-            (kept + moments + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
+            (kept + moments + if waits { len } else { 0 } + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
         })
     }
 
@@ -255,13 +258,13 @@ impl AdamW {
             applied = true;
             slot.updates += 1;
             slot.make_moments()?;
-            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), updates, .. } = slot else {
+            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), waiting, updates, .. } = slot else {
                 panic!("{}: moments on a device of a parameter on the host", slot.parameter.name());
             };
             let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
             match &self.merge {
                 None => parameter.adamw(m, v, &update),
-                Some(merge) => merged_update(parameter.as_ref(), m, v, &update, merge)?,
+                Some(merge) => merged_update(parameter.as_ref(), (m, v), waiting, &update, merge)?,
             }
         }
         Ok(Step { grad_norm, applied })
@@ -273,8 +276,17 @@ impl AdamW {
     }
 }
 
-/// One update of Adam, merged with the parameter's task vector, and weight decay after it; the gradient is gone afterwards.
-fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update: &Update, merge: &OnlineMerge) -> Result<()> {
+/// One update of Adam, merged with the parameter's task vector if it is time, and weight decay after it; the gradient is gone
+/// afterwards.
+///
+/// - `waiting`: the sum of earlier updates, which are in the weights, and are taken back when they are merged
+fn merged_update(
+    parameter: &dyn Trainable,
+    (m, v): (&mut [f32], &mut [f32]),
+    waiting: &mut Option<Buffer<f32>>,
+    update: &Update,
+    merge: &OnlineMerge,
+) -> Result<()> {
     let mut delta = Buffer::<f32>::scratch(m.len());
     parameter.read_gradient(&mut |gradient| {
         if let Some(gradient) = gradient {
@@ -282,7 +294,20 @@ fn merged_update(parameter: &dyn Trainable, m: &mut [f32], v: &mut [f32], update
         }
     })?;
     parameter.clear_gradient();
-    merge.merge(parameter, update.step, &mut delta);
+    if merge.is_due(update.step) {
+        let taken_back = waiting.take();
+        if let Some(earlier) = &taken_back {
+            norm::add(&mut delta, earlier);
+        }
+        merge.merge(parameter, update.step, &mut delta);
+        if let Some(mut earlier) = taken_back {
+            norm::scale(&mut earlier, -1.0);
+            norm::add(&mut delta, &earlier);
+        }
+    } else {
+        let sum = waiting.get_or_insert_with(|| Buffer::zeroed(delta.len()));
+        norm::add(sum, &delta);
+    }
     parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32)
 }
 

@@ -27,6 +27,8 @@ pub struct AdamWState {
 struct Moments {
     m: Buffer<f32>,
     v: Buffer<f32>,
+    /// Updates that wait to be merged.
+    waiting: Option<Buffer<f32>>,
     updates: u64,
     /// How they lie: that of the parameter, its shape, and what of it is which tensor.
     layout: Layout,
@@ -45,6 +47,8 @@ struct Counts {
 }
 
 const STEM: &str = "adamw";
+/// The ending of the name of updates that wait to be merged; those of moments are `m` and `v`.
+const WAITING: &str = "waiting";
 
 /// f32 values that are read or written at a time.
 const BLOCK_VALUES: usize = 1 << 20;
@@ -56,9 +60,14 @@ fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 impl Moments {
+    /// What it is made of, by the endings of names.
+    fn parts(&self) -> impl Iterator<Item = (&'static str, &Buffer<f32>)> {
+        [("m", &self.m), ("v", &self.v)].into_iter().chain(self.waiting.iter().map(|waiting| (WAITING, waiting)))
+    }
+
     fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
         let TensorRows { name, rows } = tensor;
-        for (part, kept) in [("m", &self.m), ("v", &self.v)] {
+        for (part, kept) in self.parts() {
             for block in blocks(rows.len(), self.shape.1) {
                 let mut values = Buffer::scratch(block.len() * self.shape.1);
                 self.layout.unpack_f32(kept, self.shape, rows.start + block.start..rows.start + block.end, &mut values);
@@ -89,9 +98,9 @@ fn read(file: &SafetensorsFile, slot: &Slot, part: &str) -> Result<Buffer<f32>> 
 }
 
 impl AdamWState {
-    /// Bytes of the moments.
+    /// Bytes of the moments, and of updates that wait.
     pub fn bytes(&self) -> u64 {
-        self.moments.values().map(|moments| ((moments.m.len() + moments.v.len()) * 4) as u64).sum()
+        self.moments.values().flat_map(Moments::parts).map(|(_, part)| size_of_val(&part[..]) as u64).sum()
     }
 
     /// Writes the folder `target`: `adamw.safetensors`, by the names of tensors and row-major, and `adamw.json`. Errors: those of
@@ -106,7 +115,7 @@ impl AdamWState {
         for (TensorRows { name, rows }, moments) in &tensors {
             counts.updates.insert(name.clone(), moments.updates);
             let shape = vec![rows.len(), moments.shape.1];
-            specs.extend(["m", "v"].map(|part| TensorSpec {
+            specs.extend(moments.parts().map(|(part, _)| TensorSpec {
                 name: format!("{name}.{part}"),
                 dtype: StoredDtype::F32,
                 shape: shape.clone(),
@@ -127,11 +136,12 @@ impl AdamW {
     pub fn state(&self) -> Result<AdamWState> {
         let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
         let mut kept = BTreeMap::new();
-        for Slot { parameter, tensors, moments, updates } in &self.slots {
+        for Slot { parameter, tensors, moments, waiting, updates } in &self.slots {
             if let Some((m, v)) = moments {
                 let (layout, tensors, columns) = (parameter.layout(), tensors.clone(), parameter.columns());
                 let shape = (parameter.count() / columns.max(1), columns);
-                let moments = Moments { m: m.to_host()?, v: v.to_host()?, updates: *updates, layout, shape, tensors };
+                let (m, v, waiting) = (m.to_host()?, v.to_host()?, waiting.clone());
+                let moments = Moments { m, v, waiting, updates: *updates, layout, shape, tensors };
                 kept.insert(parameter.name().to_string(), moments);
             }
         }
@@ -149,16 +159,18 @@ impl AdamW {
         let counts: Counts = serde_json::from_str(&text)
             .map_err(|error| Error::format(&path, "optimizer", "counters and settings of AdamW", error.to_string()))?;
         let file = SafetensorsFile::open(&folder.join("adamw.safetensors"))?;
-        let mut known = 0;
+        let (mut known, mut parts) = (0, 0);
         for slot in &self.slots {
             for TensorRows { name, rows } in slot.tensors.iter().filter(|tensor| counts.updates.contains_key(&tensor.name)) {
-                for part in ["m", "v"] {
+                let waits = file.get(&format!("{name}.{WAITING}")).is_some();
+                for part in ["m", "v"].into_iter().chain(waits.then_some(WAITING)) {
                     file.expect(&format!("{name}.{part}"), &[rows.len(), slot.parameter.columns()])?;
+                    parts += 1;
                 }
                 known += 1;
             }
         }
-        if (known, 2 * known) != (counts.updates.len(), file.tensors().len()) {
+        if (known, parts) != (counts.updates.len(), file.tensors().len()) {
             let expected = format!("moments of {known} tensors, which the model has and adamw.json lists");
             let got = format!("{} moments, and {} tensors in adamw.json", file.tensors().len(), counts.updates.len());
             return Err(Error::format(file.path(), "tensors", expected, got));
@@ -168,10 +180,12 @@ impl AdamW {
         for slot in &mut self.slots {
             let updates = slot.tensors.iter().filter_map(|tensor| counts.updates.get(&tensor.name)).max().copied();
             slot.updates = updates.unwrap_or(0);
-            slot.moments = None;
+            (slot.moments, slot.waiting) = (None, None);
             if updates.is_some() {
                 let (m, v) = (read(&file, slot, "m")?, read(&file, slot, "v")?);
                 slot.moments = Some((slot.at_place(m)?, slot.at_place(v)?));
+                let waits = slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some());
+                slot.waiting = if waits { Some(read(&file, slot, WAITING)?) } else { None };
             }
         }
         Ok(())
@@ -186,6 +200,7 @@ impl AdamW {
         for slot in &mut self.slots {
             let moments = state.moments.get(slot.parameter.name()).cloned();
             slot.updates = moments.as_ref().map_or(0, |moments| moments.updates);
+            slot.waiting = moments.as_ref().and_then(|moments| moments.waiting.clone());
             slot.moments = match moments {
                 Some(Moments { m, v, .. }) => Some((slot.at_place(m)?, slot.at_place(v)?)),
                 None => None,

@@ -220,12 +220,14 @@ function Model:unmerge() end
 --- An optimizer that merges each update with what a reference model had learnt over its base (Online Merging Optimizer,
 --- arXiv 2405.17931): `theta += (1 - alpha) * F(update) + alpha * F(reference - base)`. With "dare" F keeps random elements,
 --- with "ties" the largest of each tensor, where signs agree. The update is Adam's with eps outside the bias correction, as
---- in the published code; weight decay comes after it.
+--- in the published code; weight decay comes after it. With `every` = k, k - 1 updates are plain Adam's; at the k-th they are taken
+--- back and the sum of all is merged, at the price of a copy of the weights that train, in f32.
 ---@class engine.OnlineMerge
 ---@field base engine.Model before the reference was trained
 ---@field reference engine.Model for example the SFT model that the policy began as
 ---@field method? "dare"|"ties" default "dare"
 ---@field alpha? number default 1e-7
+---@field every? integer updates that are merged together, default 1
 ---@field reserve? number share of the elements that stay, default 0.01
 ---@field rescale? boolean divide what stays by `reserve`, as the published code does with "dare" and the paper does not
 

@@ -163,10 +163,13 @@ describe("online merging", function()
     end
     local plain = { lr = 1e-3, weight_decay = 0 }
     local merged = { lr = 1e-3, weight_decay = 0, merge = { base = base, reference = reference, alpha = 0, reserve = 1 } }
-    local a, b = trained(plain), trained(merged)
-    -- They differ in where eps stands, which is far below the gradients.
-    expect((a - b):abs():max():item()).near(0, 1e-5)
-    merged.merge.alpha = 0.5
+    local a = trained(plain)
+    for _, every in ipairs { 1, 2 } do
+      merged.merge.every = every
+      -- They differ in where eps stands, which is far below the gradients.
+      expect((a - trained(merged)):abs():max():item()).near(0, 1e-5)
+    end
+    merged.merge.alpha, merged.merge.every = 0.5, 3
     for _, method in ipairs { "dare", "ties" } do
       merged.merge.method = method
       local c = trained(merged)
@@ -178,6 +181,7 @@ describe("online merging", function()
     expect(function() engine.optim.adamw(policy, { merge = { base = base } }) end).fails "merge.reference"
     expect(function() engine.optim.adamw(policy, { merge = { base = base, reference = reference, method = "sum" } }) end).fails "merge.method"
     expect(function() engine.optim.adamw(policy, { merge = { base = base, reference = reference, alpha = 2 } }) end).fails "merge.alpha"
+    expect(function() engine.optim.adamw(policy, { merge = { base = base, reference = reference, every = 0 } }) end).fails "every"
     expect(function() engine.optim.adamw(policy, { merge = { base = base, reference = reference, p = 2 } }) end).fails "`p`"
     local adapted = engine.model.new(sizes, { lora = {} })
     expect(function() engine.optim.adamw(adapted, { merge = { base = base, reference = reference } }) end).fails "merge.base"
