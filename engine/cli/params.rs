@@ -1,12 +1,13 @@
-//! `perilune params MODEL|PRESET`: what a model has and what it takes to load, train and serve it, before any weight is
-//! read. The arithmetic is in model/sizes.rs.
+//! `perilune params MODEL|PRESET`: what a model has and what it takes to load, train and serve it, alone or with an adapter, before
+//! any weight is read. The arithmetic is in model/sizes.rs.
 
 use super::units;
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
 use crate::model::config::Config;
 use crate::model::flops::train_flops;
-use crate::model::{presets, sizes};
+use crate::model::sizes::AdapterSize;
+use crate::model::{Lora, presets, sizes};
 use crate::tensor::Place;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -27,6 +28,15 @@ pub struct ParamsArgs {
     /// of it fits. `gpu` needs none.
     #[arg(long, value_name = "gpu|cuda|cuda:N")]
     device: Option<String>,
+    /// Also what it takes to train and serve an adapter of this rank (scripts: `--lora RANK`, in Lua `lora = { rank = RANK }`).
+    #[arg(long, value_name = "RANK")]
+    lora: Option<usize>,
+    /// Modules that the adapter is on, as the option `targets` of `lora` names them: q_proj,v_proj,embed_tokens.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "lora")]
+    targets: Vec<String>,
+    /// The adapter scales rows (DoRA).
+    #[arg(long, requires = "lora")]
+    dora: bool,
     /// List every tensor and its shape.
     #[arg(long)]
     tensors: bool,
@@ -48,15 +58,35 @@ pub fn params(args: ParamsArgs) -> Result<()> {
         None | Some("gpu") => Place::Host,
         Some(name) => Place::named(name)?,
     };
-    let mut report = report(&args, &config);
-    let mut text = text(&args, &config);
+    let adapter = adapter(&args, &config)?;
+    let mut report = report(&args, &config, adapter.as_ref());
+    let mut text = text(&args, &config, adapter.as_ref());
     if args.device.is_some() {
-        let (parts, lines) = on_device(&args, &config, &place);
+        let (parts, lines) = on_device(&args, &config, adapter.as_ref(), &place);
         report["device"] = parts;
         text += &lines;
     }
     print!("{}", if args.json { format!("{report:#}\n") } else { text });
     Ok(())
+}
+
+/// The adapter that is asked for, and its size.
+///
+/// Errors: those of [`AdapterSize::of`].
+fn adapter(args: &ParamsArgs, config: &Config) -> Result<Option<(Lora, AdapterSize)>> {
+    let Some(rank) = args.lora else { return Ok(None) };
+    let mut lora = Lora { rank, dora: args.dora, ..Lora::default() };
+    if !args.targets.is_empty() {
+        lora.targets.clone_from(&args.targets);
+    }
+    let size = AdapterSize::of(config, &lora)?;
+    Ok(Some((lora, size)))
+}
+
+/// Bytes that training the adapter keeps, those of its frozen base included; and those of serving both.
+fn adapted_bytes(args: &ParamsArgs, config: &Config, size: &AdapterSize, dtype: Dtype) -> (u64, u64) {
+    let serving = sizes::serve_bytes(config, dtype, args.context, args.sequences);
+    (sizes::load_bytes(config, dtype) + size.train_bytes(dtype), serving.saturating_add(size.load_bytes(dtype)))
 }
 
 fn find(model: &str) -> Result<Config> {
@@ -71,7 +101,7 @@ fn find(model: &str) -> Result<Config> {
 }
 
 /// What a training step takes on a GPU, and whether it and serving fit the one at `place`.
-fn on_device(args: &ParamsArgs, config: &Config, place: &Place) -> (Value, String) {
+fn on_device(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)>, place: &Place) -> (Value, String) {
     let tokens = args.context.saturating_mul(args.sequences);
     let (mut report, mut lines) = (json!({ "tokens": tokens }), String::new());
     let fits = |bytes: u64| match place.device() {
@@ -80,10 +110,12 @@ fn on_device(args: &ParamsArgs, config: &Config, place: &Place) -> (Value, Strin
         None => String::new(),
     };
     for dtype in [Dtype::Bf16, Dtype::F32] {
-        let step = sizes::TrainingStep { dtype, tokens, trainable: sizes::parameters(config).total, recompute: false };
+        let trainable = adapter.map_or(sizes::parameters(config).total, |(_, size)| size.parameters);
+        let step = sizes::TrainingStep { dtype, tokens, trainable, recompute: false };
         let parts = sizes::training_parts(config, &step);
         let total = parts.iter().fold(0, |total: u64, (_, bytes)| total.saturating_add(*bytes));
-        lines += &format!("\na step of {tokens} tokens on a GPU in {dtype}: {}{}\n", units::bytes(total), fits(total));
+        let what = if adapter.is_some() { " of the adapter" } else { "" };
+        lines += &format!("\na step{what} of {tokens} tokens on a GPU in {dtype}: {}{}\n", units::bytes(total), fits(total));
         for (part, bytes) in &parts {
             lines += &format!("  {part:<52}{:>12}\n", units::bytes(*bytes));
         }
@@ -96,7 +128,7 @@ fn on_device(args: &ParamsArgs, config: &Config, place: &Place) -> (Value, Strin
     (report, lines)
 }
 
-fn report(args: &ParamsArgs, config: &Config) -> Value {
+fn report(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)>) -> Value {
     let count = sizes::parameters(config);
     let memory = |dtype: Dtype| {
         json!({
@@ -114,13 +146,23 @@ fn report(args: &ParamsArgs, config: &Config) -> Value {
         "bf16": memory(Dtype::Bf16),
         "f32": memory(Dtype::F32),
     });
+    if let Some((lora, size)) = adapter {
+        let memory = |dtype: Dtype| {
+            let (train, serve) = adapted_bytes(args, config, size, dtype);
+            json!({ "train_bytes": train, "serve_bytes": serve })
+        };
+        report["adapter"] = json!({
+            "rank": lora.rank, "targets": lora.targets, "dora": lora.dora, "parameters": size.parameters,
+            "bf16": memory(Dtype::Bf16), "f32": memory(Dtype::F32),
+        });
+    }
     if args.tensors {
         report["tensors"] = sizes::tensors(config).into_iter().map(|(name, shape)| json!({ "name": name, "shape": shape })).collect();
     }
     report
 }
 
-fn text(args: &ParamsArgs, config: &Config) -> String {
+fn text(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)>) -> String {
     let count = sizes::parameters(config);
     let mut text = format!(
         "{}: {} layers, hidden {}, {} heads over {} kv heads of {}, vocab {}{}\n",
@@ -145,19 +187,28 @@ fn text(args: &ParamsArgs, config: &Config) -> String {
             units::count(count.activated as f64)
         );
     }
+    if let Some((lora, size)) = adapter {
+        let share = 100.0 * size.parameters as f64 / count.total as f64;
+        let (kind, targets) = (if lora.dora { " with DoRA" } else { "" }, lora.targets.join(", "));
+        text += &format!("adapter          {} ({share:.2}%) of rank {}{kind} on {targets}\n", size.parameters, lora.rank);
+    }
     let flops = train_flops(config, args.context) / args.context.max(1) as f64;
     text += &format!("training         {}FLOP a token at length {}\n\n", units::count(flops), args.context);
     text += &format!("{:<54}{:>12}{:>12}\n", "memory", "bf16", "f32");
-    let mut row = |name: String, bytes: fn(&ParamsArgs, &Config, Dtype) -> u64| {
+    let mut row = |name: String, bytes: &dyn Fn(&ParamsArgs, &Config, Dtype) -> u64| {
         let [bf16, f32] = [Dtype::Bf16, Dtype::F32].map(|dtype| units::bytes(bytes(args, config, dtype)));
         text += &format!("{name:<54}{bf16:>12}{f32:>12}\n");
     };
-    row("load the weights".into(), |_, config, dtype| sizes::load_bytes(config, dtype));
-    row("train all weights with AdamW, activations not counted".into(), |_, config, dtype| sizes::train_bytes(config, dtype));
-    row(format!("serve {} texts of {} tokens", args.sequences, args.context), |args, config, dtype| {
+    row("load the weights".into(), &|_, config, dtype| sizes::load_bytes(config, dtype));
+    row("train all weights with AdamW, activations not counted".into(), &|_, config, dtype| sizes::train_bytes(config, dtype));
+    row(format!("serve {} texts of {} tokens", args.sequences, args.context), &|args, config, dtype| {
         sizes::serve_bytes(config, dtype, args.context, args.sequences)
     });
-    row("cache of one token".into(), |_, config, dtype| sizes::kv_cache_bytes_per_token(config, dtype));
+    if let Some((_, size)) = adapter {
+        row("train the adapter, activations not counted".into(), &|args, config, dtype| adapted_bytes(args, config, size, dtype).0);
+        row("serve as many with the adapter".into(), &|args, config, dtype| adapted_bytes(args, config, size, dtype).1);
+    }
+    row("cache of one token".into(), &|_, config, dtype| sizes::kv_cache_bytes_per_token(config, dtype));
     if args.tensors {
         text.push('\n');
         for (name, shape) in sizes::tensors(config) {
@@ -172,25 +223,57 @@ mod tests {
     use super::*;
 
     fn args(model: &str) -> ParamsArgs {
-        ParamsArgs { model: model.into(), context: 1000, sequences: 3, device: None, tensors: true, json: false }
+        let model = model.into();
+        ParamsArgs {
+            model,
+            context: 1000,
+            sequences: 3,
+            device: None,
+            lora: None,
+            targets: vec![],
+            dora: false,
+            tensors: true,
+            json: false,
+        }
+    }
+
+    #[test]
+    fn an_adapter_is_trained_without_gradients_and_moments_of_its_base() {
+        let config = find("0.5B").unwrap();
+        let args = ParamsArgs { lora: Some(16), targets: vec!["q_proj".into(), "v_proj".into()], ..args("0.5B") };
+        let adapter = adapter(&args, &config).unwrap();
+        let text = text(&args, &config, adapter.as_ref());
+        // 24 layers of 16 x (896 + 896 + 896 + 128).
+        assert!(text.contains("adapter          1081344 (0.22%) of rank 16 on q_proj, v_proj"), "{text}");
+        assert!(text.contains("train the adapter") && text.contains("serve as many with the adapter"), "{text}");
+        let report = report(&args, &config, adapter.as_ref());
+        // On the CPU rows of A are padded to 32.
+        let elements = 24 * (2 * 32 * 896 + 16 * (896 + 128));
+        assert_eq!(report["adapter"]["bf16"]["train_bytes"], 2 * 494_032_768u64 + 16 * elements);
+        assert_eq!(report["adapter"]["bf16"]["serve_bytes"], 2 * 494_032_768u64 + 3 * 1000 * 12_288 + 2 * elements);
+        let (parts, lines) = on_device(&args, &config, adapter.as_ref(), &Place::Host);
+        assert!(lines.contains("a step of the adapter of 3000 tokens"), "{lines}");
+        assert_eq!(parts["bf16"]["parts"]["moments of AdamW"], 8 * 1_081_344);
+        let wrong = super::adapter(&ParamsArgs { targets: vec!["qkv".into()], ..args }, &config).unwrap_err().to_string();
+        assert!(wrong.contains("q_proj") && wrong.contains("\"qkv\""), "{wrong}");
     }
 
     #[test]
     fn a_preset_and_a_folder_are_described() {
         let config = find("0.5B").unwrap();
-        let text = text(&args("0.5B"), &config);
+        let text = text(&args("0.5B"), &config, None);
         assert!(text.contains("494032768 (494M)") && text.contains("model.norm.weight"), "{text}");
-        let report = report(&args("0.5B"), &config);
+        let report = report(&args("0.5B"), &config, None);
         assert_eq!(report["parameters"]["total"], 494_032_768u64);
         assert_eq!(report["bf16"]["serve_bytes"], 2 * 494_032_768u64 + 3 * 1000 * 12_288);
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/moe_norm_true");
         let config = find(golden.to_str().unwrap()).unwrap();
-        assert!(super::text(&args("x"), &config).contains("experts "));
+        assert!(super::text(&args("x"), &config, None).contains("experts "));
     }
 
     #[test]
     fn the_parts_on_a_gpu_come_largest_first() {
-        let (report, lines) = on_device(&args("0.5B"), &find("0.5B").unwrap(), &Place::Host);
+        let (report, lines) = on_device(&args("0.5B"), &find("0.5B").unwrap(), None, &Place::Host);
         assert!(lines.contains("a step of 3000 tokens on a GPU in bf16"), "{lines}");
         assert!(lines.find("moments of AdamW").unwrap() < lines.find("weights").unwrap(), "{lines}");
         assert_eq!(report["bf16"]["parts"]["weights"], 2 * 494_032_768u64);

@@ -3,6 +3,8 @@
 //! Source: qwen2.5.md sections 1.1, 1.3, 2.1 and 2.3.
 
 use super::config::Config;
+use super::lora::{EMBEDDING, Lora, module};
+use crate::error::Result;
 use crate::kernels::element::Dtype;
 
 /// The tensors of a checkpoint of `config`: names of the hub's layout, shapes `[out, in]`, in the order of the forward
@@ -99,12 +101,17 @@ pub fn load_bytes(config: &Config, dtype: Dtype) -> u64 {
 /// f32: weights 4, gradients 4, moments 8. bf16: weights 2 and the lower half of their f32 masters 2, gradients 4,
 /// moments 8.
 pub fn train_bytes(config: &Config, dtype: Dtype) -> u64 {
-    let weights = match dtype {
+    parameters(config).total * kept_bytes(dtype)
+}
+
+/// Bytes that training keeps for an element: weight, gradient, moments.
+fn kept_bytes(dtype: Dtype) -> u64 {
+    let weight = match dtype {
         // The master is the weight and its lower half together, so it takes no more than f32 weights do.
         Dtype::Bf16 => 2 + 2,
         other => other.size() as u64,
     };
-    parameters(config).total * (weights + 4 + 8)
+    weight + 4 + 8
 }
 
 /// Bytes that serving keeps: weights, and the cache of `sequences` texts of `context_tokens` each. Layers with a sliding
@@ -115,6 +122,55 @@ pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequenc
     let kept = kept.fold(0, u64::saturating_add);
     // A script may ask for any length: an absurd one gives an absurd need, not a small one.
     load_bytes(config, dtype).saturating_add(per_layer.saturating_mul(kept).saturating_mul(sequences as u64))
+}
+
+/// What an adapter takes beside the model that it is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdapterSize {
+    pub parameters: u64,
+    /// Elements in memory on the CPU, where the rows of factors are padded to panels of 32.
+    elements: u64,
+}
+
+impl AdapterSize {
+    /// Of `lora` on a model of `config`.
+    ///
+    /// Errors: [`crate::error::Error::Argument`] for ranks and targets that cannot be meant.
+    pub fn of(config: &Config, lora: &Lora) -> Result<Self> {
+        lora.check()?;
+        let mut modules: Vec<(String, usize, usize)> = Vec::new();
+        for (name, shape) in tensors(config) {
+            if let [rows, columns] = shape[..]
+                && name != "score.weight"
+            {
+                modules.push((module(&name).into(), rows, columns));
+            }
+        }
+        if config.tied && !config.score {
+            modules.push(("lm_head".into(), config.vocab, config.hidden));
+        }
+        lora.check_targets(&modules.iter().map(|(module, ..)| module.as_str()).collect::<Vec<_>>())?;
+        let (rank, mut size) = (lora.rank as u64, Self { parameters: 0, elements: 0 });
+        for (module, rows, columns) in modules.iter().filter(|(module, ..)| lora.takes(module)) {
+            let (rows, columns) = (*rows as u64, *columns as u64);
+            size.parameters += rank * (rows + columns) + if lora.dora { rows } else { 0 };
+            size.elements += match module == EMBEDDING {
+                true => rank * rows + rank * columns.next_multiple_of(32),
+                false => rank.next_multiple_of(32) * columns + rank * rows.next_multiple_of(32) + if lora.dora { rows } else { 0 },
+            };
+        }
+        Ok(size)
+    }
+
+    /// Bytes of its weights in `dtype`.
+    pub fn load_bytes(&self, dtype: Dtype) -> u64 {
+        self.elements * dtype.size() as u64
+    }
+
+    /// Bytes that training it with AdamW keeps, without its base and without activations: as [`train_bytes`].
+    pub fn train_bytes(&self, dtype: Dtype) -> u64 {
+        self.elements * kept_bytes(dtype)
+    }
 }
 
 /// A step of training with AdamW, as far as its memory depends on it.
@@ -259,6 +315,35 @@ mod tests {
         let parts = training_parts(&config, &TrainingStep { recompute: true, trainable: 1000, ..step });
         assert!(parts.contains(&("activations", 10 * (24 * 2 * 896 + layer))), "{parts:?}");
         assert!(parts.contains(&("moments of AdamW", 8000)) && parts.contains(&("weights", 2 * 494_032_768)), "{parts:?}");
+    }
+
+    /// Counted by hand for 0.5B: hidden 896, keys 128, intermediate 4864, 24 layers, vocabulary 151,936.
+    #[test]
+    fn an_adapter_takes_what_its_factors_do() {
+        let config = preset("0.5B").unwrap();
+        let of = |rank: usize, dora: bool, targets: &[&str]| {
+            let targets = targets.iter().map(|target| target.to_string()).collect();
+            AdapterSize::of(&config, &Lora { rank, dora, targets, ..Lora::default() })
+        };
+        let attention = (896 + 896) + 2 * (896 + 128) + (896 + 896);
+        let all = 24 * 16 * (attention + 3 * (896 + 4864));
+        assert_eq!(of(16, false, &["all-linear"]).unwrap().parameters, all);
+        let q = of(16, true, &["q_proj"]).unwrap();
+        assert_eq!(q.parameters, 24 * (16 * (896 + 896) + 896));
+        assert_eq!(q.load_bytes(Dtype::Bf16), 2 * 24 * (32 * 896 + 16 * 896 + 896));
+        assert_eq!(q.train_bytes(Dtype::Bf16), 16 * 24 * (32 * 896 + 16 * 896 + 896));
+        let ends = of(4, false, &["embed_tokens", "lm_head"]).unwrap();
+        assert_eq!(ends.parameters, 2 * 4 * (151_936 + 896));
+        for error in [of(0, false, &["q_proj"]), of(8, false, &["q"])] {
+            assert!(error.unwrap_err().to_string().contains("lora"));
+        }
+        // A model has the tensors that are counted here.
+        let small = crate::model::presets::with_fields(&preset("tiny").unwrap(), &[("layers".into(), serde_json::json!(2))]).unwrap();
+        for lora in [Lora::default(), Lora { dora: true, targets: vec!["lm_head".into(), "gate_proj".into()], ..Lora::default() }] {
+            let model = crate::model::Model::random(small.clone(), Dtype::F32, 1).unwrap();
+            model.adapt(lora.clone(), 1).unwrap();
+            assert_eq!(AdapterSize::of(&small, &lora).unwrap().parameters, model.trainable() as u64);
+        }
     }
 
     #[test]
