@@ -142,10 +142,21 @@ fn number_after(text: &str, label: &str) -> f64 {
     digits.trim_end_matches('.').parse().unwrap_or_else(|_| panic!("no number behind {label:?} in:\n{text}"))
 }
 
+/// Whether this kernel can hold programs as the lesson on the sandbox wants.
+fn has_sandbox() -> bool {
+    let output = Command::new(env!("CARGO_BIN_EXE_perilune")).args(["doctor", "--json"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    report["sandbox"]["holds"] == true
+}
+
 #[test]
 fn every_lesson_does_what_it_says() {
     let runs = tempfile::tempdir().unwrap();
     for (name, args, check) in LESSONS {
+        if name == "18_sandbox" && !has_sandbox() {
+            eprintln!("skipped: {name}: this system cannot hold programs; `perilune doctor` says why");
+            continue;
+        }
         let script = format!("examples/{name}.lua");
         let output = Command::new(env!("CARGO_BIN_EXE_perilune"))
             .current_dir(env!("CARGO_MANIFEST_DIR"))
