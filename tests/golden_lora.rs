@@ -211,6 +211,31 @@ fn a_new_adapter_begins_as_its_base_and_only_it_trains() {
     }
 }
 
+/// PEFT has a word for all projections, but none beside other names.
+#[test]
+fn the_targets_of_a_folder_are_names_that_peft_knows() {
+    let golden = Golden::open("dense_untied");
+    let place = tempfile::tempdir().unwrap();
+    for (targets, want) in [
+        (&["all-linear"][..], serde_json::json!("all-linear")),
+        (
+            &["all-linear", "lm_head"],
+            serde_json::json!(["down_proj", "gate_proj", "k_proj", "lm_head", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        ),
+    ] {
+        let model = golden.model(Dtype::F32);
+        model.adapt(lora(targets), 1).unwrap();
+        let folder = place.path().join(targets.len().to_string());
+        model.save_adapter(&folder, None, None).unwrap();
+        let config: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(folder.join("adapter_config.json")).unwrap()).unwrap();
+        assert_eq!(config["target_modules"], want);
+        let again = golden.model(Dtype::F32);
+        again.load_adapter(&folder, true, &mut |_| ()).unwrap();
+        assert_eq!(again.trainable(), model.trainable());
+    }
+}
+
 /// What a full fine-tuning keeps for each parameter (gradient, moments) an adapter does not keep for the base.
 #[test]
 fn a_module_that_is_saved_whole_trains_beside_the_adapter() {

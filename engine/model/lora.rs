@@ -22,6 +22,7 @@ use crate::tensor::low_rank::LowRank;
 use crate::tensor::parameter::Layout;
 use crate::tensor::{ModelElement, Parameter};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -34,6 +35,8 @@ const CONFIG: &str = "adapter_config.json";
 const STEM: &str = "adapter_model";
 /// What the names of tensors in it begin with.
 const FILE_PREFIX: &str = "base_model.model.";
+/// What the names of modules of layers begin with.
+const LAYERS: &str = "model.layers.";
 /// The module of the embedding.
 pub(super) const EMBEDDING: &str = "model.embed_tokens";
 
@@ -82,7 +85,7 @@ impl Lora {
 
     /// Whether the weight of `module`, one of a layer, the head or the embedding, gets a low-rank part.
     pub(super) fn takes(&self, module: &str) -> bool {
-        self.targets.iter().any(|target| (target == ALL && module.starts_with("model.layers.")) || is_called(module, target))
+        self.targets.iter().any(|target| (target == ALL && module.starts_with(LAYERS)) || is_called(module, target))
     }
 
     /// Errors: [`Error::Argument`] for a target that is none of `modules`, with the names that are.
@@ -90,20 +93,26 @@ impl Lora {
         for target in self.targets.iter().filter(|target| *target != ALL) {
             if !modules.iter().any(|module| is_called(module, target)) {
                 let remedy = if target == "score" { "; it trains whole beside an adapter" } else { "" };
-                let mut known: Vec<&str> = modules.iter().filter_map(|module| module.rsplit('.').next()).collect();
-                known.sort_unstable();
-                known.dedup();
-                let expected = format!("modules of this model ({}), or {ALL}", known.join(", "));
+                let known = leaves(modules.iter().copied()).join(", ");
+                let expected = format!("modules of this model ({known}), or {ALL}");
                 return Err(Error::argument("lora", "targets", expected, format!("{target:?}{remedy}")));
             }
         }
         Ok(())
     }
 
-    fn to_json(&self, task: &str, base: Option<&str>) -> Value {
+    /// What `adapter_config.json` says.
+    ///
+    /// - `layers`: modules of the layers: beside other names PEFT knows no name for all of them
+    fn to_json(&self, task: &str, base: Option<&str>, layers: &[&str]) -> Value {
         // Whole numbers stay so: PEFT writes 16, not 16.0.
         let alpha = if self.alpha.fract() == 0.0 && self.alpha < 1e15 { json!(self.alpha as i64) } else { json!(self.alpha) };
-        let targets = if self.targets == [ALL] { json!(ALL) } else { json!(self.targets) };
+        let named = self.targets.iter().map(String::as_str).filter(|target| *target != ALL);
+        let targets = match self.targets.iter().any(|target| target == ALL) {
+            true if self.targets.len() == 1 => json!(ALL),
+            true => json!(leaves(layers.iter().copied()).into_iter().chain(named).collect::<BTreeSet<_>>()),
+            false => json!(self.targets),
+        };
         json!({
             "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": self.rank, "lora_alpha": alpha,
             "use_rslora": self.rank_stabilized, "target_modules": targets,
@@ -192,6 +201,14 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
 /// The module of a tensor: its name without what it is of the module.
 pub(super) fn module(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(module, _)| module)
+}
+
+/// The last words of names of modules, each once, sorted.
+fn leaves<'a>(modules: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut leaves: Vec<&str> = modules.filter_map(|module| module.rsplit('.').next()).collect();
+    leaves.sort_unstable();
+    leaves.dedup();
+    leaves
 }
 
 /// Whether `module` is called `name`, or ends in it.
@@ -346,7 +363,9 @@ impl<E: ModelElement> Graph<E> {
             }
         }
         let task = if self.config.score { "SEQ_CLS" } else { "CAUSAL_LM" };
-        writer.add_json(CONFIG, &lora.to_json(task, base))?;
+        let modules = self.modules();
+        let layers = modules.iter().map(|tensor| module(&tensor.name)).filter(|module| module.starts_with(LAYERS)).collect::<Vec<_>>();
+        writer.add_json(CONFIG, &lora.to_json(task, base, &layers))?;
         writer.finish()
     }
 
