@@ -9,18 +9,29 @@ return engine.workflow {
   args = {
     model = engine.required("string", { help = "folder of the SFT model" }),
     data = engine.required("strings", { help = "pairs, .jsonl or .parquet: prompt, chosen, rejected" }),
-    kind = { "sigmoid", choices = { "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "bco_pair", "sppo_hard", "nca_pair" } },
-    beta = { 0.1, min = 0 }, label_smoothing = { 0.0, min = 0, max = 0.49 }, nll = { 0.0, min = 0 }, reference_free = false,
+    kind = {
+      "sigmoid", choices = { "sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "bco_pair", "sppo_hard", "nca_pair" },
+      help = "the loss of a pair: see std.losses",
+    },
+    beta = { 0.1, min = 0, help = "how strongly the policy is held to the reference" },
+    label_smoothing = { 0.0, min = 0, max = 0.49, help = "share of pairs that may be the wrong way round" },
+    nll = { 0.0, min = 0, help = "weight of the likelihood of the better answer, added" },
+    reference_free = { false, help = "no reference: log-probabilities of the policy alone" },
     base = engine.optional("string", { help = "folder of the model before SFT: merges each update online (arXiv 2405.17931)" }),
     device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
-    max_tokens = { 1024, min = 2 }, pairs = { 8, min = 1, help = "pairs of a micro-batch" }, accumulate = { 1, min = 1 },
+    max_tokens = { 1024, min = 2, help = "longer answers are cut" }, pairs = { 8, min = 1, help = "pairs of a micro-batch" },
+    accumulate = { 1, min = 1, help = "micro-batches of an update" },
     epochs = { 1, min = 1 },
-    lr = { 7e-7, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
+    lr = { 7e-7, min = 0 }, warmup = { 20, min = 0, help = "updates until lr is reached" },
+    final = { 0.1, min = 0, help = "share of lr at the end" }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
     lora = { 0, min = 0, help = "rank of an adapter; 0 trains all weights" },
+    targets = engine.optional("strings", { help = "modules of the adapter: q_proj,v_proj ...; default all of the layers" }),
+    dora = { false, help = "the adapter learns the lengths of rows too" },
   },
   run = function(run, args)
-    local lora = args.lora > 0 and { rank = args.lora } or nil
+    assert(args.lora > 0 or not (args.targets or args.dora), "dpo: --targets and --dora go with --lora RANK")
+    local lora = args.lora > 0 and { rank = args.lora, targets = args.targets, dora = args.dora } or nil
     local policy = run:model("policy", args.model, { device = args.device, dtype = args.dtype, lora = lora })
     -- The base of an adapter is the reference, at no cost; else it is a second, frozen model.
     local frozen = { device = args.device, dtype = args.dtype, frozen = true }
@@ -54,6 +65,7 @@ return engine.workflow {
       step:log { loss = total, grad_norm = optim:step() }
       step:log(numbers)
     end
+    if lora then policy:save_adapter(run.folder .. "/adapter") end
     run:save("model", policy, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

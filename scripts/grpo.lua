@@ -17,20 +17,24 @@ return engine.workflow {
   args = {
     model = engine.required("string", { help = "folder of the SFT model" }),
     prompts = engine.required("strings", { help = "prompts with answers, .jsonl or .parquet: prompt or messages, answer" }),
-    reward = { "numeric", choices = { "numeric", "exact" } }, overlong = { 0.5, min = 0, help = "weight of the penalty for long answers" },
-    loss = { "grpo", choices = { "grpo", "dapo", "dr_grpo", "gspo", "cispo" } },
+    reward = { "numeric", choices = { "numeric", "exact" }, help = "how an answer is compared with the record's" },
+    overlong = { 0.5, min = 0, help = "weight of the penalty for long answers" },
+    loss = { "grpo", choices = { "grpo", "dapo", "dr_grpo", "gspo", "cispo" }, help = "see std.losses" },
     device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
     steps = { 200, min = 1 }, questions = { 16, min = 1, help = "prompts of a step" }, group = { 8, min = 2, help = "answers of a prompt" },
-    max_tokens = { 128, min = 1 }, temperature = { 1.0, min = 0.01 },
-    lr = { 1e-6, min = 0 }, warmup = { 5, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
+    max_tokens = { 128, min = 1, help = "of an answer" }, temperature = { 1.0, min = 0.01 },
+    lr = { 1e-6, min = 0 }, warmup = { 5, min = 0, help = "updates until lr is reached" }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
     updates = { 1, min = 1, help = "updates on the same answers" },
     beta = { 0.0, min = 0, help = "weight of the KL to the model that it began as; that model is kept only if above 0" },
     tokens = { 8192, min = 1, help = "tokens of a micro-batch" },
     lora = { 0, min = 0, help = "rank of an adapter; 0 trains all weights" },
+    targets = engine.optional("strings", { help = "modules of the adapter: q_proj,v_proj ...; default all of the layers" }),
+    dora = { false, help = "the adapter learns the lengths of rows too" },
   },
   run = function(run, args)
-    local lora = args.lora > 0 and { rank = args.lora } or nil
+    assert(args.lora > 0 or not (args.targets or args.dora), "grpo: --targets and --dora go with --lora RANK")
+    local lora = args.lora > 0 and { rank = args.lora, targets = args.targets, dora = args.dora } or nil
     local policy = run:model("policy", args.model, { device = args.device, dtype = args.dtype, lora = lora })
     local frozen = { device = args.device, dtype = args.dtype, frozen = true }
     local reference = args.beta > 0 and (lora and policy:base() or run:model("reference", args.model, frozen))
@@ -41,7 +45,9 @@ return engine.workflow {
 
     for step in run:loop("grpo", { steps = args.steps }) do
       optim:set { lr = args.lr * math.min(1, step.count / args.warmup) }
-      local rollouts = policy:generate(prompts:take(args.questions), {
+      local records = prompts:take(args.questions)
+      rewards.probe(records, reward)
+      local rollouts = policy:generate(records, {
         n = args.group, max_tokens = args.max_tokens, temperature = args.temperature,
       })
       local scores, parts = rewards.score(rollouts, reward)
@@ -69,6 +75,7 @@ return engine.workflow {
         step:log { grad_norm = optim:step() }
       end
     end
+    if lora then policy:save_adapter(run.folder .. "/adapter") end
     run:save("model", policy, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,
 }

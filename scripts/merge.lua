@@ -11,7 +11,7 @@ return engine.workflow {
     base = engine.required("string", { help = "folder of the model from which the others were trained" }),
     adapter = engine.optional("string", { help = "folder of a PEFT adapter" }),
     models = engine.optional("strings", { help = "folders of models of one shape" }),
-    how = { "linear", choices = { "linear", "task_arithmetic", "ties", "dare" } },
+    how = { "linear", choices = { "linear", "task_arithmetic", "ties", "dare" }, help = "of several models: see std.merging" },
     weights = engine.optional("numbers", { help = "one for each model; default 1 each, with linear shares that sum to 1" }),
     reserve = engine.optional("number", { min = 0, max = 1, help = "share of each task vector that ties (0.2) and dare (0.1) keep" }),
   },

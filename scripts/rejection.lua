@@ -23,9 +23,9 @@ return engine.workflow {
     model = engine.required("string", { help = "folder of the model that answers" }),
     prompts = engine.required("strings", { help = "prompts, .jsonl or .parquet: prompt or messages, and answer unless a judge is given" }),
     judge = engine.optional("string", { help = "folder of a reward model" }),
-    reward = { "numeric", choices = { "numeric", "exact" } },
+    reward = { "numeric", choices = { "numeric", "exact" }, help = "how answers are compared with the record's, without a judge" },
     n = { 8, min = 2, help = "answers of a prompt" }, questions = { 32, min = 1, help = "prompts of a step" },
-    max_tokens = { 256, min = 1 }, temperature = { 0.8, min = 0.01 }, top_p = { 0.95, min = 0.01, max = 1 },
+    max_tokens = { 256, min = 1, help = "of an answer" }, temperature = { 0.8, min = 0.01 }, top_p = { 0.95, min = 0.01, max = 1 },
     keep = { 1, min = 1, help = "answers of a prompt that are kept at most" },
     device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
     dtype = engine.optional("string", { choices = { "f32", "bf16" } }),
@@ -39,7 +39,9 @@ return engine.workflow {
     local check = args.reward == "numeric" and rewards.numeric() or rewards.exact()
 
     for step in run:loop("sample", { over = prompts }) do
-      local rollouts = model:generate(prompts:take(args.questions), {
+      local records = prompts:take(args.questions)
+      if not judge then rewards.probe(records, check) end
+      local rollouts = model:generate(records, {
         n = args.n, max_tokens = args.max_tokens, temperature = args.temperature, top_p = args.top_p,
       })
       local scores = judge and judged(judge, rollouts) or rewards.score(rollouts, check):to_table()

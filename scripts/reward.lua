@@ -14,13 +14,17 @@ return engine.workflow {
     max_tokens = { 1024, min = 2, help = "longer answers are cut" },
     pairs = { 16, min = 1, help = "pairs of an update" },
     epochs = { 1, min = 1 },
-    lr = { 5e-6, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0 }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
+    lr = { 5e-6, min = 0 }, warmup = { 20, min = 0, help = "updates until lr is reached" },
+    final = { 0.1, min = 0, help = "share of lr at the end" }, weight_decay = 0.0, clip_norm = { 1.0, min = 0 },
     center = { 0.01, min = 0, help = "keeps rewards around 0" },
     lora = { 0, min = 0, help = "rank of an adapter; 0 trains all weights" },
-    validation = { 0.05, min = 0, max = 0.5 },
+    targets = engine.optional("strings", { help = "modules of the adapter: q_proj,v_proj ...; default all of the layers" }),
+    dora = { false, help = "the adapter learns the lengths of rows too" },
+    validation = { 0.05, min = 0, max = 0.5, help = "share of the pairs that is held out" },
   },
   run = function(run, args)
-    local lora = args.lora > 0 and { rank = args.lora } or nil
+    assert(args.lora > 0 or not (args.targets or args.dora), "reward: --targets and --dora go with --lora RANK")
+    local lora = args.lora > 0 and { rank = args.lora, targets = args.targets, dora = args.dora } or nil
     local model = run:model("reward", args.model, { device = args.device, dtype = args.dtype, head = "score", lora = lora })
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local function part(name)
@@ -48,6 +52,7 @@ return engine.workflow {
       run:log { validation_accuracy = right / math.max(count, 1) }
       print(("held-out pairs: %.1f%% of %d right"):format(100 * right / math.max(count, 1), count))
     end
+    if lora then model:save_adapter(run.folder .. "/adapter") end
     run:save("model", model)
   end,
 }

@@ -16,15 +16,18 @@ return engine.workflow {
     rows = { 4, min = 1, help = "rows of a micro-batch" },
     accumulate = { 1, min = 1, help = "micro-batches of an update" },
     epochs = { 2, min = 1 },
-    lr = { 7e-6, min = 0 }, warmup = { 20, min = 0 }, final = { 0.1, min = 0, help = "share of lr at the end" },
+    lr = { 7e-6, min = 0 }, warmup = { 20, min = 0, help = "updates until lr is reached" }, final = { 0.1, min = 0, help = "share of lr at the end" },
     weight_decay = 0.1, clip_norm = { 1.0, min = 0 },
     lora = { 0, min = 0, help = "rank of an adapter; 0 trains all weights" },
+    targets = engine.optional("strings", { help = "modules of the adapter: q_proj,v_proj ...; default all of the layers" }),
+    dora = { false, help = "the adapter learns the lengths of rows too" },
     validation = { 0.02, min = 0, max = 0.5, help = "share of the conversations that is held out" },
-    evaluate_every = { 200, min = 1 },
+    evaluate_every = { 200, min = 1, help = "updates between two looks at them" },
     recompute = { false, help = "compute layers again in the backward pass: less memory, more time" },
   },
   run = function(run, args)
-    local lora = args.lora > 0 and { rank = args.lora } or nil
+    assert(args.lora > 0 or not (args.targets or args.dora), "sft: --targets and --dora go with --lora RANK")
+    local lora = args.lora > 0 and { rank = args.lora, targets = args.targets, dora = args.dora } or nil
     local model = run:model("model", args.model, { device = args.device, dtype = args.dtype, recompute = args.recompute, lora = lora })
     local read = args.data[1]:match "%.parquet$" and engine.data.parquet or engine.data.jsonl
     local packed = { seq_len = args.seq_len, how = "best_fit" }
@@ -43,6 +46,7 @@ return engine.workflow {
         batches[index] = train:take(args.rows)
         supervised = supervised + (batches[index] and batches[index].supervised or 0)
       end
+      assert(step.index > 0 or supervised > 0, "sft: nothing is learned of these conversations: are they longer than --seq_len?")
       local loss = 0.0
       for _, batch in ipairs(batches) do
         local part_loss = model:cross_entropy(batch, { normalizer = math.max(supervised, 1) })
@@ -54,9 +58,8 @@ return engine.workflow {
         step:log { validation_loss = (eval.loss(model, part "validation":epochs(1))) }
       end
     end
-    for why, count in pairs(train:counts()) do
-      if count > 0 then print(("%d conversations: %s"):format(count, why)) end
-    end
+    local counts = train:counts()
+    print(("conversations cut at %d tokens: %d; left out as too long: %d"):format(args.seq_len, counts.cut, counts.long))
     if lora then model:save_adapter(run.folder .. "/adapter") end
     run:save("model", model, { stop_tokens = { "<|im_end|>", "<|endoftext|>" } })
   end,

@@ -299,6 +299,7 @@ function eval.generate(model, prompts, checker, options)
   for _, k in ipairs(ks) do
     if math.type(k) ~= "integer" or k < 1 or k > n then wrong("generate", "k", ("a list of integers from 1 to n (%d)"):format(n), k) end
   end
+  if #prompts > 0 then rewards.probe({ prompts[1] }, checker) end
   local rollouts = model:generate(prompts, generation_options(options))
   local texts, lengths, finish, records = rollouts.texts, rollouts.lengths, rollouts.finish, {}
   if #texts ~= #prompts * n then

@@ -34,13 +34,21 @@ local function read(name, models, options, known)
   return weights, reserve, rescale
 end
 
---- Sets every parameter of `into` to `merge(values of it in the models, its value in the base)`.
-local function each(into, base, models, merge)
+--- Sets every parameter of `into` to `merge(values of it in the models, its value in the base)`. `method` is for messages.
+local function each(method, into, base, models, merge)
+  local function value_of(model, name, shape)
+    local value = model:parameter(name)
+    local expected, got = table.concat(shape, ", "), table.concat(value.shape, ", ")
+    if got ~= expected then
+      error(("std.merging.%s: models should have one shape, got %s of [%s] and of [%s]"):format(method, name, expected, got), 0)
+    end
+    return value
+  end
   tensor.no_grad(function()
     for _, name in ipairs(into:parameter_names()) do
-      local values = {}
-      for i, model in ipairs(models) do values[i] = model:parameter(name) end
-      into:set_parameter(name, merge(values, base and base:parameter(name)))
+      local shape, values = into:parameter(name).shape, {}
+      for i, model in ipairs(models) do values[i] = value_of(model, name, shape) end
+      into:set_parameter(name, merge(values, base and value_of(base, name, shape)))
     end
   end)
   return into
@@ -55,7 +63,7 @@ end
 ---@return engine.Model into
 function merging.linear(into, models, options)
   local weights = read("linear", models, options, { weights = true })
-  return each(into, nil, models, function(values)
+  return each("linear", into, nil, models, function(values)
     local sum
     for i, value in ipairs(values) do
       local part = value * (weights and weights[i] or 1 / #models)
@@ -75,7 +83,7 @@ end
 ---@return engine.Model into
 function merging.task_arithmetic(into, base, models, options)
   local weights = read("task_arithmetic", models, options, { weights = true })
-  return each(into, base, models, function(values, start)
+  return each("task_arithmetic", into, base, models, function(values, start)
     local result = start
     for i, value in ipairs(values) do result = result + (value - start) * (weights and weights[i] or 1) end
     return result
@@ -100,7 +108,7 @@ end
 ---@return engine.Model into
 function merging.ties(into, base, models, options)
   local weights, reserve = read("ties", models, options, { weights = true, reserve = 0.2 })
-  return each(into, base, models, function(values, start)
+  return each("ties", into, base, models, function(values, start)
     local trimmed, sum = {}, nil
     for i, value in ipairs(values) do
       trimmed[i] = trim(value - start, reserve) * (weights and weights[i] or 1)
@@ -126,7 +134,7 @@ end
 ---@return engine.Model into
 function merging.dare(into, base, models, options)
   local weights, reserve, rescale = read("dare", models, options, { weights = true, reserve = 0.1, rescale = true })
-  return each(into, base, models, function(values, start)
+  return each("dare", into, base, models, function(values, start)
     local result = start
     for i, value in ipairs(values) do
       local kept = (value - start) * tensor.rand(start.shape):lt(reserve)

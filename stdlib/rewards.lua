@@ -40,7 +40,11 @@ end
 local function wanted(name, record, field)
   local answer = type(record) == "table" and record[field] or nil
   if answer == nil then
-    error(("std.rewards.%s: the record has no `%s` to compare with"):format(name, field), 0)
+    local fields = {}
+    for key in pairs(type(record) == "table" and record or {}) do fields[#fields + 1] = tostring(key) end
+    table.sort(fields)
+    local has = #fields > 0 and "only " .. table.concat(fields, ", ") or "nothing"
+    error(("std.rewards.%s: the record has no `%s` to compare with, %s (the option `field` takes another)"):format(name, field, has), 0)
   end
   return type(answer) == "table" and answer or { answer }
 end
@@ -472,6 +476,19 @@ function rewards.score(rollouts, reward)
   end
   means.reward = mean(totals)
   return engine.tensor.new(totals, { dtype = "f32" }), means
+end
+
+--- Scores an empty answer to each record, so that what a reward cannot judge is an error before anything is generated.
+---
+--- Example: rewards.probe(prompts, rewards.numeric())
+---@param records (string|table)[] prompts, as model:generate takes them
+---@param reward std.Reward
+function rewards.probe(records, reward)
+  local texts, known, lengths, finish = {}, {}, {}, {}
+  for index, record in ipairs(records) do
+    texts[index], known[index], lengths[index], finish[index] = "", type(record) == "table" and record or { prompt = record }, 0, "stop"
+  end
+  rewards.score({ texts = texts, records = known, lengths = lengths, finish = finish }, reward)
 end
 
 return rewards

@@ -160,9 +160,15 @@ fn the_scripts_hand_their_results_to_each_other() {
             "8",
             "--seq_len",
             "192",
+            "--lora",
+            if how == "data" { "0" } else { "2" },
+            "--targets",
+            "q_proj,lm_head",
+            "--dora",
         ];
         std::fs::remove_dir_all(place.path().join("distill")).ok();
-        script(&place, "distill", &args);
+        let (_, distill) = script(&place, "distill", &args);
+        assert_eq!(distill.join("adapter/adapter_model.safetensors").is_file(), how == "samples");
     }
     for how in ["linear", "ties", "dare"] {
         std::fs::remove_dir_all(place.path().join("merge")).ok();
@@ -190,6 +196,24 @@ fn the_scripts_hand_their_results_to_each_other() {
     ];
     let (said, eval) = script(&place, "eval", &args);
     assert!(said.contains("problems_accuracy") && lines(&eval.join("problems.jsonl")) == 40, "{said}");
+
+    // What cannot be meant is said before anything long begins.
+    let bare = place.path().join("bare.jsonl");
+    std::fs::write(&bare, "{\"prompt\": \"1+1\"}\n").unwrap();
+    let bare = text(&bare);
+    for (name, args, says) in [
+        ("sft", &["--model", &base, "--data", &chats, "--dora"][..], "go with --lora RANK"),
+        ("sft", &["--model", &base, "--data", &chats, "--seq_len", "8"], "longer than --seq_len"),
+        ("grpo", &["--model", &base, "--prompts", &bare], "has no `answer` to compare with, only prompt"),
+        ("rejection", &["--model", &base, "--prompts", &bare], "has no `answer` to compare with, only prompt"),
+        ("rejection", &["--model", &base, "--prompts", &bare, "--judge", &base], "a model that scores"),
+        ("eval", &["--model", &base, "--problems", &bare], "has no `answer` to compare with, only prompt"),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(format!("{name}.lua"));
+        let output = place.command(&["run", "--quiet", "--runs", "wrong", path.to_str().unwrap()]).args(args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(says), "{name}: {said}");
+    }
 }
 
 #[test]

@@ -87,7 +87,11 @@ fn dispatch(lua: &Lua, function: &Function, is_self: Option<fn(&AnyUserData) -> 
         }
         for (index, param) in function.params.iter().enumerate() {
             if !param.ends_with('?') && matches!(values.get(index), None | Some(Value::Nil)) {
-                return Err(Error::argument(function.op, *param, "given", "nil").into());
+                let expected = match *param {
+                    "tokenizer" => "a Tokenizer (that of a model is nil where its folder has none; engine.tokenizer makes them)",
+                    _ => "given",
+                };
+                return Err(Error::argument(function.op, *param, expected, "nil").into());
             }
         }
         let call = Call { lua, op: function.op, params: function.params, subject, values };

@@ -137,6 +137,11 @@ impl ModelObject {
     }
 
     fn load(lua: &Lua, folder: &Path, making: &Making) -> Result<Self> {
+        if making.scores && making.frozen && making.adapter.is_none() && making.lora.is_none() && !Config::load(folder)?.score {
+            let expected = "a model that scores (scripts/reward.lua trains one), where nothing trains its head";
+            let got = format!("{}, which has a head over the vocabulary", folder.display());
+            return Err(Error::argument("model.load", "source", expected, got));
+        }
         let mut remarks = Vec::new();
         let mut remark = |remark| remarks.push(remark);
         let model = if making.scores {

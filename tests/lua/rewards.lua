@@ -20,6 +20,7 @@ describe("rewards", function()
     })
     scores(rewards.exact { marked = true, field = "gold" }, { { "7", { gold = "7" }, 0 }, { "Answer: 7", { gold = "7" }, 1 } })
     expect(function() rewards.exact()("x", {}) end).fails "the record has no `answer`"
+    expect(function() rewards.exact()("x", { prompt = "p", gold = 1 }) end).fails "only gold, prompt (the option `field`"
     expect(function() rewards.exact { feild = 1 } end).fails "`feild`"
   end)
   it("compare numbers", function()
