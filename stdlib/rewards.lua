@@ -483,12 +483,13 @@ end
 --- Example: rewards.probe(prompts, rewards.numeric())
 ---@param records (string|table)[] prompts, as model:generate takes them
 ---@param reward std.Reward
+---@return engine.Tensor scores [records], f32
 function rewards.probe(records, reward)
   local texts, known, lengths, finish = {}, {}, {}, {}
   for index, record in ipairs(records) do
     texts[index], known[index], lengths[index], finish[index] = "", type(record) == "table" and record or { prompt = record }, 0, "stop"
   end
-  rewards.score({ texts = texts, records = known, lengths = lengths, finish = finish }, reward)
+  return (rewards.score({ texts = texts, records = known, lengths = lengths, finish = finish }, reward))
 end
 
 return rewards

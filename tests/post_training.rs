@@ -160,14 +160,10 @@ fn the_scripts_hand_their_results_to_each_other() {
             "8",
             "--seq_len",
             "192",
-            "--lora",
-            if how == "data" { "0" } else { "2" },
-            "--targets",
-            "q_proj,lm_head",
-            "--dora",
         ];
+        let adapter: &[&str] = if how == "data" { &[] } else { &["--lora", "2", "--targets", "q_proj,lm_head", "--dora"] };
         std::fs::remove_dir_all(place.path().join("distill")).ok();
-        let (_, distill) = script(&place, "distill", &args);
+        let (_, distill) = script(&place, "distill", &[&args[..], adapter].concat());
         assert_eq!(distill.join("adapter/adapter_model.safetensors").is_file(), how == "samples");
     }
     for how in ["linear", "ties", "dare"] {
