@@ -36,7 +36,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         // On a device too the step has ended then: its norm has been read.
         optimizer.step()?;
         let took = start.elapsed();
-        losses.push(loss.values()[0]);
+        losses.push(loss.data().force()?.host()[0]);
         Ok(took)
     })?;
     // The ceiling comes second: its matrices would count as the step's memory, of which only the maximum is known.
@@ -130,7 +130,7 @@ fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Re
         let (head, gradient) = clocked(|| {
             let cut = hidden.leaf();
             logprobs::cross_entropy(&cut, &graph.head, &batch.labels, batch.labelled() as f32, None)?.backward()?;
-            let gradient = cut.gradient().expect("every hidden state has a way to the loss");
+            let gradient = cut.gradient()?.expect("every hidden state has a way to the loss");
             case.place.synchronize()?;
             gradient.data().force()?.try_clone()
         });

@@ -157,8 +157,13 @@ impl Call<'_> {
         self.subject.clone().map_or(Value::Nil, Value::UserData)
     }
 
-    /// The tensor a method is called on.
+    /// The tensor a method is called on, its elements computed.
     pub fn this(&self) -> Failed<AnyTensor> {
+        Ok(self.this_deferred()?.computed()?)
+    }
+
+    /// The tensor a method is called on, whose elements may be deferred.
+    pub fn this_deferred(&self) -> Failed<AnyTensor> {
         Ok(self.subject::<TensorObject>()?.0.clone())
     }
 
@@ -181,8 +186,10 @@ impl Call<'_> {
         Error::argument(self.op, self.param(index), expected, describe(&self.value(index))).into()
     }
 
+    /// Argument `index` as a tensor, its elements computed.
     pub fn tensor(&self, index: usize) -> Failed<AnyTensor> {
-        as_tensor(&self.value(index)).ok_or_else(|| self.wrong(index, "a tensor"))
+        let tensor = as_tensor(&self.value(index)).ok_or_else(|| self.wrong(index, "a tensor"))?;
+        Ok(tensor.computed()?)
     }
 
     /// Argument `index` as an object of class T.
@@ -266,11 +273,12 @@ impl Call<'_> {
         sizes.iter().map(check).collect()
     }
 
-    /// A list of tensors.
+    /// A list of tensors, their elements computed.
     pub fn tensors(&self, index: usize) -> Failed<Vec<AnyTensor>> {
         let Value::Table(table) = self.value(index) else { return Err(self.wrong(index, "a list of tensors")) };
         let values = self.list(index, "a list of tensors", &table)?;
-        values.iter().map(|value| as_tensor(value).ok_or_else(|| self.wrong_entry(index, "a list of tensors", value))).collect()
+        let entry = |value| as_tensor(value).ok_or_else(|| self.wrong_entry(index, "a list of tensors", value));
+        values.iter().map(|value| Ok(entry(value)?.computed()?)).collect()
     }
 
     /// The entries of `table`, which is argument `index` or a part of it and must be a list: no names, no gaps.

@@ -381,7 +381,6 @@ fn logged_value(op: &'static str, name: &str, value: &Value) -> Result<Json, Fai
     if let Some(tensor) = as_tensor(value) {
         if tensor.len() == 1 {
             let tensor = tensor.on_host()?;
-            tensor.force()?;
             return Ok(number(f64::from(tensor.to_f32_vec()[0])));
         }
         let expected = "a number, or a tensor of one element (take its :mean())";

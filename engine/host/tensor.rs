@@ -51,7 +51,7 @@ pub const FUNCTIONS: &[Function] = &[
 
 const METHODS: &[Function] = &[
     Function { op: "Tensor:backward", params: &[], call: |call| this_done(call, |x| x.backward()) },
-    Function { op: "Tensor:detach", params: &[], call: |call| tensor(call, call.this()?.detach()) },
+    Function { op: "Tensor:detach", params: &[], call: |call| tensor(call, call.this_deferred()?.detach()) },
     Function {
         op: "Tensor:item",
         params: &[],
@@ -64,7 +64,7 @@ const METHODS: &[Function] = &[
             call.give(numbers(&x)?.remove(0))
         },
     },
-    Function { op: "Tensor:requires_grad", params: &[], call: |call| tensor(call, call.this()?.leaf()?) },
+    Function { op: "Tensor:requires_grad", params: &[], call: |call| tensor(call, call.this_deferred()?.leaf()?) },
     Function {
         op: "Tensor:to_table",
         params: &[],
@@ -78,7 +78,7 @@ const METHODS: &[Function] = &[
         op: "Tensor:zero_grad",
         params: &[],
         call: |call| {
-            call.this()?.clear_gradient();
+            call.this_deferred()?.clear_gradient();
             call.done()
         },
     },
@@ -90,7 +90,7 @@ const FIELDS: &[Field<TensorObject>] = &[
     Field { name: "dtype", get: |lua, x| Ok(Value::String(lua.create_string(x.0.dtype().name())?)) },
     Field {
         name: "grad",
-        get: |lua, x| match x.0.gradient() {
+        get: |lua, x| match x.0.gradient()? {
             Some(gradient) => Ok(TensorObject(gradient).into_lua(lua)?),
             None => Ok(Value::Nil),
         },
@@ -103,7 +103,7 @@ impl UserData for TensorObject {
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
         operations::operators(methods);
-        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.on_host().and_then(|x| x.force().map(|()| x)) {
+        methods.add_meta_method(MetaMethod::ToString, |lua, this, ()| match this.0.on_host() {
             Ok(x) => Ok(tensor_text(&x, &this.0.place())),
             Err(error) => Err(raise(lua, error.into())),
         });
@@ -127,7 +127,7 @@ pub fn tensor_value(lua: &Lua, tensor: AnyTensor) -> Failed<Value> {
 }
 
 fn this_done(call: &Call, body: fn(&AnyTensor) -> crate::error::Result<()>) -> Answer {
-    body(&call.this()?)?;
+    body(&call.this_deferred()?)?;
     call.done()
 }
 
@@ -213,7 +213,6 @@ fn from_numbers(op: &'static str, shape: &[usize], values: &[f64], dtype: Dtype)
 /// All elements as Lua numbers; integers stay integers. Those on a device are fetched.
 fn numbers(x: &AnyTensor) -> Failed<Vec<Value>> {
     let x = x.on_host()?;
-    x.force()?;
     Ok(match x.data() {
         AnyData::I32(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
         AnyData::I8(data) => data.get().iter().map(|value| Value::Integer(i64::from(*value))).collect(),
@@ -237,7 +236,7 @@ pub fn operand(call: &Call, index: usize, like: &AnyTensor) -> Failed<AnyTensor>
 /// As [`operand`], for operators, which are no calls.
 pub fn number_or_tensor(op: &'static str, arg: &'static str, value: &Value, like: &AnyTensor) -> Failed<AnyTensor> {
     if let Some(tensor) = as_tensor(value) {
-        return Ok(tensor);
+        return Ok(tensor.computed()?);
     }
     match value {
         Value::Integer(number) => Ok(from_numbers(op, &[], &[*number as f64], like.dtype())?.to_place(&like.place())?),

@@ -178,7 +178,6 @@ pub const OTHERS: &[Function] = &[
         params: &["dtype_or_device"],
         call: |call| {
             let (x, name) = (call.this()?, call.string(0)?);
-            x.force()?;
             match Dtype::parse(&name) {
                 Some(dtype) => tensor(call, convert::to_dtype(&x, dtype)?),
                 None => match Place::named(&name) {
@@ -283,7 +282,6 @@ pub fn operators<M: UserDataMethods<TensorObject>>(methods: &mut M) {
     /// With a number as exponent the derivative by it is not computed, and its own sign may be negative.
     fn power(a: &AnyTensor, b: &AnyTensor) -> Result<AnyTensor> {
         if b.rank() == 0 && b.node().is_none() && b.device().is_none() {
-            b.force()?;
             return elementwise::powf(a, b.to_f32_vec()[0]);
         }
         arithmetic::pow(a, b)
@@ -310,7 +308,7 @@ pub fn operators<M: UserDataMethods<TensorObject>>(methods: &mut M) {
     }
     methods.add_meta_function(MetaMethod::Unm, |lua, (x, _): (Value, Value)| {
         let x = as_tensor(&x).expect("Lua calls a tensor's operator with a tensor");
-        elementwise::neg(&x).map(TensorObject).map_err(|error| raise(lua, error.into()))
+        x.computed().and_then(|x| elementwise::neg(&x)).map(TensorObject).map_err(|error| raise(lua, error.into()))
     });
 }
 

@@ -267,7 +267,7 @@ impl<E: ModelElement> Graph<E> {
         }
         named.iter().for_each(|tensor| tensor.parameter.set_trains(false));
         saved.iter().for_each(|tensor| tensor.parameter.set_trains(true));
-        named.iter().filter(|tensor| !tensor.parameter.trains()).for_each(|tensor| tensor.parameter.drop_master());
+        named.iter().filter(|tensor| !tensor.parameter.trains()).try_for_each(|tensor| tensor.parameter.drop_master())?;
         parts.into_iter().for_each(|(parameter, parts)| parameter.set_adapters(parts));
         embedding.into_iter().for_each(|part| self.embed.set_embedding_part(part));
         Ok(())

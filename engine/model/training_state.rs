@@ -114,7 +114,7 @@ impl<E: ModelElement> Graph<E> {
     /// Errors: [`Error::Format`] for tensors that this model has no place for; those of reading.
     pub fn load_training_state(&self, folder: &Path) -> Result<()> {
         let file = SafetensorsFile::open(&folder.join(format!("{STEM}.safetensors")))?;
-        self.parameters().iter().for_each(|parameter| parameter.clear_training_state());
+        self.parameters().iter().try_for_each(|parameter| parameter.clear_training_state())?;
         let mut taken = 0;
         for Named { name, parameter, rows, .. } in self.named().into_iter().chain(self.named_adapters()) {
             let columns = parameter.columns();

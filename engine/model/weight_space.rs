@@ -51,7 +51,6 @@ impl Model {
                 return Err(Error::argument("set_parameter", "name", "a weight without a merged adapter", format!("{name}; call unmerge first")));
             }
             let value = value.on_host()?;
-            value.force()?;
             let masters = named.parameter.trains();
             named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters)?;
         });

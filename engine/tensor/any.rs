@@ -122,9 +122,10 @@ impl AnyTensor {
         self.device().map_or(Place::Host, |device| Place::Cuda(device.clone()))
     }
 
-    /// The same elements at `place`, still in the graph: its gradient goes the way back. Waits for a device that they leave.
+    /// The same elements at `place`, still in the graph: its gradient goes the way back. Deferred ones are computed. Waits for a
+    /// device that they leave.
     ///
-    /// Errors: those of the devices.
+    /// Errors: those of the devices, and of computing them.
     pub fn to_place(&self, place: &Place) -> Result<Self> {
         fn moved<E: TensorElement>(data: &Data<E>, place: &Place) -> Result<AnyData> {
             Ok(E::wrap(Data::at_place(data.force()?.try_clone()?.moved_to(place, "tensors of scripts")?)))
@@ -132,6 +133,7 @@ impl AnyTensor {
         fn back<E: Differentiable>(gradient: Array<E>, from: &Place, sink: &mut Sink) -> Result<()> {
             sink.add_array(0, gradient.moved_to(from, "gradients of tensors of scripts")?)
         }
+        self.force()?;
         let from = self.place();
         if from.is(place) {
             return Ok(self.clone());
@@ -184,7 +186,15 @@ impl AnyTensor {
         }
     }
 
-    /// All elements as f32, in row-major order. Panics for a tensor on a device: [`AnyTensor::on_host`] comes first.
+    /// The same tensor, its elements computed.
+    ///
+    /// Errors: those of the computation.
+    pub fn computed(self) -> Result<Self> {
+        self.force()?;
+        Ok(self)
+    }
+
+    /// All elements as f32, in row-major order. Panics as [`Data::get`] does: [`AnyTensor::on_host`] comes first.
     pub fn to_f32_vec(&self) -> Vec<f32> {
         fn convert<E: Element>(data: &Data<E>) -> Vec<f32> {
             data.get().iter().map(|value| value.to_f32()).collect()
@@ -228,13 +238,16 @@ impl AnyTensor {
         }
     }
 
-    /// The gradient that `backward` left at this leaf, if any.
-    pub fn gradient(&self) -> Option<Self> {
-        let data = match self.node.as_ref()?.leaf_gradient()? {
+    /// A copy of the gradient that `backward` left at this leaf, if any.
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for one more.
+    pub fn gradient(&self) -> Result<Option<Self>> {
+        let Some(node) = &self.node else { return Ok(None) };
+        let data = node.leaf_gradient()?.map(|gradient| match gradient {
             Gradient::F32(gradient) => f32::wrap(Data::at_place(gradient)),
             Gradient::Bf16(gradient) => bf16::wrap(Data::at_place(gradient)),
-        };
-        Some(Self { shape: self.shape.clone(), data, node: None })
+        });
+        Ok(data.map(|data| Self { shape: self.shape.clone(), data, node: None }))
     }
 
     /// Forgets the gradient of this leaf.

@@ -120,14 +120,16 @@ impl Node {
         Arc::new(Self { id: NEXT_ID.fetch_add(1, Relaxed), parents, kind: Kind::Operation(Mutex::new(Some(Box::new(backward)))) })
     }
 
-    /// A copy of the gradient that has arrived at this leaf. Panics if it lies on a device without room for one more.
-    pub(super) fn leaf_gradient(&self) -> Option<Gradient> {
+    /// A copy of the gradient that has arrived at this leaf.
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for one more.
+    pub(super) fn leaf_gradient(&self) -> Result<Option<Gradient>> {
         match &self.kind {
             Kind::Leaf(gradient) => {
                 let gradient = gradient.lock().expect("gradients are added without panics");
-                Some(gradient.as_ref()?.try_clone().unwrap_or_else(|error| panic!("{error}")))
+                gradient.as_ref().map(Gradient::try_clone).transpose()
             }
-            Kind::Operation(_) => None,
+            Kind::Operation(_) => Ok(None),
         }
     }
 

@@ -69,7 +69,7 @@ mod tests {
         let narrow = to_dtype(&x, Dtype::Bf16).unwrap();
         let wide = to_dtype(&mul(&narrow, &narrow).unwrap(), Dtype::F32).unwrap();
         sum(&wide, None, false).unwrap().backward().unwrap();
-        let gradient = x.gradient().unwrap();
+        let gradient = x.gradient().unwrap().unwrap();
         assert_eq!((gradient.dtype(), gradient.to_f32_vec()), (Dtype::F32, vec![2.0, 6.0]));
         // 1 + 2^-8 is half way between two bf16 and goes to the even one.
         assert_eq!(to_dtype(&tensor(&[], &[1.0 + 1.0 / 256.0]), Dtype::Bf16).unwrap().to_f32_vec(), [1.0]);

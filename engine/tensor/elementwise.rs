@@ -312,7 +312,7 @@ mod tests {
             let y = op(&x).unwrap();
             assert_eq!(y.shape(), [3, 0]);
             super::super::reduce::sum(&y, None, false).unwrap().backward().unwrap();
-            assert_eq!(x.gradient().unwrap().shape(), [3, 0]);
+            assert_eq!(x.gradient().unwrap().unwrap().shape(), [3, 0]);
         }
     }
 

@@ -50,7 +50,7 @@ pub fn check(
     backward_with(&got, &weights).unwrap();
     let loss = |values: &[Vec<f64>]| reference(values).iter().zip(&weights).map(|(y, w)| y * f64::from(*w)).sum::<f64>();
     for (input, leaf) in leaves.iter().enumerate() {
-        let gradient = leaf.gradient().unwrap_or_else(|| panic!("{what}: input {input} has no gradient")).to_f32_vec();
+        let gradient = leaf.gradient().unwrap().unwrap_or_else(|| panic!("{what}: input {input} has no gradient")).to_f32_vec();
         assert_eq!(gradient.len(), leaf.len(), "{what}");
         for (index, got) in gradient.iter().enumerate() {
             let (here, step) = (values[input][index], 1e-5);

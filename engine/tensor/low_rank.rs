@@ -265,7 +265,7 @@ mod tests {
                 factor.write_rows(0..factor.rows(), &values, false).unwrap();
             }
         }
-        let gradient = leaf.gradient().unwrap();
+        let gradient = leaf.gradient().unwrap().unwrap();
         for i in 0..x.len() {
             let at = |step: f32| {
                 let mut moved = x.values().to_vec();

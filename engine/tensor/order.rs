@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(places.to_f32_vec(), [4., 2., 5., 0., 3., 1.]);
         assert_eq!(values.to_f32_vec()[..5], [f32::NEG_INFINITY, -1., 0., 2., 2.]);
         backward_with(&values, &[1., 2., 3., 4., 5., 6.]).unwrap();
-        assert_eq!(x.gradient().unwrap().to_f32_vec(), [4., 6., 2., 5., 1., 3.]);
+        assert_eq!(x.gradient().unwrap().unwrap().to_f32_vec(), [4., 6., 2., 5., 1., 3.]);
         let down = sort(&x, -1, true).unwrap().1;
         assert_eq!(down.to_f32_vec(), [1., 0., 3., 5., 2., 4.]);
     }

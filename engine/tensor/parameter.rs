@@ -65,13 +65,6 @@ pub struct Value<E: ModelElement> {
     pub(super) cuda: Option<DeviceValue<E>>,
 }
 
-impl<E: ModelElement> Clone for Value<E> {
-    /// Panics if it lies on a device without room for one more; [`Value::try_clone`] says so as an error.
-    fn clone(&self) -> Self {
-        self.try_clone().unwrap_or_else(|error| panic!("{error}"))
-    }
-}
-
 /// A value to write: a copy of its own, where others share it.
 ///
 /// Errors: [`Error::Device`] if the device has no room for it.
@@ -227,14 +220,18 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Forgets what completes a bf16 weight to its f32 master: a weight that will not train needs none.
-    pub fn drop_master(&self) {
-        let mut value = self.value.write().expect("nothing panics while a parameter is written");
-        if value.remainder.is_some() || value.cuda.as_ref().is_some_and(|cuda| cuda.remainder.is_some()) {
-            let value = Arc::make_mut(&mut value);
+    ///
+    /// Errors: [`Error::Device`] if others share the value, and the device has no room for one of its own.
+    pub fn drop_master(&self) -> Result<()> {
+        // What has none stays shared, and as it was.
+        if self.has_remainder() {
+            let mut value = self.value.write().expect("nothing panics while a parameter is written");
+            let value = own(&mut value)?;
             value.remainder = None;
             value.cuda.iter_mut().for_each(|cuda| cuda.remainder = None);
             self.version.fetch_add(1, Relaxed);
         }
+        Ok(())
     }
 
     pub fn read(&self) -> RwLockReadGuard<'_, Arc<Value<E>>> {
@@ -328,16 +325,11 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Forgets what training keeps beside the weight: the remainder and the gradient.
-    pub fn clear_training_state(&self) {
+    ///
+    /// Errors: those of [`Parameter::drop_master`].
+    pub fn clear_training_state(&self) -> Result<()> {
         self.clear_gradient();
-        // A frozen weight has no remainder: it stays shared, and as it was.
-        if self.has_remainder() {
-            let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-            let value = Arc::make_mut(&mut guard);
-            value.remainder = None;
-            value.cuda.iter_mut().for_each(|cuda| cuda.remainder = None);
-            self.version.fetch_add(1, Relaxed);
-        }
+        self.drop_master()
     }
 
     /// Copies `rows` of the value to `values` `[rows, columns]`, row-major, as f32: master weights where they exist.
@@ -541,13 +533,16 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// Lets `write` change the value, given the gradient, which is gone afterwards; skipped without a gradient.
-    pub fn update(&self, write: impl FnOnce(&mut Value<E>, &[f32])) {
+    ///
+    /// Errors: those of copying a value that others share. Panics if it lies on a device.
+    pub fn update(&self, write: impl FnOnce(&mut Value<E>, &[f32])) -> Result<()> {
         let gradient = self.gradient.lock().expect("nothing panics while a gradient is read").take();
         if let Some(gradient) = gradient {
             let mut value = self.value.write().expect("nothing panics while a parameter is written");
-            write(Arc::make_mut(&mut value), gradient.host());
+            write(own(&mut value)?, gradient.host());
             self.version.fetch_add(1, Relaxed);
         }
+        Ok(())
     }
 
     /// Holds value and gradient for an update on the device, after which the gradient is gone; none without a gradient.

@@ -117,7 +117,7 @@ impl<E: ModelElement> Parameter<E> {
         }
         let from = other.read().clone();
         let mut guard = self.value.write().expect("nothing panics while a parameter is written");
-        let to = Arc::make_mut(&mut guard);
+        let to = own(&mut guard)?;
         let len = to.weight.len();
         if E::HAS_REMAINDER {
             to.remainder.get_or_insert_with(|| vec![0; len]);

@@ -45,7 +45,9 @@ pub trait Trainable: Send + Sync {
     /// One AdamW update on the host by the gradient, which is gone afterwards. Nothing happens without a gradient.
     ///
     /// - `m`, `v`: `gradient_len` elements each
-    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW);
+    ///
+    /// Errors: those of [`Parameter::update`].
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) -> Result<()>;
     /// How the elements of the gradient lie.
     fn layout(&self) -> Layout;
     /// Inputs of a matrix; 1 for a vector.
@@ -105,7 +107,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         Ok(Parameter::lock_update(self)?.map(|locked| Box::new(locked) as Box<dyn DeviceUpdate>))
     }
 
-    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) -> Result<()> {
         let panel_columns = (self.layout == Layout::Panels).then_some(self.columns);
         self.update(|value, gradient| {
             if E::HAS_REMAINDER && value.remainder.is_none() {
@@ -113,7 +115,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
                 value.remainder = Some(vec![0; value.weight.len()]);
             }
             E::adamw(&mut value.weight, value.remainder.as_deref_mut(), gradient, m, v, panel_columns, settings);
-        });
+        })
     }
 
     fn layout(&self) -> Layout {

@@ -76,7 +76,7 @@ impl<E: Element> Data<E> {
     /// The elements on the host.
     ///
     /// Panics if they lie on a device, or if they were deferred and cannot be computed any more; [`Data::force`] says so as an
-    /// error, and `AnyTensor::typed` calls it for every operation of a script.
+    /// error. What scripts hand to operations has been computed by then: `host/call.rs` and `AnyTensor::typed` see to that.
     pub fn get(&self) -> &[E] {
         self.force().unwrap_or_else(|error| panic!("{error}")).host()
     }
@@ -294,10 +294,13 @@ impl<E: Differentiable, const R: usize> Tensor<E, R> {
         autograd::run_backward(node, E::wrap_gradient(gradient))
     }
 
-    /// The gradient that `backward` left at this leaf, if any.
-    pub fn gradient(&self) -> Option<Self> {
-        let gradient = self.node.as_ref()?.leaf_gradient()?;
-        Some(Self { shape: self.shape, data: Data::at_place(E::unwrap_gradient(gradient)), node: None })
+    /// A copy of the gradient that `backward` left at this leaf, if any.
+    ///
+    /// Errors: [`Error::Device`] if it lies on a device without room for one more.
+    pub fn gradient(&self) -> Result<Option<Self>> {
+        let Some(node) = &self.node else { return Ok(None) };
+        let gradient = node.leaf_gradient()?.map(E::unwrap_gradient);
+        Ok(gradient.map(|gradient| Self { shape: self.shape, data: Data::at_place(gradient), node: None }))
     }
 }
 

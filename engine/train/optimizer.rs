@@ -263,7 +263,7 @@ impl AdamW {
             };
             let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
             match &self.merge {
-                None => parameter.adamw(m, v, &update),
+                None => parameter.adamw(m, v, &update)?,
                 Some(merge) => merged_update(parameter.as_ref(), (m, v), waiting, &update, merge)?,
             }
         }

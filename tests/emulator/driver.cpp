@@ -8,7 +8,7 @@
 //   for memory or freeing it (unless the thread's mode is relaxed), loading a module, copies of pageable host memory;
 // - threads that can never meet end the launch with an error that says where they stand;
 // - with EMULATOR_LOSES=launch:N or copy:N in the environment the device is lost at the N-th launch of a kernel, or copy to or from the
-//   host: that call goes well, as on a GPU, and all calls after it say so;
+//   host, with file:PATH at the first of both when there is such a file: that call goes well, as on a GPU, and all calls after it say so;
 // - threads run in ascending or in descending order (emulator_set_order), so that a missing barrier shows.
 #include <atomic>
 #include <cmath>
@@ -290,6 +290,10 @@ static bool is_lost_at(const char* event, Result reason) {
     static const char* setting = getenv("EMULATOR_LOSES");
     static std::atomic<long> counts[2];
     size_t length = strlen(event);
+    if (setting && strncmp(setting, "file:", 5) == 0) {
+        if (access(setting + 5, F_OK) == 0) lost = reason;
+        return lost != SUCCESS;
+    }
     if (!setting || strncmp(setting, event, length) != 0 || setting[length] != ':') return false;
     if (++counts[event[0] == 'c'] == atol(setting + length + 1)) lost = reason;
     return lost != SUCCESS;

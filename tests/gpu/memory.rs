@@ -1,9 +1,13 @@
 //! The allocator, the copies and the errors of a device.
 
 use crate::{bench, uniform};
+use half::bf16;
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::cuda::device::{Device, Settings};
 use perilune::kernels::cuda::embedding::embed;
 use perilune::kernels::cuda::memory::DeviceBuffer;
+use perilune::tensor::parameter::{Layout, Parameter};
+use perilune::tensor::{AnyTensor, Place, Tensor};
 
 /// A device of its own on the same GPU, whose memory no other test counts in.
 fn own(memory_bytes_max: usize) -> Option<std::sync::Arc<Device>> {
@@ -80,4 +84,30 @@ fn a_device_that_is_not_there_is_named() {
     }
     let Err(error) = Device::open(63) else { panic!("no machine has 64 GPUs") };
     assert!(error.to_string().contains("no cuda:63"), "{error}");
+}
+
+#[test]
+fn a_full_device_is_an_error_to_who_copies_on_it() {
+    let Some(device) = own(32 << 20) else { return };
+    let place = Place::Cuda(device.clone());
+    let weight = Parameter::<bf16>::zeros_at(&place, "w", 1024, 2048, Layout::Rows).unwrap();
+    weight.write_rows(0..1024, &vec![0.3; 1024 * 2048], true).unwrap();
+    weight.set_trains(false);
+    let copy = weight.copy().unwrap();
+    let x = Tensor::<f32, 1>::from_slice([1 << 20], &vec![1.0; 1 << 20]).unwrap();
+    let leaf: Tensor<f32, 1> = AnyTensor::from(x).to_place(&place).unwrap().leaf().unwrap().typed("test", "x").unwrap();
+    leaf.backward_with(Buffer::zeroed(1 << 20)).unwrap();
+    let rest = DeviceBuffer::<u8>::scratch(&device, "rest", device.memory_bytes_free() as usize / 16 * 15).unwrap();
+    let full = |what: &str, result: perilune::error::Result<()>| {
+        let error = result.expect_err(what).to_string();
+        assert!(error.contains("out of memory"), "{what}: {error}");
+    };
+    full("gradient", leaf.gradient().map(drop));
+    full("drop_master", weight.drop_master());
+    full("clear_training_state", weight.clear_training_state());
+    assert!(weight.has_remainder(), "what cannot be done changes nothing");
+    drop(rest);
+    weight.drop_master().unwrap();
+    assert!(!weight.has_remainder() && copy.has_remainder());
+    assert_eq!(leaf.gradient().unwrap().unwrap().len(), 1 << 20);
 }

@@ -244,3 +244,50 @@ fn a_script_computes_and_differentiates_on_the_device() {
         assert!(said.contains(part), "{part} in\n{said}");
     }
 }
+
+/// Reads what lies on a device, or is computed there when it is first read, after the device was lost.
+const READERS: &str = r#"
+local engine = require "engine"
+local tensor = engine.tensor
+return engine.workflow {
+  name = "readers",
+  args = {},
+  run = function(run)
+    local tokenizer = engine.tokenizer.bytes()
+    local model = run:model("model", {
+      preset = "tiny", vocab = 320, hidden = 32, layers = 1, heads = 2, kv_heads = 1, intermediate = 48,
+    }, { device = "cuda", dtype = "bf16", tokenizer = tokenizer })
+    local batch = engine.data.batch { tokenizer:encode "the moon goes round" }
+    local w = tensor.randn({ 3 }, { device = "cuda" }):requires_grad();
+    (w * w):sum():backward()
+    local function loss() return model:cross_entropy(batch) end
+    local losses = {}
+    for index = 1, 8 do losses[index] = loss() end
+    io.open("lose", "w"):close()
+    print(pcall(function() return tostring(w.grad) end))
+    local readers = {
+      function(x) return x * 0.5 end,
+      function(x) return 1 - x end,
+      function(x) return -x end,
+      function(x) return x:exp() end,
+      function(x) return tensor.stack { x, x } end,
+      function(x) return tostring(x) end,
+      function(x) return x:item() end,
+      function(x) return x:backward() end,
+    }
+    for index, read in ipairs(readers) do print(pcall(read, losses[index])) end
+    loss()
+  end,
+}
+"#;
+
+#[test]
+fn what_a_script_reads_of_a_lost_device_is_an_error() {
+    let Some(place) = Workplace::new().filter(|place| place.is_emulated) else { return };
+    std::fs::write(place.path("readers.lua"), READERS).unwrap();
+    let output = place.run_losing("file:lose", &["run", "readers.lua"]);
+    let (said, told) = (String::from_utf8_lossy(&output.stdout).into_owned(), errors(&output));
+    assert!(!output.status.success() && !told.contains("panicked"), "{told}");
+    assert_eq!(said.matches("was lost").count(), 9, "{said}");
+    assert!(told.contains("was lost") && told.contains("perilune resume"), "{told}");
+}

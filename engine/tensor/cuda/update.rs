@@ -44,7 +44,8 @@ impl<E: ModelElement> DeviceUpdate for Locked<'_, E> {
 
     fn line<'a>(&'a mut self, m: &'a mut DeviceBuffer<f32>, v: &'a mut DeviceBuffer<f32>, decays: bool) -> Line<'a> {
         let device: Arc<Device> = self.gradient.device().clone();
-        let cuda = Arc::make_mut(&mut self.value).cuda.as_mut().expect("it was there when the parameter was locked");
+        let cuda = Arc::get_mut(&mut self.value).and_then(|value| value.cuda.as_mut());
+        let cuda = cuda.expect("locking it made it our own, on the device");
         let rest = cuda.remainder.as_mut().map(DeviceBuffer::view_mut);
         let parameter =
             Parameter { weight: cuda.weight.view_mut(), rest, gradient: self.gradient.view(), m: m.view_mut(), v: v.view_mut(), decays };
