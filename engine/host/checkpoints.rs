@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cpu::isa;
 use crate::kernels::cuda_probe;
 use crate::store::records::{CheckpointRecord, StepRecord};
+use crate::tensor::place::{ImageTo, Marks};
 use crate::train::optimizer::Settings;
 use crate::train::optimizer_state::AdamWState;
 use mlua::{Lua, Value};
@@ -108,6 +109,8 @@ pub(super) struct Snapshot {
     models: Vec<Copied>,
     optimizers: Vec<(String, AdamWState)>,
     states: BTreeMap<String, Plain>,
+    /// Behind which images on devices are read. The last field, since they go first.
+    marks: Option<Marks>,
 }
 
 /// A model at the boundary.
@@ -124,6 +127,8 @@ struct Copied {
 impl Snapshot {
     /// Copies everything that changes, at the boundary of a loop behind some iterations, or `after` a step.
     ///
+    /// - `to`: where copies of what lies on a device go
+    ///
     /// Errors: tables of state that are no plain data; those of reading data sets.
     pub(super) fn take(
         lua: &Lua,
@@ -131,6 +136,7 @@ impl Snapshot {
         position: (&str, u64),
         after: Option<&StepRecord>,
         metrics: Map<String, Json>,
+        to: ImageTo,
     ) -> Failed<Self> {
         let (mut models, mut optimizers) = (Vec::new(), Vec::new());
         let (mut stored_models, mut stored_optimizers, mut data) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
@@ -143,11 +149,11 @@ impl Snapshot {
                     let stored = StoredModel { definition: named.definition, frozen, merged, gpu: gpu.clone() };
                     stored_models.insert(name.clone(), stored);
                     // A copy of what does not train shares its weights, so that it costs nothing.
-                    models.push(Copied { name, gpu, copy: model.image()?, version: model.model.version(), as_made: frozen });
+                    models.push(Copied { name, gpu, copy: model.image(to)?, version: model.model.version(), as_made: frozen });
                 }
                 Resource::Optimizer(optimizer, _) => {
                     let held = optimizer.lock();
-                    optimizers.push((name.clone(), held.adamw.state()?));
+                    optimizers.push((name.clone(), held.adamw.state(to)?));
                     let stored = StoredOptimizer { script: held.script, asked: held.asked, forced: held.forced.clone() };
                     stored_optimizers.insert(name, stored);
                 }
@@ -178,7 +184,8 @@ impl Snapshot {
         };
         let (generation, version, unasked) = (run.code().number, run.resources.version(), run.states.rest());
         let position = (position.0.to_string(), position.1);
-        Ok(Self { state, generation, plans, version, unasked, position, metrics, models, optimizers, states })
+        let marks = (to == ImageTo::SpareRoom).then(Marks::now).transpose()?;
+        Ok(Self { state, generation, plans, version, unasked, position, metrics, models, optimizers, states, marks })
     }
 
     /// Gives the script of `lua` the tables and the random numbers as they were. What it did to the resources on its way is undone.
@@ -486,7 +493,7 @@ fn record(run: &Run, manifest: &Manifest) -> Result<()> {
 /// Errors: those of the one before it; what cannot be copied.
 pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Map<String, Json>, keep: &Keep) -> Failed<()> {
     run.checkpoints.wait()?;
-    let snapshot = Snapshot::take(lua, run, (path, step), None, metrics)?;
+    let snapshot = Snapshot::take(lua, run, (path, step), None, metrics, ImageTo::SpareRoom)?;
     let (run_there, keep) = (run.clone(), keep.clone());
     let write = move || commit(&run_there, &snapshot, &keep);
     let writer = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
@@ -500,7 +507,7 @@ pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Ma
 /// Errors: as [`at_boundary`].
 pub fn after_step(lua: &Lua, run: &Arc<Run>, step: &StepRecord) -> Failed<()> {
     run.checkpoints.wait()?;
-    let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new())?;
+    let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new(), ImageTo::Host)?;
     Ok(commit(run, &snapshot, &KEEP_STEPS)?)
 }
 
@@ -510,7 +517,8 @@ const KEEP_STEPS: Keep = Keep { last: 2, every: None, best: None };
 fn commit(run: &Run, snapshot: &Snapshot, keep: &Keep) -> Result<()> {
     run.sync_logs()?;
     run.store.flush()?;
-    let manifest = snapshot.write(&run.checkpoints.root)?;
+    let write = || snapshot.write(&run.checkpoints.root);
+    let manifest = snapshot.marks.as_ref().map_or_else(write, |marks| marks.work_behind(write))?;
     record(run, &manifest)?;
     // Only now: until the new one is safe, the old ones are.
     let listed = list(&run.checkpoints.root)?;

@@ -14,6 +14,7 @@ use super::workflow::Workflow;
 use crate::error::{Error, Result};
 use crate::failpoint::failpoint;
 use crate::store::records::{GenerationRecord, GenerationStatus};
+use crate::tensor::place::ImageTo;
 use mlua::Lua;
 use serde_json::{Map, Value as Json};
 use std::any::Any;
@@ -254,7 +255,7 @@ pub fn attempt(lua: &Lua, run: &Arc<Run>, boundary: Boundary, sources: Vec<Sourc
     let began = Instant::now();
     failpoint("reload.begin").map_err(|error| Error::io(&run.folder, "reload", error))?;
     run.checkpoints.wait()?;
-    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, boundary.metrics.clone())?;
+    let base = Snapshot::take(lua, run, (&boundary.loop_path, boundary.step), None, boundary.metrics.clone(), ImageTo::Host)?;
     let steps = run.store.step_keys();
     let limit = REPLAY_TIME_MIN.max(run.time_to_loop() * 3);
     let number = known.unwrap_or_else(|| run.store.generations().last().map_or(0, |last| last.number) + 1);

@@ -21,6 +21,7 @@ use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
 use crate::model::{Lora, Model, Packed, parse_dtype};
 use crate::tensor::autograd::with_recording;
+use crate::tensor::place::ImageTo;
 use crate::tensor::{AnyTensor, Place};
 use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
 use serde_json::Value as Json;
@@ -210,11 +211,11 @@ impl ModelObject {
         Ok(Self { model: Arc::new(self.model.base()?), frozen: true, ..self.clone() })
     }
 
-    /// Its state on the host, to be written while this one trains on.
+    /// Its state, to be written while this one trains on.
     ///
     /// Errors: those of [`Model::image`].
-    pub fn image(&self) -> Result<Self> {
-        Ok(Self { model: Arc::new(self.model.image()?), ..self.clone() })
+    pub fn image(&self, to: ImageTo) -> Result<Self> {
+        Ok(Self { model: Arc::new(self.model.image(to)?), ..self.clone() })
     }
 
     /// The name of the GPU that it is on.

@@ -5,6 +5,7 @@ use super::any::{AnyGraph, Model};
 use super::lora::Lora;
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
+use crate::tensor::place::ImageTo;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -197,14 +198,14 @@ impl Model {
         }
     }
 
-    /// As [`Model::copy`], of the host: what a checkpoint is written from while this one trains on. It can be read, saved, and
-    /// taken back by [`Model::copy_from`].
+    /// As [`Model::copy`], what a checkpoint is written from while this one trains on. It can be read, saved, and taken back by
+    /// [`Model::copy_from`].
     ///
     /// Errors: those of the device.
-    pub fn image(&self) -> Result<Self> {
+    pub fn image(&self, to: ImageTo) -> Result<Self> {
         match &self.graph {
-            AnyGraph::F32(graph) => Ok(self.like(AnyGraph::F32(Arc::new(graph.image()?)))),
-            AnyGraph::Bf16(graph) => Ok(self.like(AnyGraph::Bf16(Arc::new(graph.image()?)))),
+            AnyGraph::F32(graph) => Ok(self.like(AnyGraph::F32(Arc::new(graph.image(to)?)))),
+            AnyGraph::Bf16(graph) => Ok(self.like(AnyGraph::Bf16(Arc::new(graph.image(to)?)))),
         }
     }
 

@@ -24,7 +24,11 @@ impl Model {
         let is_certain = self.place().device().is_some() && self.adapter().is_none();
         let needed = to_come.saturating_add(if is_certain { activations } else { 0 });
         let (has_room, free) = match self.place().device() {
-            Some(device) => (needed <= device.memory_bytes_free(), Some(device.memory_bytes_free())),
+            Some(device) => {
+                // What a checkpoint holds there while it is written comes back.
+                let has_room = || needed <= device.memory_bytes_free();
+                (has_room() || device.wait_for_marks() && has_room(), Some(device.memory_bytes_free()))
+            }
             None => (fits(needed), available_bytes()),
         };
         if has_room {

@@ -11,6 +11,7 @@ use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::tensor::experts::{Expert, Experts};
+use crate::tensor::place::ImageTo;
 use crate::tensor::{ModelElement, Parameter};
 use std::path::Path;
 use std::sync::Arc;
@@ -29,11 +30,11 @@ impl<E: ModelElement> Graph<E> {
         self.map(Parameter::copy)
     }
 
-    /// As [`Graph::copy`], on the host: to be written, and for [`Graph::copy_from`].
+    /// As [`Graph::copy`], to be written, and for [`Graph::copy_from`].
     ///
     /// Errors: those of the device.
-    pub fn image(&self) -> Result<Self> {
-        self.map(Parameter::image)
+    pub fn image(&self, to: ImageTo) -> Result<Self> {
+        self.map(|parameter| parameter.image(to))
     }
 
     fn map(&self, copy: impl Fn(&Parameter<E>) -> Result<Parameter<E>>) -> Result<Self> {

@@ -7,7 +7,7 @@
 use super::ModelElement;
 use super::low_rank::LowRank;
 use super::parameter::Parameter;
-use super::place::Place;
+use super::place::{ImageTo, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::norm;
@@ -40,6 +40,11 @@ impl<E: ModelElement> Magnitude<E> {
     /// One of its own with the same values. Errors: those of [`Parameter::copy`].
     pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
         Ok(Self::new(Arc::new(self.lengths.copy_to(place)?)))
+    }
+
+    /// One of its own with the same values, to be written. Errors: those of [`Parameter::image`].
+    pub(super) fn image(&self, to: ImageTo) -> Result<Self> {
+        Ok(Self::new(Arc::new(self.lengths.image(to)?)))
     }
 
     /// Sets the lengths to those that the rows have, as training begins. Errors: those of reading and writing.

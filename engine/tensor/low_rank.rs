@@ -8,7 +8,7 @@ use super::ModelElement;
 use super::autograd::is_recording;
 use super::dora::{Magnitude, Scaling};
 use super::parameter::Parameter;
-use super::place::Place;
+use super::place::{ImageTo, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, low_rank};
@@ -51,6 +51,14 @@ impl<E: ModelElement> LowRank<E> {
     pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
         let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.copy_to(place).map(Arc::new)).transpose()?;
         Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), magnitude, ..self.clone() })
+    }
+
+    /// A part of its own with the same values, to be written.
+    ///
+    /// Errors: those of [`Parameter::image`].
+    pub(super) fn image(&self, to: ImageTo) -> Result<Self> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.image(to).map(Arc::new)).transpose()?;
+        Ok(Self { a: Arc::new(self.a.image(to)?), b: Arc::new(self.b.image(to)?), magnitude, ..self.clone() })
     }
 
     /// Makes `values`, `rows` of the weight, row-major, those with this part: in f32, from the masters of both factors.

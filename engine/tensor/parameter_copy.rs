@@ -2,8 +2,9 @@
 
 use super::ModelElement;
 use super::cuda::value::GRADIENTS;
+use super::low_rank::LowRank;
 use super::parameter::{Adapters, BLOCK_VALUES, Parameter, Value, own};
-use super::place::{Array, Place};
+use super::place::{Array, ImageTo, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::norm;
@@ -20,15 +21,27 @@ impl<E: ModelElement> Parameter<E> {
         self.copy_to(&self.place)
     }
 
-    /// As [`Parameter::copy`], on the host: what a checkpoint is written from. It serves [`Parameter::copy_from`] and reading,
-    /// not products. A value that does not train is shared where it is.
+    /// As [`Parameter::copy`], what a checkpoint is written from. It serves [`Parameter::copy_from`] and reading, not products. A value
+    /// that does not train is shared where it is.
     ///
     /// Errors: those of the device.
-    pub fn image(&self) -> Result<Self> {
-        self.copy_to(&Place::Host)
+    pub fn image(&self, to: ImageTo) -> Result<Self> {
+        let part = |part: &LowRank<E>| part.image(to);
+        if self.trains()
+            && to.stays_at(&self.place, self.state_bytes())
+            && let Ok(image) = self.copy_with(&self.place, part)
+        {
+            return Ok(image);
+        }
+        self.copy_with(&Place::Host, part)
     }
 
     pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
+        self.copy_with(place, |part| part.copy_to(place))
+    }
+
+    /// A copy at `place`, which is its own or the host, with copies of its low-rank parts.
+    fn copy_with(&self, place: &Place, copy_part: impl Fn(&LowRank<E>) -> Result<LowRank<E>>) -> Result<Self> {
         let value = self.read();
         let place = if self.trains() { place } else { &self.place };
         let value = match &value.cuda {
@@ -46,7 +59,7 @@ impl<E: ModelElement> Parameter<E> {
             None => None,
         };
         let adapters = self.lock_adapters();
-        let parts = adapters.parts.iter().map(|part| part.copy_to(place)).collect::<Result<_>>()?;
+        let parts = adapters.parts.iter().map(copy_part).collect::<Result<_>>()?;
         let embedding = adapters.embedding.as_ref().map(|part| part.copy_to(place)).transpose()?;
         Ok(Self {
             name: self.name.clone(),

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::kernels::buffer::{self, Buffer};
 use crate::kernels::cpu::norm;
+use crate::kernels::cuda::behind::Mark;
 use crate::kernels::cuda::compile::nvrtc_version;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::elements;
@@ -97,6 +98,51 @@ pub fn is_a_device_nearly_full() -> bool {
 /// Bytes of live tensors, wherever they lie.
 pub fn live_bytes() -> usize {
     buffer::live_bytes() + device_bytes()
+}
+
+/// Where an image goes: a copy that is written to a disk while its original trains on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageTo {
+    /// On the host, for which a device is waited for.
+    Host,
+    /// On its device as far as that has room to spare, the rest on the host. It is read behind [`Marks`], and gone before they are.
+    SpareRoom,
+}
+
+impl ImageTo {
+    /// Whether `bytes` at `place` are copied there.
+    pub(super) fn stays_at(self, place: &Place, bytes: usize) -> bool {
+        self == Self::SpareRoom && place.device().is_some_and(|device| device.lend_room(bytes))
+    }
+}
+
+/// A place in the work of every device in use: all that was asked of them before.
+pub struct Marks(Vec<Mark>);
+
+impl Marks {
+    /// Errors: those of the devices.
+    pub fn now() -> Result<Self> {
+        let devices = DEVICES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        devices.values().map(Mark::now).collect::<Result<_>>().map(Self)
+    }
+
+    /// Lets what this thread asks of the devices in `work` begin behind the marks, while other threads go on asking them.
+    ///
+    /// Errors: those of `work` and of the devices.
+    pub fn work_behind<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        fn run(marks: &[Mark], work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+            match marks.split_first() {
+                None => work(),
+                Some((mark, others)) => mark.work_behind(|| run(others, work)),
+            }
+        }
+        let (mut work, mut result) = (Some(work), None);
+        run(&self.0, &mut || {
+            let work = work.take().expect("it is called once");
+            work().map(|value| result = Some(value))
+        })?;
+        Ok(result.expect("work that failed would have been an error"))
+    }
 }
 
 impl std::fmt::Display for Place {
@@ -201,6 +247,18 @@ impl<E: Element> Array<E> {
             Self::Host(_) => panic!("elements on the host were taken as if on a device"),
             Self::Cuda(buffer) => buffer,
         }
+    }
+
+    /// A copy that lives until it is written.
+    ///
+    /// Errors: those of the device.
+    pub fn image(&self, to: ImageTo) -> Result<Self> {
+        if to.stays_at(&self.place(), self.len() * size_of::<E>())
+            && let Ok(image) = self.try_clone()
+        {
+            return Ok(image);
+        }
+        Ok(Self::Host(self.to_host()?))
     }
 
     /// A copy at the same place.

@@ -8,7 +8,7 @@ use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::tensor::parameter::Layout;
-use crate::tensor::place::Array;
+use crate::tensor::place::{Array, ImageTo};
 use crate::tensor::trainable::TensorRows;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,12 +23,11 @@ pub struct AdamWState {
     moments: BTreeMap<String, Moments>,
 }
 
-#[derive(Clone)]
 struct Moments {
-    m: Buffer<f32>,
-    v: Buffer<f32>,
+    m: Array<f32>,
+    v: Array<f32>,
     /// Updates that wait to be merged.
-    waiting: Option<Buffer<f32>>,
+    waiting: Option<Array<f32>>,
     updates: u64,
     /// How they lie: that of the parameter, its shape, and what of it is which tensor.
     layout: Layout,
@@ -61,7 +60,7 @@ fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
 
 impl Moments {
     /// What it is made of, by the endings of names.
-    fn parts(&self) -> impl Iterator<Item = (&'static str, &Buffer<f32>)> {
+    fn parts(&self) -> impl Iterator<Item = (&'static str, &Array<f32>)> {
         [("m", &self.m), ("v", &self.v)].into_iter().chain(self.waiting.iter().map(|waiting| (WAITING, waiting)))
     }
 
@@ -69,8 +68,11 @@ impl Moments {
         let TensorRows { name, rows } = tensor;
         for (part, kept) in self.parts() {
             for block in blocks(rows.len(), self.shape.1) {
-                let mut values = Buffer::scratch(block.len() * self.shape.1);
-                self.layout.unpack_f32(kept, self.shape, rows.start + block.start..rows.start + block.end, &mut values);
+                let (mut values, block) = (Buffer::scratch(block.len() * self.shape.1), rows.start + block.start..rows.start + block.end);
+                match kept {
+                    Array::Host(kept) => self.layout.unpack_f32(kept, self.shape, block, &mut values),
+                    Array::Cuda(kept) => kept.download_at(block.start * self.shape.1, &mut values)?,
+                }
                 writer.write(&format!("{name}.{part}"), &values[..])?;
             }
         }
@@ -100,7 +102,7 @@ fn read(file: &SafetensorsFile, slot: &Slot, part: &str) -> Result<Buffer<f32>> 
 impl AdamWState {
     /// Bytes of the moments, and of updates that wait.
     pub fn bytes(&self) -> u64 {
-        self.moments.values().flat_map(Moments::parts).map(|(_, part)| size_of_val(&part[..]) as u64).sum()
+        self.moments.values().flat_map(Moments::parts).map(|(_, part)| (part.len() * 4) as u64).sum()
     }
 
     /// Writes the folder `target`: `adamw.safetensors`, by the names of tensors and row-major, and `adamw.json`. Errors: those of
@@ -130,18 +132,17 @@ impl AdamWState {
 
 impl AdamW {
     /// A copy of all that the next step depends on besides weights and gradients.
-    /// On the host, wherever the parameters lie.
     ///
     /// Errors: those of the device.
-    pub fn state(&self) -> Result<AdamWState> {
+    pub fn state(&self, to: ImageTo) -> Result<AdamWState> {
         let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
         let mut kept = BTreeMap::new();
         for Slot { parameter, tensors, moments, waiting, updates } in &self.slots {
             if let Some((m, v)) = moments {
                 let (layout, tensors, columns) = (parameter.layout(), tensors.clone(), parameter.columns());
                 let shape = (parameter.count() / columns.max(1), columns);
-                let (m, v, waiting) = (m.to_host()?, v.to_host()?, waiting.clone());
-                let moments = Moments { m, v, waiting, updates: *updates, layout, shape, tensors };
+                let waiting = waiting.clone().map(Array::Host);
+                let moments = Moments { m: m.image(to)?, v: v.image(to)?, waiting, updates: *updates, layout, shape, tensors };
                 kept.insert(parameter.name().to_string(), moments);
             }
         }
@@ -183,7 +184,7 @@ impl AdamW {
             (slot.moments, slot.waiting) = (None, None);
             if updates.is_some() {
                 let (m, v) = (read(&file, slot, "m")?, read(&file, slot, "v")?);
-                slot.moments = Some((slot.at_place(m)?, slot.at_place(v)?));
+                slot.moments = Some((slot.at_place(Array::Host(m))?, slot.at_place(Array::Host(v))?));
                 let waits = slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some());
                 slot.waiting = if waits { Some(read(&file, slot, WAITING)?) } else { None };
             }
@@ -198,11 +199,11 @@ impl AdamW {
         self.set(state.counts.settings)?;
         self.set_counts(state.counts.steps, state.counts.skipped);
         for slot in &mut self.slots {
-            let moments = state.moments.get(slot.parameter.name()).cloned();
-            slot.updates = moments.as_ref().map_or(0, |moments| moments.updates);
-            slot.waiting = moments.as_ref().and_then(|moments| moments.waiting.clone());
+            let moments = state.moments.get(slot.parameter.name());
+            slot.updates = moments.map_or(0, |moments| moments.updates);
+            slot.waiting = moments.and_then(|moments| moments.waiting.as_ref()).map(Array::to_host).transpose()?;
             slot.moments = match moments {
-                Some(Moments { m, v, .. }) => Some((slot.at_place(m)?, slot.at_place(v)?)),
+                Some(Moments { m, v, .. }) => Some((slot.at_place(m.try_clone()?)?, slot.at_place(v.try_clone()?)?)),
                 None => None,
             };
         }
@@ -212,8 +213,8 @@ impl AdamW {
 
 impl Slot {
     /// Moments in the layout of the parameter, where it lies.
-    fn at_place(&self, moments: Buffer<f32>) -> Result<Array<f32>> {
+    fn at_place(&self, moments: Array<f32>) -> Result<Array<f32>> {
         assert_eq!(moments.len(), self.parameter.gradient_len(), "{}: moments of another parameter", self.parameter.name());
-        Array::Host(moments).moved_to(self.parameter.place(), MOMENTS)
+        moments.moved_to(self.parameter.place(), MOMENTS)
     }
 }

@@ -1,5 +1,7 @@
 // The CUDA driver of the emulator: as much of libcuda as the engine calls, on the CPU. A launch runs its blocks one after the
 // other and a block's threads as fibers, which give way at barriers and warp functions only. It is strict where a GPU is not:
+// - a stream does what it was asked for when somebody waits for it (the host, or by an event another stream that somebody waits
+//   for), and not before: what lacks an event comes too early or too late, and memory of the host that changes meanwhile shows;
 // - each allocation ends at a page that nobody may touch, is filled with NaN, and is unmapped when freed;
 // - shared memory is filled with NaN before each block;
 // - an asynchronous copy lands when its group is waited for, not before;
@@ -8,7 +10,7 @@
 //   for memory or freeing it (unless the thread's mode is relaxed), loading a module, copies of pageable host memory;
 // - threads that can never meet end the launch with an error that says where they stand;
 // - with EMULATOR_LOSES=launch:N or copy:N in the environment the device is lost at the N-th launch of a kernel, or copy to or from the
-//   host, with file:PATH at the first of both when there is such a file: that call goes well, as on a GPU, and all calls after it say so;
+//   host, with file:PATH at the first of both when there is such a file: waiting for it says so, and all calls after that;
 // - threads run in ascending or in descending order (emulator_set_order), so that a missing barrier shows.
 #include <atomic>
 #include <cmath>
@@ -17,11 +19,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <dlfcn.h>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -29,7 +33,7 @@
 
 typedef int Result;
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719,
-    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903, CAPTURE_WRONG_THREAD = 908 };
+    CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_UNMATCHED = 903, CAPTURE_ISOLATION = 905, CAPTURE_WRONG_THREAD = 908 };
 
 static const size_t SHARED_BYTES = 227 * 1024, STACK_BYTES = 64 * 1024, PAGE = 4096;
 
@@ -62,6 +66,8 @@ static void** entry_arguments;
 static std::string kernel_name, trouble;
 static std::atomic<bool> descending;
 static std::atomic<unsigned long long> launches, graph_launches;
+// Times that this thread had to wait for a stream.
+static thread_local unsigned long long waits;
 
 #if defined(__x86_64__)
 extern "C" void emu_switch(void** save, void* load);
@@ -208,6 +214,8 @@ void emu_trap(const char* why) {
 void emulator_set_order(int is_descending) { descending = is_descending; }
 unsigned long long emulator_launches() { return launches; }
 unsigned long long emulator_graph_launches() { return graph_launches; }
+// Test code's too: how often the calling thread waited for work that was not done.
+unsigned long long emulator_waits() { return waits; }
 }
 
 static void on_fault(int, siginfo_t* info, void*) {
@@ -265,11 +273,20 @@ struct Module { void* library; };
 struct Function { void (*entry)(void**); int (*keep)(void**, unsigned char*); std::string name; };
 // What was captured, in order: each does its work.
 typedef std::vector<std::function<Result()>> Graph;
+struct Executable { std::shared_ptr<Graph> graph; };
 struct Stream {
     bool capturing = false, invalid = false;
     int mode = 0;
     Graph captured;
+    // What was asked for and is not done yet, how much was done before it, and what went wrong in that.
+    std::deque<std::function<Result()>> queue;
+    unsigned long long done = 0;
+    Result failed = SUCCESS;
+    unsigned long long asked() const { return done + queue.size(); }
 };
+// A place in the work of a stream; passed while it was never recorded.
+struct Event { Stream* stream; unsigned long long place; };
+static std::set<Stream*> streams;
 enum { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 // The capture that this thread has begun, and the mode that it has set for its own calls.
 static thread_local Stream* own_capture;
@@ -299,14 +316,44 @@ static bool is_lost_at(const char* event, Result reason) {
     return lost != SUCCESS;
 }
 
-// Does work of a stream, or keeps it for a graph.
+// Keeps work of a stream until somebody waits for it, or for a graph.
 static Result on_stream(void* handle, std::function<Result()> work) {
-    if (lost != SUCCESS) return lost;
+    std::lock_guard guard(mutex);
     Stream* stream = (Stream*)handle;
-    if (!stream->capturing) return work();
+    if (lost != SUCCESS) return lost;
+    if (stream->failed != SUCCESS) return stream->failed;
+    if (!stream->capturing) {
+        stream->queue.push_back(std::move(work));
+        return SUCCESS;
+    }
     if (stream->invalid) return CAPTURE_INVALIDATED;
-    stream->captured.push_back(work);
+    stream->captured.push_back(std::move(work));
     return SUCCESS;
+}
+
+// Does the work of a stream up to a place.
+static Result work_up_to(Stream* stream, unsigned long long place) {
+    while (stream->done < place && stream->failed == SUCCESS && lost == SUCCESS) {
+        auto work = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        stream->done++;
+        if (Result result = work(); result != SUCCESS) stream->failed = result;
+    }
+    return lost != SUCCESS ? (Result)lost : stream->failed;
+}
+
+// Lets the host wait for a stream.
+static Result wait_for(Stream* stream, unsigned long long place) {
+    std::lock_guard guard(mutex);
+    waits += stream->done < place;
+    return work_up_to(stream, place);
+}
+
+// Lets the host wait for the whole device, as freeing memory does.
+static void wait_for_all() {
+    for (Stream* stream : streams) {
+        if (!stream->capturing) wait_for(stream, stream->asked());
+    }
 }
 
 // Host memory that is pinned, by its address.
@@ -324,10 +371,12 @@ static Result copy(void* stream, void* to, const void* from, size_t bytes, const
         on->invalid = true;
         return CAPTURE_UNSUPPORTED;
     }
-    return on_stream(stream, [=] {
+    Result result = on_stream(stream, [=] {
         if (!host || !is_lost_at("copy", ILLEGAL_ADDRESS)) memcpy(to, from, bytes);
         return (Result)SUCCESS;
     });
+    // Of pageable memory the driver takes a copy, or it waits.
+    return result != SUCCESS || !host || is_pinned(host) ? result : wait_for(on, on->asked());
 }
 struct Mapping { unsigned char* start; size_t bytes; };
 static std::map<uint64_t, Mapping> mappings;
@@ -361,14 +410,29 @@ Result cuDeviceGetAttribute(int* value, int which, int) {
 Result cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; return SUCCESS; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 Result cuCtxSetCurrent(void*) { return SUCCESS; }
-Result cuStreamCreate(Stream** stream, unsigned) { *stream = new Stream; return SUCCESS; }
+Result cuStreamCreate(Stream** stream, unsigned) {
+    std::lock_guard guard(mutex);
+    *stream = new Stream;
+    streams.insert(*stream);
+    return SUCCESS;
+}
 Result cuStreamSynchronize(Stream* stream) {
-    if (lost != SUCCESS) return lost;
-    if (!stream->capturing) return SUCCESS;
+    if (!stream->capturing) return wait_for(stream, stream->asked());
     stream->invalid = true;
     return CAPTURE_UNSUPPORTED;
 }
-Result cuStreamDestroy_v2(Stream* stream) { delete stream; return SUCCESS; }
+Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
+    if (stream->capturing || (event->stream && event->stream->capturing)) return CAPTURE_ISOLATION;
+    Event now = *event;
+    return on_stream(stream, [now] { return now.stream ? work_up_to(now.stream, now.place) : (Result)SUCCESS; });
+}
+Result cuStreamDestroy_v2(Stream* stream) {
+    std::lock_guard guard(mutex);
+    work_up_to(stream, stream->asked());
+    streams.erase(stream);
+    delete stream;
+    return SUCCESS;
+}
 Result cuStreamBeginCapture_v2(Stream* stream, int mode) {
     if (stream->capturing) return INVALID_VALUE;
     stream->capturing = true;
@@ -392,27 +456,36 @@ Result cuThreadExchangeStreamCaptureMode(int* mode) {
     std::swap(*mode, thread_mode);
     return SUCCESS;
 }
-Result cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) {
-    *executable = new Graph(*graph);
+Result cuGraphInstantiateWithFlags(Executable** executable, Graph* graph, unsigned long long) {
+    *executable = new Executable{std::make_shared<Graph>(*graph)};
     return SUCCESS;
 }
-Result cuGraphLaunch(Graph* graph, Stream* stream) {
-    if (lost != SUCCESS) return lost;
+Result cuGraphLaunch(Executable* executable, Stream* stream) {
     if (stream->capturing) return CAPTURE_UNSUPPORTED;
     graph_launches++;
-    for (auto& work : *graph) {
-        if (Result result = work(); result != SUCCESS) return result;
-    }
-    return SUCCESS;
+    return on_stream(stream, [graph = executable->graph] {
+        for (auto& work : *graph) {
+            if (Result result = work(); result != SUCCESS) return result;
+        }
+        return (Result)SUCCESS;
+    });
 }
-Result cuGraphExecDestroy(Graph* graph) { delete graph; return SUCCESS; }
+Result cuGraphExecDestroy(Executable* executable) { delete executable; return SUCCESS; }
 Result cuGraphDestroy(Graph* graph) { delete graph; return SUCCESS; }
-Result cuEventCreate(void** event, unsigned) { *event = (void*)1; return SUCCESS; }
-Result cuEventRecord(void*, Stream* stream) {
-    return on_stream(stream, [] { return (Result)SUCCESS; });
+Result cuEventCreate(Event** event, unsigned) { *event = new Event{nullptr, 0}; return SUCCESS; }
+Result cuEventRecord(Event* event, Stream* stream) {
+    std::lock_guard guard(mutex);
+    if (lost != SUCCESS) return lost;
+    // An event of a capture is part of its graph.
+    if (!stream->capturing) *event = {stream, stream->asked()};
+    return stream->failed;
 }
-Result cuEventSynchronize(void*) { return lost != SUCCESS ? (Result)lost : is_refused() ? CAPTURE_UNSUPPORTED : SUCCESS; }
-Result cuEventDestroy_v2(void*) { return SUCCESS; }
+Result cuEventSynchronize(Event* event) {
+    if (is_refused()) return CAPTURE_UNSUPPORTED;
+    if (!event->stream) return lost;
+    return wait_for(event->stream, event->place);
+}
+Result cuEventDestroy_v2(Event* event) { delete event; return SUCCESS; }
 Result cuEventElapsedTime(float* ms, void*, void*) { *ms = 1; return SUCCESS; }
 Result cuEventElapsedTime_v2(float* ms, void*, void*) { *ms = 1; return SUCCESS; }
 
@@ -437,6 +510,7 @@ Result cuMemGetInfo_v2(size_t* free, size_t* total) {
 Result cuMemFree_v2(uint64_t address) {
     if (is_refused()) return CAPTURE_UNSUPPORTED;
     std::lock_guard guard(mutex);
+    wait_for_all();
     auto found = mappings.find(address);
     if (found == mappings.end()) return INVALID_VALUE;
     munmap(found->second.start, found->second.bytes);
@@ -453,6 +527,7 @@ Result cuMemAllocHost_v2(void** memory, size_t bytes) {
 }
 Result cuMemFreeHost(void* memory) {
     std::lock_guard guard(mutex);
+    wait_for_all();
     pinned.erase(memory);
     free(memory);
     return SUCCESS;
@@ -521,7 +596,6 @@ Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz,
     Stream* stream, void** arguments, void**) {
     if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
         return INVALID_VALUE;
-    if (!stream->capturing) return lost != SUCCESS ? (Result)lost : launch(function, gx, gy, gz, bx, arguments);
     auto places = std::make_shared<std::vector<unsigned char>>(8 * 64);
     int count = function->keep(arguments, places->data());
     return on_stream(stream, [=] {

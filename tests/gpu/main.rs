@@ -49,6 +49,7 @@ pub struct Bench {
     pub device: Arc<Device>,
     set_order: Option<extern "C" fn(c_int)>,
     graph_launches: Option<extern "C" fn() -> u64>,
+    waits: Option<extern "C" fn() -> u64>,
 }
 
 /// The device of all tests, or none, with the reason printed, where there is neither a GPU nor a C++ compiler.
@@ -64,7 +65,7 @@ fn open() -> Option<Bench> {
             Ok(_) => {
                 let device = Device::open(0).unwrap();
                 announce(&format!("on {} (compute capability {:?})", device.name, device.capability));
-                return Some(Bench { device, set_order: None, graph_launches: None });
+                return Some(Bench { device, set_order: None, graph_launches: None, waits: None });
             }
             Err(Absence::NoDriver) => {}
             // The driver's library stays loaded, so the emulator could not take its name any more.
@@ -79,15 +80,16 @@ fn open() -> Option<Bench> {
         return None;
     };
     // SAFETY: the emulator's driver has functions of these names and types.
-    let (set_order, graph_launches) = unsafe {
+    let (set_order, graph_launches, waits) = unsafe {
         (
             std::mem::transmute::<*mut c_void, extern "C" fn(c_int)>(dlsym(driver, c"emulator_set_order".as_ptr())),
             std::mem::transmute::<*mut c_void, extern "C" fn() -> u64>(dlsym(driver, c"emulator_graph_launches".as_ptr())),
+            std::mem::transmute::<*mut c_void, extern "C" fn() -> u64>(dlsym(driver, c"emulator_waits".as_ptr())),
         )
     };
     let device = Device::open_with(0, EMULATED).unwrap();
     announce("emulated on the CPU; no GPU was used");
-    Some(Bench { device, set_order: Some(set_order), graph_launches: Some(graph_launches) })
+    Some(Bench { device, set_order: Some(set_order), graph_launches: Some(graph_launches), waits: Some(waits) })
 }
 
 fn announce(what: &str) {
@@ -156,6 +158,13 @@ impl Bench {
     /// Launches of captured graphs so far, all tests together; none on a GPU, which does not count them.
     pub fn graph_launches(&self) -> Option<u64> {
         self.graph_launches.map(|count| count())
+    }
+
+    /// How often this thread waits for the device in `work`; none on a GPU, which does not count that.
+    pub fn waits_in<T>(&self, work: impl FnOnce() -> T) -> (T, Option<u64>) {
+        let before = self.waits.map(|count| count());
+        let result = work();
+        (result, self.waits.map(|count| count() - before.expect("it is counted in both")))
     }
 
     /// Runs `compute`; on the emulator in both orders of threads, which must give the same bits.

@@ -3,6 +3,7 @@
 use crate::{bench, uniform};
 use half::bf16;
 use perilune::kernels::buffer::Buffer;
+use perilune::kernels::cuda::behind::Mark;
 use perilune::kernels::cuda::device::{Device, Settings};
 use perilune::kernels::cuda::embedding::embed;
 use perilune::kernels::cuda::memory::DeviceBuffer;
@@ -64,17 +65,64 @@ fn running_out_of_memory_names_the_largest_holders() {
 }
 
 #[test]
+fn what_is_read_behind_a_mark_is_what_was_there() {
+    let Some(device) = own(usize::MAX) else { return };
+    // More than all slots of pinned memory, and less than one.
+    for count in [5 << 20, 100] {
+        let (old, new) = (uniform::<f32>(1, count), uniform::<f32>(2, count));
+        let mut live = DeviceBuffer::copy_of(&device, "live", &old).unwrap();
+        let image = live.try_clone().unwrap();
+        let mark = Mark::now(&device).unwrap();
+        live.upload(&new).unwrap();
+        let seen = std::thread::scope(|scope| {
+            let read = scope.spawn(move || {
+                // Memory that is taken behind the mark was the first stream's a moment ago.
+                let seen = mark.work_behind(|| image.try_clone()?.to_vec()).unwrap();
+                drop(image);
+                seen
+            });
+            // The first stream goes on, over whatever memory is free.
+            for _ in 0..3 {
+                DeviceBuffer::<f32>::scratch(&device, "other", count).unwrap().fill_bytes(0xff).unwrap();
+            }
+            read.join().unwrap()
+        });
+        assert!(seen == old && live.to_vec().unwrap() == new);
+    }
+}
+
+#[test]
+fn a_full_device_waits_for_what_is_read_behind_a_mark() {
+    let Some(device) = own(64 << 20) else { return };
+    let image = DeviceBuffer::<u8>::zeroed(&device, "image", 32 << 20).unwrap();
+    let mark = Mark::now(&device).unwrap();
+    let (begin, begun) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        begun.recv().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let bytes = mark.work_behind(|| image.to_vec()).unwrap();
+        drop(image);
+        bytes.len()
+    });
+    begin.send(()).unwrap();
+    assert_eq!(DeviceBuffer::<u8>::scratch(&device, "activations", 48 << 20).unwrap().len(), 48 << 20);
+    assert_eq!(reader.join().unwrap(), 32 << 20);
+    assert!(DeviceBuffer::<u8>::scratch(&device, "activations", 65 << 20).is_err(), "nothing is read any more");
+}
+
+#[test]
 fn a_lost_device_says_so_from_then_on() {
     // On a GPU this would take the device from all other tests of the process.
     let Some(device) = own(usize::MAX).filter(|_| bench().is_some_and(|bench| bench.is_emulated())) else { return };
     let weight = DeviceBuffer::copy_of(&device, "test", &[1.0f32; 8]).unwrap();
     let ids = DeviceBuffer::copy_of(&device, "test", &[0, 2]).unwrap();
     let mut out = DeviceBuffer::<f32>::scratch(&device, "test", 8).unwrap();
-    // A table of two rows has no row 2: the kernel stops.
-    let error = embed(&device, weight.view(), 4, ids.view(), out.view_mut()).unwrap_err().to_string();
-    assert!(error.starts_with("embedding:") && error.contains("lost") && error.contains("perilune resume"), "{error}");
-    let again = out.to_vec().unwrap_err().to_string();
-    assert!(again.starts_with("download:") && again.contains("cuLaunchKernel"), "the first reason is told again: {again}");
+    // A table of two rows has no row 2: the kernel stops, which shows when somebody waits for it.
+    embed(&device, weight.view(), 4, ids.view(), out.view_mut()).unwrap();
+    let error = out.to_vec().unwrap_err().to_string();
+    assert!(error.starts_with("download:") && error.contains("lost") && error.contains("perilune resume"), "{error}");
+    let again = out.upload(&[0.0; 8]).unwrap_err().to_string();
+    assert!(again.starts_with("upload:") && again.contains("cuEventSynchronize"), "the first reason is told again: {again}");
 }
 
 #[test]

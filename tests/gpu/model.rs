@@ -5,12 +5,15 @@ use crate::training::{Training, check_gradients};
 use crate::{Bench, bench};
 use perilune::data::pack::TokenBatch;
 use perilune::kernels::buffer::Buffer;
+use perilune::kernels::cuda::behind::Mark;
 use perilune::kernels::element::Dtype;
 use perilune::model::config::Config;
 use perilune::model::presets::{preset, with_fields};
 use perilune::model::{Lora, Model, Packed};
+use perilune::tensor::place::ImageTo;
 use perilune::tensor::{Place, Tensor};
 use perilune::train::optimizer::{AdamW, Settings};
+use perilune::train::optimizer_state::AdamWState;
 use serde_json::json;
 
 /// Odd sizes on purpose; two documents.
@@ -239,13 +242,13 @@ fn a_shared_prompt_changes_no_bit_of_what_follows() {
 #[test]
 fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
     let Some(bench) = bench() else { return };
-    for (moe, dtype) in [(true, Dtype::Bf16), (false, Dtype::F32)] {
+    for (moe, dtype, to) in [(true, Dtype::Bf16, ImageTo::SpareRoom), (false, Dtype::F32, ImageTo::Host)] {
         let model = on(bench, moe, dtype);
         let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
         step(&model, &mut optimizer);
         // A gradient that waits for its update is part of the state.
         with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total.backward().unwrap();
-        let (image, state) = (model.image().unwrap(), optimizer.state().unwrap());
+        let (image, state) = (model.image(to).unwrap(), optimizer.state(to).unwrap());
         let folder = tempfile::tempdir().unwrap();
         let place = |name: &str| folder.path().join(name);
         image.save(&place("model"), None, &[]).unwrap();
@@ -267,16 +270,48 @@ fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
 }
 
 #[test]
+fn a_checkpoint_is_copied_out_while_training_goes_on() {
+    let Some(bench) = bench() else { return };
+    let device = bench.apart();
+    let model = Model::random_at(&Place::Cuda(device.clone()), config(false), Dtype::Bf16, 3).unwrap();
+    let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap().naming(model.tensor_rows());
+    step(&model, &mut optimizer);
+    let folder = tempfile::tempdir().unwrap();
+    let save = |image: &Model, state: &AdamWState, name: &str| -> perilune::error::Result<()> {
+        let place = |part: &str| folder.path().join(name).join(part);
+        image.save(&place("model"), None, &[])?;
+        image.save_training_state(&place("training"))?;
+        state.save(&place("optimizer"))
+    };
+    save(&model.image(ImageTo::Host).unwrap(), &optimizer.state(ImageTo::Host).unwrap(), "want").unwrap();
+    // The boundary waits for nothing.
+    let ((image, state, mark), waits) = bench
+        .waits_in(|| (model.image(ImageTo::SpareRoom).unwrap(), optimizer.state(ImageTo::SpareRoom).unwrap(), Mark::now(&device).unwrap()));
+    assert!(waits.is_none_or(|waits| waits == 0), "{waits:?} waits");
+    std::thread::scope(|scope| {
+        let save = &save;
+        let writer = scope.spawn(move || mark.work_behind(|| save(&image, &state, "got")));
+        step(&model, &mut optimizer);
+        step(&model, &mut optimizer);
+        writer.join().unwrap().unwrap();
+    });
+    for file in ["model/model", "training/training_state", "optimizer/adamw"] {
+        let [want, got] = ["want", "got"].map(|name| std::fs::read(folder.path().join(name).join(format!("{file}.safetensors"))).unwrap());
+        assert!(want == got, "{file} is another one");
+    }
+}
+
+#[test]
 fn what_a_checkpoint_holds_does_not_depend_on_the_place() {
     let Some(bench) = bench() else { return };
     for (moe, dtype) in [(false, Dtype::F32), (false, Dtype::Bf16), (true, Dtype::F32), (true, Dtype::Bf16)] {
         let folder = tempfile::tempdir().unwrap();
         let place = |name: &str| folder.path().join(name);
         let write = |model: &Model, optimizer: &AdamW, name: &str| {
-            let image = model.image().unwrap();
+            let image = model.image(ImageTo::Host).unwrap();
             image.save(&place(&format!("{name}/model")), None, &[]).unwrap();
             image.save_training_state(&place(&format!("{name}/training"))).unwrap();
-            optimizer.state().unwrap().save(&place(&format!("{name}/optimizer"))).unwrap();
+            optimizer.state(ImageTo::Host).unwrap().save(&place(&format!("{name}/optimizer"))).unwrap();
         };
         let read = |at: &Place, name: &str| {
             let model = Model::load_at(at, &place(&format!("{name}/model")), Some(dtype), true, &mut |remark| panic!("{remark}")).unwrap();

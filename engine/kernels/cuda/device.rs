@@ -1,8 +1,10 @@
-//! A GPU that this process uses: its context, its one stream, the kernels loaded on it. Memory is memory.rs's and pool.rs's.
+//! A GPU that this process uses: its context, its stream, the kernels loaded on it. Memory is memory.rs's and pool.rs's.
 //! All work of a device is ordered on its stream, so a buffer may be freed and taken again without waiting for anything. While
-//! a thread captures a graph (graph.rs), its work goes to a stream of the capture.
+//! a thread captures a graph (graph.rs), its work goes to a stream of the capture, and while it works behind a mark (behind.rs), to
+//! a second one.
 //! Source: CUDA driver API, primary contexts and streams.
 
+use super::behind::{Marks, Side, behind_on};
 use super::compile::{self, Target};
 use super::driver::{check, failed, is_lost, lost};
 use super::graph::{capture_on, refuse_capture};
@@ -51,6 +53,8 @@ pub struct Device {
     stream: sys::CUstream,
     pub(super) pool: Mutex<Pool>,
     pub(super) staging: Mutex<Option<Staging>>,
+    pub(super) side: Mutex<Option<Arc<Side>>>,
+    pub(super) marks: Marks,
     modules: Mutex<HashMap<Variant, Module>>,
     kernels: Mutex<HashMap<(Variant, &'static str), Kernel>>,
     lost: OnceLock<String>,
@@ -129,6 +133,8 @@ impl Device {
             stream,
             pool: Mutex::new(Pool::default()),
             staging: Mutex::new(None),
+            side: Mutex::new(None),
+            marks: Marks::default(),
             modules: Mutex::new(HashMap::new()),
             kernels: Mutex::new(HashMap::new()),
             lost: OnceLock::new(),
@@ -146,9 +152,15 @@ impl Device {
         self.check(op, "cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
-    /// The stream that this thread's work goes to: the device's own, or the one on which the thread captures a graph.
+    /// The stream that this thread's work goes to: the device's own, the one on which the thread captures a graph, or the second one.
     pub(super) fn stream(&self) -> sys::CUstream {
-        capture_on(self).map_or(self.stream, |capture| capture.stream)
+        let other = capture_on(self).map(|capture| capture.stream).or_else(|| behind_on(self).map(|side| side.stream));
+        other.unwrap_or(self.stream)
+    }
+
+    /// The device's own stream.
+    pub(super) fn own_stream(&self) -> sys::CUstream {
+        self.stream
     }
 
     /// As [`check`], and remembers a lost device.
@@ -164,13 +176,13 @@ impl Device {
         Err(Error::Device { op, what: what.clone() })
     }
 
-    /// Waits until everything asked for is done. An error of an earlier kernel shows here.
+    /// Waits until everything that this thread's stream was asked for is done. An error of an earlier kernel shows here.
     pub fn synchronize(&self) -> Result<()> {
         let op = "synchronize";
         self.enter(op)?;
         refuse_capture(self, op, "waiting for the device")?;
         // SAFETY: the stream lives as long as `self`.
-        self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream) })
+        self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream()) })
     }
 
     /// Milliseconds that the device spends on what `work` asks for, by its own clock.
@@ -254,6 +266,7 @@ impl Drop for Device {
         // SAFETY: everything was made by this context, and nothing uses it any more.
         unsafe {
             sys::cuStreamSynchronize(self.stream);
+            lock(&self.side).take();
             lock(&self.staging).take();
             lock(&self.pool).close();
             for module in lock(&self.modules).values() {

@@ -1,6 +1,7 @@
 //! Buffers on a device, borrowed parts of them, and copies to and from the host through pinned memory.
 //! Knows no tensors. Contents of a new buffer are undefined until something writes them.
 
+use super::behind::behind_on;
 use super::device::{Device, lock};
 use super::graph::refuse_capture;
 use super::pool::Block;
@@ -304,7 +305,8 @@ unsafe impl Send for Ring {}
 fn with_staging<T>(device: &Device, op: &'static str, copy: impl FnOnce(&mut Staging) -> Result<T>) -> Result<T> {
     device.enter(op)?;
     refuse_capture(device, op, "a copy to or from the host")?;
-    let mut staging = lock(&device.staging);
+    let side = behind_on(device);
+    let mut staging = lock(side.as_ref().map_or(&device.staging, |side| &side.staging));
     if staging.is_none() {
         *staging = Some(Staging::new(device, op)?);
     }

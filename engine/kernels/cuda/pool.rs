@@ -3,11 +3,13 @@
 //! What is taken while a graph is captured belongs to the graph's memory (graph.rs) and is lent to its captures alone.
 //! Every block carries a label, so that running out of memory names who holds it.
 
+use super::behind::behind_on;
 use super::device::{Device, lock};
 use super::graph::{capture_on, outside_capture};
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 /// Holders that an out-of-memory error names.
 const HOLDERS_NAMED: usize = 5;
@@ -39,6 +41,15 @@ pub struct Pool {
     owners: HashMap<u64, u64>,
     holders: HashMap<&'static str, usize>,
     statistics: Statistics,
+    images: Images,
+}
+
+/// Bytes lent to copies that live for a while, until they are on the host: those that live, and the most that did, which wait in
+/// the pool when these have ended.
+#[derive(Default)]
+struct Images {
+    live: usize,
+    live_max: usize,
 }
 
 /// What an out-of-memory error calls the memory of graphs that no buffer holds.
@@ -73,6 +84,12 @@ impl Pool {
                 self.statistics.free_bytes -= bytes;
             }
         }
+        self.images.live_max = self.images.live;
+    }
+
+    /// All images have ended.
+    pub(super) fn end_images(&mut self) {
+        self.images.live = 0;
     }
 
     /// A block that waits, for a buffer; one of `memory`, if there is one, before the others.
@@ -143,40 +160,53 @@ impl Device {
     /// A block for `bytes`, from those that wait or from the driver.
     ///
     /// Errors: [`Error::Device`] that names the largest holders, if the device has no room.
-    pub(super) fn take(&self, op: &'static str, label: &'static str, bytes: usize) -> Result<Block> {
+    pub(super) fn take(self: &Arc<Self>, op: &'static str, label: &'static str, bytes: usize) -> Result<Block> {
         self.enter(op)?;
         let bytes = if self.settings.size_classes { size_class(bytes) } else { bytes.max(1) };
+        let found = match self.find(op, label, bytes)? {
+            // What is copied to the host meanwhile makes room soon.
+            None if self.wait_for_marks() => self.find(op, label, bytes)?,
+            found => found,
+        };
+        if let Some(address) = found {
+            self.catch_up()?;
+            return Ok(Block { address, bytes, label });
+        }
+        let pool = lock(&self.pool);
+        let what = format!(
+            "{} is out of memory: {} wanted for {label}, {} of {} in use; the largest holders: {}; a smaller batch, shorter texts and \
+             `recompute` take less, and a run goes on with `perilune resume`",
+            self.name,
+            size(bytes),
+            size(pool.statistics.live_bytes),
+            size(self.memory_bytes.min(self.settings.memory_bytes_max)),
+            pool.largest()
+        );
+        Err(Error::Device { op, what })
+    }
+
+    /// The address of a block of `bytes`; none if there is no room.
+    fn find(&self, op: &'static str, label: &'static str, bytes: usize) -> Result<Option<u64>> {
         let memory = capture_on(self).map(|capture| capture.memory);
         let mut pool = lock(&self.pool);
         if let Some(address) = pool.take(bytes, memory, label) {
-            return Ok(Block { address, bytes, label });
+            return Ok(Some(address));
         }
         let address = match self.ask(op, &mut pool, bytes)? {
-            Some(address) => Some(address),
+            Some(address) => address,
             // What waits in other classes may make room, once nothing uses it any more; a capture cannot wait.
             None if pool.statistics.free_bytes > 0 && memory.is_none() => {
                 // SAFETY: the stream lives as long as `self`.
-                self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream()) })?;
+                self.check(op, "cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.own_stream()) })?;
                 pool.close();
-                self.ask(op, &mut pool, bytes)?
+                let Some(address) = self.ask(op, &mut pool, bytes)? else { return Ok(None) };
+                address
             }
-            None => None,
-        };
-        let Some(address) = address else {
-            let what = format!(
-                "{} is out of memory: {} wanted for {label}, {} of {} in use; the largest holders: {}; a smaller batch, shorter texts and \
-                 `recompute` take less, and a run goes on with `perilune resume`",
-                self.name,
-                size(bytes),
-                size(pool.statistics.live_bytes),
-                size(self.memory_bytes.min(self.settings.memory_bytes_max)),
-                pool.largest()
-            );
-            return Err(Error::Device { op, what });
+            None => return Ok(None),
         };
         pool.count(bytes, label);
         pool.belong(address, memory);
-        Ok(Block { address, bytes, label })
+        Ok(Some(address))
     }
 
     /// Memory from the driver, or none if it has too little.
@@ -199,6 +229,11 @@ impl Device {
 
     /// Takes a block back. Work on it that is still in the stream comes before any that its next holder asks for.
     pub(super) fn give_back(&self, block: Block) {
+        if let Some(side) = behind_on(self) {
+            // The next holder's stream does not wait for this one. If the device was lost there is nothing to wait for.
+            // SAFETY: the stream lives as long as the device.
+            unsafe { sys::cuStreamSynchronize(side.stream) };
+        }
         let mut pool = lock(&self.pool);
         *pool.holders.entry(block.label).or_default() -= block.bytes;
         if let Some(memory) = pool.owners.get(&block.address).copied() {
@@ -213,13 +248,33 @@ impl Device {
 
     /// Bytes that buffers may still take: what the driver has free, or the settings leave, and what waits in the pool.
     pub fn memory_bytes_free(&self) -> u64 {
+        (self.driver_bytes_free() + self.memory_statistics().free_bytes) as u64
+    }
+
+    /// Bytes that the driver still gives, or the settings allow.
+    fn driver_bytes_free(&self) -> usize {
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two numbers to exclusive places; the context is made the thread's own first.
         let asked = self.enter("memory").is_ok() && unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) } == sys::CUresult::CUDA_SUCCESS;
         let statistics = self.memory_statistics();
         let held = statistics.live_bytes + statistics.free_bytes;
         let free = if asked { free } else { self.memory_bytes.saturating_sub(held) };
-        (free.min(self.settings.memory_bytes_max.saturating_sub(held)) + statistics.free_bytes) as u64
+        free.min(self.settings.memory_bytes_max.saturating_sub(held))
+    }
+
+    /// Whether the device has room for copies of `bytes` that live until the last mark is gone, without taking what steps will
+    /// want: a sixteenth of the memory stays free, and what waits in the pool counts only as far as earlier copies left it there. If so,
+    /// they count from now on.
+    pub fn lend_room(&self, bytes: usize) -> bool {
+        let (free, reserve) = (self.driver_bytes_free(), self.memory_bytes.min(self.settings.memory_bytes_max) / 16);
+        let images = &mut lock(&self.pool).images;
+        let live = images.live + bytes;
+        let more = live.saturating_sub(images.live_max);
+        if more > 0 && more + reserve > free {
+            return false;
+        }
+        *images = Images { live, live_max: images.live_max.max(live) };
+        true
     }
 
     /// How much memory lives, waits and was asked for.
