@@ -2,6 +2,7 @@
 //! again; and the base alone, which shares its weights.
 
 use super::any::{AnyGraph, Model};
+use super::captured_training::Graphs;
 use super::lora::Lora;
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
@@ -210,7 +211,8 @@ impl Model {
     }
 
     fn like(&self, graph: AnyGraph) -> Self {
-        let copy = Self { graph, recompute: AtomicBool::new(self.recompute.load(Relaxed)), adapter: Mutex::new(None) };
+        let recompute = AtomicBool::new(self.recompute.load(Relaxed));
+        let copy = Self { graph, recompute, adapter: Mutex::new(None), training: Graphs::default() };
         copy.take_adapter(self);
         copy
     }

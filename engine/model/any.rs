@@ -2,6 +2,7 @@
 //! losses, parameters and gradients by name.
 
 use super::adapted::Adapter;
+use super::captured_training::Graphs;
 use super::config::Config;
 use super::graph::{Forward, Graph, Packed};
 use super::names::Named;
@@ -46,6 +47,7 @@ pub struct Model {
     pub(super) graph: AnyGraph,
     pub(super) recompute: AtomicBool,
     pub(super) adapter: Mutex<Option<Adapter>>,
+    pub(super) training: Graphs,
 }
 
 /// A training loss and its parts.
@@ -116,7 +118,7 @@ impl Model {
     }
 
     fn of(graph: AnyGraph) -> Self {
-        Self { graph, recompute: AtomicBool::new(false), adapter: Mutex::new(None) }
+        Self { graph, recompute: AtomicBool::new(false), adapter: Mutex::new(None), training: Graphs::default() }
     }
 
     /// The model of a Hugging Face checkpoint folder, in its own element type or in `dtype`.
@@ -383,6 +385,9 @@ impl Model {
     pub fn cross_entropy(&self, input: &Packed, labels: &[i32], normalizer: f32, router_aux_loss_coef: f32) -> Result<Loss> {
         self.check_language("cross_entropy")?;
         on_graph!(self, graph => {
+            if let Some(total) = graph.cross_entropy_captured(&self.training, input, labels, normalizer, self.recomputes())? {
+                return Ok(Loss { total, load_balance: None });
+            }
             let (normed, forward) = self.run(graph, input)?;
             let balance = if router_aux_loss_coef == 0.0 { None } else { load_balance(&forward.routing)? };
             let extra = balance.as_ref().map(|balance| (balance, router_aux_loss_coef));

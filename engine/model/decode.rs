@@ -44,7 +44,7 @@ impl<E: ModelElement> Graph<E> {
     }
 
     /// A number that changes with every change of a weight: of its values, of where they lie, of its low-rank parts.
-    fn version(&self) -> u64 {
+    pub(super) fn version(&self) -> u64 {
         let of = |weight: &Arc<Parameter<E>>| {
             let parts = weight.adapters();
             let versions = parts.iter().flat_map(LowRank::parameters).map(|parameter| parameter.version());

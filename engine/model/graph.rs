@@ -268,7 +268,7 @@ impl<E: ModelElement> Graph<E> {
 
 impl<E: ModelElement> Layer<E> {
     /// Whether any weight of what may be computed again (all but the experts) trains, or a low-rank part of one.
-    fn trains(&self) -> bool {
+    pub(super) fn trains(&self) -> bool {
         let attention = [&self.input_norm, &self.qkv, &self.qkv_bias, &self.o];
         attention.into_iter().any(|parameter| parameter.learns())
             || matches!(&self.mlp, Mlp::Dense(mlp) if [&self.post_norm, &mlp.gate_up, &mlp.down].into_iter().any(|parameter| parameter.learns()))

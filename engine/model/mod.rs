@@ -3,6 +3,7 @@
 #[macro_use]
 mod any;
 mod adapted;
+mod captured_training;
 pub mod config;
 mod decode;
 pub mod fields;

@@ -25,9 +25,13 @@ impl Model {
         let needed = to_come.saturating_add(if is_certain { activations } else { 0 });
         let (has_room, free) = match self.place().device() {
             Some(device) => {
-                // What a checkpoint holds there while it is written comes back.
+                // What a checkpoint holds there while it is written comes back, and captured steps can be captured again.
                 let has_room = || needed <= device.memory_bytes_free();
-                (has_room() || device.wait_for_marks() && has_room(), Some(device.memory_bytes_free()))
+                let makes_room = || {
+                    self.training.lock().expect("no panic happens under this lock").clear();
+                    has_room()
+                };
+                (has_room() || device.wait_for_marks() && has_room() || makes_room(), Some(device.memory_bytes_free()))
             }
             None => (fits(needed), available_bytes()),
         };

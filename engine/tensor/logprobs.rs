@@ -7,6 +7,7 @@
 use super::ModelElement;
 use super::autograd::{Sink, is_recording, with_recording};
 use super::cuda::logprobs as cuda;
+pub use super::cuda::logprobs::loss_of;
 use super::linear::{check_weight, weight_gradients};
 use super::low_rank::Applied;
 use super::parameter::Parameter;
@@ -77,7 +78,7 @@ struct Targets<E: ModelElement> {
 /// The rows that have a label.
 ///
 /// Errors: [`Error::Shape`], or [`Error::Argument`] for a label outside the vocabulary.
-pub(super) fn labelled_rows(op: &'static str, tokens: usize, labels: &[i32], vocab: usize) -> Result<Vec<u32>> {
+pub fn labelled_rows(op: &'static str, tokens: usize, labels: &[i32], vocab: usize) -> Result<Vec<u32>> {
     if labels.len() != tokens {
         return Err(Error::Shape { op, arg: "labels", expected: format!("[{tokens}]"), got: format!("[{}]", labels.len()) });
     }

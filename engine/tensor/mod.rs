@@ -41,6 +41,7 @@ pub mod trainable;
 mod typed;
 
 pub use any::AnyTensor;
+pub use cuda::training;
 pub use model_element::ModelElement;
 pub use parameter::Parameter;
 pub use place::Place;

@@ -15,7 +15,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
 use crate::kernels::cpu::int8::{self, Int8Weight, Int8WeightMut};
 use crate::kernels::cpu::panels;
-use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
+use crate::kernels::cuda::memory::{DeviceBuffer, Keeper, View, ViewMut};
 use crate::kernels::element::Float;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -75,6 +75,12 @@ pub(super) fn own<E: ModelElement>(value: &mut Arc<Value<E>>) -> Result<&mut Val
     Ok(Arc::get_mut(value).expect("it was copied above if it was shared"))
 }
 
+/// What is wrong where derivatives would mix two models.
+pub fn weights_changed(op: &'static str, arg: &str) -> Error {
+    let got = "weights that an optimizer or a load has changed since; run backward, or read the loss, before the update";
+    Error::argument(op, arg, "weights as they were in the forward pass", got)
+}
+
 /// The integers of a weight, in panels, what each row's are multiplied by, and their sum.
 #[derive(Clone)]
 pub struct Int8 {
@@ -94,6 +100,8 @@ pub struct Parameter<E: ModelElement> {
     pub(super) place: Place,
     pub(super) adapters: RwLock<Adapters<E>>,
     pub(super) gradient: Mutex<Option<Array<f32>>>,
+    /// On a device: where gradients come to lie once graphs know the place (cuda/training.rs).
+    pub(super) keeper: Mutex<Option<Keeper<f32>>>,
     pub(super) trains: AtomicBool,
     /// Counts the updates, so that a backward pass notices that its forward pass saw other weights.
     pub(super) version: AtomicU64,
@@ -163,6 +171,7 @@ impl<E: ModelElement> Parameter<E> {
             place: Place::Host,
             adapters: RwLock::default(),
             gradient: Mutex::new(None),
+            keeper: Mutex::new(None),
             trains: AtomicBool::new(layout != Layout::Int8),
             version: AtomicU64::new(0),
             gradients: AtomicU64::new(0),
@@ -216,6 +225,7 @@ impl<E: ModelElement> Parameter<E> {
         self.trains.store(trains, Relaxed);
         if !trains {
             self.clear_gradient();
+            *self.keeper.lock().expect("nothing panics while a place is kept") = None;
         }
     }
 
@@ -273,12 +283,7 @@ impl<E: ModelElement> Parameter<E> {
         if self.version() == seen {
             return Ok(());
         }
-        Err(Error::argument(
-            op,
-            &self.name,
-            "weights as they were in the forward pass",
-            "weights that an optimizer or a load has changed since; run backward, or read the loss, before the update",
-        ))
+        Err(weights_changed(op, &self.name))
     }
 
     /// Elements of the weight as it lies, padding counted: as many as it has remainders.
@@ -497,19 +502,17 @@ impl<E: ModelElement> Parameter<E> {
         let device = self.place.device().expect("a weight on the host was given a gradient on a device");
         let mut guard = self.gradient.lock().expect("nothing panics while a gradient is written");
         self.gradients.fetch_add(1, Relaxed);
-        match guard.take() {
-            Some(sum) => {
-                let mut sum = sum.into_cuda();
-                write(sum.view_mut(), true)?;
-                *guard = Some(Array::Cuda(sum));
-            }
+        match guard.as_mut() {
+            Some(Array::Cuda(sum)) => write(sum.view_mut(), true),
+            Some(Array::Host(_)) => panic!("{}: a gradient on the host of a weight on {}", self.name, self.place),
             None => {
-                let mut sum = DeviceBuffer::scratch(device, GRADIENTS, self.gradient_len())?;
+                let kept = self.kept_place().map(Ok);
+                let mut sum = kept.unwrap_or_else(|| DeviceBuffer::scratch(device, GRADIENTS, self.gradient_len()))?;
                 write(sum.view_mut(), false)?;
                 *guard = Some(Array::Cuda(sum));
+                Ok(())
             }
         }
-        Ok(())
     }
 
     /// Reads the gradient, if there is one; a copy of it, if it lies on a device.

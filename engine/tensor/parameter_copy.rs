@@ -70,6 +70,7 @@ impl<E: ModelElement> Parameter<E> {
             place: place.clone(),
             adapters: RwLock::new(Adapters { parts, embedding, former: adapters.former.clone() }),
             gradient: Mutex::new(gradient),
+            keeper: Mutex::new(None),
             trains: AtomicBool::new(self.trains()),
             version: AtomicU64::new(0),
             gradients: AtomicU64::new(0),

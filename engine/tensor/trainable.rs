@@ -33,6 +33,8 @@ pub trait Trainable: Send + Sync {
     /// Errors: those of the device.
     fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) -> Result<()>;
     fn has_gradient(&self) -> bool;
+    /// Whether a gradient takes no more memory: there is one, or its place is kept.
+    fn has_gradient_memory(&self) -> bool;
     fn clear_gradient(&self);
     /// Bytes of the remainders that its first update makes; 0 if they are there, or it needs none.
     fn remainder_bytes_to_come(&self) -> usize;
@@ -89,6 +91,10 @@ impl<E: ModelElement> Trainable for Parameter<E> {
 
     fn has_gradient(&self) -> bool {
         Parameter::has_gradient(self)
+    }
+
+    fn has_gradient_memory(&self) -> bool {
+        Parameter::has_gradient(self) || self.keeps_gradient()
     }
 
     fn clear_gradient(&self) {

@@ -207,7 +207,7 @@ impl AdamW {
             let len = 4 * slot.parameter.gradient_len() as u64;
             let moments = if slot.moments.is_none() { 2 * len } else { 0 };
             let waits = self.merge.as_ref().is_some_and(OnlineMerge::accumulates) && slot.waiting.is_none();
-            let gradient = if slot.parameter.has_gradient() { 0 } else { len };
+            let gradient = if slot.parameter.has_gradient_memory() { 0 } else { len };
             (kept + moments + if waits { len } else { 0 } + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
         })
     }

@@ -239,6 +239,96 @@ fn a_shared_prompt_changes_no_bit_of_what_follows() {
     }
 }
 
+/// What some steps show of a model.
+struct SmallSteps {
+    losses: Vec<f32>,
+    norms: Vec<f64>,
+    values: Vec<(String, Vec<f32>)>,
+}
+
+/// Steps of two micro-batches each, whose tokens and documents change: losses, norms, and the weights at the end. `first` reads each
+/// loss before it runs backwards.
+fn small_steps(model: &Model, first: bool) -> SmallSteps {
+    let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for step in 0..5 {
+        if step == 3 && model.adapter().is_none() {
+            // Gradients come to lie elsewhere.
+            model.set_trains(false);
+            model.set_trains(true);
+        }
+        let parts: Vec<_> = (0..2)
+            .map(|part| {
+                let turn = 2 * step + part;
+                let tokens: Vec<i32> = (0..TOKENS.len()).map(|at| TOKENS[(at + turn) % TOKENS.len()]).collect();
+                let middle = 15 + turn as u32 % 3;
+                let positions: Vec<i32> = (0..middle as i32).chain(0..(TOKENS.len() as u32 - middle) as i32).collect();
+                let mut labels: Vec<i32> = tokens[1..].iter().copied().chain([-100]).collect();
+                labels[middle as usize - 1] = -100;
+                let borders = [0, middle, TOKENS.len() as u32];
+                let batch = Packed { tokens: &tokens, position_ids: &positions, cu_seqlens: &borders, prefixes: &[] };
+                let loss = model.cross_entropy(&batch, &labels, NORMALIZER + turn as f32, BALANCE).unwrap().total;
+                if first {
+                    loss.data().force().unwrap();
+                }
+                loss.backward().unwrap();
+                loss
+            })
+            .collect();
+        norms.push(optimizer.step().unwrap().grad_norm);
+        losses.extend(parts.iter().map(|loss| loss.values()[0]));
+    }
+    SmallSteps { losses, norms, values: values(model) }
+}
+
+#[test]
+fn small_steps_are_one_call_and_have_the_bits_of_others() {
+    let Some(bench) = bench() else { return };
+    for (dtype, recompute, lora) in [(Dtype::Bf16, false, false), (Dtype::F32, true, false), (Dtype::Bf16, false, true)] {
+        let made = || {
+            let model = on(bench, false, dtype);
+            model.set_recompute(recompute);
+            if lora {
+                let targets = vec!["q_proj".into(), "down_proj".into()];
+                let lora = Lora { rank: 2, alpha: 4.0, rank_stabilized: false, targets, modules_to_save: Vec::new() };
+                model.adapt(lora, 5).unwrap();
+            }
+            model
+        };
+        let singly = small_steps(&made(), true);
+        let before = bench.graph_launches();
+        let captured = small_steps(&made(), false);
+        let what = format!("{dtype}, recompute {recompute}, adapter {lora}");
+        assert_eq!((&captured.losses, &captured.norms), (&singly.losses, &singly.norms), "{what}: losses and norms");
+        assert!(captured.values == singly.values, "{what}: weights");
+        // All but the first micro-batch, and the first that adds, which find no graph.
+        let launches = bench.graph_launches().zip(before).map(|(after, before)| after - before);
+        assert!(launches.is_none_or(|launches| launches >= 8), "{launches:?} launches of graphs");
+    }
+}
+
+#[test]
+fn a_step_waits_for_nothing_before_its_end() {
+    let Some(bench) = bench() else { return };
+    for moe in [false, true] {
+        let model = on(bench, moe, Dtype::Bf16);
+        let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+        for turn in 0..4 {
+            let (loss, waits) = bench.waits_in(|| {
+                let loss = Steps::loss(&model);
+                loss.backward().unwrap();
+                loss
+            });
+            // The first step of a model brings kernels and memory.
+            assert!(turn == 0 || waits.is_none_or(|waits| waits == 0), "turn {turn}, experts {moe}: {waits:?} waits before the update");
+            let (_, waits) = bench.waits_in(|| optimizer.step().unwrap());
+            assert!(turn == 0 || waits.is_none_or(|waits| waits == 1), "turn {turn}, experts {moe}: {waits:?} waits for the norm");
+            let (_, waits) = bench.waits_in(|| loss.values()[0]);
+            assert!(turn == 0 || waits.is_none_or(|waits| waits <= 2), "turn {turn}, experts {moe}: {waits:?} waits for the loss");
+        }
+    }
+}
+
 #[test]
 fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
     let Some(bench) = bench() else { return };

@@ -276,7 +276,7 @@ return engine.workflow {
       function(x) return x:backward() end,
     }
     for index, read in ipairs(readers) do print(pcall(read, losses[index])) end
-    loss()
+    loss():backward()
   end,
 }
 "#;

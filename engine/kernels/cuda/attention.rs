@@ -81,9 +81,17 @@ impl Plan {
         if !ascend {
             return Err(Error::argument("attention", "cu_seqlens", "ascending borders from 0", format!("{cu_seqlens:?}")));
         }
-        let spans: Vec<Span> =
-            (cu_seqlens.windows(2)).map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize }).collect();
-        Self::of_spans(device, heads, &spans, scale, window)
+        Self::of_spans(device, heads, &documents(cu_seqlens), scale, window)
+    }
+
+    /// Takes other documents in place, as many rows and tiles ([`tile_counts`]) of them: whatever reads the plan goes on.
+    ///
+    /// Errors: those of the device. Panics for other numbers of them.
+    pub fn replace(&mut self, cu_seqlens: &[i32]) -> Result<()> {
+        let (spans, queries) = (documents(cu_seqlens), tile_queries(self.forward.device(), self.heads.head_dim));
+        self.forward.upload(tiles(&spans, queries).as_flattened())?;
+        self.backward.upload(tiles(&spans, BLOCK).as_flattened())?;
+        self.each_row.upload(each_row(&spans, self.rows).as_flattened())
     }
 
     /// For queries that follow cached keys; `spans[i]` belongs to line i of the block table.
@@ -100,12 +108,6 @@ impl Plan {
         }
         let rows = spans.iter().map(|span| span.row + span.count).max().unwrap_or(0);
         let upload = |lines: Vec<[i32; 4]>| DeviceBuffer::copy_of(device, "attention plan", lines.as_flattened());
-        let mut each_row = vec![[0; 4]; rows];
-        for (index, span) in spans.iter().enumerate() {
-            for (position, line) in each_row[span.row..span.row + span.count].iter_mut().enumerate() {
-                *line = span.line(index, span.cached + position);
-            }
-        }
         Ok(Self {
             heads,
             scale,
@@ -113,7 +115,7 @@ impl Plan {
             rows,
             forward: upload(tiles(spans, tile_queries(device, heads.head_dim)))?,
             backward: upload(tiles(spans, BLOCK))?,
-            each_row: upload(each_row)?,
+            each_row: upload(each_row(spans, rows))?,
         })
     }
 
@@ -136,6 +138,29 @@ impl Span {
         let keys = self.cached + self.count;
         [self.row as i32 - self.cached as i32, keys as i32, position as i32, index as i32]
     }
+}
+
+fn documents(cu_seqlens: &[i32]) -> Vec<Span> {
+    cu_seqlens.windows(2).map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize }).collect()
+}
+
+/// Tiles of documents packed one after the other, for the forward and for the backward step.
+///
+/// - `cu_seqlens`: borders of the documents, ascending
+pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 2] {
+    let of = |queries: usize| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(queries)).sum();
+    [of(tile_queries(device, heads.head_dim)), of(BLOCK)]
+}
+
+/// A line for each of `rows` rows.
+fn each_row(spans: &[Span], rows: usize) -> Vec<[i32; 4]> {
+    let mut lines = vec![[0; 4]; rows];
+    for (index, span) in spans.iter().enumerate() {
+        for (position, line) in lines[span.row..span.row + span.count].iter_mut().enumerate() {
+            *line = span.line(index, span.cached + position);
+        }
+    }
+    lines
 }
 
 /// Tiles of `queries` positions, those with most keys first, so that the last to run are short.

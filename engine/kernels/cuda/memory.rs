@@ -18,6 +18,35 @@ pub struct DeviceBuffer<E: Pod> {
     block: Block,
     len: usize,
     element: PhantomData<E>,
+    /// Whose block it is, if it was lent.
+    lender: Option<Arc<DeviceBuffer<E>>>,
+}
+
+/// Memory that one buffer at a time holds, always at the same place: the next holder gets it when the last has dropped it.
+pub struct Keeper<E: Pod>(Arc<DeviceBuffer<E>>);
+
+impl<E: Pod> Keeper<E> {
+    /// Of the memory of `buffer`.
+    pub fn of(buffer: DeviceBuffer<E>) -> Self {
+        Self(Arc::new(buffer))
+    }
+
+    /// Where it lies.
+    pub fn address(&self) -> u64 {
+        self.0.block.address
+    }
+
+    /// Whether nobody holds it.
+    pub fn is_free(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
+    /// A buffer of this memory; none while another holds it.
+    pub fn lend(&self) -> Option<DeviceBuffer<E>> {
+        let DeviceBuffer { device, block, len, .. } = &*self.0;
+        let lender = self.is_free().then(|| self.0.clone());
+        lender.map(|lender| DeviceBuffer { device: device.clone(), block: *block, len: *len, element: PhantomData, lender: Some(lender) })
+    }
 }
 
 /// Part of a buffer, to read.
@@ -42,7 +71,7 @@ impl<E: Pod> DeviceBuffer<E> {
     /// out-of-memory error.
     pub fn scratch(device: &Arc<Device>, label: &'static str, len: usize) -> Result<Self> {
         let block = device.take("allocate", label, len * size_of::<E>())?;
-        Ok(Self { device: device.clone(), block, len, element: PhantomData })
+        Ok(Self { device: device.clone(), block, len, element: PhantomData, lender: None })
     }
 
     /// A buffer of zeros.
@@ -167,7 +196,9 @@ impl<E: Pod> std::fmt::Debug for DeviceBuffer<E> {
 
 impl<E: Pod> Drop for DeviceBuffer<E> {
     fn drop(&mut self) {
-        self.device.give_back(self.block);
+        if self.lender.is_none() {
+            self.device.give_back(self.block);
+        }
     }
 }
 
@@ -188,6 +219,11 @@ fn borders(range: impl RangeBounds<usize>, len: usize) -> (usize, usize) {
 }
 
 impl<'a, E: Pod> View<'a, E> {
+    /// Where it lies, to compare.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         self.len

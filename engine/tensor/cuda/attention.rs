@@ -60,9 +60,19 @@ pub fn attention<E: ModelElement>(
     (borders, plans): (&[i32], &Plans),
     window: Option<usize>,
 ) -> Result<Tensor<E, 2>> {
+    attend(device, qkv, heads, tables, plans.get(device, heads, borders, heads.scale(), window)?)
+}
+
+/// As [`attention`], of the documents and the window of a plan.
+pub(super) fn attend<E: ModelElement>(
+    device: &Arc<Device>,
+    qkv: &Tensor<E, 2>,
+    heads: Heads,
+    tables: &Arc<Tables>,
+    plan: Arc<Plan>,
+) -> Result<Tensor<E, 2>> {
     let [tokens, width] = qkv.shape();
     let mixed_width = heads.heads * heads.head_dim;
-    let plan = plans.get(device, heads, borders, heads.scale(), window)?;
     let mut turned = activation::<E>(device, tokens * width)?;
     turned.copy_from(qkv.cuda())?;
     rope::rope(device, turned.view_mut(), heads, tables.cos.view(), tables.sin.view())?;

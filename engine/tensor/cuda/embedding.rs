@@ -11,8 +11,16 @@ use std::sync::Arc;
 
 /// As [`crate::tensor::embedding::embedding`], of tokens that are in the vocabulary.
 pub fn embedding<E: ModelElement>(device: &Arc<Device>, tokens: &[i32], weight: &Arc<Parameter<E>>) -> Result<Tensor<E, 2>> {
+    embedding_of(device, Arc::new(DeviceBuffer::copy_of(device, "tokens", tokens)?), weight)
+}
+
+/// As [`embedding`], of tokens that lie on the device.
+pub(super) fn embedding_of<E: ModelElement>(
+    device: &Arc<Device>,
+    tokens: Arc<DeviceBuffer<i32>>,
+    weight: &Arc<Parameter<E>>,
+) -> Result<Tensor<E, 2>> {
     let (count, hidden) = (tokens.len(), weight.columns());
-    let tokens = DeviceBuffer::copy_of(device, "tokens", tokens)?;
     let mut x = activation::<E>(device, count * hidden)?;
     embed(device, weight.read().on_device(), hidden, tokens.view(), x.view_mut())?;
     let (device, weight, trains) = (device.clone(), weight.clone(), weight.trains());

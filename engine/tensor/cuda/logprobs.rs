@@ -22,10 +22,9 @@ use std::sync::Arc;
 
 /// The rows that have a label, their hidden states side by side.
 struct Targets<E: ModelElement> {
-    /// Index in the whole of each row that has a label, and the same on the device.
-    rows: Vec<u32>,
-    row_ids: DeviceBuffer<i32>,
-    labels: DeviceBuffer<i32>,
+    /// Index in the whole of each row that has a label.
+    row_ids: Arc<DeviceBuffer<i32>>,
+    labels: Arc<DeviceBuffer<i32>>,
     /// `[rows, hidden]`; the whole itself when every row has a label.
     x: Source<E>,
     tokens: usize,
@@ -39,24 +38,36 @@ enum Source<E: ModelElement> {
 }
 
 impl<E: ModelElement> Targets<E> {
-    fn new(op: &'static str, device: &Arc<Device>, x: &Tensor<E, 2>, labels: &[i32], vocab: usize) -> Result<Self> {
-        let [tokens, hidden] = x.shape();
-        let rows = labelled_rows(op, tokens, labels, vocab)?;
+    /// Of the labels that are none to be ignored, and the indices of their rows on the host.
+    fn new(op: &'static str, device: &Arc<Device>, x: &Tensor<E, 2>, labels: &[i32], vocab: usize) -> Result<(Self, Vec<u32>)> {
+        let rows = labelled_rows(op, x.shape()[0], labels, vocab)?;
         let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
-        let row_ids = DeviceBuffer::copy_of(device, "rows", &ids)?;
         let own: Vec<i32> = rows.iter().map(|row| labels[*row as usize]).collect();
-        let source = if rows.len() == tokens {
+        let copy = |values: &[i32], label| DeviceBuffer::copy_of(device, label, values).map(Arc::new);
+        Ok((Self::of(device, x, copy(&ids, "rows")?, copy(&own, "labels")?, vocab)?, rows))
+    }
+
+    /// Of rows and labels that lie on the device.
+    fn of(
+        device: &Arc<Device>,
+        x: &Tensor<E, 2>,
+        row_ids: Arc<DeviceBuffer<i32>>,
+        labels: Arc<DeviceBuffer<i32>>,
+        vocab: usize,
+    ) -> Result<Self> {
+        let [tokens, hidden] = x.shape();
+        let source = if row_ids.len() == tokens {
             Source::Whole(x.data().clone())
         } else {
-            let mut some = activation::<E>(device, rows.len() * hidden)?;
+            let mut some = activation::<E>(device, row_ids.len() * hidden)?;
             embed(device, x.cuda(), hidden, row_ids.view(), some.view_mut())?;
             Source::Some(some)
         };
-        Ok(Self { rows, row_ids, labels: DeviceBuffer::copy_of(device, "labels", &own)?, x: source, tokens, hidden, vocab })
+        Ok(Self { row_ids, labels, x: source, tokens, hidden, vocab })
     }
 
     fn count(&self) -> usize {
-        self.rows.len()
+        self.labels.len()
     }
 
     /// The hidden states of some of the rows.
@@ -72,6 +83,30 @@ impl<E: ModelElement> Targets<E> {
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
         let (count, size) = (self.count(), rows_on_device(self.vocab, self.count()));
         (0..count).step_by(size).map(move |start| start..(start + size).min(count))
+    }
+
+    /// Log-probabilities of the labels, and the gradients of the labelled rows if they are wanted; those of the head are added to it.
+    ///
+    /// - `coefficients`: `[labelled]`, the derivative in minus each log-probability
+    fn differentiate(
+        &self,
+        device: &Arc<Device>,
+        head: &Parameter<E>,
+        coefficients: View<f32>,
+        wants_rows: bool,
+    ) -> Result<(DeviceBuffer<f32>, DeviceBuffer<E>)> {
+        let count = self.count();
+        let mut d_rows = gradient::<E>(device, if wants_rows { count * self.hidden } else { 0 })?;
+        let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
+        for range in self.chunks() {
+            let (x, labels) = (self.x(&range), self.labels.part(range.clone()));
+            let logits = chunk_logits(device, x, head, 1.0)?;
+            kernel::logprobs(device, logits.view(), labels, lse.part_mut(range.clone()), logprobs.part_mut(range.clone()), None)?;
+            let upstream = Upstream { lse: lse.part(range.clone()), coefficients: coefficients.part(range.clone()), entropy: None };
+            let d_part = wants_rows.then(|| d_rows.part_mut(range.start * self.hidden..range.end * self.hidden));
+            chunk_backward(device, x, logits, labels, upstream, head, d_part)?;
+        }
+        Ok((logprobs, d_rows))
     }
 
     /// Gives parent 0 the gradients of its labelled rows.
@@ -144,7 +179,7 @@ pub fn cross_entropy<E: ModelElement>(
     normalizer: f32,
     (extra, extra_node): (Extra, Option<&Arc<Node>>),
 ) -> Result<Tensor<f32, 0>> {
-    let targets = Arc::new(Targets::new("cross_entropy", device, x, labels, head.rows())?);
+    let targets = Arc::new(Targets::new("cross_entropy", device, x, labels, head.rows())?.0);
     let data = {
         let (device, targets, head, extra) = (device.clone(), targets.clone(), head.clone(), extra.clone());
         let seen = head.version();
@@ -162,19 +197,8 @@ pub fn cross_entropy<E: ModelElement>(
     let (value, device, head, seen) = (data.clone(), device.clone(), head.clone(), head.version());
     let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream: Buffer<f32>, sink| {
         head.check_version(seen, "cross_entropy")?;
-        let count = targets.count();
-        let wants_rows = sink.wants(0);
-        let mut d_rows = gradient::<E>(&device, if wants_rows { count * targets.hidden } else { 0 })?;
-        let (mut lse, mut logprobs) = (scratch::<f32>(&device, count)?, scratch::<f32>(&device, count)?);
-        let coefficients = DeviceBuffer::copy_of(&device, GRADIENTS, &vec![upstream[0] / normalizer; count])?;
-        for range in targets.chunks() {
-            let (x, labels) = (targets.x(&range), targets.labels.part(range.clone()));
-            let logits = chunk_logits(&device, x, &head, 1.0)?;
-            kernel::logprobs(&device, logits.view(), labels, lse.part_mut(range.clone()), logprobs.part_mut(range.clone()), None)?;
-            let upstream = Upstream { lse: lse.part(range.clone()), coefficients: coefficients.part(range.clone()), entropy: None };
-            let d_part = wants_rows.then(|| d_rows.part_mut(range.start * targets.hidden..range.end * targets.hidden));
-            chunk_backward(&device, x, logits, labels, upstream, &head, d_part)?;
-        }
+        let coefficients = DeviceBuffer::copy_of(&device, GRADIENTS, &vec![upstream[0] / normalizer; targets.count()])?;
+        let (logprobs, d_rows) = targets.differentiate(&device, &head, coefficients.view(), sink.wants(0))?;
         let coefficient = extra.coefficient();
         value.defer_to(move || Ok(scalar(sum_of(&logprobs)?, normalizer, extra.value()?)));
         sink.add(1, Buffer::<f32>::copy_of(&[upstream[0] * coefficient]));
@@ -187,6 +211,39 @@ pub fn cross_entropy<E: ModelElement>(
     Ok(loss)
 }
 
+/// The backward pass of a cross entropy on operands that lie on the device: the log-probabilities of the labels, `[labelled]`, and
+/// the gradient of `x` if it takes one. That of the head is added to it.
+///
+/// - `rows`, `labels`: `[labelled]`; `coefficients`: as many, the derivative in minus each log-probability
+pub(super) fn differentiate<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    head: &Arc<Parameter<E>>,
+    (rows, labels): (&Arc<DeviceBuffer<i32>>, &Arc<DeviceBuffer<i32>>),
+    coefficients: View<f32>,
+) -> Result<(DeviceBuffer<f32>, Option<DeviceBuffer<E>>)> {
+    let targets = Targets::of(device, x, rows.clone(), labels.clone(), head.rows())?;
+    let (logprobs, d_rows) = targets.differentiate(device, head, coefficients, x.node().is_some())?;
+    let dx = match targets.x {
+        _ if x.node().is_none() => None,
+        Source::Whole(_) => Some(d_rows),
+        Source::Some(_) => {
+            let mut dx = gradient::<E>(device, targets.tokens * targets.hidden)?;
+            dx.fill_bytes(0)?;
+            elements::put_rows(device, d_rows.view(), rows.view(), targets.hidden, dx.view_mut(), true)?;
+            Some(dx)
+        }
+    };
+    Ok((logprobs, dx))
+}
+
+/// The cross entropy of log-probabilities on a device, fetched.
+///
+/// Errors: those of the device.
+pub fn loss_of(logprobs: &DeviceBuffer<f32>, normalizer: f32) -> Result<Buffer<f32>> {
+    Ok(scalar(sum_of(logprobs)?, normalizer, 0.0))
+}
+
 /// As [`crate::tensor::logprobs::logprobs`] and [`crate::tensor::logprobs::entropy`].
 pub fn score<E: ModelElement>(
     op: &'static str,
@@ -197,7 +254,7 @@ pub fn score<E: ModelElement>(
     temperature: f32,
     score: Score,
 ) -> Result<Tensor<f32, 1>> {
-    let targets = Targets::new(op, device, x, labels, head.rows())?;
+    let (targets, rows) = Targets::new(op, device, x, labels, head.rows())?;
     let count = targets.count();
     let mut lse = activation::<f32>(device, count)?;
     let (mut logprobs, mut entropies) = (activation::<f32>(device, count)?, activation::<f32>(device, count)?);
@@ -210,13 +267,13 @@ pub fn score<E: ModelElement>(
     let values = downloaded(if score == Score::Logprob { &logprobs } else { &entropies })?;
     drop(logprobs);
     let mut y = Buffer::zeroed(targets.tokens);
-    targets.rows.iter().zip(values.iter()).for_each(|(row, value)| y[*row as usize] = *value);
+    rows.iter().zip(values.iter()).for_each(|(row, value)| y[*row as usize] = *value);
     let (device, head, seen) = (device.clone(), head.clone(), head.version());
     Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.trains(), move |dy: Buffer<f32>, sink| {
         head.check_version(seen, op)?;
         let wants_rows = sink.wants(0);
         let mut d_rows = gradient::<E>(&device, if wants_rows { count * targets.hidden } else { 0 })?;
-        let plain: Vec<f32> = targets.rows.iter().map(|row| dy[*row as usize] / temperature).collect();
+        let plain: Vec<f32> = rows.iter().map(|row| dy[*row as usize] / temperature).collect();
         let minus: Vec<f32> = plain.iter().map(|plain| if score == Score::Logprob { -plain } else { 0.0 }).collect();
         let (plain, minus) = (DeviceBuffer::copy_of(&device, GRADIENTS, &plain)?, DeviceBuffer::copy_of(&device, GRADIENTS, &minus)?);
         for range in targets.chunks() {

@@ -14,6 +14,7 @@ pub mod low_rank;
 pub mod paged_attention;
 pub mod rms_norm;
 pub mod select_rows;
+pub mod training;
 pub mod update;
 pub mod value;
 
