@@ -8,6 +8,7 @@
 
 use crate::error::{Error, Result};
 use crate::kernels::cpu::likelihood::{BLOCK, sum, survey, weights};
+use crate::model::paged::{Change, Likely};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -56,12 +57,14 @@ impl Rules {
         if self.is_greedy() { 1.0 } else { self.temperature as f32 }
     }
 
-    /// The temperature of a choice that is the most likely token (0) or a draw by weight, which a device makes with the same bits;
-    /// none if a rule changes or drops tokens.
-    pub fn plain_temperature(&self) -> Option<f32> {
-        let unchanged = self.repetition_penalty == 1.0 && self.presence_penalty == 0.0 && self.frequency_penalty == 0.0;
-        let unfiltered = self.is_greedy() || self.is_unfiltered();
-        (unchanged && unfiltered).then(|| if self.is_greedy() { 0.0 } else { self.temperature as f32 })
+    /// The temperature of the choice: 0 is the most likely token.
+    pub fn drawn_temperature(&self) -> f32 {
+        if self.is_greedy() { 0.0 } else { self.temperature as f32 }
+    }
+
+    /// Whether a rule drops tokens from the draw. A device draws from all, and else finds the tokens that may be kept.
+    pub fn filters(&self) -> bool {
+        !self.is_greedy() && !self.is_unfiltered()
     }
 
     /// Below the least normal f32 the most likely token has all of the probability.
@@ -100,20 +103,28 @@ pub struct Candidate {
 /// Errors: as [`candidates`].
 pub fn choose(rules: &Rules, bias: &[(u32, f64)], logits: &[f32], history: History, uniform: f64) -> Result<u32> {
     assert!((0.0..1.0).contains(&uniform), "a uniform number of {uniform}");
-    if !rules.is_greedy() && !rules.is_unfiltered() {
-        let candidates = candidates(rules, bias, logits, history)?;
-        let mut below = 0.0;
-        for candidate in &candidates {
-            below += candidate.probability;
-            if uniform < below {
-                return Ok(candidate.id);
-            }
-        }
-        // The probabilities may sum to a little less than 1.
-        return Ok(candidates.last().expect("at least the most likely token is kept").id);
+    if rules.filters() {
+        return Ok(pick(&candidates(rules, bias, logits, history)?, uniform));
     }
     let (scores, largest) = scores(rules, bias, logits, history)?;
     Ok(if rules.is_greedy() { first_of(&scores, largest) } else { draw(&scores, largest, rules.temperature as f32, uniform) })
+}
+
+/// As [`choose`] with rules that filter, from the most likely tokens, after bias and penalties; none if more of them would be needed.
+pub fn choose_likely(rules: &Rules, likely: Likely, uniform: f64) -> Option<u32> {
+    keep(rules, likely).map(|candidates| pick(&candidates, uniform))
+}
+
+fn pick(candidates: &[Candidate], uniform: f64) -> u32 {
+    let mut below = 0.0;
+    for candidate in candidates {
+        below += candidate.probability;
+        if uniform < below {
+            return candidate.id;
+        }
+    }
+    // The probabilities may sum to a little less than 1.
+    candidates.last().expect("at least the most likely token is kept").id
 }
 
 /// The token at which the sum of weights, by rising id, passes `uniform` of the whole.
@@ -154,32 +165,47 @@ pub fn candidates(rules: &Rules, bias: &[(u32, f64)], logits: &[f32], history: H
     let mut powers = vec![0.0; scores.len()];
     weights(&scores, largest, rules.temperature as f32, &mut powers);
     let total: f64 = powers.chunks(BLOCK).map(sum).sum();
-    // Weights rise with scores, so the most likely tokens are those with the largest. (weight, id)
-    let mut kept: Vec<(f32, u32)> = powers.iter().zip(0..).filter(|(weight, _)| **weight > 0.0).map(|(weight, id)| (*weight, id)).collect();
-    let mut total = total;
-    if rules.top_k > 0 && rules.top_k < kept.len() {
-        let (_, last, _) = kept.select_nth_unstable_by(rules.top_k - 1, most_likely_first);
-        let least = last.0;
+    let tokens: Vec<(f32, u32)> = powers.iter().zip(0..).filter(|(weight, _)| **weight > 0.0).map(|(weight, id)| (*weight, id)).collect();
+    Ok(keep(rules, Likely { tokens, total, floor: 0.0 }).expect("no token with weight is left out"))
+}
+
+/// What filters keep of the most likely tokens, with probabilities; none if it depends on tokens that are not there.
+fn keep(rules: &Rules, likely: Likely) -> Option<Vec<Candidate>> {
+    let Likely { tokens: mut kept, mut total, mut floor } = likely;
+    // Weights rise with scores, so the most likely tokens are those with the largest. What is not there weighs less.
+    if rules.top_k > 0 && (rules.top_k < kept.len() || (rules.top_k == kept.len() && floor > 0.0)) {
+        let mut weights: Vec<f32> = kept.iter().map(|(weight, _)| *weight).collect();
+        let least = *weights.select_nth_unstable_by(rules.top_k - 1, |a, b| b.total_cmp(a)).1;
         kept.retain(|(weight, _)| *weight >= least);
         total = kept.iter().map(|(weight, _)| f64::from(*weight)).sum();
+        floor = 0.0;
+    } else if rules.top_k > kept.len() && floor > 0.0 {
+        return None;
     }
     if rules.top_p < 1.0 {
-        keep_nucleus(&mut kept, rules.top_p * total);
+        let reached = keep_nucleus(&mut kept, rules.top_p * total);
+        if !reached && floor > 0.0 {
+            return None;
+        }
+        floor = 0.0;
+    }
+    if f64::from(floor) > rules.min_p {
+        return None;
     }
     // The most likely token has weight 1.
     kept.retain(|(weight, _)| f64::from(*weight) >= rules.min_p);
     kept.sort_unstable_by_key(|(_, id)| *id);
     let total: f64 = kept.iter().map(|(weight, _)| f64::from(*weight)).sum();
-    Ok(kept.into_iter().map(|(weight, id)| Candidate { id, probability: f64::from(weight) / total }).collect())
+    Some(kept.into_iter().map(|(weight, id)| Candidate { id, probability: f64::from(weight) / total }).collect())
 }
 
 fn most_likely_first(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
     b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
-/// Keeps the fewest most likely tokens whose weights reach `mass`. Usually they are few of many, so that some are sorted
-/// first, and more only if these do not reach it.
-fn keep_nucleus(kept: &mut Vec<(f32, u32)>, mass: f64) {
+/// Keeps the fewest most likely tokens whose weights reach `mass`, all if they do not; whether they do. Usually they are few of many, so
+/// that some are sorted first, and more only if these do not reach it.
+fn keep_nucleus(kept: &mut Vec<(f32, u32)>, mass: f64) -> bool {
     let mut sorted = 256;
     loop {
         let all = sorted >= kept.len();
@@ -191,8 +217,11 @@ fn keep_nucleus(kept: &mut Vec<(f32, u32)>, mass: f64) {
             reached >= mass
         });
         match crossing {
-            Some(index) => return kept.truncate(index + 1),
-            None if all => return,
+            Some(index) => {
+                kept.truncate(index + 1);
+                return true;
+            }
+            None if all => return false,
             None => sorted *= 8,
         }
     }
@@ -207,37 +236,15 @@ fn scores<'a>(rules: &Rules, bias: &[(u32, f64)], logits: &'a [f32], history: Hi
         let id = logits.iter().position(odd).expect("a survey found one");
         return Err(Error::argument("generate", format!("logits[{id}]"), "a number (are the model's weights damaged?)", logits[id]));
     }
-    let mut scores = Cow::Borrowed(logits);
     let vocab = logits.len();
-    let known = |id: i32| usize::try_from(id).ok().filter(|id| *id < vocab);
-    for (id, by) in bias {
-        let Some(id) = known(*id as i32) else {
-            let expected = format!("ids from 0 to {}", vocab.saturating_sub(1));
-            return Err(Error::argument("generate", "logit_bias", expected, id));
-        };
-        let score = &mut scores.to_mut()[id];
-        *score = (f64::from(*score) + by) as f32;
+    if let Some((id, _)) = bias.iter().find(|(id, _)| *id as usize >= vocab) {
+        let expected = format!("ids from 0 to {}", vocab.saturating_sub(1));
+        return Err(Error::argument("generate", "logit_bias", expected, id));
     }
-    if rules.repetition_penalty != 1.0 {
-        let mut distinct = history.tokens.to_vec();
-        distinct.sort_unstable();
-        distinct.dedup();
-        // A prompt may hold ids that are never chosen: rows of padding, images.
-        for id in distinct.into_iter().filter_map(known) {
-            let score = &mut scores.to_mut()[id];
-            let wide = f64::from(*score);
-            *score = if wide > 0.0 { wide / rules.repetition_penalty } else { wide * rules.repetition_penalty } as f32;
-        }
-    }
-    if rules.presence_penalty != 0.0 || rules.frequency_penalty != 0.0 {
-        let mut counts = BTreeMap::<usize, f64>::new();
-        for id in history.tokens[history.prompt..].iter().filter_map(|id| known(*id)) {
-            *counts.entry(id).or_default() += 1.0;
-        }
-        for (id, count) in counts {
-            let score = &mut scores.to_mut()[id];
-            *score = (f64::from(*score) - rules.presence_penalty - rules.frequency_penalty * count) as f32;
-        }
+    let mut scores = Cow::Borrowed(logits);
+    for change in changes(rules, bias, vocab, history) {
+        let score = &mut scores.to_mut()[change.id as usize];
+        *score = change.applied(*score);
     }
     if matches!(scores, Cow::Owned(_)) {
         largest = survey(&scores).1;
@@ -246,6 +253,30 @@ fn scores<'a>(rules: &Rules, bias: &[(u32, f64)], logits: &'a [f32], history: Hi
         return Err(Error::argument("generate", "logits", "at least one token that is not ruled out", "none"));
     }
     Ok((scores, largest))
+}
+
+/// What bias and penalties do to logits, by rising id: each token once. Of ids from `vocab` on nothing is said: a prompt may hold some
+/// that are never chosen, rows of padding or images. Arguments as in [`choose`].
+pub fn changes(rules: &Rules, bias: &[(u32, f64)], vocab: usize, history: History) -> Vec<Change> {
+    let mut changes = BTreeMap::<i32, Change>::new();
+    let known = |id: &i32| usize::try_from(*id).is_ok_and(|id| id < vocab);
+    let mut of = |id: i32, change: &dyn Fn(&mut Change)| change(changes.entry(id).or_insert_with(|| Change::of(id)));
+    for (id, by) in bias.iter().filter(|(id, _)| (*id as usize) < vocab) {
+        of(*id as i32, &|change| change.add(*by));
+    }
+    if rules.repetition_penalty != 1.0 {
+        history.tokens.iter().filter(|id| known(id)).for_each(|id| of(*id, &|change| change.divide(rules.repetition_penalty)));
+    }
+    if rules.presence_penalty != 0.0 || rules.frequency_penalty != 0.0 {
+        let mut counts = BTreeMap::<i32, f64>::new();
+        for id in history.tokens[history.prompt..].iter().filter(|id| known(id)) {
+            *counts.entry(*id).or_default() += 1.0;
+        }
+        for (id, count) in counts {
+            of(id, &|change| change.take(rules.presence_penalty, rules.frequency_penalty * count));
+        }
+    }
+    changes.into_values().collect()
 }
 
 /// The first of the highest scores.

@@ -5,14 +5,14 @@
 //! (scheduling by iteration).
 
 use super::kv_cache::{KvCache, Table, blocks_for};
-use super::sampler::{History, Rules, choose};
+use super::sampler::{History, Rules, changes, choose, choose_likely};
 use super::stop_text::StopText;
 use crate::data::tokenizer::{StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::threads::parallel;
 use crate::kernels::random::Stream;
 use crate::model::Model;
-use crate::model::paged::{Draw, LogitRows, NewTokens};
+use crate::model::paged::{Change, Draw, LogitRows, NewTokens};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -352,7 +352,7 @@ impl<'a> Scheduler<'a> {
     /// - `picks`: indices of the texts, and their rows
     fn choose_all(&mut self, picks: &[(usize, usize)], logits: &LogitRows, vocab: usize, events: &mut Vec<Event>) -> Result<()> {
         let temperatures: Vec<f32> = picks.iter().map(|(index, _)| self.job_of(*index).rules.reported_temperature()).collect();
-        let (labels, logprobs) = match self.draw_on_device(picks, logits, &temperatures)? {
+        let (labels, logprobs) = match self.choose_on_device(picks, logits, &temperatures)? {
             Some(drawn) => drawn,
             None => self.choose_on_host(picks, logits, vocab, &temperatures)?,
         };
@@ -377,15 +377,55 @@ impl<'a> Scheduler<'a> {
 
     /// Tokens and their log-probabilities, where the logits lie on a device and no text wants what only the host does; the tokens
     /// are those of [`Scheduler::choose_on_host`].
-    fn draw_on_device(&self, picks: &[(usize, usize)], logits: &LogitRows, temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
-        let draw = |(index, place): &(usize, usize)| {
-            let job = self.job_of(*index);
-            let temperature = job.rules.plain_temperature().filter(|_| job.bias.is_empty() && job.top_logprobs == 0)?;
-            Some(Draw { uniform: self.uniform(*index), temperature, row: *place as i32 })
+    fn choose_on_device(&self, picks: &[(usize, usize)], logits: &LogitRows, temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
+        if !logits.are_on_device() || picks.iter().any(|(index, _)| self.job_of(*index).top_logprobs > 0) {
+            return Ok(None);
+        }
+        let (filtered, plain): (Vec<usize>, Vec<usize>) = (0..picks.len()).partition(|pick| self.job_of(picks[*pick].0).rules.filters());
+        let (mut tokens, mut logprobs) = (vec![0; picks.len()], vec![0.0; picks.len()]);
+        if !plain.is_empty() {
+            let (draws, changes) = self.draws(picks, &plain);
+            let reported: Vec<f32> = plain.iter().map(|pick| temperatures[*pick]).collect();
+            let (drawn, said) = logits.draw(self.vocab, &draws, &changes, &reported)?;
+            plain.iter().zip(drawn).zip(said).for_each(|((pick, token), said)| (tokens[*pick], logprobs[*pick]) = (token, said));
+        }
+        if !filtered.is_empty() {
+            let (draws, changes) = self.draws(picks, &filtered);
+            for (pick, likely) in filtered.iter().zip(logits.likely(self.vocab, &draws, &changes)?) {
+                let index = picks[*pick].0;
+                let chosen = likely.and_then(|likely| choose_likely(&self.job_of(index).rules, likely, self.uniform(index)));
+                tokens[*pick] = chosen.map_or(-1, |id| id as i32);
+            }
+        }
+        // Where the device found no choice the host finds one, or says why there is none.
+        if tokens.iter().any(|token| *token < 0) {
+            return Ok(None);
+        }
+        if !filtered.is_empty() {
+            let of = |pick: &usize| (picks[*pick].1, tokens[*pick], temperatures[*pick]);
+            let (rows, (labels, reported)): (Vec<_>, (Vec<_>, Vec<_>)) =
+                filtered.iter().map(of).map(|(row, token, at)| (row, (token, at))).unzip();
+            let (said, _) = logits.logprobs(&rows, &labels, &reported)?;
+            filtered.iter().zip(said).for_each(|(pick, said)| logprobs[*pick] = said);
+        }
+        Ok(Some((tokens, logprobs)))
+    }
+
+    /// The draws of `some` of the picks, and what their rules do to the logits, by the index of the draw.
+    fn draws(&self, picks: &[(usize, usize)], some: &[usize]) -> (Vec<Draw>, Vec<Change>) {
+        let draw = |pick: &usize| {
+            let (index, row) = picks[*pick];
+            Draw { uniform: self.uniform(index), temperature: self.job_of(index).rules.drawn_temperature(), row: row as i32 }
         };
-        let Some(draws) = picks.iter().map(draw).collect::<Option<Vec<Draw>>>() else { return Ok(None) };
-        // Where there is no choice the host says why.
-        Ok(logits.draw(self.vocab, &draws, temperatures)?.filter(|(tokens, _)| tokens.iter().all(|token| *token >= 0)))
+        let lists: Vec<OnceLock<Vec<Change>>> = some.iter().map(|_| OnceLock::new()).collect();
+        parallel(some.len(), |at| {
+            let (member, job) = (&self.running[picks[some[at]].0], self.job_of(picks[some[at]].0));
+            let history = History { tokens: &member.tokens, prompt: job.prompt.len() };
+            let _ = lists[at].set(changes(&job.rules, &job.bias, self.vocab, history));
+        });
+        let lists = lists.into_iter().map(|list| list.into_inner().expect("every list was made")).enumerate();
+        let changes = lists.flat_map(|(row, list)| list.into_iter().map(move |change| change.in_row(row))).collect();
+        (some.iter().map(draw).collect(), changes)
     }
 
     /// Tokens by all rules, and their log-probabilities; the most likely ones are noted for texts that want them.

@@ -4,7 +4,7 @@
 use super::any::Model;
 use crate::error::Result;
 use crate::tensor::autograd::with_recording;
-pub use crate::tensor::head::{Draw, LogitRows};
+pub use crate::tensor::head::{Change, Draw, Likely, LogitRows};
 use crate::tensor::paged_attention::KvBlocks;
 pub use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
 use crate::tensor::select_rows::{row_ids, select_rows};

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, norm};
 use crate::kernels::cuda::memory::DeviceBuffer;
-pub use crate::kernels::cuda::sample::Draw;
+pub use crate::kernels::cuda::sample::{Change, Draw, Likely};
 use std::sync::{Arc, OnceLock};
 
 /// All logits of each row: `[rows, hidden]` times the head gives `[rows, vocab]`, f32.
@@ -50,15 +50,32 @@ impl LogitRows {
         Ok(self.values.get().expect("logits on the host are there from the beginning"))
     }
 
+    /// Whether they lie on a device.
+    pub fn are_on_device(&self) -> bool {
+        self.on_device.is_some()
+    }
+
+    fn device_rows(&self) -> &DeviceBuffer<f32> {
+        self.on_device.as_ref().expect("the host's sampler chooses from logits on the host")
+    }
+
     /// Chooses tokens where the logits lie, by [`Draw`]s over the first `vocab` of each row, with what [`LogitRows::logprobs`] says of
-    /// them; none on the host, whose sampler does that. A token is -1 where the logits allow no choice. Waits for the device once.
+    /// them. A token is -1 where the logits allow no choice. Waits for the device once. Panics on the host, whose sampler does that.
     ///
+    /// - `changes`: of the logits that a draw sees, with its index; log-probabilities are those without
     /// - `temperatures`: for each draw the one that its log-probability is reported for, above 0
     ///
     /// Errors: those of the device.
-    pub fn draw(&self, vocab: usize, draws: &[Draw], temperatures: &[f32]) -> Result<Option<(Vec<i32>, Vec<f32>)>> {
-        let Some(logits) = &self.on_device else { return Ok(None) };
-        super::cuda::logprobs::draw(logits, (self.vocab, vocab), draws, temperatures).map(Some)
+    pub fn draw(&self, vocab: usize, draws: &[Draw], changes: &[Change], temperatures: &[f32]) -> Result<(Vec<i32>, Vec<f32>)> {
+        super::cuda::logprobs::draw(self.device_rows(), (self.vocab, vocab), draws, changes, temperatures)
+    }
+
+    /// The tokens that filters may keep, for each draw; none where that are too many, and where the logits allow no choice. Arguments as
+    /// in [`LogitRows::draw`].
+    ///
+    /// Errors: those of the device.
+    pub fn likely(&self, vocab: usize, draws: &[Draw], changes: &[Change]) -> Result<Vec<Option<Likely>>> {
+        super::cuda::logprobs::likely(self.device_rows(), (self.vocab, vocab), draws, changes)
     }
 
     /// Log-probabilities of chosen tokens: the bits of [`super::logprobs::logprobs`] over the same rows, at the same place.

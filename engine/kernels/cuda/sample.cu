@@ -1,5 +1,6 @@
 // The next token of rows of logits: the most likely one, or a draw by weight, with the bits of kernels/cpu/likelihood.rs and the order
-// of infer/sampler.rs, so that it does not matter where a token is drawn. A row is cut into blocks of BLOCK tokens. See sample.rs.
+// of infer/sampler.rs, so that it does not matter where a token is drawn; or the tokens that filters may keep. A row is cut into blocks
+// of BLOCK tokens. See sample.rs.
 #include "prelude.cuh"
 
 // Weights that are summed in f32 before f64 takes over, as in kernels/cpu/likelihood.rs.
@@ -135,4 +136,121 @@ extern "C" __global__ void __launch_bounds__(256) choose(const float* logits, in
         if (within > target) break;
     }
     tokens[blockIdx.x] = token;
+}
+
+// As in sample.rs.
+struct Change {
+    double bias, repetition, presence, frequency;
+    int id, row, kinds, unused;
+};
+
+// Changes logits of single tokens, no two of them the same, each step rounded to f32 as the host does it.
+extern "C" __global__ void change(float* logits, int stride, const Change* changes, int count) {
+    int index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= count) return;
+    Change by = changes[index];
+    float* place = logits + (i64)by.row * stride + by.id;
+    float logit = *place;
+    if (by.kinds & 1) logit = (float)((double)logit + by.bias);
+    if (by.kinds & 2) logit = (float)(logit > 0.0f ? (double)logit / by.repetition : (double)logit * by.repetition);
+    if (by.kinds & 4) logit = (float)((double)logit - by.presence - by.frequency);
+    *place = logit;
+}
+
+// Weights by size: bin b has those from 2^-b on that no bin before has, the last all others above 0.
+constexpr int BINS = 32;
+// Most likely tokens that a draw may have.
+constexpr int LIKELY = 2048;
+// Words of a draw's result: bin, count and total, then ids, then weights.
+constexpr int WORDS = 4 + 2 * LIKELY;
+
+__device__ __forceinline__ int bin_of(float weight) {
+    int bin = 127 - (int)(__float_as_uint(weight) >> 23);
+    return bin < BINS - 1 ? bin : BINS - 1;
+}
+
+// bins[draw][block][bin]: how many weights of a block are in each bin. A warp is a block, each lane counts by itself.
+extern "C" __global__ void __launch_bounds__(32) sort_in(const float* logits, int stride, int vocab, const Draw* draws, const float* maxima, int* bins) {
+    __shared__ int counts[BINS][32];
+    Draw draw = draws[blockIdx.y];
+    int begin = blockIdx.x * BLOCK, end = min(begin + BLOCK, vocab), lane = threadIdx.x;
+    i64 place = (i64)blockIdx.y * gridDim.x;
+    float largest = largest_of(maxima + place, gridDim.x);
+    logits += (i64)draw.row * stride;
+    for (int bin = 0; bin < BINS; bin++) counts[bin][lane] = 0;
+    for (int i = begin + lane; i < end; i += 32) {
+        float weight = weight_of(logits[i], largest, draw.temperature);
+        if (weight > 0.0f) counts[bin_of(weight)][lane]++;
+    }
+    __syncthreads();
+    int sum = 0;
+    for (int other = 0; other < 32; other++) sum += counts[lane][other];
+    bins[(place + blockIdx.x) * BINS + lane] = sum;
+}
+
+// The last bin up to which a draw's weights fit, where each block's begin, and the sum of all weights; no bin if the first has too many
+// already, or if the logits allow no choice. One warp a draw.
+extern "C" __global__ void __launch_bounds__(32) pick_bin(const float* maxima, const double* sums, const int* bins, int blocks, int* starts, int* found) {
+    __shared__ int counts[BINS];
+    __shared__ int last;
+    i64 place = (i64)blockIdx.x * blocks;
+    maxima += place, sums += place, bins += place * BINS, starts += place, found += (i64)blockIdx.x * WORDS;
+    float largest = largest_of(maxima, blocks);
+    int lane = threadIdx.x, count = 0;
+    for (int block = 0; block < blocks; block++) count += bins[(i64)block * BINS + lane];
+    counts[lane] = count;
+    __syncthreads();
+    if (lane == 0) {
+        int bin = -1, all = 0;
+        while (largest > -INFINITE && bin + 1 < BINS && all + counts[bin + 1] <= LIKELY) all += counts[++bin];
+        double total = 0.0;
+        for (int block = 0; block < blocks; block++) total += sums[block];
+        found[0] = bin, found[1] = bin < 0 ? 0 : all;
+        *(double*)(found + 2) = total;
+        last = bin;
+    }
+    __syncthreads();
+    for (int block = lane; block < blocks; block += 32) {
+        int own = 0;
+        for (int bin = 0; bin <= last; bin++) own += bins[(i64)block * BINS + bin];
+        starts[block] = own;
+    }
+    __syncthreads();
+    if (lane != 0) return;
+    int before = 0;
+    for (int block = 0; block < blocks; block++) {
+        int own = starts[block];
+        starts[block] = before;
+        before += own;
+    }
+}
+
+// Ids and weights of the tokens in the picked bins, by rising id. A warp is a block, a lane has BLOCK / 32 neighbours.
+extern "C" __global__ void __launch_bounds__(32) gather(const float* logits, int stride, int vocab, const Draw* draws, const float* maxima, const int* starts,
+    int* found) {
+    Draw draw = draws[blockIdx.y];
+    i64 place = (i64)blockIdx.y * gridDim.x;
+    found += (i64)blockIdx.y * WORDS;
+    int last = found[0], lane = threadIdx.x;
+    float largest = largest_of(maxima + place, gridDim.x);
+    if (last < 0) return;
+    logits += (i64)draw.row * stride;
+    int begin = blockIdx.x * BLOCK + lane * (BLOCK / 32), end = min(begin + BLOCK / 32, vocab), count = 0;
+    for (int i = begin; i < end; i++) {
+        float weight = weight_of(logits[i], largest, draw.temperature);
+        count += weight > 0.0f && bin_of(weight) <= last;
+    }
+    int at = count;
+    for (int by = 1; by < 32; by *= 2) {
+        int other = __shfl_up_sync(~0u, at, by);
+        if (lane >= by) at += other;
+    }
+    at += starts[place + blockIdx.x] - count;
+    for (int i = begin; i < end; i++) {
+        float weight = weight_of(logits[i], largest, draw.temperature);
+        if (!(weight > 0.0f) || bin_of(weight) > last) continue;
+        found[4 + at] = i;
+        found[4 + LIKELY + at] = (int)__float_as_uint(weight);
+        at++;
+    }
 }

@@ -9,7 +9,7 @@ use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::logprobs::{self as kernel, EntropyGradient, Place};
 use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::cuda::product::{self, Residual};
-use crate::kernels::cuda::sample::{Draw, sample};
+use crate::kernels::cuda::sample::{self, Change, Draw, Likely, change};
 use crate::kernels::cuda::{elements, embedding::embed};
 use crate::tensor::autograd::{Node, Sink};
 use crate::tensor::logprobs::{Extra, Score, labelled_rows, rows_on_device, scalar};
@@ -306,20 +306,53 @@ pub fn logprobs_of_logits(
     Ok((logprobs.to_vec()?, lse.to_vec()?))
 }
 
+/// Copies of the rows that are drawn from, with changes of their logits, and the draws from these; none without changes.
+fn changed(
+    logits: &DeviceBuffer<f32>,
+    stride: usize,
+    draws: &[Draw],
+    changes: &[Change],
+) -> Result<Option<(DeviceBuffer<f32>, Vec<Draw>)>> {
+    if changes.is_empty() {
+        return Ok(None);
+    }
+    let device = logits.device();
+    let rows: Vec<i32> = draws.iter().map(|draw| draw.row).collect();
+    let rows = DeviceBuffer::copy_of(device, "rows", &rows)?;
+    let mut copies = scratch::<f32>(device, draws.len() * stride)?;
+    embed(device, logits.view(), stride, rows.view(), copies.view_mut())?;
+    change(device, copies.view_mut(), stride, changes)?;
+    Ok(Some((copies, draws.iter().enumerate().map(|(row, draw)| Draw { row: row as i32, ..*draw }).collect())))
+}
+
+/// As [`crate::tensor::head::LogitRows::likely`]; arguments as in [`draw`].
+pub fn likely(logits: &DeviceBuffer<f32>, sizes: (usize, usize), draws: &[Draw], changes: &[Change]) -> Result<Vec<Option<Likely>>> {
+    let device = logits.device();
+    match changed(logits, sizes.0, draws, changes)? {
+        None => sample::likely(device, logits.view(), sizes, draws),
+        Some((copies, draws)) => sample::likely(device, copies.view(), sizes, &draws),
+    }
+}
+
 /// As [`crate::tensor::head::LogitRows::draw`].
 ///
 /// - `logits`: `[any, stride]`, of which the first `vocab` of a row may be chosen
+/// - `changes`: of logits, by the index of their draw
 /// - `temperatures`: those that log-probabilities are reported for
 pub fn draw(
     logits: &DeviceBuffer<f32>,
     (stride, vocab): (usize, usize),
     draws: &[Draw],
+    changes: &[Change],
     temperatures: &[f32],
 ) -> Result<(Vec<i32>, Vec<f32>)> {
     let (device, count) = (logits.device(), draws.len());
     // Tokens and log-probabilities side by side, so that one copy fetches both.
     let mut both = scratch::<i32>(device, 2 * count)?;
-    sample(device, logits.view(), (stride, vocab), draws, both.part_mut(..count))?;
+    match changed(logits, stride, draws, changes)? {
+        None => sample::sample(device, logits.view(), (stride, vocab), draws, both.part_mut(..count))?,
+        Some((copies, draws)) => sample::sample(device, copies.view(), (stride, vocab), &draws, both.part_mut(..count))?,
+    }
     let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
     let rows: Vec<usize> = draws.iter().map(|draw| draw.row as usize).collect();
     logprobs_of_rows(logits, stride, &rows, temperatures, both.part(..count), lse.view_mut(), logprobs.view_mut())?;
