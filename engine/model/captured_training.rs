@@ -33,7 +33,8 @@ impl<E: ModelElement> Graph<E> {
         normalizer: f32,
         recompute: bool,
     ) -> Result<Option<Tensor<f32, 0>>> {
-        let is_plain = self.config.moe.is_none() && input.prefixes.iter().all(|prefix| prefix.is_empty());
+        let is_dense = self.config.moe.is_none() && self.embed.any_embedding_part().is_none();
+        let is_plain = is_dense && input.prefixes.iter().all(|prefix| prefix.is_empty());
         let is_small = train_flops(&self.config, input.tokens.len()) <= FLOPS_MAX;
         let is_sound = normalizer > 0.0 && normalizer.is_finite();
         let Some(device) = self.place().device().filter(|_| is_plain && is_small && is_sound && is_recording() && self.learns()) else {
