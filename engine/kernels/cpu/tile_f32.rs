@@ -1,6 +1,8 @@
 //! The tile product in f32, for each instruction set.
 
 use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::isa::f32_on_amx;
 use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{TILE_ROWS, for_rows, tile_avx2, tile_avx512};
@@ -12,7 +14,7 @@ impl TileElement for f32 {
 
     fn layout(isa: Isa) -> Layout {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::AmxBf16 {
+        if isa == Isa::AmxBf16 && f32_on_amx() {
             return Layout::SPLIT;
         }
         let _ = isa;
@@ -24,11 +26,11 @@ impl TileElement for f32 {
         unsafe {
             #[cfg(target_arch = "x86_64")]
             match isa {
-                Isa::AmxBf16 => unreachable!("split values are multiplied by split_product.rs"),
-                Isa::Avx512 | Isa::Avx512Bf16 if panels == 1 && args.a_row == 1 => {
+                Isa::AmxBf16 if f32_on_amx() => unreachable!("split values are multiplied by split_product.rs"),
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 if panels == 1 && args.a_row == 1 => {
                     return for_rows!(rows, side_by_side, 2, args, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
                 }
-                Isa::Avx512 | Isa::Avx512Bf16 => return avx512(rows, panels, args),
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::AmxBf16 => return avx512(rows, panels, args),
                 Isa::Avx2 => return avx2(rows, panels, args),
                 Isa::Portable => {}
             }
