@@ -1,6 +1,8 @@
 //! Forward passes, log-probabilities, losses and greedy tokens against the numbers of Hugging Face transformers and TRL.
 //! Training runs are in golden_train.rs.
 
+#[path = "fixtures/f32_on_amx.rs"]
+mod f32_on_amx;
 mod fixtures;
 
 use fixtures::{Batch, Golden, clear_gradients, gradient, gradient_norm, targets};
@@ -277,4 +279,16 @@ fn int8_logits_are_those_of_the_rounded_weights() {
         theirs("rms")
     );
     assert!(max <= 2.0 * theirs("max") && rms <= 1.5 * theirs("rms"), "max {max}, rms {rms}");
+}
+
+#[test]
+fn f32_on_amx_does_too() {
+    f32_on_amx::once_more(&[
+        "dense_models_give_the_reference_numbers",
+        "yarn_gives_the_reference_numbers_beyond_the_trained_length",
+        "mixtures_of_experts_give_the_reference_numbers",
+        "logprobs_and_entropy_follow_the_temperature",
+        "preference_pairs_give_the_reference_logprobs_and_gradients",
+        "greedy_tokens_are_those_of_the_reference",
+    ]);
 }

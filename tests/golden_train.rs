@@ -1,6 +1,8 @@
 //! Training runs against PyTorch: the first batch's loss and every gradient, then twenty steps of AdamW with clipping and
 //! a cosine schedule, step by step and parameter by parameter.
 
+#[path = "fixtures/f32_on_amx.rs"]
+mod f32_on_amx;
 mod fixtures;
 #[path = "fixtures/training.rs"]
 mod training;
@@ -153,4 +155,13 @@ fn training_in_bf16_stays_near_f32() {
             assert!(kept * 2 > values.len(), "{name}: {kept} of {} values of {parameter} are more than bf16", values.len());
         }
     }
+}
+
+#[test]
+fn f32_on_amx_does_too() {
+    f32_on_amx::once_more(&[
+        "dense_training_follows_the_reference",
+        "training_a_mixture_of_experts_follows_the_reference",
+        "micro_batches_add_up_to_the_gradient_of_the_batch",
+    ]);
 }

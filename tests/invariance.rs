@@ -2,6 +2,8 @@
 //! the number of threads, or on recomputation. Sizes are odd on purpose, and large enough that products cut their
 //! reduction into blocks, attention its keys, and the loss its rows.
 
+#[path = "fixtures/f32_on_amx.rs"]
+mod f32_on_amx;
 mod fixtures;
 
 use fixtures::{Batch, clear_gradients, targets};
@@ -389,4 +391,14 @@ fn three_updates_give_the_same_weights_on_any_number_of_threads() {
             assert!(one == two, "{name}: {parameter}");
         }
     }
+}
+
+#[test]
+fn f32_on_amx_does_too() {
+    let _alone = alone();
+    f32_on_amx::once_more(&[
+        "generation_reports_the_log_probabilities_of_the_training_forward",
+        "a_sequence_has_its_numbers_in_any_company",
+        "gradients_do_not_depend_on_threads_or_recomputation",
+    ]);
 }

@@ -3,7 +3,7 @@
 
 use super::{bench_ceilings, bench_decode, bench_durability, bench_ops, bench_train};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::isa::isa;
+use crate::kernels::cpu::isa::instructions;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::element::Dtype;
 use crate::model::config::Config;
@@ -134,13 +134,13 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         What::Durability => bench_durability::run(&case)?,
     };
     if args.json {
-        report["machine"] = json!({ "threads": threads(), "instructions": isa().name(), "perilune": env!("CARGO_PKG_VERSION") });
+        report["machine"] = json!({ "threads": threads(), "instructions": instructions(), "perilune": env!("CARGO_PKG_VERSION") });
         report["device"] = json!(case.place.device().map_or_else(|| case.place.to_string(), |device| device.name.clone()));
         println!("{report:#}");
     } else {
         match case.place.device() {
             Some(device) => print!("{} ({})\n{text}", device.name, case.place),
-            None => print!("{} threads, {}\n{text}", threads(), isa().name()),
+            None => print!("{} threads, {}\n{text}", threads(), instructions()),
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::host::lua_version::lua_version;
 use crate::host::sandbox::executable;
 use crate::host::sandbox_job::{Outcome, Status, find_python, probe};
-use crate::kernels::cpu::isa::{Isa, isa};
+use crate::kernels::cpu::isa::{Isa, f32_on_amx, isa};
 use crate::kernels::cpu::threads::{cores, threads};
 use crate::kernels::cuda::compile::nvrtc_version;
 use crate::kernels::cuda::device::Device;
@@ -103,7 +103,21 @@ fn cpu() -> Finding {
 }
 
 fn instructions() -> Finding {
-    instructions_finding(isa(), Isa::best(), std::env::var("PERILUNE_ISA").ok().as_deref())
+    let finding = instructions_finding(isa(), Isa::best(), std::env::var("PERILUNE_ISA").ok().as_deref());
+    f32_finding(finding, f32_on_amx(), std::env::var("PERILUNE_F32").ok().as_deref())
+}
+
+/// Adds to `finding` whether f32 runs on AMX too, which `PERILUNE_F32` asks for.
+fn f32_finding(mut finding: Finding, on_amx: bool, asked: Option<&str>) -> Finding {
+    let Some(asked) = asked else { return finding };
+    finding.value["f32"] = json!({ "amx": on_amx, "asked": asked });
+    if on_amx {
+        finding.text += "; f32 on AMX (PERILUNE_F32 asks for it)";
+    } else {
+        finding.text += &format!("; PERILUNE_F32 is {asked:?} and changes nothing");
+        finding.remedy = finding.remedy.or(Some("unset PERILUNE_F32, or set it to amx where AMX is in use".into()));
+    }
+    finding
 }
 
 fn instructions_finding(used: Isa, best: Isa, asked: Option<&str>) -> Finding {
@@ -266,6 +280,9 @@ mod tests {
         check(Isa::Avx512, Some("avx512_bf16"), "which this processor lacks", true);
         check(Isa::Avx512, Some("sse9"), "none of portable", true);
         assert!(instructions_finding(Isa::Portable, Isa::Portable, None).remedy.is_some());
+        let f32 = |on_amx, asked| f32_finding(instructions_finding(Isa::Avx2, Isa::Avx2, None), on_amx, asked);
+        assert!(f32(false, None).remedy.is_none() && f32(true, Some("amx")).text.contains("f32 on AMX"));
+        assert!(f32(false, Some("amx")).remedy.is_some() && f32(false, Some("fast")).text.contains("changes nothing"));
     }
 
     #[test]

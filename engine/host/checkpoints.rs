@@ -179,7 +179,7 @@ impl Snapshot {
             steps: run.store.ended_steps(),
             events: run.events_seen(),
             build: build_id().to_string(),
-            instructions: isa::isa().name().to_string(),
+            instructions: isa::instructions().to_string(),
             gpus: models.iter().filter_map(|copied: &Copied| copied.gpu.clone()).collect(),
         };
         let (generation, version, unasked) = (run.code().number, run.resources.version(), run.states.rest());
@@ -327,7 +327,7 @@ impl Origin {
             cuda_probe::probe().map_or_else(|_| Vec::new(), |driver| driver.gpus.into_iter().map(|gpu| gpu.name).collect())
         };
         let has_gpus = self.state.gpus.iter().all(|gpu| here.contains(gpu));
-        if self.state.build == build_id() && self.state.instructions == isa::isa().name() && has_gpus {
+        if self.state.build == build_id() && self.state.instructions == isa::instructions() && has_gpus {
             return "exact: the same program on the same instructions, every number will be as if it had not been interrupted".into();
         }
         let with = |instructions: &str, gpus: &[String]| [&[instructions.to_string()], gpus].concat().join(", ");
@@ -337,7 +337,7 @@ impl Origin {
             self.state.build,
             with(&self.state.instructions, &gpus),
             build_id(),
-            with(isa::isa().name(), &here)
+            with(isa::instructions(), &here)
         )
     }
 

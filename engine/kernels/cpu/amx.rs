@@ -1,6 +1,6 @@
-//! Matrix products of bf16, and of bytes, on the tile registers of AMX: up to 32 rows times a panel of 32 columns, 16 units of
-//! the reduction at a time. Also whether this process may use them. Knows addresses and strides, not matrices; which product
-//! runs in which form is tile_bf16.rs's and isa.rs's choice.
+//! Matrix products of bf16, of split f32 (split_f32.rs), and of bytes, on the tile registers of AMX: up to 16 rows times a panel of
+//! 32 columns, a group of the reduction at a time. Also whether this process may use them. Knows addresses and strides, not
+//! matrices; which product runs in which form is isa.rs's choice and that of the tile_*.rs.
 //!
 //! `tdpbf16ps` adds to a tile of f32 sums, `[16 rows][16 columns]`, the product of `[16 rows][16 units]` and `[16 units][16
 //! columns]`; for each sum it adds the even products of the 16 units from zero, likewise the odd ones, then both together,
@@ -9,8 +9,8 @@
 //! unsigned times signed, and sums of 32 bits. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2,
 //! TDPBF16PS and TDPBUSD.
 //!
-//! Tile registers belong to a thread and the compiler never touches them. Nothing stays in them between two calls of
-//! [`tile`]; only their shapes do, which is remembered for each thread.
+//! Tile registers belong to a thread and the compiler never touches them. Between two calls only their shapes stay, which is
+//! remembered for each thread, and the sums of a [`SplitSums`] as long as it lives.
 
 use super::isa::Isa;
 use super::split_f32::ROW_WORDS;
@@ -223,6 +223,23 @@ macro_rules! split_products {
     };
 }
 
+/// Takes up the sums at `c`, or zeros without `add`.
+macro_rules! take_up {
+    () => {
+        concat!(
+            "test {add:e}, {add:e}\n",
+            "jz 2f\n",
+            "tileloadd tmm0, [{c} + {c_row}]\n",
+            "tileloadd tmm1, [{c} + {c_row} + 64]\n",
+            "jmp 3f\n",
+            "2:\n",
+            "tilezero tmm0\n",
+            "tilezero tmm1\n",
+            "3:\n",
+        )
+    };
+}
+
 /// Bytes between the rows of a group of split f32.
 const SPLIT_ROW: usize = ROW_WORDS * 4;
 
@@ -242,15 +259,7 @@ impl SplitSums {
         unsafe {
             configure(rows);
             asm!(
-                "test {add:e}, {add:e}",
-                "jz 2f",
-                "tileloadd tmm0, [{c} + {c_row}]",
-                "tileloadd tmm1, [{c} + {c_row} + 64]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "3:",
+                take_up!(),
                 add = in(reg) u32::from(add), c = in(reg) sums, c_row = in(reg) PANEL_STRIDE,
                 out("tmm0") _, out("tmm1") _,
                 options(nostack),
@@ -356,15 +365,7 @@ macro_rules! whole_groups {
             // uses tile registers, and nothing is expected of them afterwards. Lines asked for may be of any address.
             unsafe {
                 asm!(
-                    "test {add:e}, {add:e}",
-                    "jz 2f",
-                    "tileloadd tmm0, [{c} + {c_row}]",
-                    "tileloadd tmm1, [{c} + {c_row} + 64]",
-                    "jmp 3f",
-                    "2:",
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "3:",
+                    take_up!(),
                     "test {groups}, {groups}",
                     "jz 5f",
                     "4:",

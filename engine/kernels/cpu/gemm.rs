@@ -432,26 +432,51 @@ mod tests {
         products::<bf16, f32>();
     }
 
-    #[test]
-    fn a_weight_gradient_in_two_calls_is_the_one_in_one_call() {
+    fn two_calls<E: TileElement>() {
         // With 300 inputs AMX cuts the tokens of one call into slabs.
         for (m, k, n) in [(2 * TOKEN_UNITS + 77, 13, 40), (2 * TOKEN_UNITS + 77, 300, 40)] {
-            let (x, dy) = (values::<bf16>(m * k, 1), values::<bf16>(m * n, 2));
+            let (x, dy) = (values::<E>(m * k, 1), values::<E>(m * n, 2));
             let (mut whole, mut parts) = (vec![0.0; panels::len_f32(n, k)], vec![0.0; panels::len_f32(n, k)]);
             weight_gradient(&mut whole, &dy, &x, None, n, k, false);
             let cut = 31 * 32;
             weight_gradient(&mut parts, &dy[..cut * n], &x[..cut * k], None, n, k, false);
             weight_gradient(&mut parts, &dy[cut * n..], &x[cut * k..], None, n, k, true);
             assert!(whole == parts);
-            let f = |v: bf16| f64::from(v.to_f32());
+            let f = |v: E| f64::from(v.to_f32());
             check(whole[0], (0..m).map(|t| (f(dy[t * n]), f(x[t * k]))), "dw[0]");
         }
     }
 
     #[test]
-    fn rows_whose_reduction_is_cut_into_slabs_are_those_of_one_row_alone() {
+    fn a_weight_gradient_in_two_calls_is_the_one_in_one_call() {
+        two_calls::<f32>();
+        two_calls::<bf16>();
+    }
+
+    /// Split f32 must be f32: no further from the exact sums than a chain of fused multiply-adds.
+    #[test]
+    fn f32_on_amx_is_as_near_to_exact_sums_as_a_chain() {
+        if Isa::best() != Isa::AmxBf16 {
+            return;
+        }
+        let (m, k, n) = (20, 1024, 40);
+        // Of many sizes, as weights and gradients are.
+        let spread = |seed| values::<f32>(m.max(n) * k, seed).into_iter().map(|v| v * (v * 37.0).sin().abs().powi(8)).collect::<Vec<_>>();
+        let (x, w) = (spread(1)[..m * k].to_vec(), spread(2)[..n * k].to_vec());
+        let panels = packed(&w, n, k);
+        let exact = |i: usize| (0..k).map(|kk| f64::from(x[i / n * k + kk]) * f64::from(w[i % n * k + kk])).sum::<f64>();
+        let error = |isa| {
+            let mut y = vec![0.0f32; m * n];
+            forward_as(isa, &mut y, &x, None, Weight { panels: &panels, outputs: n, inputs: k }, None, None);
+            y.iter().enumerate().map(|(i, y)| (f64::from(*y) - exact(i)).powi(2)).sum::<f64>().sqrt()
+        };
+        let (split, chain) = (error(Isa::AmxBf16), error(Isa::Avx512));
+        assert!(split <= chain, "split {split:e}, chain {chain:e}");
+    }
+
+    fn slabs<E: TileElement>() {
         let (m, k, n) = (400, 3001, 45);
-        let (x, w) = (values::<bf16>(m * k, 1), values::<bf16>(n * k, 2));
+        let (x, w) = (values::<E>(m * k, 1), values::<E>(n * k, 2));
         let panels = packed(&w, n, k);
         let weight = Weight { panels: &panels, outputs: n, inputs: k };
         for isa in forms() {
@@ -464,10 +489,16 @@ mod tests {
             for rows in [1, 17, 45] {
                 assert!(forward(rows) == all[..rows * n], "{isa:?}: {rows} rows");
             }
-            let f = |v: bf16| f64::from(v.to_f32());
+            let f = |v: E| f64::from(v.to_f32());
             let last = (m - 1) * k;
             check(all[m * n - 1], (0..k).map(|i| (f(x[last + i]), f(w[(n - 1) * k + i]))), "the last of y");
         }
+    }
+
+    #[test]
+    fn rows_whose_reduction_is_cut_into_slabs_are_those_of_one_row_alone() {
+        slabs::<f32>();
+        slabs::<bf16>();
     }
 
     #[test]

@@ -70,12 +70,17 @@ pub fn isa() -> Isa {
     })
 }
 
-/// Whether products of f32 run on AMX where it is in use (split_f32.rs): if `PERILUNE_F32` is `amx`. Training and prefill gain by it,
-/// 6 to 70 %; decoding one text loses a fifth to two fifths, which is why it has to be asked for. Unit tests always take it.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn f32_on_amx() -> bool {
+/// Whether products of f32 run on AMX too where it is in use (split_f32.rs): if `PERILUNE_F32` is `amx`. Training gains 6 to 20 % by
+/// it, prefill more; decoding one text loses up to half of its speed, which is why it has to be asked for. Unit tests always take it.
+pub fn f32_on_amx() -> bool {
     static CHOSEN: OnceLock<bool> = OnceLock::new();
-    *CHOSEN.get_or_init(|| cfg!(test) || std::env::var("PERILUNE_F32").is_ok_and(|name| name == "amx"))
+    let asked = || cfg!(test) || std::env::var("PERILUNE_F32").is_ok_and(|name| name == "amx");
+    *CHOSEN.get_or_init(|| isa() == Isa::AmxBf16 && asked())
+}
+
+/// What products run on, by name: bits are the same where this is.
+pub fn instructions() -> &'static str {
+    if f32_on_amx() { "amx_bf16 and amx_f32" } else { isa().name() }
 }
 
 /// Writes a function whose loops are compiled for each form and picked by [`isa`]: plain Rust that the compiler turns

@@ -34,15 +34,21 @@ pub(super) const PANEL_WORDS: usize = 32 * ROW_WORDS;
 /// stead, has the same bits on both. `work` calls functions that are not inlined, so that nothing of it moves out of here.
 pub(super) fn flushing(work: impl FnOnce()) {
     const ZERO_DENORMALS: u32 = 0x8040;
-    let mut before = 0u32;
-    // SAFETY: the control word of the thread's vector arithmetic is stored, and set to itself with two more flags.
-    unsafe { asm!("stmxcsr [{}]", in(reg) &mut before, options(nostack)) };
-    let changed = before | ZERO_DENORMALS;
-    // SAFETY: as above.
-    unsafe { asm!("ldmxcsr [{}]", in(reg) &changed, options(nostack)) };
+    /// Sets the word again that was found, also when `work` panics.
+    struct Restore(u32);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: the word is one that the thread had.
+            unsafe { asm!("ldmxcsr [{}]", in(reg) &self.0, options(nostack, readonly)) };
+        }
+    }
+    let mut before = Restore(0);
+    // SAFETY: the control word of the thread's vector arithmetic is stored, then set to itself with two more flags.
+    unsafe {
+        asm!("stmxcsr [{}]", in(reg) &mut before.0, options(nostack));
+        asm!("ldmxcsr [{}]", in(reg) &(before.0 | ZERO_DENORMALS), options(nostack, readonly));
+    }
     work();
-    // SAFETY: the word is the one that was found.
-    unsafe { asm!("ldmxcsr [{}]", in(reg) &before, options(nostack)) };
 }
 
 /// The three parts of 16 values, each in the upper half of its word; the lower halves are zero, but for the last part's, which
@@ -82,7 +88,7 @@ fn paired(even: __m512, odd: __m512) -> [__m512i; 3] {
 /// Splits units of a panel, `[units][32]`, into whole groups of [`PANEL_WORDS`], with zeros after the last unit.
 ///
 /// # Safety
-/// The processor has AVX-512 F and BW.
+/// The processor has AVX-512 F and BW. Panics if `out` has no room for the groups.
 pub(super) unsafe fn panel(block: &[f32], out: &mut [f32]) {
     // SAFETY: the caller's promise.
     flushing(|| unsafe { groups_of_panel(block, out) });
@@ -98,10 +104,10 @@ unsafe fn groups_of_panel(block: &[f32], out: &mut [f32]) {
     for (group, out) in groups.iter().zip(out.as_chunks_mut::<PANEL_WORDS>().0) {
         group_of_panel(group, out);
     }
-    if let Some(out) = last.first_chunk_mut() {
+    if !rest.is_empty() {
         let mut group = [0.0; GROUP_UNITS * 32];
         group[..rest.len()].copy_from_slice(rest);
-        group_of_panel(&group, out);
+        group_of_panel(&group, last.first_chunk_mut().expect("a place for the last group"));
     }
 }
 
