@@ -556,7 +556,7 @@ fn resuming_with_new_code_says_what_it_will_do() {
 fn a_live_run_is_held_steered_and_stopped() {
     let place = Place::new();
     Script::new(1_000_000).write(&place);
-    let live = Live::start(&place, "live", &[]);
+    let mut live = Live::start(&place, "live", &[]);
     let id = live.folder.file_name().unwrap().to_str().unwrap().to_string();
     let say = |words: &[&str]| {
         let output = place.command(words).args(["latest", "--runs", "live"]).output().unwrap();
@@ -586,6 +586,8 @@ fn a_live_run_is_held_steered_and_stopped() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && text.contains(part), "{setting}: {text}");
     }
+    let lines = live.lines();
+    live.wait("a step with the setting", |live| live.lines() > lines);
     check(&["stop"], &format!("stopped; go on with: perilune resume {id}"));
     let metrics = std::fs::read_to_string(live.folder.join("metrics.jsonl")).unwrap();
     let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
@@ -602,6 +604,13 @@ fn a_live_run_is_held_steered_and_stopped() {
         std::thread::sleep(Duration::from_millis(10));
     }
     ask(&folder, &json!({ "do": "checkpoint" })).unwrap();
+    // All of this may have happened at one boundary: the setting shows in a step only.
+    let lines = || std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap().lines().count();
+    let before = lines();
+    while lines() <= before {
+        assert!(began.elapsed() < Duration::from_secs(60), "it does not go on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     ask(&folder, &json!({ "do": "stop" })).unwrap();
     assert_eq!(again.wait().unwrap().code(), Some(130));
     let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
