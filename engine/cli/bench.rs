@@ -3,7 +3,7 @@
 
 use super::{bench_ceilings, bench_decode, bench_durability, bench_ops, bench_train};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::isa::instructions;
+use crate::kernels::cpu::isa::{expect_many_rows, instructions};
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::element::Dtype;
 use crate::model::config::Config;
@@ -126,6 +126,9 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     }
     let (sequences, sequence_tokens, profile) = (args.sequences, args.sequence, args.profile);
     let case = Case { name: args.config, config, dtype, place, sequences, sequence_tokens, seconds, profile, batches, prefills };
+    if !matches!(args.what, What::Decode) {
+        expect_many_rows();
+    }
     let (mut report, text) = match args.what {
         What::Ceilings => bench_ceilings::run(&case)?,
         What::Train => bench_train::run(&case)?,

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::host::lua_version::lua_version;
 use crate::host::sandbox::executable;
 use crate::host::sandbox_job::{Outcome, Status, find_python, probe};
-use crate::kernels::cpu::isa::{Isa, f32_on_amx, isa};
+use crate::kernels::cpu::isa::{F32_CHOICES, Isa, isa};
 use crate::kernels::cpu::threads::{cores, threads};
 use crate::kernels::cuda::compile::nvrtc_version;
 use crate::kernels::cuda::device::Device;
@@ -104,18 +104,23 @@ fn cpu() -> Finding {
 
 fn instructions() -> Finding {
     let finding = instructions_finding(isa(), Isa::best(), std::env::var("PERILUNE_ISA").ok().as_deref());
-    f32_finding(finding, f32_on_amx(), std::env::var("PERILUNE_F32").ok().as_deref())
+    f32_finding(finding, isa() == Isa::AmxBf16, std::env::var("PERILUNE_F32").ok().as_deref())
 }
 
-/// Adds to `finding` whether f32 runs on AMX too, which `PERILUNE_F32` asks for.
-fn f32_finding(mut finding: Finding, on_amx: bool, asked: Option<&str>) -> Finding {
-    let Some(asked) = asked else { return finding };
-    finding.value["f32"] = json!({ "amx": on_amx, "asked": asked });
-    if on_amx {
-        finding.text += "; f32 on AMX (PERILUNE_F32 asks for it)";
-    } else {
+/// Adds to `finding` where f32 runs on a processor whose AMX is in use, and what `PERILUNE_F32` has to do with it.
+fn f32_finding(mut finding: Finding, has_amx: bool, asked: Option<&str>) -> Finding {
+    let known = asked.filter(|asked| F32_CHOICES.contains(asked));
+    if has_amx {
+        finding.value["f32"] = json!({ "run": known.unwrap_or("amx"), "generate": known.unwrap_or("avx512"), "asked": asked });
+        finding.text += &match known {
+            Some(choice) => format!("; f32 on {choice} (PERILUNE_F32 names it)"),
+            None => "; f32 on amx in runs, on avx512 in commands that only generate".into(),
+        };
+    }
+    if let Some(asked) = asked.filter(|_| known.is_none() || !has_amx) {
         finding.text += &format!("; PERILUNE_F32 is {asked:?} and changes nothing");
-        finding.remedy = finding.remedy.or(Some("unset PERILUNE_F32, or set it to amx where AMX is in use".into()));
+        let choices = F32_CHOICES.join(" or ");
+        finding.remedy = finding.remedy.or(Some(format!("unset PERILUNE_F32, or set it to {choices} where AMX is in use")));
     }
     finding
 }
@@ -280,9 +285,10 @@ mod tests {
         check(Isa::Avx512, Some("avx512_bf16"), "which this processor lacks", true);
         check(Isa::Avx512, Some("sse9"), "none of portable", true);
         assert!(instructions_finding(Isa::Portable, Isa::Portable, None).remedy.is_some());
-        let f32 = |on_amx, asked| f32_finding(instructions_finding(Isa::Avx2, Isa::Avx2, None), on_amx, asked);
-        assert!(f32(false, None).remedy.is_none() && f32(true, Some("amx")).text.contains("f32 on AMX"));
-        assert!(f32(false, Some("amx")).remedy.is_some() && f32(false, Some("fast")).text.contains("changes nothing"));
+        let f32 = |has_amx, asked| f32_finding(instructions_finding(Isa::Avx2, Isa::Avx2, None), has_amx, asked);
+        assert!(f32(false, None).remedy.is_none() && f32(true, Some("amx")).text.ends_with("f32 on amx (PERILUNE_F32 names it)"));
+        assert!(f32(true, None).text.contains("on amx in runs") && f32(true, None).remedy.is_none());
+        assert!(f32(false, Some("amx")).remedy.is_some() && f32(true, Some("fast")).text.contains("changes nothing"));
     }
 
     #[test]

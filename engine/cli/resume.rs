@@ -12,6 +12,7 @@ use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
 use crate::host::{args, interrupt};
+use crate::kernels::cpu::isa::expect_many_rows;
 use crate::store::records::{GenerationStatus, StepStatus};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,6 +71,7 @@ impl GoOn {
     ///
     /// Errors: [`Error::Script`] if it is finished or alive; those of the run.
     pub fn run(self, folder: &Path, screen: Screen) -> Result<()> {
+        expect_many_rows();
         interrupt::listen()?;
         let run = Run::open(folder, screen.clone())?;
         go_to_working_folder(&run.facts, &screen);

@@ -10,6 +10,7 @@ use crate::host::vm::Vm;
 use crate::host::work::explanation;
 use crate::host::workflow::Workflow;
 use crate::host::{args, control, interrupt, reload};
+use crate::kernels::cpu::isa::expect_many_rows;
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,6 +51,7 @@ impl Run {
             )));
         }
         let help = self.take_own_words()?;
+        expect_many_rows();
         interrupt::listen()?;
         let screen = Screen::new(self.quiet);
         let mut vm = Vm::new(Path::new(&script), screen.clone())?;

@@ -1,6 +1,7 @@
 //! Which vector instructions this processor has, and the choice among the forms of a kernel.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// The forms kernels come in, best last. Each includes those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,12 +71,27 @@ pub fn isa() -> Isa {
     })
 }
 
-/// Whether products of f32 run on AMX too where it is in use (split_f32.rs): if `PERILUNE_F32` is `amx`. Training gains 6 to 20 % by
-/// it, prefill more; decoding one text loses up to half of its speed, which is why it has to be asked for. Unit tests always take it.
+/// What `PERILUNE_F32` may say: where products of f32 run on a processor with AMX.
+pub const F32_CHOICES: [&str; 2] = ["amx", "avx512"];
+
+/// Set by [`expect_many_rows`].
+static MANY_ROWS: AtomicBool = AtomicBool::new(false);
+
+/// Says that this process trains, so that products of many rows matter most to it: see [`f32_on_amx`]. Has an effect only before
+/// the first product.
+pub fn expect_many_rows() {
+    MANY_ROWS.store(true, Relaxed);
+}
+
+/// Whether products of f32 run on AMX too where it is in use (split_f32.rs): in processes that train ([`expect_many_rows`]) and
+/// gain 6 to 20 % by it, not in those that only generate, where one text would lose up to half of its speed. `PERILUNE_F32`, `amx`
+/// or `avx512`, chooses otherwise. Unit tests take AMX.
 pub fn f32_on_amx() -> bool {
     static CHOSEN: OnceLock<bool> = OnceLock::new();
-    let asked = || cfg!(test) || std::env::var("PERILUNE_F32").is_ok_and(|name| name == "amx");
-    *CHOSEN.get_or_init(|| isa() == Isa::AmxBf16 && asked())
+    *CHOSEN.get_or_init(|| {
+        let asked = std::env::var("PERILUNE_F32").ok().and_then(|name| F32_CHOICES.iter().position(|choice| *choice == name));
+        isa() == Isa::AmxBf16 && asked.map_or_else(|| cfg!(test) || MANY_ROWS.load(Relaxed), |choice| choice == 0)
+    })
 }
 
 /// What products run on, by name: bits are the same where this is.
