@@ -350,7 +350,7 @@ pub(super) fn attend_block<F: Form, E: Float>(
     }
     for (r, row) in scores[..rows].iter_mut().enumerate() {
         let mut sums: [f32; LANES] = std::array::from_fn(|lane| state.sums[r * LANES + lane] * factors[r]);
-        form.exp(row, scale, shifts[r]);
+        form.exp(row, walk, scale, shifts[r]);
         for chunk in row.chunks_exact(LANES) {
             sums.iter_mut().zip(chunk).for_each(|(sum, probability)| *sum += probability);
         }

@@ -72,8 +72,8 @@ impl Form for Amx {
     }
 
     #[inline(always)]
-    fn exp(self, row: &mut Row, scale: f32, shift: f32) {
-        self.0.exp(row, scale, shift);
+    fn exp(self, row: &mut Row, walk: usize, scale: f32, shift: f32) {
+        self.0.exp(row, walk, scale, shift);
     }
 
     #[inline(always)]

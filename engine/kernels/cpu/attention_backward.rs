@@ -295,13 +295,14 @@ impl Weights {
         let depth = queries.queries.len() / BLOCK;
         let [queries_left, d_outputs_left] =
             [&*queries.queries, &*queries.d_outputs].map(|rows| Left { words: &rows[index * ROWS * depth..], row: depth });
-        let (panels, panel_words) = (Visible::walk(visible).div_ceil(COLUMNS), depth * COLUMNS);
+        let walk = Visible::walk(visible);
+        let (panels, panel_words) = (walk.div_ceil(COLUMNS), depth * COLUMNS);
         form.multiply_panels(queries_left, keys, panel_words, panels, depth, self.p.as_flattened_mut(), BLOCK, Start::Zero);
         form.multiply_panels(d_outputs_left, values, panel_words, panels, depth, self.ds.as_flattened_mut(), BLOCK, Start::Zero);
         for (r, (p, ds)) in self.p.iter_mut().zip(&mut self.ds).enumerate() {
             let (lse, delta) = (queries.lse[index * ROWS + r], queries.delta[index * ROWS + r]);
             visible[r].mask(p);
-            form.exp(p, scale, lse);
+            form.exp(p, walk, scale, lse);
             for (p, ds) in p.iter_mut().zip(&mut *ds) {
                 let probability = *p;
                 // In a form with pairs the rounding comes with the pairing.

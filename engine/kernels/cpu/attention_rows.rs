@@ -60,19 +60,21 @@ mod avx512 {
         _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(part(0), part(1)), _mm512_max_ps(part(2), part(3))))
     }
 
-    /// Sets each number x of a row to `exp(x * scale - shift)`.
+    /// Sets the first `walk` numbers x of a row, and those up to the next multiple of 16, to `exp(x * scale - shift)`, the others
+    /// to 0.
     ///
     /// # Safety
     /// The processor has AVX-512 F.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    pub fn exp_512(row: &mut Row, scale: f32, shift: f32) {
+    pub fn exp_512(row: &mut Row, walk: usize, scale: f32, shift: f32) {
         let (scale, shift) = (_mm512_set1_ps(scale), _mm512_set1_ps(shift));
         for at in (0..BLOCK).step_by(16) {
             // SAFETY: each step reads and writes 16 of the 64 numbers.
             unsafe {
                 let x = _mm512_loadu_ps(row.as_ptr().add(at));
-                _mm512_storeu_ps(row.as_mut_ptr().add(at), exp::exp_512(_mm512_sub_ps(_mm512_mul_ps(x, scale), shift)));
+                let y = if at < walk { exp::exp_512(_mm512_sub_ps(_mm512_mul_ps(x, scale), shift)) } else { _mm512_setzero_ps() };
+                _mm512_storeu_ps(row.as_mut_ptr().add(at), y);
             }
         }
     }
@@ -139,16 +141,18 @@ mod tests {
         assert_eq!((max(&first), bits(&words), bits(&half)), (want_max, want_rows.clone(), want_columns.clone()));
         #[cfg(target_arch = "x86_64")]
         if Isa::best() >= Isa::Avx512Bf16 {
-            let mut exponentials = first;
+            let (mut exponentials, mut some) = (first, first);
             // SAFETY: the processor has AVX-512 F, BW and BF16.
             let max = unsafe {
                 pair_rows_512(&first, &second, &mut words);
                 pair_columns_512(&first, &mut half);
-                exp_512(&mut exponentials, 0.3, 1.7);
+                exp_512(&mut exponentials, BLOCK, 0.3, 1.7);
+                exp_512(&mut some, 17, 0.3, 1.7);
                 max_512(&first)
             };
             assert_eq!((max, bits(&words), bits(&half)), (want_max, want_rows, want_columns));
             assert_eq!(bits(&exponentials), bits(&first.map(|x| exp(x * 0.3 - 1.7))));
+            assert_eq!((&some[..32], &some[32..]), (&exponentials[..32], &[0.0; 32][..]));
         }
     }
 }

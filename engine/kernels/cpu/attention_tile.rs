@@ -87,10 +87,13 @@ pub trait Form: Copy + Send + Sync {
         attention_rows::max(row)
     }
 
-    /// Sets each number x of a row to `exp(x * scale - shift)`, the same bits in every form.
+    /// Sets the first `walk` numbers x of a row, and those up to the next multiple of 16, to `exp(x * scale - shift)`, the same
+    /// bits in every form, and the others to 0.
     #[inline(always)]
-    fn exp(self, row: &mut Row, scale: f32, shift: f32) {
-        row.iter_mut().for_each(|x| *x = exp(*x * scale - shift));
+    fn exp(self, row: &mut Row, walk: usize, scale: f32, shift: f32) {
+        let (live, dead) = row.split_at_mut(walk.next_multiple_of(16));
+        live.iter_mut().for_each(|x| *x = exp(*x * scale - shift));
+        dead.fill(0.0);
     }
 
     /// Rounds two rows to bf16 and puts them side by side: word j is `(first[j], second[j])`. For forms with pairs.
@@ -273,9 +276,9 @@ macro_rules! rows_512 {
 
         #[cfg(target_arch = "x86_64")]
         #[inline(always)]
-        fn exp(self, row: &mut Row, scale: f32, shift: f32) {
+        fn exp(self, row: &mut Row, walk: usize, scale: f32, shift: f32) {
             // SAFETY: the token exists, so `Choice::at` saw a processor with AVX-512 F.
-            unsafe { attention_rows::exp_512(row, scale, shift) }
+            unsafe { attention_rows::exp_512(row, walk, scale, shift) }
         }
     };
 }
