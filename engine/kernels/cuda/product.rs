@@ -1,5 +1,5 @@
-//! Launchers of product.cu and product_plain.cu: the products of linear layers and of groups of experts. Weights lie in
-//! rows: `W` is `[outputs, inputs]`, as files have it.
+//! Launchers of product.cu, its forms for few rows and for Hopper, and product_plain.cu: the products of linear layers and of
+//! groups of experts. Weights lie in rows: `W` is `[outputs, inputs]`, as files have it.
 //!
 //! Batch invariance: an element is one chain along its reduction in steps of 16 (bf16) or 1 (f32), and the tile, which does
 //! depend on the number of rows, does not change it. Nor does the instruction: on an H200 Hopper's wgmma, which takes more than
@@ -12,6 +12,13 @@ use super::memory::{View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::Result;
 use crate::kernels::element::{Dtype, Float};
+
+/// Rows and columns of a tile of product_narrow.cu.
+const NARROW_ROWS: usize = 8;
+const NARROW_COLUMNS: usize = 8;
+
+/// Most such tiles for each multiprocessor, which holds three at a time. Of more columns wider tiles read rows less often.
+const NARROW_TILES: usize = 5;
 
 /// Grouped rows: those of group `g` are `offsets[g]..offsets[g + 1]`.
 #[derive(Clone, Copy)]
@@ -60,8 +67,13 @@ impl<E: Float> Product<'_, E> {
         let stage = |rows: usize, columns: usize| (rows + columns) * 64 * 2;
         // A strided operand of few rows takes the room of 64.
         let few = if self.a_strided || self.b_strided { 64 } else { 16 };
+        let narrow = !self.a_strided
+            && !self.b_strided
+            && self.grouped == 0
+            && self.columns.div_ceil(NARROW_COLUMNS) <= NARROW_TILES * device.multiprocessors;
         let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
             (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
+            (true, ..=NARROW_ROWS) if narrow => (Program::ProductNarrow, NARROW_ROWS, NARROW_COLUMNS, 128, 8 * 16 * 256 * 2 + 16),
             // Narrow tiles where wide ones would leave multiprocessors without one.
             (true, ..=16) if self.columns.div_ceil(64) < device.multiprocessors => {
                 (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32)))

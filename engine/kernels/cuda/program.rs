@@ -29,6 +29,7 @@ pub enum Program {
     Product,
     /// For compute capability 9.0 alone.
     ProductHopper,
+    ProductNarrow,
     ProductPlain,
     RmsNorm,
     Rope,
@@ -55,6 +56,7 @@ impl Program {
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
             Self::ProductHopper => ("product_hopper.cu", include_str!("product_hopper.cu")),
+            Self::ProductNarrow => ("product_narrow.cu", include_str!("product_narrow.cu")),
             Self::ProductPlain => ("product_plain.cu", include_str!("product_plain.cu")),
             Self::RmsNorm => ("rms_norm.cu", include_str!("rms_norm.cu")),
             Self::Rope => ("rope.cu", include_str!("rope.cu")),
@@ -144,6 +146,9 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         all.extend([(16, 32), (16, 64), (64, 64), (128, 128)].map(|(rows, columns)| tiled(Product, rows, columns)));
         if capability == (9, 0) {
             all.extend([128, 256].map(|columns| tiled(ProductHopper, 128, columns)));
+        }
+        if (a, b, grouped) == (0, 0, 0) {
+            all.push(tiled(ProductNarrow, 8, 8));
         }
     }
     all
