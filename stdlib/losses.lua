@@ -18,13 +18,23 @@ end
 ---@field reduction? "mean"|"sum"|"none" default "mean"
 ---@field mask? engine.Tensor 1 where an element counts, else 0
 
+--- Broadcasting would pair elements that do not belong together: [n] and [n, 1] become [n, n].
+local function check_shape(name, arg, given, like)
+  if type(given) == "number" then return end
+  local got, expected = table.concat(given.shape, ", "), table.concat(like.shape, ", ")
+  if got ~= expected then error(("std.losses.%s: `%s` should be of shape [%s], got [%s]"):format(name, arg, expected, got), 3) end
+end
+
 --- Reduces an element-wise loss as the options say. Losses leave by a tail call, so the frame behind this one is the user's.
 local function reduce(name, loss, options)
   local reduction = options.reduction or "mean"
   if reduction ~= "mean" and reduction ~= "sum" and reduction ~= "none" then
     error(("std.losses.%s: `reduction` should be mean, sum or none, got %s"):format(name, tostring(reduction)), 2)
   end
-  if options.mask then loss = loss * options.mask end
+  if options.mask then
+    check_shape(name, "mask", options.mask, loss)
+    loss = loss * options.mask
+  end
   if reduction == "none" then return loss end
   if reduction == "sum" then return loss:sum() end
   if options.mask then return loss:sum() / math.max(options.mask:sum():item(), 1) end
@@ -40,6 +50,7 @@ end
 ---@return engine.Tensor loss
 function losses.mse(prediction, target, options)
   options = check("std.losses.mse", options, { "reduction", "mask" })
+  check_shape("mse", "target", target, prediction)
   return reduce("mse", (prediction - target):square(), options)
 end
 
@@ -53,6 +64,7 @@ end
 ---@return engine.Tensor loss
 function losses.huber(prediction, target, options)
   options = check("std.losses.huber", options, { "delta", "reduction", "mask" })
+  check_shape("huber", "target", target, prediction)
   local delta = options.delta or 1
   local size = (prediction - target):abs()
   local near = size:clamp { max = delta }
@@ -69,6 +81,7 @@ end
 ---@return engine.Tensor loss
 function losses.bce(logits, targets, options)
   options = check("std.losses.bce", options, { "reduction", "mask" })
+  check_shape("bce", "targets", targets, logits)
   return reduce("bce", logits:softplus() - logits * targets, options)
 end
 
@@ -82,7 +95,7 @@ end
 ---@return engine.Tensor loss
 function losses.cross_entropy(logits, labels, options)
   options = check("std.losses.cross_entropy", options, { "reduction", "label_smoothing" })
-  if logits.rank ~= 2 or labels.rank ~= 1 then
+  if logits.rank ~= 2 or labels.rank ~= 1 or labels.count ~= logits.shape[1] then
     error("std.losses.cross_entropy: `logits` should be [rows, classes] and `labels` [rows]", 2)
   end
   local counted = labels:ge(0)
@@ -104,6 +117,7 @@ end
 ---@return engine.Tensor loss
 function losses.nll(logprobs, mask, options)
   options = check("std.losses.nll", options, { "normalizer" })
+  check_shape("nll", "mask", mask, logprobs)
   local count = options.normalizer or math.max(mask:sum():item(), 1)
   return -(logprobs * mask):sum() / count
 end
@@ -131,6 +145,7 @@ end
 ---@return engine.Tensor loss
 function losses.kl(p, q, options)
   options = check("std.losses.kl", options, { "reduction", "mask" })
+  check_shape("kl", "q", q, p)
   return reduce("kl", (p:exp() * (p - q)):sum(-1), options)
 end
 
@@ -159,6 +174,7 @@ end
 function losses.distill(student, teacher, options)
   options = check("std.losses.distill", options, { "divergence", "temperature", "beta", "reduction", "mask" })
   local divergence, t, b = options.divergence or "forward", options.temperature or 1, options.beta or 0.5
+  check_shape("distill", "teacher", teacher, student)
   local s, q = (student / t):log_softmax(-1), (teacher:detach() / t):log_softmax(-1)
   local function kl(p, other) return (p:exp() * (p - other)):sum(-1) end
   local loss

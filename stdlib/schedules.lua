@@ -6,12 +6,16 @@
 ---   warm-up, t < W:  (t + 1) / W, the same for all; the first update already learns, and update W has the full rate.
 ---   after it:        u = (t - W) / (T - W), from 0 towards 1, is the share of the rest that is done.
 --- `warmup` is a number of steps if it is 1 or more, else a share of all steps. A step behind the last keeps the last value.
+--- Where t is a share that is done, as step.progress, `steps` is 1, and `warmup` and `decay` are shares; then t < W gives t / W.
 
 local schedules = {}
 
 ---@class std.ScheduleOptions
 ---@field warmup? number steps of linear warm-up (1 or more), or their share of all steps (below 1); default 0
 ---@field final? number multiplier at the end of the run; default 0
+
+--- Whether `step` is a share that is done: a float, where the whole is 1. The only step of a run is an integer.
+local function is_share(step, steps) return steps == 1 and math.type(step) == "float" end
 
 local function check(name, step, steps, options, known)
   if type(step) ~= "number" or not (step >= 0) then
@@ -27,21 +31,25 @@ local function check(name, step, steps, options, known)
     if not found then
       error(("std.schedules.%s: option should be one of %s, got `%s`"):format(name, list, tostring(key)), 3)
     end
-    if type(value) ~= "number" or value < 0 then
+    if type(value) ~= "number" or not (value >= 0) then
       error(("std.schedules.%s: `%s` should be a number of at least 0, got %s"):format(name, key, tostring(value)), 3)
+    end
+    if is_share(step, steps) and key ~= "final" and value >= 1 then
+      error(("std.schedules.%s: `%s` should be a share below 1, as `step` is one, got %s"):format(name, key, tostring(value)), 3)
     end
   end
 end
 
-local function in_steps(share_or_steps, steps)
-  if share_or_steps < 1 then return math.floor(share_or_steps * steps) end
-  return share_or_steps
+--- `portion`, a share or a number of steps, in the unit of `step`.
+local function in_unit(portion, step, steps)
+  if portion < 1 and not is_share(step, steps) then return math.floor(portion * steps) end
+  return portion
 end
 
 --- The warm-up's multiplier, or nil and the share u of the rest that is done.
 local function warm_up(step, steps, warmup)
-  local count = in_steps(warmup or 0, steps)
-  if step < count then return (step + 1) / count end
+  local count = in_unit(warmup or 0, step, steps)
+  if step < count then return (is_share(step, steps) and step or step + 1) / count end
   if steps <= count then return nil, 1 end
   return nil, math.min((step - count) / (steps - count), 1)
 end
@@ -93,7 +101,7 @@ function schedules.warmup_stable_decay(step, steps, options)
   check("warmup_stable_decay", step, steps, options, { "warmup", "decay", "final" })
   local rising = warm_up(step, steps, options.warmup)
   if rising then return rising end
-  local decay = in_steps(options.decay or 0.1, steps)
+  local decay = in_unit(options.decay or 0.1, step, steps)
   local fallen = step - (steps - decay)
   if fallen <= 0 then return 1 end
   return 1 - (1 - (options.final or 0)) * math.min(fallen / decay, 1)

@@ -44,6 +44,17 @@ describe("losses", function()
     local p, q = tensor.new { { 0.5, 0.5 } }, tensor.new { { 0.25, 0.75 } }
     expect(losses.kl(p:log(), q:log()):item()).near(0.5 * math.log(2) + 0.5 * math.log(2 / 3), 1e-6)
   end)
+  it("refuse shapes that would broadcast, naming the caller's line", function()
+    local column, labels = tensor.zeros { 3, 1 }, tensor.zeros({ 2 }, { dtype = "i32" })
+    for _, name in ipairs { "mse", "huber", "bce", "kl", "distill", "nll" } do
+      expect(function() losses[name](a, column) end).fails "should be of shape [3], got [3, 1]"
+      expect(function() losses[name](a, column) end).fails "tests/lua/losses.lua"
+    end
+    expect(function() losses.mse(a, b, { mask = column }) end).fails "`mask` should be of shape [3], got [3, 1]"
+    expect(function() losses.sft(a, { mask = column }) end).fails "tests/lua/losses.lua"
+    expect(function() losses.cross_entropy(column, labels) end).fails "`labels` [rows]"
+    expect(losses.mse(a, 1):item()).near(5 / 3, 1e-6)
+  end)
   it("refuse unknown options, naming the caller's line", function()
     expect(function() losses.mse(a, b, { reducton = "sum" }) end).fails "losses.lua"
     expect(function() losses.mse(a, b, { reducton = "sum" }) end).fails "`reducton`"
@@ -255,9 +266,16 @@ describe("schedules", function()
   it("take a share of one step that is done", function()
     expect(schedules.cosine(0.5, 1, { final = 0.1 })).near(0.55, 1e-12)
     expect(schedules.cosine(1.0, 1, { final = 0.1 })).near(0.1, 1e-12)
+    expect(schedules.linear(0.05, 1, { warmup = 0.1 })).is(0.5)
+    expect(schedules.linear(0.55, 1, { warmup = 0.1 })).near(0.5, 1e-12)
+    expect(schedules.warmup_stable_decay(0.75, 1, { decay = 0.5 })).is(0.5)
+    expect(schedules.warmup_stable_decay(0.95, 1)).near(0.5, 1e-12)
+    expect(schedules.cosine(0, 1, { warmup = 0.5 })).is(1.0)
+    expect(function() schedules.cosine(0.5, 1, { warmup = 20 }) end).fails "`warmup` should be a share below 1"
   end)
   it("refuse what cannot be meant", function()
     expect(function() schedules.cosine(0, 0) end).fails "`steps` should be"
+    expect(function() schedules.cosine(0, 1, { final = 0 / 0 }) end).fails "`final` should be a number of at least 0"
     expect(function() schedules.cosine(-0.5, 10) end).fails "`step` should be"
     expect(function() schedules.cosine(0 / 0, 10) end).fails "`step` should be"
     expect(function() schedules.cosine(0, 10, { warm = 1 }) end).fails "`warm`"
