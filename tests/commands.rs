@@ -41,6 +41,31 @@ fn model_folder() -> (tempfile::TempDir, String) {
 }
 
 #[test]
+fn a_reader_who_goes_away_is_no_error_and_a_full_disk_is_one() {
+    let (_folder, model) = model_folder();
+    for words in [&["doctor"][..], &["params", &model], &["params", "7B", "--json"]] {
+        let shell = |line: &str| {
+            let mut command = Command::new("sh");
+            command.args(["-c", line, "sh", env!("CARGO_BIN_EXE_perilune")]).args(words).output().unwrap()
+        };
+        // The reader has closed its end before the first line comes.
+        let gone = shell("(sleep 0.2; \"$@\"; echo \"ended with $?\" >&2) | true");
+        assert_eq!(text(&gone.stderr), "ended with 0\n", "{words:?}");
+        let full = shell("\"$@\" > /dev/full");
+        assert_eq!(full.status.code(), Some(1), "{words:?}");
+        assert!(text(&full.stderr).starts_with("error: standard output: cannot write to"), "{}", text(&full.stderr));
+    }
+}
+
+#[test]
+fn a_script_prints_bytes_that_are_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("s.lua");
+    std::fs::write(&script, r#"print("caf\xe9", 1)"#).unwrap();
+    assert_eq!(printed(&["run", script.to_str().unwrap()]), "caf\u{fffd}\t1\n");
+}
+
+#[test]
 fn doctor_reports_in_text_and_json() {
     let report: serde_json::Value = serde_json::from_str(&printed(&["doctor", "--json"])).unwrap();
     for name in ["perilune", "rustc", "cpu", "instructions", "threads", "memory", "disk", "sandbox", "gpu"] {

@@ -588,7 +588,7 @@ fn a_live_run_is_held_steered_and_stopped() {
     }
     let lines = live.lines();
     live.wait("a step with the setting", |live| live.lines() > lines);
-    check(&["stop"], &format!("stopped; go on with: perilune resume {id}"));
+    check(&["stop"], &format!("stopped; go on with: perilune resume live/{id}"));
     let metrics = std::fs::read_to_string(live.folder.join("metrics.jsonl")).unwrap();
     let last: Value = serde_json::from_str(metrics.lines().last().unwrap()).unwrap();
     assert_eq!(last["lr"], 0.25);

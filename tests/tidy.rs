@@ -235,6 +235,15 @@ fn doors(file: &File) -> Vec<String> {
     findings
 }
 
+/// Printing that panics when the reader has gone or the disk is full; `cli/output.rs` does it well.
+fn printing(file: &File) -> Vec<String> {
+    let prints =
+        |line: &str| ["print!(", "println!("].iter().any(|call| has_word(line, call.trim_end_matches("!(")) && line.contains(call));
+    let lines = if file.path.starts_with("engine/cli/") { code(file) } else { Vec::new() };
+    let finding = |(number, _): &(usize, String)| format!("{}:{number}: commands print through cli/output.rs", file.path);
+    lines.iter().filter(|(_, line)| prints(line)).map(finding).collect()
+}
+
 /// Whether the line has `word` as a whole word.
 fn has_word(line: &str, word: &str) -> bool {
     let outside = |c: char| !(c.is_alphanumeric() || c == '_');
@@ -450,6 +459,13 @@ fn unwrap_stays_in_tests() {
         "code goes on after a test module's name"
     );
     assert!(on_sample(unwraps, "engine/a.rs", &format!("// {call}let text = \"{}\";", call.trim())).is_empty());
+}
+
+#[test]
+fn commands_print_through_one_place() {
+    check(&rust_files(), printing);
+    assert_eq!(on_sample(printing, "engine/cli/a.rs", "println!(\"x\");\nprint!(\"x\");\neprintln!();\n").len(), 2);
+    assert!(on_sample(printing, "engine/cli/a.rs", "eprint!(\"x\");\nprint(&text)?;\n").is_empty());
 }
 
 #[test]

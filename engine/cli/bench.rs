@@ -1,6 +1,7 @@
 //! `perilune bench ceilings|train|ops|decode|durability`: what this machine can do at most, and what share of it the engine reaches. The
 //! ceiling is measured in the same run as what is held against it, since a shared machine is not the same an hour later.
 
+use super::output::print;
 use super::{bench_ceilings, bench_decode, bench_durability, bench_ops, bench_train};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::isa::{expect_many_rows, instructions};
@@ -86,7 +87,7 @@ pub struct Case {
 /// Measures and prints. Errors: [`Error::Argument`] for an option that cannot be meant; those of the model.
 pub fn bench(args: BenchArgs) -> Result<()> {
     if args.explain {
-        println!("{}\n\n{EXPLANATION}\n", flops::FORMULA);
+        print(&format!("{}\n\n{EXPLANATION}\n\n", flops::FORMULA))?;
     }
     let default = match args.what {
         What::Ceilings => 3.0,
@@ -139,14 +140,12 @@ pub fn bench(args: BenchArgs) -> Result<()> {
     if args.json {
         report["machine"] = json!({ "threads": threads(), "instructions": instructions(), "perilune": env!("CARGO_PKG_VERSION") });
         report["device"] = json!(case.place.device().map_or_else(|| case.place.to_string(), |device| device.name.clone()));
-        println!("{report:#}");
-    } else {
-        match case.place.device() {
-            Some(device) => print!("{} ({})\n{text}", device.name, case.place),
-            None => print!("{} threads, {}\n{text}", threads(), instructions()),
-        }
+        return print(&format!("{report:#}\n"));
     }
-    Ok(())
+    match case.place.device() {
+        Some(device) => print(&format!("{} ({})\n{text}", device.name, case.place)),
+        None => print(&format!("{} threads, {}\n{text}", threads(), instructions())),
+    }
 }
 
 const EXPLANATION: &str = "\

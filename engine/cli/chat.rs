@@ -112,7 +112,8 @@ pub fn chat(args: ChatArgs) -> Result<()> {
     interrupt::listen()?;
     let is_terminal = io::stdin().is_terminal();
     if is_terminal {
-        println!("{} parameters, {}; /help lists commands", super::units::count(model.count() as f64), model.dtype_name());
+        let count = super::units::count(model.count() as f64);
+        super::output::print(&format!("{count} parameters, {}; /help lists commands\n", model.dtype_name()))?;
     }
     let (mut conversation, mut answers) = (Conversation::new(args.system.as_deref()), 0u64);
     let mut out = io::stdout();

@@ -33,7 +33,7 @@ struct Finding {
     value: Value,
 }
 
-/// Prints the report. Errors: none of its own; what cannot be found out is said so.
+/// Prints the report. Errors: those of [`super::output::print`]; what cannot be found out is said so.
 pub fn doctor(args: DoctorArgs) -> Result<()> {
     let held = executable().and_then(|executable| probe(&executable));
     let probed = cuda_probe::probe();
@@ -49,16 +49,17 @@ pub fn doctor(args: DoctorArgs) -> Result<()> {
                 (finding.name.to_owned(), value)
             })
             .collect();
-        println!("{:#}", Value::Object(object));
-        return Ok(());
+        return super::output::print(&format!("{:#}\n", Value::Object(object)));
     }
-    for finding in &findings {
-        println!("{:<13}{}", finding.name, finding.text);
-        if let Some(remedy) = &finding.remedy {
-            println!("{:<13}-> {remedy}", "");
+    super::output::print_with(|out| {
+        for finding in &findings {
+            writeln!(out, "{:<13}{}", finding.name, finding.text)?;
+            if let Some(remedy) = &finding.remedy {
+                writeln!(out, "{:<13}-> {remedy}", "")?;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn versions() -> Finding {

@@ -1,10 +1,11 @@
 //! Commands that steer a run while it lives: `pause`, `continue`, `stop`, `checkpoint`, `set`, `reload`. Each asks the run's process,
 //! which answers at the end of its step.
 
+use super::output::print;
 use super::runs::Which;
 use crate::error::{Error, Result};
 use crate::host::control::{ask, setting};
-use crate::host::run::{is_alive, read_facts};
+use crate::host::run::{is_alive, read_facts, word_for};
 use serde_json::{Value as Json, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -69,7 +70,7 @@ fn living(which: &Which) -> Result<PathBuf> {
         return Ok(folder);
     }
     let id = read_facts(&folder)?.id;
-    Err(Error::Script(format!("{id}: no process runs this run; go on with it by: perilune resume {id}")))
+    Err(Error::Script(format!("{id}: no process runs this run; go on with it by: perilune resume {}", word_for(&folder))))
 }
 
 fn ask_living(which: &Which, question: &Json) -> Result<(PathBuf, Json)> {
@@ -94,23 +95,21 @@ fn place(answer: &Json) -> String {
 impl Pause {
     pub fn run(self) -> Result<()> {
         let (_, answer) = ask_living(&self.which, &json!({ "do": "pause" }))?;
-        println!("paused after {}", place(&answer));
-        Ok(())
+        print(&format!("paused after {}\n", place(&answer)))
     }
 }
 
 impl Continue {
     pub fn run(self) -> Result<()> {
         let (_, answer) = ask_living(&self.which, &json!({ "do": "continue" }))?;
-        println!("goes on from {}", place(&answer));
-        Ok(())
+        print(&format!("goes on from {}\n", place(&answer)))
     }
 }
 
 impl Stop {
     pub fn run(self) -> Result<()> {
         let (folder, _) = ask_living(&self.which, &json!({ "do": "stop" }))?;
-        let (id, began) = (read_facts(&folder)?.id, Instant::now());
+        let began = Instant::now();
         let mut noted = false;
         while is_alive(&folder) {
             if !noted && began.elapsed() > NOTE_AFTER {
@@ -119,8 +118,7 @@ impl Stop {
             }
             std::thread::sleep(LOOK);
         }
-        println!("stopped; go on with: perilune resume {id}");
-        Ok(())
+        print(&format!("stopped; go on with: perilune resume {}\n", word_for(&folder)))
     }
 }
 
@@ -128,8 +126,7 @@ impl Checkpoint {
     pub fn run(self) -> Result<()> {
         let (folder, answer) = ask_living(&self.which, &json!({ "do": "checkpoint" }))?;
         let name = answer.as_str().unwrap_or_default();
-        println!("{}", Path::new(&folder).join("checkpoints").join(name).display());
-        Ok(())
+        print(&format!("{}\n", Path::new(&folder).join("checkpoints").join(name).display()))
     }
 }
 
@@ -138,11 +135,11 @@ impl Reload {
         let (_, answer) = ask_living(&self.which, &json!({ "do": "reload" }))?;
         match answer["generation"].as_u64() {
             Some(number) => {
-                println!("generation {number} leads from {} on ({:.0} ms)", place(&answer), answer["ms"].as_f64().unwrap_or(0.0))
+                let ms = answer["ms"].as_f64().unwrap_or(0.0);
+                print(&format!("generation {number} leads from {} on ({ms:.0} ms)\n", place(&answer)))
             }
-            None => println!("the files are those that run already"),
+            None => print("the files are those that run already\n"),
         }
-        Ok(())
     }
 }
 
@@ -151,7 +148,6 @@ impl Set {
         // Mistakes of form are told at once, not at the end of a step.
         self.settings.iter().try_for_each(|word| setting(word).map(drop))?;
         let (_, answer) = ask_living(&self.which, &json!({ "do": "set", "settings": self.settings }))?;
-        println!("set from {} on: {}", place(&answer), self.settings.join(" "));
-        Ok(())
+        print(&format!("set from {} on: {}\n", place(&answer), self.settings.join(" ")))
     }
 }

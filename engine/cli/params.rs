@@ -66,8 +66,7 @@ pub fn params(args: ParamsArgs) -> Result<()> {
         report["device"] = parts;
         text += &lines;
     }
-    print!("{}", if args.json { format!("{report:#}\n") } else { text });
-    Ok(())
+    super::output::print(&if args.json { format!("{report:#}\n") } else { text })
 }
 
 /// The adapter that is asked for, and its size.

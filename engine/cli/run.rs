@@ -65,8 +65,7 @@ impl Run {
         let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
         if help {
             let text = vm.sources().into_iter().next().map_or_else(String::new, |source| source.text);
-            print!("{}", workflow.help(&script, &text));
-            return Ok(());
+            return super::output::print(&workflow.help(&script, &text));
         }
         let values = args::parse(&workflow.specs, &self.words).map_err(|error| Error::Script(format!("{script}: {error}")))?;
         let sources = vm.sources();
@@ -96,6 +95,9 @@ impl Run {
                     .or_else(|| words.next())
                     .ok_or_else(|| Error::Script(format!("{name} needs {what} (--help lists the arguments)")))
             };
+            if let (Some(given), "--help" | "-h" | "--explain" | "--quiet" | "--tensorboard" | "--watch") = (&given, name) {
+                return Err(Error::Script(format!("{name} takes no value, got `{given}` (--help lists the arguments)")));
+            }
             match name {
                 "--help" | "-h" => help = true,
                 "--explain" => self.explain = true,
@@ -128,8 +130,8 @@ pub fn perform(run: &Arc<run::Run>, vm: Vm, values: Vec<(String, Json)>, target:
     }
     let result = conduct(run, vm, values, target);
     if matches!(result, Err(ref error) if !matches!(error, Error::Interrupted)) {
-        let id = &run.facts.id;
-        run.screen.note(&format!("when that is mended: perilune resume {id}, with --code new if the script was changed"));
+        let word = run::word_for(&run.folder);
+        run.screen.note(&format!("when that is mended: perilune resume {word}, with --code new if the script was changed"));
     }
     result
 }

@@ -1,5 +1,6 @@
 //! `perilune types`: writes the typed stubs of everything that scripts can call, for an editor with the Lua language server.
 
+use super::output::print;
 use crate::error::{Error, Result};
 use crate::host::modules::{STDLIB, STUBS};
 use serde_json::{Map, Value as Json, json};
@@ -29,11 +30,10 @@ impl Types {
         match settings {
             Some(text) => {
                 write(&settings_path, &text)?;
-                println!("wrote {} and {}", library.display(), settings_path.display());
+                print(&format!("wrote {} and {}\n", library.display(), settings_path.display()))
             }
-            None => println!("wrote {}; {} names it already", library.display(), settings_path.display()),
+            None => print(&format!("wrote {}; {} names it already\n", library.display(), settings_path.display())),
         }
-        Ok(())
     }
 }
 

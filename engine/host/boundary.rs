@@ -8,6 +8,7 @@ use super::interrupt;
 use super::loops::{Loop, State};
 use super::modules::Source;
 use super::progress::Progress;
+use super::run::word_for;
 use super::{code, reload};
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -44,7 +45,7 @@ impl Loop {
         }
         self.close(state, true);
         self.run.checkpoints.wait()?;
-        let kept = if self.plan.is_on() { format!("; go on with: perilune resume {}", self.run.facts.id) } else { String::new() };
+        let kept = if self.plan.is_on() { format!("; go on with: perilune resume {}", word_for(&self.run.folder)) } else { String::new() };
         self.run.screen.note(&format!("stopped after step {} of {}{kept}", state.next, self.path));
         Err(Error::Interrupted.into())
     }

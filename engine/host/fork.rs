@@ -103,7 +103,10 @@ impl Parent<'_> {
             return Ok(Start::Anew(BTreeSet::new()));
         }
         let places: Vec<String> = checkpoints.iter().map(|manifest| format!("{}={}", manifest.loop_path, manifest.step)).collect();
-        let expected = format!("a place with a checkpoint: {}, or step 0", places.join(", "));
+        let expected = match places.is_empty() {
+            true => "step 0 of a loop: the run has no checkpoint".to_string(),
+            false => format!("a place with a checkpoint: {}, or step 0", places.join(", ")),
+        };
         Err(Error::argument("fork", "at", expected, format!("`{at}`")))
     }
 

@@ -3,7 +3,7 @@
 
 use super::hold;
 use super::rebuild::{Care, complete};
-use super::run::{Facts, is_alive, read_facts, unix_seconds};
+use super::run::{Facts, is_alive, read_facts, unix_seconds, word_for};
 use crate::checkpoint::catalog::list;
 use crate::error::{Error, Result};
 use crate::serve::local_socket::ask;
@@ -147,7 +147,7 @@ pub fn inspect(folder: &Path, look: Look) -> Inspection {
     seen.reason = match &seen.records.run {
         Some(run) => run.reason.clone(),
         None if seen.alive => None,
-        None => Some(format!("it has not begun, or was ended before its first record; go on with: perilune resume {}", seen.id)),
+        None => Some(format!("it has not begun, or was ended before its first record; go on with: perilune resume {}", word_for(folder))),
     };
     seen.facts = Some(facts);
     seen

@@ -196,6 +196,15 @@ pub fn is_alive(folder: &Path) -> bool {
     matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
+/// The word for the run in `folder` on the command line: its name where runs usually lie, else the folder.
+pub fn word_for(folder: &Path) -> String {
+    match folder.file_name() {
+        Some(name) if folder.parent().is_some_and(|root| root.ends_with("checkpoints/runs")) => name.to_string_lossy().into_owned(),
+        _ if folder.to_string_lossy().contains(char::is_whitespace) => format!("'{}'", folder.display()),
+        _ => folder.display().to_string(),
+    }
+}
+
 /// Reads `run.json`.
 ///
 /// Errors: [`Error::Io`]; [`Error::Format`].
@@ -258,7 +267,7 @@ impl Run {
         // Before anything is set back to the last checkpoint, which is not the end.
         if opened.store.run().is_some_and(|record| record.status == Status::Finished) {
             let what = "the run is finished; there is nothing to go on with, but a fork may go further";
-            return Err(Error::Script(format!("{id}: {what}: perilune runs fork {id} --arg NAME=VALUE", id = facts.id)));
+            return Err(Error::Script(format!("{}: {what}: perilune runs fork {} --arg NAME=VALUE", facts.id, word_for(&folder))));
         }
         if opened.store.find_generation(|record| record.number == 0).is_none() {
             // It was killed while it began.

@@ -1,5 +1,6 @@
 //! `perilune runs fork` and `perilune resume --code new`: a new run that begins where another stood, with other arguments or code.
 
+use crate::cli::output::print;
 use crate::cli::resume::{GoOn, go_to_working_folder};
 use crate::cli::run::runs_folder;
 use crate::error::{Error, Result};
@@ -55,8 +56,7 @@ impl Fork {
             !self.drop_later,
         )?;
         if self.no_start {
-            println!("{}", child.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()));
-            return Ok(());
+            return print(&format!("{}\n", child.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())));
         }
         self.go_on.run(&child, screen)
     }
