@@ -174,7 +174,9 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_all()?;
         std::fs::rename(&new, path)?;
-        path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        // A bare name lies in the working folder, which `parent` calls "".
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder)?.sync_all()
     };
     write().map_err(|error| Error::io(path, "write", error))
 }

@@ -1,7 +1,7 @@
 //! `engine.data`, where scripts hand in records of their own: conversations as one batch, records as a data set, records to
 //! a file. Which fields a conversation has is `data/conversation.rs`.
 
-use super::call::{Call, Failed, Function, describe};
+use super::call::{Call, Failed, Function, NOT_UTF8, describe};
 use super::code::write_durably;
 use super::data::{BatchObject, reading_options};
 use super::tokenizer::TokenizerObject;
@@ -11,7 +11,9 @@ use crate::data::jsonl::Record;
 use crate::data::pack::TokenBatch;
 use crate::data::tokenizer::Specials;
 use crate::error::Error;
-use mlua::{Lua, LuaSerdeExt, Value};
+use mlua::{Table, Value};
+use serde_json::Value as Json;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Functions of `engine.data`.
@@ -96,25 +98,72 @@ pub fn rules(call: &Call, index: usize, form: Form) -> Failed<Rules> {
 /// Argument `index`, a list of tables, as records. Keys are sorted: Lua's order differs from run to run.
 fn records(call: &Call, index: usize, expected: &str) -> Failed<Vec<Record>> {
     let table = call.table(index)?;
-    let read = |(at, value): (usize, &Value)| match plain_json(call.lua, value) {
-        Ok(serde_json::Value::Object(record)) if !record.is_empty() => Ok(record),
+    let read = |(at, value): (usize, &Value)| match plain_json(value) {
+        Ok(Json::Object(record)) if !record.is_empty() => Ok(record),
         Ok(_) => Err(Error::argument(call.op, format!("{}[{}]", call.param(index), at + 1), "a table with names", describe(value)).into()),
         Err(error) => Err(Error::argument(call.op, format!("{}[{}]", call.param(index), at + 1), "plain data", error).into()),
     };
     call.list(index, expected, &table)?.iter().enumerate().map(read).collect()
 }
 
-/// A Lua value as JSON, its keys sorted.
-pub fn plain_json(lua: &Lua, value: &Value) -> mlua::Result<serde_json::Value> {
-    lua.from_value_with(value.clone(), mlua::serde::DeserializeOptions::new().sort_keys(true))
+/// Tables in tables in tables: deeper ones contain themselves.
+const DEPTH_MAX: usize = 64;
+
+/// A Lua value as JSON, its keys sorted. A list with nil in it has null there.
+///
+/// Errors, as what was found: what JSON would lose, that is numbers that are not finite, bytes that are not UTF-8, tables
+/// that are a list and more, functions and objects.
+pub fn plain_json(value: &Value) -> Result<Json, String> {
+    json_of(value, 0)
+}
+
+fn json_of(value: &Value, depth: usize) -> Result<Json, String> {
+    match value {
+        Value::Nil => Ok(Json::Null),
+        Value::Boolean(value) => Ok(Json::from(*value)),
+        Value::Integer(value) => Ok(Json::from(*value)),
+        Value::Number(value) if value.is_finite() => Ok(Json::from(*value)),
+        Value::Number(value) => Err(format!("the number {value}, which JSON does not have")),
+        Value::String(text) => text.to_str().map(|text| Json::from(text.to_string())).map_err(|_| NOT_UTF8.1.into()),
+        Value::Table(_) if depth == DEPTH_MAX => Err(format!("tables in each other, {depth} deep")),
+        Value::Table(table) => json_of_table(table, depth),
+        other => Err(describe(other)),
+    }
+}
+
+fn json_of_table(table: &Table, depth: usize) -> Result<Json, String> {
+    let (mut names, mut entries) = (BTreeMap::new(), BTreeMap::new());
+    for pair in table.pairs::<Value, Value>() {
+        let (key, value) = pair.map_err(|error| error.to_string())?;
+        let within = |place: String| move |found: String| format!("{found}, at {place}");
+        match key {
+            Value::String(name) => {
+                let name = name.to_str().map_err(|_| "a name of bytes that are not UTF-8")?.to_string();
+                let json = json_of(&value, depth + 1).map_err(within(format!("`{name}`")))?;
+                names.insert(name, json);
+            }
+            Value::Integer(index) if index > 0 => {
+                entries.insert(index as usize, json_of(&value, depth + 1).map_err(within(format!("[{index}]")))?);
+            }
+            other => return Err(format!("a table with the key {}", describe(&other))),
+        }
+    }
+    let Some((last, _)) = entries.last_key_value() else { return Ok(Json::Object(names.into_iter().collect())) };
+    if let Some((name, _)) = names.first_key_value() {
+        return Err(format!("a list with the name `{name}` beside its entries"));
+    }
+    if *last > 2 * entries.len() {
+        return Err(format!("a list of {} entries up to [{last}]", entries.len()));
+    }
+    Ok(Json::Array((1..=*last).map(|index| entries.remove(&index).unwrap_or(Json::Null)).collect()))
 }
 
 /// Entry `index` of a list of conversations: a record, or the list of its messages alone.
 fn conversation_record(call: &Call, index: usize, value: &Value) -> Failed<Record> {
     let wrong = |expected: &str, got: String| Error::argument(call.op, format!("conversations[{}]", index + 1), expected, got);
-    match plain_json(call.lua, value).map_err(|error| wrong("plain data", error.to_string()))? {
-        serde_json::Value::Object(record) if !record.is_empty() => Ok(record),
-        messages @ serde_json::Value::Array(_) => Ok(Record::from_iter([("messages".to_string(), messages)])),
+    match plain_json(value).map_err(|got| wrong("plain data", got))? {
+        Json::Object(record) if !record.is_empty() => Ok(record),
+        messages @ Json::Array(_) => Ok(Record::from_iter([("messages".to_string(), messages)])),
         _ => Err(wrong("a list of messages, or a record with one", describe(value)).into()),
     }
 }

@@ -2,6 +2,7 @@
 //! scheduling are engine/infer's; what comes back is rollouts.rs's.
 
 use super::call::{Answer, Call, Failed, as_integer, as_tensor, describe};
+use super::conversations::plain_json;
 use super::globals::take_counters;
 use super::model::ModelObject;
 use super::options::Options;
@@ -16,7 +17,7 @@ use crate::infer::generate::{generate, generate_text};
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Event, Job};
 use crate::kernels::random::Stream;
-use mlua::{LuaSerdeExt, Table, Value};
+use mlua::{Table, Value};
 use std::sync::Arc;
 
 /// Options of one text.
@@ -219,8 +220,12 @@ fn chat_ids(call: &Call, this: &ModelObject, messages: Table, tools: &[serde_jso
 }
 
 fn json_list(call: &Call, list: Table) -> Failed<Vec<serde_json::Value>> {
-    let wrong = |_| Error::argument(call.op, "messages", "a list of tables, each with a role and a content", "something else");
-    Ok(call.lua.from_value::<Vec<serde_json::Value>>(Value::Table(list)).map_err(wrong)?)
+    let wrong = |got: String| Error::argument(call.op, "messages", "a list of tables, each with a role and a content", got);
+    match plain_json(&Value::Table(list.clone())).map_err(wrong)? {
+        serde_json::Value::Array(entries) => Ok(entries),
+        serde_json::Value::Object(none) if none.is_empty() => Ok(Vec::new()),
+        _ => Err(wrong(describe(&Value::Table(list))).into()),
+    }
 }
 
 /// Counts what was computed: each text went through the model once, its prompt for every member.

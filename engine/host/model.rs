@@ -2,6 +2,7 @@
 
 use super::args::json_to_lua;
 use super::call::{Answer, Call, Class, Failed, Field, Function, describe, register};
+use super::conversations::plain_json;
 use super::data::BatchObject;
 use super::generation;
 use super::globals::seed;
@@ -23,7 +24,7 @@ use crate::model::{Lora, Model, Packed, parse_dtype};
 use crate::tensor::autograd::with_recording;
 use crate::tensor::place::ImageTo;
 use crate::tensor::{AnyTensor, Place};
-use mlua::{IntoLua, Lua, LuaSerdeExt, Table, UserData, UserDataMethods, Value};
+use mlua::{IntoLua, Lua, Table, UserData, UserDataMethods, Value};
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -169,10 +170,8 @@ impl ModelObject {
             match (key.to_string_lossy(), value) {
                 (key, Value::String(name)) if key == "preset" => base = name.to_string_lossy(),
                 (key, value) => {
-                    let got = describe(&value);
-                    let json = lua.from_value(value);
-                    let json =
-                        json.map_err(|_| Error::argument("model.new", key.as_str(), "a number, string, boolean or a table of these", got))?;
+                    let expected = "a number, string, boolean or a table of these";
+                    let json = plain_json(&value).map_err(|got| Error::argument("model.new", key.as_str(), expected, got))?;
                     changes.push((key, json));
                 }
             }

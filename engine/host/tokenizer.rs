@@ -73,11 +73,11 @@ impl Class for TokenizerObject {
             call: |call| {
                 let this = call.subject::<TokenizerObject>()?;
                 let options = call.options(1, &["generation_prompt", "tools"])?;
-                let messages = match plain_json(call.lua, &Value::Table(call.table(0)?)) {
+                let messages = match plain_json(&Value::Table(call.table(0)?)) {
                     Ok(serde_json::Value::Array(messages)) => messages,
                     _ => return Err(call.wrong(0, "a list of messages, each with a role and a content")),
                 };
-                let tools = match plain_json(call.lua, &options.value("tools")?) {
+                let tools = match plain_json(&options.value("tools")?) {
                     Ok(serde_json::Value::Array(tools)) => tools,
                     Ok(serde_json::Value::Null) => Vec::new(),
                     Ok(serde_json::Value::Object(none)) if none.is_empty() => Vec::new(),
