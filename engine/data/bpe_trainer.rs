@@ -91,6 +91,8 @@ pub fn train_bpe<S: AsRef<str>>(texts: impl Iterator<Item = Result<S>> + Send, t
     if seen_bytes == 0 {
         return Err(Error::argument(OP, "texts", "some text", "none"));
     }
+    // No text has more merges than bytes; the trainer makes room for all that it is asked for.
+    trainer.vocab_size = trainer.vocab_size.min(256usize.saturating_add(seen_bytes));
     let mut model = BPE::default();
     trainer.train(&mut model).map_err(failed)?;
     let first = model.get_vocab_size() as u32;

@@ -66,10 +66,16 @@ impl Dataset {
     /// Draws each record from one of `parts` with a probability in proportion to its weight; a part that has ended is left
     /// out. Each part keeps its own field, split, order and epochs; tokenizer and packing are set on the mixture.
     ///
-    /// Errors: [`Error::Argument`] for no parts, or weights that are negative, not finite or all zero.
+    /// Errors: [`Error::Argument`] for no parts, weights that are negative, not finite or all zero, or parts that become
+    /// batches in different ways.
     pub fn mix(parts: Vec<(Dataset, f64)>, seed: u64) -> Result<Self> {
         let weights: Vec<f64> = parts.iter().map(|(_, weight)| *weight).collect();
         Mix::new(&weights, seed)?;
+        // The mixture has one way for all; that of another part would be dropped without a word.
+        if let Some(other) = parts.iter().find(|(part, _)| part.way() != parts[0].0.way()) {
+            let expected = "parts with the same tokenizer, chat, pairs, prompts and packing, or without: set them on the mixture";
+            return Err(Error::argument("data.mix", "parts", expected, format!("{} and {}", parts[0].0.way(), other.0.way())));
+        }
         let mut whole: Option<Plan> = None;
         for (part, weight) in parts {
             let sum: f64 = part.plan.weights.iter().sum();
@@ -108,11 +114,17 @@ impl Dataset {
                 )
             })
             .collect();
+        format!("{}; mixed with {}; {}", sources.join(" + "), plan.mix_seed, self.way())
+    }
+
+    /// How records become batches, in words that are equal when it is.
+    fn way(&self) -> String {
+        let plan = &self.plan;
         let tokenizer = plan.tokenizer.as_ref().map_or_else(|| "none".into(), |tokenizer| format!("{:016x}", tokenizer.fingerprint()));
         let chat = plan.chat.as_ref().map_or_else(String::new, |Chat { template, rules }| {
             format!(", chat {} by {rules:?}", ContentHash::of(template.source().as_bytes()))
         });
-        format!("{}; mixed with {}; tokenizer {tokenizer}{chat}; packing {:?}", sources.join(" + "), plan.mix_seed, plan.packing)
+        format!("tokenizer {tokenizer}{chat}; packing {:?}", plan.packing)
     }
 
     /// The same settings, from the beginning.
@@ -159,6 +171,11 @@ impl Dataset {
     /// `fraction` is the validation part's share.
     pub fn split(self, part: Part, fraction: f64) -> Self {
         self.with_sources(|source| source.split = Some(Split { part, fraction }))
+    }
+
+    /// Whether it is a part, or mixed from one: a part of a part would not be one of the same data.
+    pub fn is_split(&self) -> bool {
+        self.plan.sources.iter().any(|source| source.split.is_some())
     }
 
     /// Documents come in an order drawn from `seed`, another one each epoch; windows start at random places.

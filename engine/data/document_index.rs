@@ -34,6 +34,16 @@ pub enum Part {
     Validation,
 }
 
+impl Part {
+    /// As scripts call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+        }
+    }
+}
+
 /// A part of the data: of a text file that is one document its first or last bytes, else documents drawn by their number.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Split {

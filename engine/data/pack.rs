@@ -40,7 +40,7 @@ impl Packing {
     /// Errors: [`Error::Argument`] for a zero length, or a pool without documents.
     pub fn check(&self) -> Result<()> {
         if let Some(seq_len) = self.seq_len().filter(|seq_len| *seq_len == 0 || *seq_len > i32::MAX as usize) {
-            return Err(Error::argument("data.pack", "seq_len", "at least 1 token", seq_len));
+            return Err(Error::argument("data.pack", "seq_len", format!("from 1 to {} tokens", i32::MAX), seq_len));
         }
         if let Self::BestFit { pool: 0, .. } = self {
             return Err(Error::argument("data.pack", "pool", "at least 1 document", 0));

@@ -99,7 +99,7 @@ impl Source {
             if plan.origin == Origin::Memory {
                 paths.push("a list of records".into());
             }
-            let part = plan.split.map_or_else(String::new, |split| format!(" in this part of the split ({:?})", split.part));
+            let part = plan.split.map_or_else(String::new, |split| format!(" in the {} part of the split", split.part.name()));
             let got = format!("none{part} in {}", paths.join(", "));
             return Err(Error::argument("data", "paths", "files with at least one document", got));
         }

@@ -232,7 +232,7 @@ pub const FUNCTIONS: &[Function] = &[
         call: |call| {
             let mix_seed = seed_option(call, 1)?;
             let expected = "a list of { data set, weight }";
-            let mut parts = Vec::new();
+            let (mut parts, mut packed) = (Vec::new(), false);
             for entry in call.list(0, expected, &call.table(0)?)? {
                 let Value::Table(entry) = entry else { return Err(call.wrong(0, expected)) };
                 let Value::UserData(object) = entry.raw_get::<Value>(1)? else { return Err(call.wrong(0, expected)) };
@@ -242,9 +242,10 @@ pub const FUNCTIONS: &[Function] = &[
                     _ => return Err(call.wrong(0, expected)),
                 };
                 let part = object.borrow::<DataObject>().map_err(|_| call.wrong(0, expected))?;
+                packed |= part.lock().packed;
                 parts.push((part.dataset()?, weight));
             }
-            call.give(DataObject::new(Dataset::mix(parts, mix_seed)?, false))
+            call.give(DataObject::new(Dataset::mix(parts, mix_seed)?, packed))
         },
     },
     Function {
@@ -338,6 +339,11 @@ fn seed_option(call: &Call, index: usize) -> Failed<u64> {
     Ok(given.map_or_else(|| seed(call.lua), |seed| seed as u64))
 }
 
+fn at_least_one(call: &Call, index: usize) -> Failed<usize> {
+    let count = as_integer(&call.value(index)).and_then(|count| usize::try_from(count).ok()).filter(|count| *count > 0);
+    count.ok_or_else(|| call.wrong(index, "an integer of at least 1"))
+}
+
 fn change(call: &Call, packed: bool, change: impl FnOnce(Dataset) -> Dataset) -> Answer {
     let changed = call.subject::<DataObject>()?.changed(packed, change);
     call.give(changed)
@@ -378,7 +384,7 @@ impl Class for DataObject {
             op: "Data:epochs",
             params: &["count"],
             call: |call| {
-                let count = call.count(0)? as u64;
+                let count = at_least_one(call, 0)? as u64;
                 change(call, false, |data| data.epochs(count))
             },
         },
@@ -399,7 +405,12 @@ impl Class for DataObject {
                     }
                     length => length.unwrap_or(0),
                 };
-                let pool = options.count("pool", 1)?.unwrap_or(BEST_FIT_POOL);
+                let pool = match options.count("pool", 1)? {
+                    Some(pool) if how.as_deref() != Some("best_fit") => {
+                        return Err(Error::argument(call.op, "pool", "left out: only \"best_fit\" has a pool", pool).into());
+                    }
+                    pool => pool.unwrap_or(BEST_FIT_POOL),
+                };
                 let packing = match how.as_deref() {
                     None | Some("concat") => Packing::Concat { seq_len },
                     Some("best_fit") => Packing::BestFit { seq_len, pool },
@@ -437,6 +448,10 @@ impl Class for DataObject {
                 if !(0.0..=1.0).contains(&fraction) {
                     return Err(call.wrong(1, "a number from 0 to 1: the validation part's share"));
                 }
+                if call.subject::<DataObject>()?.lock().dataset.is_split() {
+                    let expected = "whole: make each part from the data set that is not split yet";
+                    return Err(Error::argument(call.op, "self", expected, "one part of a split").into());
+                }
                 change(call, false, |data| data.split(part, fraction))
             },
         },
@@ -444,10 +459,7 @@ impl Class for DataObject {
             op: "Data:take",
             params: &["count"],
             call: |call| {
-                let count = call.count(0)?;
-                if count == 0 {
-                    return Err(call.wrong(0, "at least 1"));
-                }
+                let count = at_least_one(call, 0)?;
                 if count > TAKE_MAX {
                     return Err(call.wrong(0, format!("at most {TAKE_MAX}; take the rest in further calls")));
                 }

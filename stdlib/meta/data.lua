@@ -56,7 +56,8 @@ function data.chat_batch(tokenizer, conversations, options) end
 ---@return engine.Data data
 function data.jsonl(paths, options) end
 
---- Draws each record from one of several data sets, with a probability in proportion to its weight.
+--- Draws each record from one of several data sets, with a probability in proportion to its weight. Order, split and epochs
+--- are those of each part; tokenizer, chat, pairs, prompts and packing are the mixture's, and alike where parts have them.
 ---
 --- Example: engine.data.mix { { books, 0.7 }, { code, 0.3 } }
 ---@param parts { [1]: engine.Data, [2]: number }[]
@@ -89,7 +90,8 @@ function data.records(records, options) end
 ---@return engine.Data data
 function data.text(paths, options) end
 
---- Writes records as JSON lines: the whole file or nothing. Keys are sorted.
+--- Writes records as JSON lines: the whole file or nothing. Keys are sorted. What JSON would lose is an error: numbers that
+--- are not finite, bytes that are not UTF-8, tables that are a list and more.
 ---
 --- Example: engine.data.write_jsonl("kept.jsonl", { { prompt = "2+2", completion = "4" } })
 ---@param path string
@@ -171,7 +173,7 @@ function Data:prompts(tokenizer, options) end
 ---@return engine.Data data
 function Data:shuffle(options) end
 
---- Keeps one part. `fraction` is the share of the validation part.
+--- Keeps one part of a data set that is not split yet. `fraction` is the share of the validation part.
 ---
 --- Example: local held_out = data:split("validation", 0.1)
 ---@param part "train"|"validation"

@@ -60,11 +60,36 @@ describe("records", function()
     data.write_jsonl(path, records)
     local taken = data.jsonl(path):take(9)
     expect({ #taken, taken[2].rejected, taken[1].n }).is { 2, "ff", 1 }
+    data.write_jsonl(path, { { scores = { 1, nil, 3 } } })
+    expect(data.jsonl(path):take(1)[1].scores[3]).is(3)
     os.remove(path)
+  end)
+  it("are written to a bare name, which lies in the working folder", function()
+    local name = "write-jsonl-test.tmp"
+    local ok, message = pcall(data.write_jsonl, name, records)
+    os.remove(name)
+    expect(message).is(nil)
+    expect(ok).is(true)
+  end)
+  it("make a tokenizer, whose room is what they fill and not what is asked for", function()
+    local texts = data.records { { text = "abab" } }
+    expect(engine.tokenizer.train(texts, { vocab_size = 1 << 40 }).vocab_size).is(260)
+  end)
+  it("are mixed where they become batches in one way", function()
+    local one, two = data.records(records), data.records(records)
+    local batch = data.mix({ { one:pairs(tokenizer), 1 }, { two:pairs(tokenizer), 1 } }):take(2)
+    expect(batch.documents).is(4)
+    local mixed = function() return data.mix { { one:pairs(tokenizer), 1 }, { two, 1 } } end
+    expect(mixed).fails "the same tokenizer, chat, pairs, prompts and packing"
+    expect(function() one:split("train", 0.5):split("train", 0.5) end).fails "not split yet"
   end)
   it("must be plain and named", function()
     expect(function() data.records { { n = 1 }, { 1, 2 } } end).fails "records[2]` should be a table with names"
     expect(function() data.records { { f = print } } end).fails "records[1]` should be plain data"
+    expect(function() data.records { { f = { 0 / 0 } } } end).fails "which JSON does not have, at [1], at `f`"
+    expect(function() data.records { { f = { 1, a = 2 } } } end).fails "a list with the name `a` beside its entries, at `f`"
+    expect(function() data.records { { f = { [2 ^ 40 // 1 | 0] = 1 } } } end).fails "a list of 1 entries up to [1099511627776]"
+    expect(function() data.records { { f = "\xff" } } end).fails "bytes that are not, at `f`"
     expect(function() data.records { n = 1 } end).fails "a list of tables"
     expect(function() data.write_jsonl("x.jsonl", { {} }) end).fails "a table with names"
     expect(function() data.records({}):take(1) end).fails "none in a list of records"
