@@ -354,7 +354,9 @@ pub fn describe(value: &Value) -> String {
         Value::Function(_) => "a function".into(),
         Value::UserData(object) => match object.borrow::<TensorObject>() {
             Ok(tensor) => format!("a Tensor {} {:?}", tensor.0.dtype(), tensor.0.shape()),
-            Err(_) => object.type_name().map_or("an object".into(), |name| format!("a {}", name.to_string_lossy())),
+            Err(_) => {
+                object.type_name().map_or("an object".into(), |name| format!("a {}", name.to_string_lossy().trim_end_matches("Object")))
+            }
         },
         other => format!("a {}", other.type_name()),
     }

@@ -107,6 +107,12 @@ impl UserData for TensorObject {
             Ok(x) => Ok(tensor_text(&x, &this.0.place())),
             Err(error) => Err(raise(lua, error.into())),
         });
+        for order in [MetaMethod::Lt, MetaMethod::Le] {
+            methods.add_meta_function(order, |lua, _: MultiValue| -> mlua::Result<bool> {
+                let what = "< and > do not compare tensors; use x:lt(y), le, gt, ge for each element, or x:item() of one";
+                Err(raise(lua, Failure::message(what)))
+            });
+        }
         methods.add_meta_function(MetaMethod::Len, |lua, x: Value| -> mlua::Result<()> {
             let what = format!("a tensor has no single length ({}); use x.shape[1], x.count or x.rank", describe(&x));
             Err(raise(lua, Failure::message(what)))

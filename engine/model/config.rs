@@ -10,14 +10,15 @@ use crate::kernels::element::Dtype;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// The largest sizes read. Each is several times that of any published model, and all products of them fit 64 bits.
+/// The largest sizes read. Each but the heads', which the kernels limit, is several times that of any published model, and all
+/// products of them fit 64 bits.
 mod limit {
     pub const VOCAB: usize = 1 << 24;
     pub const HIDDEN: usize = 1 << 17;
     pub const INTERMEDIATE: usize = 1 << 20;
     pub const LAYERS: usize = 1 << 10;
     pub const HEADS: usize = 1 << 10;
-    pub const HEAD_DIM: usize = 1 << 10;
+    pub const HEAD_DIM: usize = crate::kernels::cpu::heads::Heads::HEAD_DIM_MAX;
     pub const EXPERTS: usize = 1 << 10;
     pub const POSITIONS: usize = 1 << 30;
 }
