@@ -40,6 +40,7 @@ return engine.workflow {
     local tokenizer = size and engine.tokenizer.train(text:split("train", args.validation), { vocab_size = assert(math.tointeger(size)) })
       or args.tokenizer == "bytes" and engine.tokenizer.bytes()
       or engine.tokenizer.load(args.tokenizer)
+    if args.sample > 0 and #tokenizer:encode(args.prompt) == 0 then error("--prompt should be a text of at least one token, got none", 0) end
     local windows = { seq_len = args.seq_len, how = "windows" }
     local train = run:data("train", text:split("train", args.validation):tokenizer(tokenizer):pack(windows):shuffle():forever())
     local held_out = text:split("validation", args.validation):tokenizer(tokenizer):pack(windows)
