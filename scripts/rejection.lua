@@ -5,12 +5,18 @@
 local engine = require "engine"
 local rewards, tensor = require "std.rewards", require("engine").tensor
 
+--- The messages that a record asks with; a text is a user's.
+local function asked(record)
+  local prompt = record.messages or record.prompt
+  return type(prompt) == "table" and prompt or { { role = "user", content = prompt } }
+end
+
 --- The scores of a reward model, one for each rollout.
 local function judged(judge, rollouts)
   local conversations = {}
   for index, text in ipairs(rollouts.texts) do
-    local record = rollouts.records[index]
-    local messages = record.messages and table.move(record.messages, 1, #record.messages, 1, {}) or { { role = "user", content = record.prompt } }
+    local prompt = asked(rollouts.records[index])
+    local messages = table.move(prompt, 1, #prompt, 1, {})
     messages[#messages + 1] = { role = "assistant", content = text }
     conversations[index] = messages
   end
@@ -47,10 +53,9 @@ return engine.workflow {
       local scores = judge and judged(judge, rollouts) or rewards.score(rollouts, check):to_table()
       local sum, passed = 0.0, 0
       for first = 1, rollouts.count, args.n do
-        local order, record = {}, rollouts.records[first]
+        local order, messages = {}, asked(rollouts.records[first])
         for index = first, first + args.n - 1 do order[#order + 1], sum = index, sum + scores[index] end
         table.sort(order, function(a, b) return scores[a] > scores[b] or scores[a] == scores[b] and a < b end)
-        local messages = record.messages or { { role = "user", content = record.prompt } }
         for place = 1, math.min(args.keep, args.n) do
           local index = order[place]
           if judge or scores[index] >= 1 then

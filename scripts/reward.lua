@@ -31,6 +31,9 @@ return engine.workflow {
       return read(args.data):split(name, args.validation):pairs(model.tokenizer, { max_tokens = args.max_tokens })
     end
     local train = run:data("train", part "train":shuffle())
+    local held_out = args.validation > 0 and part "validation"
+    -- Of few pairs chance may hold none out.
+    if held_out and train:documents() > 0 and not pcall(held_out.documents, held_out) then held_out = nil end
     local optim = run:optimizer("adamw", model, { lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm })
 
     for step in run:loop("reward", { over = train, epochs = args.epochs }) do
@@ -40,10 +43,9 @@ return engine.workflow {
       step:log { loss = loss, accuracy = stats.accuracy, margin = stats.margin, grad_norm = optim:step() }
     end
 
-    if args.validation > 0 then
+    if held_out then
       local right, count = 0, 0
       tensor.no_grad(function()
-        local held_out = part "validation":epochs(1)
         for batch in function() return held_out:take(args.pairs) end do
           local _, stats = losses.bradley_terry(model:scores(batch))
           right, count = right + stats.accuracy * batch.documents / 2, count + batch.documents / 2

@@ -36,6 +36,9 @@ return engine.workflow {
       return data:chat(model.tokenizer, { learn = args.learn, max_tokens = args.seq_len }):pack(packed)
     end
     local train = run:data("train", part "train":shuffle())
+    local held_out = args.validation > 0 and part "validation"
+    -- Of few conversations chance may hold none out.
+    if held_out and train:documents() > 0 and not pcall(held_out.documents, held_out) then held_out = nil end
     local optim = run:optimizer("adamw", model, { lr = args.lr, weight_decay = args.weight_decay, clip_norm = args.clip_norm })
 
     for step in run:loop("sft", { over = train, epochs = args.epochs }) do
@@ -54,9 +57,14 @@ return engine.workflow {
         loss = loss + part_loss:item()
       end
       step:log { loss = loss, lr = optim.lr, grad_norm = optim:step(), supervised = supervised }
-      if args.validation > 0 and (step.last or step.count % args.evaluate_every == 0) then
-        step:log { validation_loss = (eval.loss(model, part "validation":epochs(1))) }
+      if held_out and step.count % args.evaluate_every == 0 then
+        step:log { validation_loss = (eval.loss(model, held_out:epochs(1))) }
       end
+    end
+    local validation_loss = held_out and eval.loss(model, held_out:epochs(1))
+    if validation_loss then
+      run:log { validation_loss = validation_loss }
+      print(("loss of what was held out: %.4f"):format(validation_loss))
     end
     local counts = train:counts()
     print(("conversations cut at %d tokens: %d; left out as too long: %d"):format(args.seq_len, counts.cut, counts.long))

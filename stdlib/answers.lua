@@ -45,18 +45,22 @@ end
 ---@param text string
 ---@return string? content
 function answers.boxed(text)
-  local found
-  for _, name in ipairs { "\\boxed", "\\fbox" } do
-    local from = 1
-    while true do
-      local start, stop = text:find(name, from, true)
-      if not start then break end
-      local group = text:match("^%s*(%b{})", stop + 1)
-      if group and (not found or start > found.start) then found = { start = start, content = trim(group:sub(2, -2)) } end
-      from = stop + 1
+  -- Braces are matched in one pass: a text may open thousands and close none.
+  local closes, open = {}, {}
+  for at in text:gmatch "()[{}]" do
+    if text:sub(at, at) == "{" then
+      open[#open + 1] = at
+    elseif #open > 0 then
+      closes[table.remove(open)] = at
     end
   end
-  return found and found.content
+  local last, content = 0, nil
+  for _, pattern in ipairs { "\\boxed%s*(){", "\\fbox%s*(){" } do
+    for at in text:gmatch(pattern) do
+      if closes[at] and at > last then last, content = at, trim(text:sub(at + 1, closes[at] - 1)) end
+    end
+  end
+  return content
 end
 
 --- What stands in the last `<name>...</name>`; nil if there is none that ends.
@@ -75,7 +79,7 @@ function answers.tagged(text, name)
     if not ending then return found and trim(found) end
     -- An opening inside is the one that counts.
     local content = text:sub(stop + 1, ending - 1)
-    found = content:match(".*" .. open:gsub("%p", "%%%0") .. "(.*)") or content
+    found = content:match("^.*" .. open:gsub("%p", "%%%0") .. "(.*)") or content
     from = ending + #close
   end
 end
@@ -112,7 +116,7 @@ function answers.final(text)
   if tag then return answers.boxed(tag) or tag, "tag" end
   local box = answers.boxed(text)
   if box then return box, "boxed" end
-  local hashes = text:match ".*####[ \t]*([^\n]*)"
+  local hashes = text:match "^.*####[ \t]*([^\n]*)"
   if hashes then return trim(hashes), "hashes" end
   local rest = announced(text)
   if rest and rest ~= "" then return rest, "announced" end
@@ -169,7 +173,7 @@ end
 
 --- Powers of ten behind a number, or alone: `\times 10^{3}`, `* 10^3`, `10^3`; factor, rest.
 local function power(text)
-  local rest = text:match "^%s*\\times%s*10%s*%^(.*)$" or text:match "^%s*%*%s*10%s*%^(.*)$" or text:match "^%s*x%s*10%s*%^(.*)$"
+  local rest = text:match "^%s*\\times%s*10%s*%^(.*)$" or text:match "^%s*\\cdot%s*10%s*%^(.*)$" or text:match "^%s*%*%s*10%s*%^(.*)$" or text:match "^%s*x%s*10%s*%^(.*)$"
   if not rest then return 1, text end
   local group = rest:match "^%b{}" or rest:match "^[-+]?%d+"
   local exponent = group and math.tointeger(tonumber((group:gsub("[{}%s]", ""))))
@@ -258,7 +262,7 @@ end
 ---@return number? value
 ---@return integer? at in the text with its minus signs made plain
 function answers.last_number(text)
-  text = plain(text):gsub("\\[%(%)%[%]]", " "):gsub("{,}", ","):gsub("\\%%", "%%"):gsub("\\times%s*10", "*10")
+  text = plain(text):gsub("\\[%(%)%[%]]", " "):gsub("{,}", ","):gsub("\\%%", "%%"):gsub("\\times%s*10", "*10"):gsub("\\cdot%s*10", "*10")
   local from, value, at = 1, nil, nil
   while true do
     local start = text:find("[%d\\]", from)
@@ -272,9 +276,11 @@ function answers.last_number(text)
       if text:sub(start - 1, start - 1) == "." and not text:sub(start - 2, start - 2):find "%d" and start > 1 then start = start - 1 end
       local found, rest = unsigned(text:sub(start))
       if found then
-        local before = text:sub(1, start - 1)
+        -- What a sign is told by stands near: to look further back for each number would take a long text's time squared.
+        local first = math.max(start - 32, 1)
+        local before = text:sub(first, start - 1)
         -- Right before the number and behind nothing that could be subtracted from, or where a value must begin.
-        local negative = (before:find "%-%$?$" and not before:find "[%w%)%]}]%-%$?$") or before:find "[=(,:]%s*%-%s+$" or before:find "^%s*%-%s+$"
+        local negative = (before:find "%-%$?$" and not before:find "[%w%)%]}]%-%$?$") or before:find "[=(,:]%s*%-%s+$" or (first == 1 and before:find "^%s*%-%s+$")
         if rest:find "^%s?%%" then found = found / 100 end
         if found == found and found ~= math.huge then value, at = (negative and found ~= 0) and -found or found, start end
         from = #text - #rest + 1

@@ -25,6 +25,11 @@ local function read(name, models, options, known)
   if weights and #weights ~= #models then
     error(("std.merging.%s: `weights` should be %d numbers, got %d"):format(name, #models, #weights), 3)
   end
+  for _, weight in ipairs(weights or {}) do
+    if type(weight) ~= "number" or weight ~= weight or math.abs(weight) == math.huge then
+      error(("std.merging.%s: `weights` should be finite numbers, got %s"):format(name, tostring(weight)), 3)
+    end
+  end
   local reserve = options.reserve or known.reserve
   if reserve and not (type(reserve) == "number" and reserve > 0 and reserve <= 1) then
     error(("std.merging.%s: `reserve` should be a number above 0 to 1, got %s"):format(name, tostring(reserve)), 3)

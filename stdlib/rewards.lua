@@ -46,7 +46,11 @@ local function wanted(name, record, field)
     local has = #fields > 0 and "only " .. table.concat(fields, ", ") or "nothing"
     error(("std.rewards.%s: the record has no `%s` to compare with, %s (the option `field` takes another)"):format(name, field, has), 0)
   end
-  return type(answer) == "table" and answer or { answer }
+  if type(answer) ~= "table" then return { answer } end
+  if #answer == 0 then
+    error(("std.rewards.%s: the record's `%s` should be an answer, or a list with at least one, got an empty one"):format(name, field), 0)
+  end
+  return answer
 end
 
 --- 1 if the answer in the text is the record's, letter by letter once what does not matter is taken away (std.answers.normalize). A
@@ -70,14 +74,25 @@ function rewards.exact(options)
   end
 end
 
+--- Whether a box, which holds the answer alone, has one number in it and nothing that is computed with it: not `(1, 2)`, `1/0`, `\sqrt{4}`.
+local function is_one_number(text)
+  text = text:gsub("{,}", ",")
+  for _ = 1, 2 do text = text:gsub("(%d),(%d%d%d)%f[%D]", "%1%2") end
+  if text:find "%d[^%d.]+%d" then return false end
+  for _, mark in ipairs { "^", "\\sqrt", "\\pi", "\u{221A}", "\u{3C0}" } do
+    if text:find(mark, 1, true) then return false end
+  end
+  return true
+end
+
 --- The number that a text comes to: of its final answer, or else the last one. Number, unit.
 local function number_in(text, marked)
-  local final = answers.final(text)
+  local final, how = answers.final(text)
   if final then
     local value, unit = answers.number(final)
     -- x = 5, or 5 with words around it.
     if not value then value = answers.number(final:match "=%s*([^=]*)$" or "") end
-    if not value then value = answers.last_number(final) end
+    if not value and (how ~= "boxed" or is_one_number(final)) then value = answers.last_number(final) end
     return value, unit
   end
   if marked then return nil end

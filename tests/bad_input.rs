@@ -23,6 +23,8 @@ impl Place {
         place.write("worse.jsonl", b"{\"text\": }\n[1]\n");
         place.write("numbers.jsonl", b"{\"text\": \"a\"}\n{\"text\": 7}\n");
         place.write("wizard.jsonl", br#"{"messages": [{"role": "user"}]}"#);
+        place.write("developer.jsonl", br#"{"messages": [{"role": "developer", "content": "x"}, {"role": "assistant", "content": "y"}]}"#);
+        place.write("null.jsonl", br#"{"prompt": null, "completion": "y"}"#);
         place.write("broken.lua", b"return {\n  1 +\n}");
         place.write("raises.lua", b"local x\nreturn x.y");
         place.write("folder/file.txt", b"x");
@@ -172,7 +174,9 @@ fn words_of_the_commands() {
             (&["generate", "bare", "--prompt", "x"], &["bare/tokenizer.json: cannot read"]),
             (&["generate", "model", "--prompt", "x", "--max-tokens", "0"], &["--max-tokens", "at least 1"]),
             (&["generate", "model", "--prompt", "x", "--temperature", "nan"], &["temperature", "NaN"]),
-            (&["generate", "model", "--prompt", "x", "--temperature", "-1"], &["-1"]),
+            (&["generate", "model", "--prompt", "x", "--temperature", "-1"], &["`temperature` should be a number from 0", "got -1"]),
+            (&["generate", "model", "--prompt", "x", "--top-k", "-1"], &["invalid value '-1' for '--top-k"]),
+            (&["chat", "model", "--seed", "-1"], &["invalid value '-1' for '--seed"]),
             (&["generate", "model", "--prompt", "x", "--repetition-penalty", "0"], &["repetition_penalty"]),
             (&["generate", "model", "--prompt", "x", "--min-p", "7"], &["min_p"]),
             (&["generate", "model", "--prompt", &"x".repeat(600)], &["1 to 512 tokens, the model's positions, got 600"]),
@@ -316,6 +320,11 @@ fn data_and_tokenizers_in_scripts() {
             "data.jsonl('numbers.jsonl', { field = 'body' }):tokenizer(bytes):pack { seq_len = 8 }:take(1)",
             &["line 1: expected a string, found no field \"body\""],
         ),
+        (
+            "data.jsonl('developer.jsonl'):chat(bytes):pack { seq_len = 8 }:take(1)",
+            &["developer.jsonl: line 1, messages[0].role: expected a role that the chat template writes", "\"developer\""],
+        ),
+        ("data.jsonl('null.jsonl'):chat(bytes):pack { seq_len = 8 }:take(1)", &["null.jsonl: line 1", "only prompt (null), completion"]),
         ("data.jsonl('wizard.jsonl'):chat(bytes):pack { seq_len = 8 }:take(1)", &["wizard.jsonl: line 1", "content"]),
         ("data.mix { { lines, 'x' } }", &["`parts` should be a list of { data set, weight }"]),
         ("data.mix { { lines, -1 } }", &["`weights[0]` should be a finite number, zero or more, got -1"]),

@@ -80,18 +80,19 @@ fn doctor_reports_in_text_and_json() {
 #[test]
 fn a_chat_answers_line_by_line_and_knows_its_commands() {
     let (_folder, path) = model_folder();
-    let chat = |lines: &str| {
+    let chat_bytes = |lines: &[u8]| {
         let mut child = Command::new(env!("CARGO_BIN_EXE_perilune"))
             .args(["chat", &path, "--max-tokens", "5", "--system", "Be brief."])
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines.as_bytes()).unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), lines).unwrap();
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success());
         text(&output.stdout)
     };
+    let chat = |lines: &str| chat_bytes(lines.as_bytes());
     let once = chat("Hello\n");
     assert!(!once.trim().is_empty(), "an answer");
     // The same questions, the same answers; what was taken back is as if it had not been.
@@ -99,7 +100,31 @@ fn a_chat_answers_line_by_line_and_knows_its_commands() {
     assert!(chat("/undo\n").contains("nothing to take back"));
     assert!(chat("/help\n/exit\nHello\n").ends_with("Ctrl-D)\n"));
     assert!(chat("/rest\n").contains("no command /rest"));
+    // A line that is no text does not end the conversation.
+    assert!(chat_bytes(b"\xff\n/help\n").starts_with("this line is no UTF-8 text"));
     assert!(refusal(&["chat", "no_such_folder"]).contains("no_such_folder"));
+}
+
+#[test]
+fn output_that_cannot_be_written_is_an_error_that_says_so() {
+    let (folder, path) = model_folder();
+    let script = folder.path().join("s.lua");
+    std::fs::write(&script, "return require('engine').workflow { name = 'w', run = function() end }").unwrap();
+    let script = script.to_str().unwrap();
+    for words in [&["doctor"][..], &["doctor", "--json"], &["params", "7B"], &["run", script, "--help"], &["params", &path, "--json"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_perilune")).args(words).stdout(full).output().unwrap();
+        let said = text(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains("standard output: cannot write"), "{words:?}: {said}");
+    }
+}
+
+#[test]
+fn a_text_cut_within_a_character_is_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("s.lua");
+    std::fs::write(&script, "print(('caf\u{e9}'):sub(1, 4), 1)").unwrap();
+    assert_eq!(printed(&["run", script.to_str().unwrap()]), "caf\u{FFFD}\t1\n");
 }
 
 #[test]

@@ -308,6 +308,8 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
         ("use_dora", json!(true), "lora_magnitude_vector"),
         ("bias", json!("all"), "bias"),
         ("rank_pattern", json!({ "q_proj": 2 }), "rank_pattern"),
+        ("init_lora_weights", json!("pissa_niter_4"), "changes the weights of the base"),
+        ("init_lora_weights", json!("olora"), "changes the weights of the base"),
         ("layers_to_transform", json!([1]), "layers_to_transform"),
         ("peft_type", json!("IA3"), "LORA"),
         ("target_modules", json!(".*proj"), "regular expressions"),

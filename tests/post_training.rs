@@ -105,8 +105,9 @@ fn the_scripts_hand_their_results_to_each_other() {
     let model = |run: &Path| text(&run.join("model"));
 
     let short = ["--epochs", "1", "--seq_len", "192", "--rows", "2", "--accumulate", "2", "--validation", "0.2"];
-    let (_, sft) = script(&place, "sft", &[&["--model", &base, "--data", &chats, "--lora", "2"][..], &short].concat());
+    let (said, sft) = script(&place, "sft", &[&["--model", &base, "--data", &chats, "--lora", "2"][..], &short].concat());
     assert!(sft.join("adapter/adapter_config.json").is_file());
+    assert!(said.contains("loss of what was held out"), "{said}");
     let config = std::fs::read_to_string(sft.join("model/generation_config.json")).unwrap();
     assert!(config.contains("258") && config.contains("256"), "ends of turn and text: {config}");
     let (said, reward) =
@@ -143,6 +144,22 @@ fn the_scripts_hand_their_results_to_each_other() {
         ["--model", &model(&grpo), "--prompts", &prompts, "--judge", &model(&reward), "--reward", "exact", "--n", "2", "--max_tokens", "8"];
     let (_, rejection) = script(&place, "rejection", &args);
     assert_eq!(lines(&rejection.join("chats.jsonl")), 40);
+    // Prompts that are lists of messages; and few conversations, of which chance holds none out.
+    let listed = place.path().join("listed.jsonl");
+    std::fs::write(&listed, "{\"prompt\": [{\"role\": \"user\", \"content\": \"1+1\"}], \"answer\": 2}\n".repeat(4)).unwrap();
+    std::fs::remove_dir_all(place.path().join("rejection")).unwrap();
+    let args = ["--model", &model(&grpo), "--prompts", &text(&listed), "--judge", &model(&reward), "--n", "2", "--max_tokens", "8"];
+    let (_, rejection) = script(&place, "rejection", &args);
+    let kept = std::fs::read_to_string(rejection.join("chats.jsonl")).unwrap();
+    assert!(kept.lines().count() == 4 && kept.contains("\"content\":\""), "{kept}");
+    let few = place.path().join("few.jsonl");
+    for (name, data) in [("sft", &chats), ("reward", &pairs)] {
+        let first = std::fs::read_to_string(data).unwrap().lines().next().unwrap().to_owned();
+        std::fs::write(&few, first + "\n").unwrap();
+        std::fs::remove_dir_all(place.path().join(name)).unwrap();
+        let (said, run) = script(&place, name, &["--model", &base, "--data", &text(&few)]);
+        assert!(run.join("model/config.json").is_file() && !said.contains("held"), "{name}: {said}");
+    }
     for how in ["data", "samples"] {
         let data = if how == "data" { &chats } else { &prompts };
         let args = [

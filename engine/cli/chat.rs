@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 /// Talk to a model.
 #[derive(clap::Args)]
+#[command(allow_negative_numbers = true)]
 pub struct ChatArgs {
     /// Folder of a Hugging Face checkpoint.
     #[arg(value_name = "MODEL")]
@@ -111,21 +112,25 @@ pub fn chat(args: ChatArgs) -> Result<()> {
     stop_ids.extend(tokenizer.im_end().filter(|id| !stop_ids.contains(id)));
     interrupt::listen()?;
     let is_terminal = io::stdin().is_terminal();
+    let mut out = io::stdout();
     if is_terminal {
         let count = super::units::count(model.count() as f64);
-        super::output::print(&format!("{count} parameters, {}; /help lists commands\n", model.dtype_name()))?;
+        show(&mut out, &format!("{count} parameters, {}; /help lists commands\n", model.dtype_name()))?;
     }
     let (mut conversation, mut answers) = (Conversation::new(args.system.as_deref()), 0u64);
-    let mut out = io::stdout();
     loop {
         if is_terminal {
             show(&mut out, "\n> ")?;
         }
-        let mut line = String::new();
-        let read = io::stdin().lock().read_line(&mut line).map_err(|error| Error::io(Path::new("standard input"), "read", error))?;
-        if read == 0 {
+        let mut bytes = Vec::new();
+        let read = io::stdin().lock().read_until(b'\n', &mut bytes);
+        if read.map_err(|error| Error::io(Path::new("standard input"), "read", error))? == 0 {
             return Ok(());
         }
+        let Ok(line) = String::from_utf8(bytes) else {
+            show(&mut out, "this line is no UTF-8 text, and was not read\n")?;
+            continue;
+        };
         interrupt::clear();
         match meaning(&line) {
             Line::Reset => conversation = Conversation::new(args.system.as_deref()),

@@ -1,6 +1,7 @@
 //! `perilune doctor`: what this machine offers, what of it is used and why, and what to do about what is missing.
 //! Changes nothing and measures nothing; `perilune bench` measures.
 
+use super::output::{print, print_with};
 use super::peak_memory::kib_of;
 use super::units;
 use crate::checkpoint::free_space::free_bytes;
@@ -49,9 +50,9 @@ pub fn doctor(args: DoctorArgs) -> Result<()> {
                 (finding.name.to_owned(), value)
             })
             .collect();
-        return super::output::print(&format!("{:#}\n", Value::Object(object)));
+        return print(&format!("{:#}\n", Value::Object(object)));
     }
-    super::output::print_with(|out| {
+    print_with(|out| {
         for finding in &findings {
             writeln!(out, "{:<13}{}", finding.name, finding.text)?;
             if let Some(remedy) = &finding.remedy {

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 /// Continue a prompt with a model, or answer it as a chat.
 #[derive(clap::Args)]
+#[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// Folder of a Hugging Face checkpoint.
     #[arg(value_name = "MODEL")]

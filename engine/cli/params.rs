@@ -1,6 +1,7 @@
 //! `perilune params MODEL|PRESET`: what a model has and what it takes to load, train and serve it, alone or with an adapter, before
 //! any weight is read. The arithmetic is in model/sizes.rs.
 
+use super::output::print;
 use super::units;
 use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
@@ -66,7 +67,7 @@ pub fn params(args: ParamsArgs) -> Result<()> {
         report["device"] = parts;
         text += &lines;
     }
-    super::output::print(&if args.json { format!("{report:#}\n") } else { text })
+    print(&if args.json { format!("{report:#}\n") } else { text })
 }
 
 /// The adapter that is asked for, and its size.

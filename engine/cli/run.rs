@@ -1,5 +1,6 @@
 //! `perilune run SCRIPT`: reads the script, gives its workflow the arguments of the command line, runs it.
 
+use super::output::print;
 use crate::error::{Error, Result};
 use crate::host::generations::conduct;
 use crate::host::progress::Screen;
@@ -65,7 +66,7 @@ impl Run {
         let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
         if help {
             let text = vm.sources().into_iter().next().map_or_else(String::new, |source| source.text);
-            return super::output::print(&workflow.help(&script, &text));
+            return print(&workflow.help(&script, &text));
         }
         let values = args::parse(&workflow.specs, &self.words).map_err(|error| Error::Script(format!("{script}: {error}")))?;
         let sources = vm.sources();

@@ -52,8 +52,9 @@ impl ChatTemplate {
     ///   the ids of Hugging Face's `apply_chat_template`. The two differ only where text contains a control token. The mask
     ///   follows the template's own turns in both.
     ///
-    /// Errors: as [`ChatTemplate::render`]; [`Error::Unsupported`] for a tokenizer without ChatML's tokens, and for a template
-    /// whose output depends on control tokens in message text.
+    /// Errors: as [`ChatTemplate::render`]; [`Error::Argument`] for a message of a role that the template passes over;
+    /// [`Error::Unsupported`] for a tokenizer without ChatML's tokens, and for a template whose output depends on control tokens
+    /// in message text.
     pub fn tokens(&self, tokenizer: &Tokenizer, messages: &[Value], rendering: &Rendering, specials: Specials) -> Result<ChatTokens> {
         let (Some(im_start), Some(im_end)) = (tokenizer.im_start(), tokenizer.im_end()) else {
             return Err(Error::Unsupported {
@@ -62,6 +63,7 @@ impl ChatTemplate {
             });
         };
         let messages = self.checked(messages, rendering)?;
+        self.refuse_dropped(&messages, rendering)?;
         let (text, disguise) = self.render_disguised(tokenizer, &messages, rendering)?;
         let mut chat = ChatTokens { ids: Vec::new(), supervised: Vec::new(), turns: Vec::new() };
         let (mut turn_begins, mut inside) = (false, false);
@@ -88,6 +90,23 @@ impl ChatTemplate {
         }
         assert_eq!(chat.ids.len(), chat.supervised.len());
         Ok(chat)
+    }
+
+    /// Errors: [`Error::Argument`] for a message that the template leaves out, as Qwen's does with roles that it does not know.
+    fn refuse_dropped(&self, messages: &[Value], rendering: &Rendering) -> Result<()> {
+        for (index, message) in messages.iter().enumerate() {
+            if matches!(message["role"].as_str(), Some("system" | "user" | "assistant" | "tool")) {
+                continue;
+            }
+            let others = [&messages[..index], &messages[index + 1..]].concat();
+            // Where a template refuses what is left, it does read the message.
+            let without = self.render_checked(&others, rendering).ok();
+            if without.is_some() && without == self.render_checked(messages, rendering).ok() {
+                let expected = "a role that the chat template writes, such as system, user, assistant or tool";
+                return Err(Error::argument("chat", format!("messages[{index}].role"), expected, &message["role"]));
+            }
+        }
+        Ok(())
     }
 
     /// Renders with every control token in the messages and tools disguised, so that those left are the template's own.

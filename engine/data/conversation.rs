@@ -160,6 +160,12 @@ impl Conversation {
                 remedy: "leave the answers out of the prompt".into(),
             });
         }
+        if turns == 0 && all > 0 {
+            return Err(Error::Unsupported {
+                what: "learning under a chat template whose answers do not begin with <|im_start|>assistant".into(),
+                remedy: "give the tokenizer a template in ChatML, such as Qwen's".into(),
+            });
+        }
         if given >= turns {
             let roles: Vec<&str> = self.messages[self.given..].iter().filter_map(|message| message["role"].as_str()).collect();
             let got = if roles.is_empty() { "no message".into() } else { format!("only {}", roles.join(", ")) };
@@ -227,7 +233,7 @@ fn present<'a>(record: &'a Record, field: &str) -> Option<&'a Value> {
 }
 
 fn missing(record: &Record, field: &str, expected: &str) -> Error {
-    let fields: Vec<_> = record.keys().map(String::as_str).collect();
+    let fields: Vec<_> = record.iter().map(|(name, value)| format!("{name}{}", if value.is_null() { " (null)" } else { "" })).collect();
     let got = if fields.is_empty() { "no field at all".into() } else { format!("only {}", fields.join(", ")) };
     Error::argument(OP, field, format!("there: a record has {expected}"), got)
 }

@@ -210,9 +210,10 @@ pub fn install(lua: &Lua) -> mlua::Result<()> {
         "print",
         lua.create_function(|lua, values: MultiValue| {
             let tostring: mlua::Function = lua.globals().raw_get("tostring")?;
-            let words = values.iter().map(|value| tostring.call::<mlua::LuaString>(value)).collect::<mlua::Result<Vec<_>>>()?;
-            // Bytes that are not UTF-8 are shown as a terminal would.
-            let line = words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join("\t");
+            // A text may be cut within a character: what is not UTF-8 is shown as U+FFFD.
+            let word = |value| Ok(tostring.call::<mlua::LuaString>(value)?.to_string_lossy());
+            let words = values.iter().map(word).collect::<mlua::Result<Vec<_>>>()?;
+            let line = words.join("\t");
             if lua.app_data_ref::<Arc<Trial>>().is_some_and(|trial| trial.hold(&line)) {
                 return Ok(());
             }

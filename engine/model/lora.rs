@@ -35,6 +35,8 @@ const CONFIG: &str = "adapter_config.json";
 const STEM: &str = "adapter_model";
 /// What the names of tensors in it begin with.
 const FILE_PREFIX: &str = "base_model.model.";
+/// Beginnings of PEFT's `init_lora_weights` that leave the base as it is, beside true and false.
+const KEEPS_BASE: [&str; 4] = ["default", "gaussian", "eva", "orthogonal"];
 /// What the names of modules of layers begin with.
 const LAYERS: &str = "model.layers.";
 /// The module of the embedding.
@@ -176,6 +178,10 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
     }
     if fields.text("bias")?.is_some_and(|bias| bias != "none") {
         return unsupported("bias", "biases that the adapter trains", merge);
+    }
+    // PiSSA, OLoRA, CorDA, LoftQ and their like begin by changing the base, and the folder holds the difference from that one.
+    if let Some(how) = fields.get("init_lora_weights").and_then(Value::as_str).filter(|how| !KEEPS_BASE.contains(how)) {
+        return unsupported("init_lora_weights", &format!("{how:?}, which changes the weights of the base"), merge);
     }
     for (key, what) in [
         ("rank_pattern", "ranks that differ between modules"),
@@ -474,12 +480,10 @@ fn saved_modules<E: ModelElement>(named: &[Named<E>], lora: &Lora) -> Result<Vec
             }
         }
         if !is_known || name.is_empty() {
-            return Err(Error::argument(
-                "lora",
-                "modules_to_save",
-                "modules of this model, such as lm_head or embed_tokens",
-                format!("{name:?}"),
-            ));
+            let has_head = named.iter().any(|tensor| module(&tensor.name) == "lm_head");
+            let remedy = if name == "lm_head" && !has_head { ", which is one matrix with embed_tokens here; name that alone" } else { "" };
+            let expected = "modules of this model with a matrix of their own, such as embed_tokens or norm";
+            return Err(Error::argument("lora", "modules_to_save", expected, format!("{name:?}{remedy}")));
         }
     }
     Ok(saved)

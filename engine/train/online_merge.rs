@@ -88,7 +88,8 @@ impl OnlineMerge {
         for source in sources {
             let name = source.base.name().to_string();
             if (source.reference.name(), source.reference.gradient_len()) != (&name, source.base.gradient_len()) {
-                let got = format!("{} in place of {name}", source.reference.name());
+                let numbers = (source.reference.gradient_len(), source.base.gradient_len());
+                let got = format!("{} of {} numbers in place of {name} of {}", source.reference.name(), numbers.0, numbers.1);
                 return Err(Error::argument("adamw", "merge.reference", "a model of the shape of merge.base", got));
             }
             let task = merge.task(&source)?;

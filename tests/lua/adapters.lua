@@ -113,6 +113,9 @@ describe("weights", function()
     merging.task_arithmetic(into, base, { first, second }, { weights = { 1, 0.5 } })
     expect(distance(b + (x - b) + (y - b) * 0.5)).near(0, 1e-8)
     expect(function() merging.linear(into, { first }, { weights = { 1, 2 } }) end).fails "1 numbers, got 2"
+    for _, bad in ipairs { 0 / 0, math.huge, "1" } do
+      expect(function() merging.linear(into, { first }, { weights = { bad } }) end).fails "`weights` should be finite numbers"
+    end
     expect(function() merging.ties(into, base, { first }, { keep = 1 }) end).fails "`keep`"
     local other = engine.model.new { preset = "tiny", vocab = 64, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 48 }
     expect(function() merging.linear(into, { other }) end).fails "embed_tokens.weight of [320, 32] and of [64, 32]"

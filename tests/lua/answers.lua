@@ -3,6 +3,13 @@ local answers, harness = require "std.answers", require "harness"
 local describe, it, expect = harness.describe, harness.it, harness.expect
 
 describe("answers", function()
+  it("are looked for in one pass, whatever a text repeats", function()
+    local began = os.clock()
+    for _, piece in ipairs { "(", "\\boxed{", "word ", "<answer>" } do expect(answers.final(piece:rep(20000))).is(nil) end
+    expect((answers.last_number(("1,"):rep(20000) .. " and 5"))).is(5.0)
+    -- A pass takes milliseconds; one for each place in the text took a minute.
+    assert(os.clock() - began < 5, "slow")
+  end)
   it("are found by marks, the most trusted first", function()
     for _, case in ipairs {
       { "", nil }, { "just 5", nil }, { "so 6 * 7 = 42\n#### 42\n", "42", "hashes" }, { "#### 1\n#### 2", "2", "hashes" },

@@ -85,6 +85,7 @@ describe("records", function()
   end)
   it("must be plain and named", function()
     expect(function() data.records { { n = 1 }, { 1, 2 } } end).fails "records[2]` should be a table with names"
+    expect(function() data.records { { f = "h\xC3" } } end).fails "plain data, got text that is not UTF-8"
     expect(function() data.records { { f = print } } end).fails "records[1]` should be plain data"
     expect(function() data.records { { f = { 0 / 0 } } } end).fails "which JSON does not have, at [1], at `f`"
     expect(function() data.records { { f = { 1, a = 2 } } } end).fails "a list with the name `a` beside its entries, at `f`"

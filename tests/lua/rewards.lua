@@ -32,12 +32,18 @@ describe("rewards", function()
       { "50%", { answer = "50" }, 1 }, { "50%", { answer = "0.5" }, 1 }, { "0.5", { answer = "50%" }, 1 },
       { "5%", { answer = "50%" }, 0 }, { "The answer is x = 5 m.", { answer = 5 }, 1 },
       { "5 km", { answer = "5 m" }, 1 }, { "12", { answer = { 11, 12 } }, 1 }, { "1e999", { answer = 1 }, 0 },
+      { "\\boxed{2 \\cdot 10^{2}}", { answer = 200 }, 1 }, { "so 2 \\cdot 10^2", { answer = 200 }, 1 },
+      -- A box of several numbers, or of one that something is done to, is not the last of them.
+      { "\\boxed{5, 6}", { answer = 6 }, 0 }, { "\\boxed{(1,2)}", { answer = 2 }, 0 }, { "\\boxed{1/0}", { answer = 0 }, 0 },
+      { "\\boxed{2^{10}}", { answer = 10 }, 0 }, { "\\boxed{\\sqrt{4}}", { answer = 4 }, 0 }, { "\\boxed{5\\pi}", { answer = 5 }, 0 },
+      { "\\boxed{\\approx 3.14}", { answer = 3.14 }, 1 }, { "\\boxed{about 1{,}234 in all}", { answer = 1234 }, 1 },
     })
     scores(rewards.numeric { tolerance = 0.1 }, { { "3.1", { answer = 3.14 }, 1 }, { "3.3", { answer = 3.14 }, 0 } })
     scores(rewards.numeric { units = true },
     { { "5 km", { answer = "5 m" }, 0 }, { "5", { answer = "5 m" }, 1 }, { "5 KM", { answer = "5 km" }, 1 } })
     scores(rewards.numeric { marked = true }, { { "5", { answer = 5 }, 0 } })
     expect(function() rewards.numeric()("5", { answer = "five" }) end).fails "is no number: five"
+    expect(function() rewards.numeric()("5", { answer = {} }) end).fails "a list with at least one, got an empty one"
   end)
   it("compare letters", function()
     scores(rewards.choice(), { { "(b)", { answer = "B" }, 1 }, { "B", { answer = 2 }, 1 }, { "C", { answer = "(c)" }, 1 }, { "", { answer = "A" }, 0 }, { "A dog", { answer = "A" }, 0 } })
