@@ -28,6 +28,11 @@ impl Place {
         place.write("broken.lua", b"return {\n  1 +\n}");
         place.write("raises.lua", b"local x\nreturn x.y");
         place.write("folder/file.txt", b"x");
+        // A template that passes over roles that it does not know, as Qwen's does.
+        place.copy("tokenizer", "qwen", &["tokenizer.json", "tokenizer_config.json"]);
+        let turn = b"{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>' }}";
+        let known = b"{% for m in messages if m.role in ['user', 'assistant'] %}";
+        place.write("qwen/chat_template.jinja", &[&known[..], turn, b"{% endfor %}"].concat());
         place.copy_model("model");
         perilune::data::tokenizer::Tokenizer::bytes_with_chat().save(&place.path("model"), None).unwrap();
         place
@@ -321,7 +326,7 @@ fn data_and_tokenizers_in_scripts() {
             &["line 1: expected a string, found no field \"body\""],
         ),
         (
-            "data.jsonl('developer.jsonl'):chat(bytes):pack { seq_len = 8 }:take(1)",
+            "data.jsonl('developer.jsonl'):chat(tokenizer.load('qwen')):pack { seq_len = 8 }:take(1)",
             &["developer.jsonl: line 1, messages[0].role: expected a role that the chat template writes", "\"developer\""],
         ),
         ("data.jsonl('null.jsonl'):chat(bytes):pack { seq_len = 8 }:take(1)", &["null.jsonl: line 1", "only prompt (null), completion"]),

@@ -144,7 +144,7 @@ fn the_scripts_hand_their_results_to_each_other() {
         ["--model", &model(&grpo), "--prompts", &prompts, "--judge", &model(&reward), "--reward", "exact", "--n", "2", "--max_tokens", "8"];
     let (_, rejection) = script(&place, "rejection", &args);
     assert_eq!(lines(&rejection.join("chats.jsonl")), 40);
-    // Prompts that are lists of messages; and few conversations, of which chance holds none out.
+    // Prompts that are lists of messages.
     let listed = place.path().join("listed.jsonl");
     std::fs::write(&listed, "{\"prompt\": [{\"role\": \"user\", \"content\": \"1+1\"}], \"answer\": 2}\n".repeat(4)).unwrap();
     std::fs::remove_dir_all(place.path().join("rejection")).unwrap();
@@ -152,14 +152,6 @@ fn the_scripts_hand_their_results_to_each_other() {
     let (_, rejection) = script(&place, "rejection", &args);
     let kept = std::fs::read_to_string(rejection.join("chats.jsonl")).unwrap();
     assert!(kept.lines().count() == 4 && kept.contains("\"content\":\""), "{kept}");
-    let few = place.path().join("few.jsonl");
-    for (name, data) in [("sft", &chats), ("reward", &pairs)] {
-        let first = std::fs::read_to_string(data).unwrap().lines().next().unwrap().to_owned();
-        std::fs::write(&few, first + "\n").unwrap();
-        std::fs::remove_dir_all(place.path().join(name)).unwrap();
-        let (said, run) = script(&place, name, &["--model", &base, "--data", &text(&few)]);
-        assert!(run.join("model/config.json").is_file() && !said.contains("held"), "{name}: {said}");
-    }
     for how in ["data", "samples"] {
         let data = if how == "data" { &chats } else { &prompts };
         let args = [
@@ -209,6 +201,16 @@ fn the_scripts_hand_their_results_to_each_other() {
     ];
     let (said, eval) = script(&place, "eval", &args);
     assert!(said.contains("problems_accuracy") && lines(&eval.join("problems.jsonl")) == 40, "{said}");
+
+    // Few records, of which chance holds none out.
+    let few = place.path().join("few.jsonl");
+    for (name, data) in [("sft", &chats), ("reward", &pairs)] {
+        let first = std::fs::read_to_string(data).unwrap().lines().next().unwrap().to_owned();
+        std::fs::write(&few, first + "\n").unwrap();
+        std::fs::remove_dir_all(place.path().join(name)).unwrap();
+        let (said, run) = script(&place, name, &["--model", &base, "--data", &text(&few)]);
+        assert!(run.join("model/config.json").is_file() && !said.contains("held"), "{name}: {said}");
+    }
 
     // What cannot be meant is said before anything long begins.
     let bare = place.path().join("bare.jsonl");
