@@ -48,6 +48,8 @@ struct Trained {
 impl Trained {
     /// Runs the script on [`TINY`] for `steps` steps, and checks its metrics: one line a step, in order, all numbers finite.
     fn new(steps: usize, args: &[&str]) -> Self {
+        // What this process computes has the bits of the runs.
+        perilune::kernels::cpu::isa::expect_many_rows();
         let runs = tempfile::tempdir().unwrap();
         let count = steps.to_string();
         let output = pretrain(runs.path(), &[&TINY[..], &["--steps", &count], args].concat());

@@ -472,7 +472,7 @@ mod tests {
         check(Dataset::text([&path]).tokenizer(bytes()), 1, "pack");
         check(Dataset::text([&path]).pack(Packing::Concat { seq_len: 4 }), 1, "tokenizer");
         check(data().split(Part::Validation, 2.0), 1, "fraction");
-        check(data().split(Part::Validation, 0.0), 1, "Validation");
+        check(data().split(Part::Validation, 0.0), 1, "got none in the validation part");
         check(Dataset::text(Vec::<PathBuf>::new()), 1, "paths");
         check(Dataset::mix(vec![(data(), 1.0), (data(), 1.0)], 0).unwrap().pack(Packing::Windows { seq_len: 4 }), 1, "one source");
         std::fs::write(&path, "").unwrap();

@@ -74,7 +74,7 @@ impl ParquetFiles {
     /// - `shuffled`: whether rows will be asked for in any order; decoded groups are then kept as far as memory is given to it
     ///
     /// Errors: [`Error::Io`]; [`Error::Format`] for a file that is no Parquet; [`Error::Unsupported`] for other compression
-    /// than snappy and zstd; [`Error::Argument`] for no paths, or a
+    /// than snappy, gzip and zstd; [`Error::Argument`] for no paths, or a
     /// fraction outside 0 to 1.
     pub fn open(paths: &[PathBuf], split: Option<Split>, shuffled: bool) -> Result<Self> {
         Self::with_cache(paths, split, if shuffled { CACHE_BYTES } else { 0 })
@@ -191,12 +191,12 @@ impl ParquetFiles {
 fn check_compression(path: &Path, reader: &SerializedFileReader<File>) -> Result<()> {
     for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
         let codec = column.compression();
-        if !matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)) {
+        if !matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::GZIP(_) | Compression::ZSTD(_)) {
             let name = format!("{codec:?}");
             let (name, column) = (name.split('(').next().unwrap_or_default().to_lowercase(), column.column_path());
             return Err(Error::Unsupported {
                 what: format!("{}: column {column}: compression with {name}", path.display()),
-                remedy: "write the file with snappy, zstd or no compression".into(),
+                remedy: "write the file with snappy, gzip, zstd or no compression".into(),
             });
         }
     }

@@ -46,6 +46,11 @@ pub trait Class: Send + Sync + Sized + 'static {
     /// In lists, so that a long class can keep its operations in a file of their own.
     const METHODS: &'static [&'static [Function]];
     const FIELDS: &'static [Field<Self>];
+
+    /// What `tostring` and `print` say of it.
+    fn text(&self) -> String {
+        Self::NAME.to_string()
+    }
 }
 
 /// One call: its arguments, and for a method the object.
@@ -129,6 +134,7 @@ pub fn register<T: Class + mlua::UserData, M: UserDataMethods<T>>(methods: &mut 
         };
         find().map_err(|failure| raise(lua, failure))
     });
+    methods.add_meta_method(mlua::MetaMethod::ToString, |_, object, ()| Ok(object.text()));
     methods.add_meta_function(mlua::MetaMethod::NewIndex, |lua, (_, key, _): (AnyUserData, Value, Value)| -> mlua::Result<()> {
         let text = format!("the fields of a {} cannot be assigned (tried to set {})", T::NAME, describe(&key));
         Err(raise(lua, Failure::message(text)))

@@ -1,7 +1,7 @@
 //! `engine.data`, where scripts hand in records of their own: conversations as one batch, records as a data set, records to
 //! a file. Which fields a conversation has is `data/conversation.rs`.
 
-use super::call::{Call, Failed, Function, NOT_UTF8, describe};
+use super::call::{Call, Failed, Function, describe};
 use super::code::write_durably;
 use super::data::{BatchObject, reading_options};
 use super::tokenizer::TokenizerObject;
@@ -124,7 +124,7 @@ fn json_of(value: &Value, depth: usize) -> Result<Json, String> {
         Value::Integer(value) => Ok(Json::from(*value)),
         Value::Number(value) if value.is_finite() => Ok(Json::from(*value)),
         Value::Number(value) => Err(format!("the number {value}, which JSON does not have")),
-        Value::String(text) => text.to_str().map(|text| Json::from(text.to_string())).map_err(|_| NOT_UTF8.1.into()),
+        Value::String(text) => text.to_str().map(|text| Json::from(text.to_string())).map_err(|_| "text that is not UTF-8".into()),
         Value::Table(_) if depth == DEPTH_MAX => Err(format!("tables in each other, {depth} deep")),
         Value::Table(table) => json_of_table(table, depth),
         other => Err(describe(other)),

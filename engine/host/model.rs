@@ -362,6 +362,11 @@ fn temperature(options: &Options) -> Failed<f32> {
 
 impl Class for ModelObject {
     const NAME: &'static str = "Model";
+
+    fn text(&self) -> String {
+        format!("Model: {} parameters, {}, on {}", self.model.count(), self.model.dtype_name(), self.model.place())
+    }
+
     const METHODS: &'static [&'static [Function]] = &[
         &[
             Function { op: "Model:complete", params: &["prompt", "options?"], call: generation::complete },
@@ -371,6 +376,9 @@ impl Class for ModelObject {
                 call: |call| {
                     let options = call.options(1, &["normalizer", "router_aux_loss_coef"])?;
                     let (normalizer, coefficient) = (options.number("normalizer")?, options.number("router_aux_loss_coef")?);
+                    if let Some(coefficient) = coefficient.filter(|coefficient| !(0.0..f64::INFINITY).contains(coefficient)) {
+                        return Err(Error::argument(call.op, "router_aux_loss_coef", "a finite number of at least 0", coefficient).into());
+                    }
                     forward(call, true, |this, batch, packed| {
                         let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
                         let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);

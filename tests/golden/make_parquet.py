@@ -43,7 +43,8 @@ table = pa.Table.from_pylist(rows, schema=schema)
 for name, compression in [("snappy", "snappy"), ("zstd", "zstd"), ("plain", "none")]:
     pq.write_table(table, os.path.join(here, f"{name}.parquet"), compression=compression, row_group_size=5, data_page_version="1.0")
 pq.write_table(table, os.path.join(here, "pages_v2.parquet"), compression="snappy", row_group_size=7, data_page_version="2.0")
-pq.write_table(table, os.path.join(here, "gzip.parquet"), compression="gzip")
+for name in ["gzip", "brotli"]:
+    pq.write_table(table, os.path.join(here, f"{name}.parquet"), compression=name)
 
 
 def without_nulls(value):

@@ -90,7 +90,7 @@ describe("records", function()
     expect(function() data.records { { f = { 0 / 0 } } } end).fails "which JSON does not have, at [1], at `f`"
     expect(function() data.records { { f = { 1, a = 2 } } } end).fails "a list with the name `a` beside its entries, at `f`"
     expect(function() data.records { { f = { [2 ^ 40 // 1 | 0] = 1 } } } end).fails "a list of 1 entries up to [1099511627776]"
-    expect(function() data.records { { f = "\xff" } } end).fails "bytes that are not, at `f`"
+    expect(function() data.records { { f = "\xff" } } end).fails "text that is not UTF-8, at `f`"
     expect(function() data.records { n = 1 } end).fails "a list of tables"
     expect(function() data.write_jsonl("x.jsonl", { {} }) end).fails "a table with names"
     expect(function() data.records({}):take(1) end).fails "none in a list of records"

@@ -107,9 +107,14 @@ describe("mixture of experts", function()
     expect(balance:item()).near(4 * sum, 1e-5)
     local with, without = model:cross_entropy(batch, { router_aux_loss_coef = 0.5 }), model:cross_entropy(batch, { router_aux_loss_coef = 0 })
     expect(with:item() - without:item()).near(0.5 * balance:item(), 1e-5)
+    for _, wrong in ipairs { 0 / 0, -1, math.huge } do
+      expect(function() model:cross_entropy(batch, { router_aux_loss_coef = wrong }) end).fails "a finite number of at least 0"
+    end
   end)
   it("is empty for a dense model", function()
-    local none, no_balance = engine.model.new(sizes):routing(batch)
+    local dense = engine.model.new(sizes)
+    local none, no_balance = dense:routing(batch)
+    expect(tostring(dense)).is(("Model: %d parameters, f32, on cpu"):format(dense.count))
     expect(#none).is(0)
     expect(no_balance).is(nil)
     expect(function() model:routing { 1 } end).fails "should be a Batch"

@@ -11,7 +11,7 @@ use super::attention::{Attention, State, Visible, Work, attend_block, panels_wor
 use super::attention_operands::{HeadRows, padded, word, words};
 use super::attention_tile::{BLOCK, COLUMNS, Form, ROWS, with_form};
 use super::heads::Heads;
-use super::threads::{Shared, parallel, parallel_ranges};
+use super::threads::{Shared, parallel, parallel_ranges, threads};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::{Dtype, Float};
 
@@ -23,6 +23,9 @@ const SPAN_LONG: usize = 4;
 
 /// Blocks that one task writes at least.
 const WRITES_LEAST: usize = 8;
+
+/// Parts, for each thread, into which many tasks that attend are divided; those of a part share their [`Room`].
+const ATTENDS_A_THREAD: usize = 16;
 
 /// Memory of cached keys and values, all layers of a model together.
 pub struct KvBlocks {
@@ -178,13 +181,16 @@ fn run<F: Form, E: Float>(
     });
     drop(memory);
     let (cache, o) = (&*cache, Shared::new(o));
-    // The longest walks first.
-    parallel(tasks.len(), |index| {
-        let task = tasks[tasks.len() - 1 - index];
-        form.enter(
-            #[inline(always)]
-            || attend::<F, E>(form, settings, qkv, &spans[task.span], task, cache, layer, &o),
-        );
+    let each = (tasks.len() / (ATTENDS_A_THREAD * threads())).max(1);
+    parallel(tasks.len().div_ceil(each), |part| {
+        let mut room = Room { queries: Buffer::scratch(0), states: Buffer::scratch(0), work: Work::new() };
+        // The longest walks first.
+        for task in tasks.iter().rev().skip(part * each).take(each) {
+            form.enter(
+                #[inline(always)]
+                || attend::<F, E>(form, settings, qkv, &spans[task.span], *task, cache, layer, &o, &mut room),
+            );
+        }
     });
 }
 
@@ -254,6 +260,22 @@ impl QueryTile {
     }
 }
 
+/// Memory of a task that attends.
+struct Room {
+    queries: Buffer<f32>,
+    states: Buffer<f32>,
+    work: Work,
+}
+
+/// The first `len` words of `memory`, which grows if it is shorter.
+#[inline(always)]
+fn at_least(memory: &mut Buffer<f32>, len: usize) -> &mut [f32] {
+    if memory.len() < len {
+        *memory = Buffer::scratch(len);
+    }
+    &mut memory[..len]
+}
+
 /// The new positions of one task in all heads of its group, against all their keys.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the operands of one task")]
@@ -266,6 +288,7 @@ fn attend<F: Form, E: Float>(
     cache: &KvBlocks,
     layer: usize,
     o: &Shared<E>,
+    room: &mut Room,
 ) {
     let heads = settings.heads;
     let (head_dim, padded) = (heads.head_dim, padded(heads.head_dim));
@@ -273,9 +296,8 @@ fn attend<F: Form, E: Float>(
     let (tile_words, state_words) = (ROWS * words::<F>(head_dim), State::words(padded));
     let mut tiles = 0;
     QueryTile::each(task, heads, by_heads, |_| tiles += 1);
-    let mut queries = Buffer::<f32>::scratch(tiles * tile_words);
-    let mut states = Buffer::<f32>::scratch(tiles * state_words);
-    let mut work = Work::new();
+    let (queries, states) = (at_least(&mut room.queries, tiles * tile_words), at_least(&mut room.states, tiles * state_words));
+    let work = &mut room.work;
     let row_of = |position: usize| span.row + position - span.position;
     let mut slots = queries.chunks_exact_mut(tile_words);
     QueryTile::each(task, heads, by_heads, |tile| {
@@ -295,7 +317,7 @@ fn attend<F: Form, E: Float>(
             let (queries, memory) = operands.next().expect("operands for each tile");
             let visible = std::array::from_fn(|r| Visible::of(settings, tile.row(r.min(tile.count - 1)).0, key_block * BLOCK));
             let state = &mut State::of(memory, padded);
-            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, tile.count, state, &mut work);
+            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, tile.count, state, work);
         });
     }
 
@@ -317,7 +339,7 @@ fn attend<F: Form, E: Float>(
 mod tests {
     use super::super::attention::attention;
     use super::super::attention::tests::{borders, sample};
-    use super::super::threads::{set_threads, threads};
+    use super::super::threads::set_threads;
     use super::*;
     use half::bf16;
 
