@@ -35,7 +35,7 @@ const DOORS: [(&str, &[&str]); 21] = [
     ("tokenizers", &["engine/data/"]),
     ("minijinja", &["engine/data/"]),
     ("parquet", &["engine/data/parquet.rs"]),
-    ("rustix", &["engine/kernels/buffer.rs", "engine/checkpoint/", "engine/store/"]),
+    ("rustix", &["engine/kernels/arena.rs", "engine/checkpoint/", "engine/store/"]),
     ("similar", &["engine/host/code_diff.rs"]),
     ("console", &["engine/cli/output.rs"]),
     ("blake3", &["engine/data/", "engine/checkpoint/", "engine/store/", "engine/host/"]),

@@ -1,8 +1,8 @@
-//! Memory of tensors: blocks aligned to a cache line, recycled by size so that a warm training step allocates nothing.
-//! Blocks come from the system, not from the program's allocator: large ones go back to it at once, where mimalloc keeps them for
-//! a while: 3.98 GiB at the peak of a step of `q05x4` in f32 against 3.80.
+//! Memory of tensors: blocks aligned to a cache line, recycled so that a warm training step allocates nothing: small ones by their
+//! size, here; large ones by arena.rs. Blocks come from the system, not from the program's allocator, which keeps them for a while.
 //! Knows bytes and element types, no shapes.
 
+use super::arena::Arena;
 use super::cpu::threads::{Shared, parallel_ranges};
 use super::element::Element;
 use std::alloc::{GlobalAlloc, Layout, System, handle_alloc_error};
@@ -10,8 +10,8 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 
 /// One cache line, and one AVX-512 register.
 pub const ALIGN: usize = 64;
@@ -29,19 +29,21 @@ unsafe impl<E: Element> Send for Buffer<E> {}
 // SAFETY: shared access gives only `&[E]`.
 unsafe impl<E: Element> Sync for Buffer<E> {}
 
-/// Free blocks, and the sum of their sizes.
+/// Small blocks: the free ones, and sums of sizes.
 struct Pool {
     /// Addresses by size in bytes and by when the block was freed, the last one first: it may still be in a cache.
     free: BTreeMap<(usize, Reverse<u64>), usize>,
     /// Sizes by when the block was freed.
     ages: BTreeMap<u64, usize>,
     free_bytes: usize,
+    live_bytes: usize,
+    live_bytes_max: usize,
     /// Blocks freed so far.
     clock: u64,
 }
 
 impl Pool {
-    const EMPTY: Self = Self { free: BTreeMap::new(), ages: BTreeMap::new(), free_bytes: 0, clock: 0 };
+    const EMPTY: Self = Self { free: BTreeMap::new(), ages: BTreeMap::new(), free_bytes: 0, live_bytes: 0, live_bytes_max: 0, clock: 0 };
 
     /// Takes out the smallest free block of `wanted` to a quarter more bytes: its address and size.
     fn pop(&mut self, wanted: usize) -> Option<(usize, usize)> {
@@ -62,6 +64,20 @@ impl Pool {
         self.free.remove(&(size, Reverse(age))).expect("both maps hold the same blocks")
     }
 
+    /// Keeps a block that was freed; gives those that are to go.
+    fn recycle(&mut self, block: usize, size: usize) -> Vec<(usize, usize)> {
+        self.live_bytes -= size;
+        self.push(block, size);
+        // Keep little more than was once live together: sizes that vary from step to step must not pile up, and those that are
+        // not asked for any more go first.
+        let most = self.live_bytes_max + (self.live_bytes_max / 3).min(SLACK);
+        let mut surplus = Vec::new();
+        while self.live_bytes + self.free_bytes > most {
+            surplus.extend(self.pop_oldest());
+        }
+        surplus
+    }
+
     fn push(&mut self, block: usize, size: usize) {
         self.clock += 1;
         self.free.insert((size, Reverse(self.clock)), block);
@@ -71,29 +87,26 @@ impl Pool {
 }
 
 static POOL: Mutex<Pool> = Mutex::new(Pool::EMPTY);
+static ARENA: Mutex<Arena> = Mutex::new(Arena::EMPTY);
 static LIVE_BYTES: AtomicUsize = AtomicUsize::new(0);
 static LIVE_BYTES_MAX: AtomicUsize = AtomicUsize::new(0);
 
 /// Blocks up to this size are not recycled here: the allocator is quick with them.
 const SMALL: usize = 4096;
 
-/// A large page of the system's.
-const HUGE_PAGE: usize = 2 << 20;
+/// Blocks from this size on come from the arena, where there is one.
+const LARGE: usize = if cfg!(target_os = "linux") { 1 << 20 } else { usize::MAX };
 
-/// Blocks of at least this size lie on large pages.
-const HUGE_LEAST: usize = 2 * HUGE_PAGE;
-
-/// Most bytes of free blocks kept beyond the most that were ever live.
+/// Most bytes of free small blocks kept beyond the most that were ever live.
 const SLACK: usize = 128 << 20;
 
 /// Least bytes of a copy that a thread is given.
 const COPY_BYTES_MIN: usize = 1 << 20;
 
-/// The size of the block that holds `bytes`: at most one eighth larger, so that near sizes share blocks, and at most 1 MiB:
-/// the largest blocks are weights and their moments, whose sizes never change, and an eighth of them is gigabytes.
+/// The size of the block that holds `bytes`: at most one eighth larger, so that near sizes share small blocks.
 fn block_size(bytes: usize) -> usize {
     let bytes = bytes.max(ALIGN);
-    let step = (bytes.next_power_of_two() / 16).clamp(ALIGN, 1 << 20);
+    let step = (bytes.next_power_of_two() / 16).clamp(ALIGN, 64 << 10);
     bytes.div_ceil(step) * step
 }
 
@@ -101,86 +114,48 @@ fn layout(size: usize) -> Layout {
     Layout::from_size_align(size, ALIGN).expect("block sizes are multiples of the alignment and below isize::MAX")
 }
 
-/// A block of `size` zeros, or none if there is no memory. A large one is mapped: the system's pages are zeros when they are first
-/// written to, by whichever thread does that, where the allocator would fill them at once by this one. It lies on pages of 2 MiB if
-/// the system has them: where a model is read once for a few rows, looking up its small pages took up to a quarter of the time
-/// (8 texts of the 0.5B shape in bf16: 92 ms a token, 74 with them).
-fn allocate(size: usize) -> Option<NonNull<u8>> {
-    #[cfg(target_os = "linux")]
-    if size >= HUGE_LEAST {
-        use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-        let room = size + HUGE_PAGE;
-        // SAFETY: a new mapping, wherever the system likes. What lies before the first large page and behind the block is given
-        // back, in whole pages; the advice changes no content, and a system without large pages refuses it.
-        unsafe {
-            let start = mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).ok()?;
-            let before = start.addr().next_multiple_of(HUGE_PAGE) - start.addr();
-            let block = start.byte_add(before);
-            if before > 0 {
-                munmap(start, before).expect("the mapping is ours");
-            }
-            if before < HUGE_PAGE {
-                munmap(block.byte_add(size), HUGE_PAGE - before).expect("the mapping is ours");
-            }
-            let _ = madvise(block, size, Advice::LinuxHugepage);
-            return NonNull::new(block.cast());
+fn pool() -> MutexGuard<'static, Pool> {
+    POOL.lock().expect("the pool's lock is never held across a panic")
+}
+
+fn arena() -> MutexGuard<'static, Arena> {
+    ARENA.lock().expect("the arena's lock is never held across a panic")
+}
+
+/// A block of at least `wanted` bytes, and its size.
+fn take(wanted: usize) -> (NonNull<u8>, usize) {
+    let (block, size) = if wanted >= LARGE { (arena().take(wanted), wanted) } else { take_small(wanted) };
+    let live = LIVE_BYTES.fetch_add(size, Relaxed) + size;
+    LIVE_BYTES_MAX.fetch_max(live, Relaxed);
+    (block.unwrap_or_else(|| handle_alloc_error(layout(size))), size)
+}
+
+/// A free block that is at most a quarter larger, else a new one; none if there is no memory.
+fn take_small(wanted: usize) -> (Option<NonNull<u8>>, usize) {
+    if wanted > SMALL {
+        let mut pool = pool();
+        let recycled = pool.pop(wanted);
+        let size = recycled.map_or(wanted, |(_, size)| size);
+        pool.live_bytes += size;
+        pool.live_bytes_max = pool.live_bytes_max.max(pool.live_bytes);
+        if let Some((block, size)) = recycled {
+            return (NonNull::new(block as *mut u8), size);
         }
     }
     // SAFETY: the layout's size is at least ALIGN, so not zero.
-    NonNull::new(unsafe { System.alloc_zeroed(layout(size)) })
-}
-
-/// Gives a block of [`allocate`] back to the system.
-///
-/// # Safety
-/// The block was allocated with this size, and nobody uses it any more.
-unsafe fn free(block: *mut u8, size: usize) {
-    #[cfg(target_os = "linux")]
-    if size >= HUGE_LEAST {
-        // SAFETY: `allocate` mapped it, and the caller gives it up.
-        unsafe { rustix::mm::munmap(block.cast(), size) }.expect("the mapping is ours");
-        return;
-    }
-    // SAFETY: `allocate` used this very layout, and the caller gives the block up.
-    unsafe { System.dealloc(block, layout(size)) }
-}
-
-/// A block of at least `wanted` bytes, and its size: a free one that is at most a quarter larger, else a new one.
-fn take(wanted: usize) -> (NonNull<u8>, usize) {
-    let recycled = (wanted > SMALL).then(|| POOL.lock().expect("the pool's lock is never held across a panic").pop(wanted)).flatten();
-    let size = recycled.map_or(wanted, |(_, size)| size);
-    let live = LIVE_BYTES.fetch_add(size, Relaxed) + size;
-    LIVE_BYTES_MAX.fetch_max(live, Relaxed);
-    match recycled {
-        Some((block, size)) => (NonNull::new(block as *mut u8).expect("a block that was once allocated is not null"), size),
-        None => (allocate(size).unwrap_or_else(|| handle_alloc_error(layout(size))), size),
-    }
+    (NonNull::new(unsafe { System.alloc_zeroed(layout(wanted)) }), wanted)
 }
 
 fn give_back(block: NonNull<u8>, size: usize) {
     LIVE_BYTES.fetch_sub(size, Relaxed);
-    if size <= SMALL {
-        // SAFETY: `take` had it from `allocate` with this size, and its only owner gives it up here.
-        return unsafe { free(block.as_ptr(), size) };
+    if size >= LARGE {
+        // SAFETY: `take` had it from the arena with this size, and its only owner gives it up here.
+        return unsafe { arena().give_back(block, size) };
     }
-    let mut surplus = Vec::new();
-    {
-        let mut pool = POOL.lock().expect("the pool's lock is never held across a panic");
-        pool.push(block.as_ptr() as usize, size);
-        // Keep little more than was once live together: sizes that vary from step to step must not pile up, and those that are
-        // not asked for any more go first. With less slack than the sizes of a step differ, its blocks go back to the system and
-        // are zeroed anew each step: with a sixth 5 % of the time of a small model's GRPO, which peaks at 610 MiB, with a third 3 %.
-        let live_max = LIVE_BYTES_MAX.load(Relaxed);
-        while LIVE_BYTES.load(Relaxed) + pool.free_bytes > live_max + (live_max / 3).min(SLACK) {
-            match pool.pop_oldest() {
-                Some(oldest) => surplus.push(oldest),
-                None => break,
-            }
-        }
-    }
+    let surplus = if size <= SMALL { vec![(block.as_ptr() as usize, size)] } else { pool().recycle(block.as_ptr() as usize, size) };
     for (block, size) in surplus {
-        // SAFETY: the block lay in the pool, so nobody else owns it, and `allocate` made it with this size.
-        unsafe { free(block as *mut u8, size) }
+        // SAFETY: `take_small` allocated it with this size; its only owner gave it up, just now or when it went to the pool.
+        unsafe { System.dealloc(block as *mut u8, layout(size)) }
     }
 }
 
@@ -191,21 +166,12 @@ pub fn live_bytes() -> usize {
 
 /// Bytes of free blocks that are kept for reuse.
 pub fn free_bytes() -> usize {
-    POOL.lock().expect("the pool's lock is never held across a panic").free_bytes
+    pool().free_bytes + arena().free_bytes()
 }
 
 /// The most bytes that live buffers ever held together.
 pub fn live_bytes_max() -> usize {
     LIVE_BYTES_MAX.load(Relaxed)
-}
-
-/// Returns all recycled blocks to the operating system.
-pub fn release_free() {
-    let pool = std::mem::replace(&mut *POOL.lock().expect("the pool's lock is never held across a panic"), Pool::EMPTY);
-    for ((size, _), block) in pool.free {
-        // SAFETY: the block lay in the pool, so nobody else owns it, and `allocate` made it with this size.
-        unsafe { free(block as *mut u8, size) }
-    }
 }
 
 impl<E: Element> Buffer<E> {
@@ -306,16 +272,5 @@ mod tests {
         assert_eq!((pool.pop(1001), pool.pop(900)), (None, Some((3, 1000))), "too small or more than a quarter larger; the last one freed");
         assert_eq!((pool.pop_oldest(), pool.pop(640), pool.free_bytes), (Some((1, 1000)), Some((2, 800)), 1300));
         assert_eq!((pool.pop_oldest(), pool.pop_oldest(), pool.free_bytes), (Some((4, 1300)), None, 0));
-    }
-
-    #[test]
-    fn large_blocks_are_zeros_on_large_pages() {
-        let (block, size) = (allocate(HUGE_LEAST + (1 << 20)).unwrap(), HUGE_LEAST + (1 << 20));
-        // SAFETY: the block was just allocated with this size, and goes when it has been read.
-        unsafe {
-            assert!(std::slice::from_raw_parts(block.as_ptr(), size).iter().all(|byte| *byte == 0));
-            block.as_ptr().write_bytes(7, size);
-            free(block.as_ptr(), size);
-        }
     }
 }

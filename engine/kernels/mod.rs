@@ -1,5 +1,6 @@
 //! Buffers on a device and the loops over them. The only home of `unsafe`. Knows slices, not tensors.
 
+mod arena;
 pub mod available_memory;
 pub mod buffer;
 pub mod cpu;
