@@ -102,9 +102,9 @@ pub fn attention<E: ModelElement>(
     if let Some(device) = qkv.device() {
         return cuda::attention(device, qkv, heads, tables.cuda(), (&documents.borders, &documents.plans), window);
     }
-    let mut turned = Buffer::copy_of(qkv.values());
+    let mut turned = Buffer::scratch(qkv.values().len());
     let (cos, sin) = tables.host();
-    rope::rope(&mut turned, heads, cos, sin)?;
+    rope::rope(qkv.values(), &mut turned, heads, cos, sin)?;
     let scale = heads.scale();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
     let mut lse = Buffer::<f32>::scratch(tokens * heads.heads);

@@ -90,8 +90,11 @@ impl LogitRows {
         match &self.on_device {
             Some(logits) => super::cuda::logprobs::logprobs_of_logits(logits, self.vocab, rows, labels, temperatures),
             None => {
-                // Members of a group begin at one row, and each wants it for a label of its own.
                 let values = self.values()?;
+                if rows.iter().copied().eq(0..rows.len()) {
+                    return Ok(logprobs_of_logits(&values[..rows.len() * self.vocab], self.vocab, labels, temperatures));
+                }
+                // Members of a group begin at one row, and each wants it for a label of its own.
                 let rows = rows.iter().map(|row| &values[row * self.vocab..][..self.vocab]).collect::<Vec<_>>().concat();
                 Ok(logprobs_of_logits(&rows, self.vocab, labels, temperatures))
             }

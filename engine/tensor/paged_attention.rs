@@ -142,9 +142,9 @@ pub fn paged_attention<E: ModelElement>(
             return cuda::paged_attention(device, qkv, heads, tables.cuda(), (&texts.spans, step), blocks, layer, window);
         }
     };
-    let mut turned = Buffer::copy_of(qkv.values());
+    let mut turned = Buffer::scratch(qkv.values().len());
     let (cos, sin) = tables.host();
-    rope::rope(&mut turned, heads, cos, sin)?;
+    rope::rope(qkv.values(), &mut turned, heads, cos, sin)?;
     let scale = heads.scale();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
     kernel(&Settings { heads, cu_seqlens: &[], scale, window }, &turned, &texts.spans, cache, layer, &mut mixed);

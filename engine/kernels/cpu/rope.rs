@@ -41,17 +41,19 @@ pub fn rope_tables<E: Float>(inv_freq: &[f32], attention_scaling: f32, positions
     Ok(())
 }
 
-/// Turns each query and key head of `qkv` in place by its position's angles; values stay.
+/// Turns each query and key head of `qkv` by its position's angles; values stay.
 ///
 /// - `qkv`: `[tokens, (heads + 2 * kv_heads) * head_dim]`, query heads, then key heads, then value heads
+/// - `turned`: the same shape, written in full
 /// - `cos`, `sin`: `[tokens, head_dim / 2]`, f32, from [`rope_tables`]
 ///
 /// The arithmetic is f32 with one rounding to `E` at the end; transformers in bf16 rounds each product as well, so
 /// the two may differ by the last bit of a bf16.
 ///
 /// Errors: [`Error::Shape`] or [`Error::Argument`] if the shapes do not fit.
-pub fn rope<E: Float>(qkv: &mut [E], heads: Heads, cos: &[f32], sin: &[f32]) -> Result<()> {
-    turn("rope", qkv, heads, cos, sin, 1.0)
+pub fn rope<E: Float>(qkv: &[E], turned: &mut [E], heads: Heads, cos: &[f32], sin: &[f32]) -> Result<()> {
+    assert!(turned.len() == qkv.len(), "rope: room for {} values of {}", turned.len(), qkv.len());
+    turn("rope", Some(qkv), turned, heads, cos, sin, 1.0)
 }
 
 /// Turns gradients back: the derivative of [`rope`] is the rotation by the negative angle (with the same scaling).
@@ -60,7 +62,7 @@ pub fn rope<E: Float>(qkv: &mut [E], heads: Heads, cos: &[f32], sin: &[f32]) -> 
 ///
 /// Errors: as [`rope`].
 pub fn rope_backward<E: Float>(dqkv: &mut [E], heads: Heads, cos: &[f32], sin: &[f32]) -> Result<()> {
-    turn("rope_backward", dqkv, heads, cos, sin, -1.0)
+    turn("rope_backward", None, dqkv, heads, cos, sin, -1.0)
 }
 
 fn check_tables(op: &'static str, tokens: usize, half: usize, cos: &[f32], sin: &[f32]) -> Result<()> {
@@ -72,7 +74,16 @@ fn check_tables(op: &'static str, tokens: usize, half: usize, cos: &[f32], sin: 
     Ok(())
 }
 
-fn turn<E: Float>(op: &'static str, qkv: &mut [E], heads: Heads, cos: &[f32], sin: &[f32], direction: f32) -> Result<()> {
+/// Turns `from`, or what is in `qkv` already.
+fn turn<E: Float>(
+    op: &'static str,
+    from: Option<&[E]>,
+    qkv: &mut [E],
+    heads: Heads,
+    cos: &[f32],
+    sin: &[f32],
+    direction: f32,
+) -> Result<()> {
     heads.check(op)?;
     let tokens = heads.tokens(op, "qkv", qkv.len())?;
     let half = heads.head_dim / 2;
@@ -80,20 +91,24 @@ fn turn<E: Float>(op: &'static str, qkv: &mut [E], heads: Heads, cos: &[f32], si
     let width = heads.width();
     let qkv = Shared::new(qkv);
     parallel_ranges(tokens, ROWS_LEAST, |rows| {
+        let values = rows.start * width..rows.end * width;
         // SAFETY: parallel_ranges hands out disjoint rows.
-        let part = unsafe { qkv.part(rows.start * width..rows.end * width) };
+        let part = unsafe { qkv.part(values.clone()) };
         let angles = rows.start * half..rows.end * half;
-        turn_rows(part, heads, &cos[angles.clone()], &sin[angles], direction);
+        turn_rows(from.map(|from| &from[values]), part, heads, &cos[angles.clone()], &sin[angles], direction);
     });
     Ok(())
 }
 
 crate::vectorised! {
     /// `direction` is 1 or -1, the sign of the angle.
-    fn turn_rows<E: Float>(rows: &mut [E], heads: Heads, cos: &[f32], sin: &[f32], direction: f32) {
-        let half = heads.head_dim / 2;
+    fn turn_rows<E: Float>(from: Option<&[E]>, rows: &mut [E], heads: Heads, cos: &[f32], sin: &[f32], direction: f32) {
+        let (half, width) = (heads.head_dim / 2, heads.width());
         let turned = heads.value(0);
-        for ((row, cos), sin) in rows.chunks_exact_mut(heads.width()).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)) {
+        for (index, ((row, cos), sin)) in rows.chunks_exact_mut(width).zip(cos.chunks_exact(half)).zip(sin.chunks_exact(half)).enumerate() {
+            if let Some(from) = from {
+                row.copy_from_slice(&from[index * width..][..width]);
+            }
             for head in row[..turned].chunks_exact_mut(heads.head_dim) {
                 let (low, high) = head.split_at_mut(half);
                 for i in 0..half {
@@ -131,7 +146,7 @@ mod tests {
         rope_tables::<E>(&freq, scaling, &positions, &mut cos, &mut sin).unwrap();
         let x: Vec<E> = (0..tokens * heads.width()).map(|i| E::from_f32(((i * 7919) % 1013) as f32 / 500.0 - 1.0)).collect();
         let mut y = x.clone();
-        rope(&mut y, heads, &cos, &sin).unwrap();
+        rope(&x, &mut y, heads, &cos, &sin).unwrap();
         let dim = heads.head_dim;
         for (t, position) in positions.iter().enumerate() {
             for h in 0..heads.heads + 2 * heads.kv_heads {
@@ -175,16 +190,16 @@ mod tests {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 4 };
         let (mut cos, mut sin) = (vec![9.0; 2], vec![9.0; 2]);
         rope_tables::<f32>(&inv_freq(4, 1e4), 1.0, &[0], &mut cos, &mut sin).unwrap();
-        let mut x: Vec<f32> = (0..16).map(|i| i as f32).collect();
-        rope(&mut x, heads, &cos, &sin).unwrap();
-        assert_eq!(x, (0..16).map(|i| i as f32).collect::<Vec<_>>());
+        let (x, mut y) = ((0..16).map(|i| i as f32).collect::<Vec<_>>(), vec![9.0; 16]);
+        rope(&x, &mut y, heads, &cos, &sin).unwrap();
+        assert_eq!(x, y);
     }
 
     #[test]
     fn wrong_shapes_are_refused() {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 4 };
-        assert!(rope(&mut [0.0f32; 15], heads, &[0.0; 2], &[0.0; 2]).is_err());
-        assert!(rope(&mut [0.0f32; 16], heads, &[0.0; 3], &[0.0; 2]).is_err());
+        assert!(rope(&[0.0; 15], &mut [0.0f32; 15], heads, &[0.0; 2], &[0.0; 2]).is_err());
+        assert!(rope(&[0.0; 16], &mut [0.0f32; 16], heads, &[0.0; 3], &[0.0; 2]).is_err());
         assert!(rope_tables::<f32>(&[1.0, 0.1], 1.0, &[0, 1], &mut [0.0; 4], &mut [0.0; 3]).is_err());
     }
 }

@@ -99,14 +99,13 @@ fn backward_row<E: Float>(gate_up: &[E], d_gate_up: &mut [E], d_act: &[E], act: 
     let (gate, up) = d_gate_up.split_at_mut(inter);
     let mut act_tiles = act.chunks_mut(TILE);
     for (index, ((gate, up), d_act)) in gate.chunks_mut(TILE).zip(up.chunks_mut(TILE)).zip(d_act.chunks(TILE)).enumerate() {
-        if !gate_up.is_empty() {
-            // The tile stays in the first cache, so this costs less than a second form of the loop below.
-            let start = index * TILE;
-            gate.copy_from_slice(&gate_up[start..start + gate.len()]);
-            up.copy_from_slice(&gate_up[inter + start..inter + start + up.len()]);
-        }
+        let start = index * TILE;
+        let (gates, ups) = match gate_up.is_empty() {
+            true => (&*gate, &*up),
+            false => (&gate_up[start..start + gate.len()], &gate_up[inter + start..inter + start + up.len()]),
+        };
         for ((((gate, up), d_act), d_gate), (d_up, act)) in
-            gate.iter().zip(&*up).zip(d_act).zip(&mut *d_gates).zip(d_ups.iter_mut().zip(&mut *acts))
+            gates.iter().zip(ups).zip(d_act).zip(&mut *d_gates).zip(d_ups.iter_mut().zip(&mut *acts))
         {
             let (g, u, d) = (gate.to_f32(), up.to_f32(), d_act.to_f32());
             let s = sigmoid(g);
