@@ -7,7 +7,7 @@ use super::embedding_part::LookedUp;
 use super::parameter::{Layout, Parameter};
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
-use crate::kernels::buffer::Buffer;
+use crate::kernels::buffer::{Buffer, clear};
 use crate::kernels::cpu::embedding::{Order, embed, embed_backward};
 use std::sync::Arc;
 
@@ -48,7 +48,7 @@ pub fn embedding<E: ModelElement>(tokens: &[i32], weight: &Arc<Parameter<E>>) ->
         looked_up.as_ref().map_or(Ok(()), |looked_up| looked_up.backward(&dx))?;
         weight.accumulate(|gradient, add| {
             if !add {
-                gradient.fill(0.0);
+                clear(gradient);
             }
             embed_backward(&dx, &tokens, order, vocab, hidden, gradient);
         });

@@ -6,7 +6,7 @@ use super::ModelElement;
 use super::parameter::Parameter;
 use super::place::Place;
 use crate::error::Result;
-use crate::kernels::buffer::Buffer;
+use crate::kernels::buffer::{Buffer, clear};
 use crate::kernels::cpu::{gemm, low_rank};
 use std::ops::Range;
 use std::sync::Arc;
@@ -98,7 +98,7 @@ impl<E: ModelElement> LookedUp<E> {
             let mut d_inner = Buffer::<E>::scratch(self.inner.len());
             gemm::input_gradient(&mut d_inner[..], &d_delta, part.b.product_weight(&part.b.read()), false);
             if !add {
-                gradient.fill(0.0);
+                clear(gradient);
             }
             for (row, token) in d_inner.chunks_exact(rank).zip(self.tokens.iter()) {
                 row.iter().enumerate().for_each(|(r, d)| gradient[r * vocab + *token as usize] += d.to_f32());

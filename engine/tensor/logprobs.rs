@@ -14,6 +14,7 @@ use super::parameter::Parameter;
 use super::typed::{Data, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::cpu::embedding::{Order, embed, spread_rows};
 use crate::kernels::cpu::{cross_entropy as kernel, gemm, norm};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -122,9 +123,8 @@ impl<E: ModelElement> Targets<E> {
             Source::Whole(x.data().clone())
         } else {
             let mut some = Buffer::scratch(rows.len() * hidden);
-            for (to, row) in some.chunks_exact_mut(hidden.max(1)).zip(&rows) {
-                to.copy_from_slice(&x.values()[*row as usize * hidden..][..hidden]);
-            }
+            let ids: Vec<i32> = rows.iter().map(|row| *row as i32).collect();
+            embed(x.values(), Order::Rows, tokens, hidden, &ids, &mut some);
             Source::Some(some)
         };
         Ok(Self { labels: rows.iter().map(|row| labels[*row as usize]).collect(), rows, x: source, tokens, hidden })
@@ -134,19 +134,6 @@ impl<E: ModelElement> Targets<E> {
         match &self.x {
             Source::Whole(data) => data.get(),
             Source::Some(buffer) => buffer,
-        }
-    }
-
-    /// Spreads the gradients of the labelled rows over all rows; the others get zero, or stay as they are with `add`.
-    fn spread(&self, d_rows: &[E], dx: &mut [E], add: bool) {
-        if !add {
-            dx.fill(E::default());
-        }
-        for (from, row) in d_rows.chunks_exact(self.hidden.max(1)).zip(&self.rows) {
-            let to = &mut dx[*row as usize * self.hidden..][..self.hidden];
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = E::from_f32(to.to_f32() + from.to_f32());
-            }
         }
     }
 }
@@ -189,7 +176,10 @@ fn chunk_backward<E: ModelElement>(x: &[E], d_logits: Buffer<E>, head: &Paramete
 fn give_rows<E: ModelElement>(sink: &mut Sink, targets: &Targets<E>, d_rows: Buffer<E>) {
     match targets.x {
         Source::Whole(_) => sink.add(0, d_rows),
-        Source::Some(_) => sink.accumulate(0, targets.tokens * targets.hidden, |dx, add| targets.spread(&d_rows, dx, add)),
+        Source::Some(_) => sink.accumulate(0, targets.tokens * targets.hidden, |dx, add| {
+            // Rows without a label get zero, or stay as they are.
+            spread_rows(&d_rows, &targets.rows, targets.hidden, dx, add);
+        }),
     }
 }
 

@@ -107,6 +107,30 @@ pub fn embed_backward<E: Float>(d_out: &[E], ids: &[i32], order: Order, vocab: u
     });
 }
 
+/// Puts row i of `some` to row `places[i]` of `all`: added to what is there, or with zeros in all other rows.
+///
+/// - `some`: `[places, width]`
+/// - `places`: ascending, each once
+/// - `all`: `[rows, width]`
+pub fn spread_rows<E: Float>(some: &[E], places: &[u32], width: usize, all: &mut [E], add: bool) {
+    assert!(some.len() == places.len() * width, "spread_rows: {} values for [{}, {width}]", some.len(), places.len());
+    assert!(places.is_sorted(), "spread_rows: places out of order");
+    let rows = all.len() / width.max(1);
+    let all = Shared::new(all);
+    parallel_ranges(rows, 16, |range| {
+        // SAFETY: parallel_ranges hands out disjoint ranges of rows.
+        let part = unsafe { all.part(range.start * width..range.end * width) };
+        if !add {
+            part.fill(E::default());
+        }
+        let taken = places.partition_point(|row| (*row as usize) < range.start)..places.partition_point(|row| (*row as usize) < range.end);
+        for (from, row) in some[taken.start * width..taken.end * width].chunks_exact(width.max(1)).zip(&places[taken]) {
+            let to = &mut part[(*row as usize - range.start) * width..][..width];
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = E::from_f32(to.to_f32() + from.to_f32()));
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::samples::{assert_same_on_any_threads, cast, uniform};
@@ -180,5 +204,18 @@ mod tests {
     #[should_panic(expected = "token id -1")]
     fn an_id_outside_the_vocabulary_is_our_mistake() {
         embed(&[0.0f32; 6], Order::Rows, 3, 2, &[-1], &mut [0.0; 2]);
+    }
+
+    #[test]
+    fn spread_rows_adds_or_clears() {
+        let some: Vec<f32> = (0..200).map(|i| i as f32).collect();
+        let places: Vec<u32> = (0..100).map(|i| 3 * i + 1).collect();
+        for add in [false, true] {
+            let mut all = vec![0.5f32; 2 * 301];
+            spread_rows(&some, &places, 2, &mut all, add);
+            let start = if add { 0.5 } else { 0.0 };
+            let want = (0..602).map(|i| start + if i / 2 % 3 == 1 { (i / 6 * 2 + i % 2) as f32 } else { 0.0 });
+            assert!(all.iter().copied().eq(want), "{add}: {:?}", &all[..12]);
+        }
     }
 }
