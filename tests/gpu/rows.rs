@@ -100,7 +100,7 @@ fn rope_agrees<E: Float>(heads: Heads, tokens: usize) {
     let (mut cos, mut sin) = (vec![0.0; tokens * half], vec![0.0; tokens * half]);
     cpu::rope::rope_tables::<E>(&inv_freq, 1.25, &positions, &mut cos, &mut sin).unwrap();
     let mut turned = qkv.clone();
-    cpu::rope::rope(&mut turned, heads, &cos, &sin).unwrap();
+    cpu::rope::rope(&qkv, &mut turned, heads, &cos, &sin).unwrap();
     let mut back = turned.clone();
     cpu::rope::rope_backward(&mut back, heads, &cos, &sin).unwrap();
     let got = bench.run(|device| {
