@@ -172,9 +172,29 @@ impl BatchStream {
         }
     }
 
+    /// Documents read so far, in all epochs. Of a pool that best-fit packing has read ahead those count that its rows have given
+    /// out, by their share; of windows, the share of an epoch's rows. It depends on [`Self::position`] alone.
+    pub(super) fn documents_read(&self, plan: &Plan) -> f64 {
+        let read = |stream: &StreamPosition| -> f64 {
+            let sources = self.sources.iter().zip(&stream.sources);
+            sources.map(|(source, position)| (position.epoch * source.count() + position.record) as f64).sum()
+        };
+        match &self.packer {
+            Packer::BestFit { packer, pool_start, rows } if !packer.at_pool_start() => {
+                let before = read(pool_start);
+                before + (read(&self.taken) - before) * *rows as f64 / (*rows + packer.ready() as u64) as f64
+            }
+            Packer::Windows { tokens: Some(tokens), rows } => {
+                *rows as f64 / windows_in_epoch(tokens, seq_len(plan)) as f64 * self.sources[0].count() as f64
+            }
+            _ => read(&self.taken),
+        }
+    }
+
     /// Goes to a position that a cursor stored.
     ///
-    /// Errors: [`Error::Argument`] for one that does not fit the sources and the packing, which are those of the cursor.
+    /// Errors: [`Error::Argument`] for one that does not fit the sources and the packing, which are those of the cursor; those
+    /// of reading.
     pub(super) fn go_to(&mut self, plan: &Plan, stream: &StreamPosition, packer: &PackerPosition) -> Result<()> {
         let damaged = |place: &str, expected: String, got: String| Err(Error::argument("data.restore", place, expected, got));
         if stream.sources.len() != self.sources.len() {
@@ -205,7 +225,12 @@ impl BatchStream {
                     }
                 }
             }
-            (Packer::Windows { rows, .. }, PackerPosition::Windows { rows: stored }) => *rows = *stored,
+            (Packer::Windows { tokens, rows }, PackerPosition::Windows { rows: stored }) => {
+                if *stored > 0 && tokens.is_none() {
+                    *tokens = Some(tokens_of_windows(plan, &self.sources[0].plan)?);
+                }
+                *rows = *stored;
+            }
             (_, stored) => return damaged("packer", format!("a position of {:?}", plan.packing), format!("{stored:?}")),
         }
         Ok(())
@@ -339,30 +364,15 @@ impl BatchStream {
     }
 
     fn window(&mut self, plan: &Plan, tokens: &mut Option<Vec<u32>>, rows: &mut u64) -> Result<Option<Row>> {
-        let seq_len = plan.packing.and_then(|packing| packing.seq_len()).unwrap_or(1);
+        let seq_len = seq_len(plan);
         let source = &self.sources[0].plan;
         let (shuffle, epochs) = (source.shuffle, source.epochs);
         if tokens.is_none() {
-            let mut reader = Source::open(SourcePlan { shuffle: None, epochs: Some(1), ..source.clone() })?;
-            let one_text = reader.count() == 1;
-            let mut all = Vec::new();
-            while let Some((_, record)) = reader.next()? {
-                let mut document = plan.documents(0, &record)?.documents.pop().unwrap_or_default();
-                // A single text has no neighbour to be told apart from.
-                if one_text && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
-                    document.tokens.pop();
-                }
-                all.append(&mut document.tokens);
-            }
-            if all.len() < 2 {
-                let got = format!("{} tokens", all.len());
-                return Err(Error::argument("data.pack", "windows", "a text of at least 2 tokens", got));
-            }
-            *tokens = Some(all);
+            *tokens = Some(tokens_of_windows(plan, source)?);
         }
         let tokens = tokens.as_deref().expect("just read");
         let targets = tokens.len() - 1;
-        let rows_in_epoch = targets.div_ceil(seq_len) as u64;
+        let rows_in_epoch = windows_in_epoch(tokens, seq_len);
         if epochs.is_some_and(|epochs| *rows / rows_in_epoch >= epochs) {
             return Ok(None);
         }
@@ -374,4 +384,35 @@ impl BatchStream {
         *rows += 1;
         Ok(Some(window(tokens, start, seq_len)))
     }
+}
+
+/// Tokens of a row.
+fn seq_len(plan: &Plan) -> usize {
+    plan.packing.and_then(|packing| packing.seq_len()).unwrap_or(1)
+}
+
+/// The one long text that windows are cut from.
+///
+/// Errors: those of reading; [`Error::Argument`] for a text without anything to predict.
+fn tokens_of_windows(plan: &Plan, source: &SourcePlan) -> Result<Vec<u32>> {
+    let mut reader = Source::open(SourcePlan { shuffle: None, epochs: Some(1), ..source.clone() })?;
+    let one_text = reader.count() == 1;
+    let mut all = Vec::new();
+    while let Some((_, record)) = reader.next()? {
+        let mut document = plan.documents(0, &record)?.documents.pop().unwrap_or_default();
+        // A single text has no neighbour to be told apart from.
+        if one_text && plan.end_of_document && plan.tokenizer()?.end_of_text().is_some() {
+            document.tokens.pop();
+        }
+        all.append(&mut document.tokens);
+    }
+    if all.len() < 2 {
+        return Err(Error::argument("data.pack", "windows", "a text of at least 2 tokens", format!("{} tokens", all.len())));
+    }
+    Ok(all)
+}
+
+/// Windows that together have every token but the first as a label once.
+fn windows_in_epoch(tokens: &[u32], seq_len: usize) -> u64 {
+    (tokens.len() - 1).div_ceil(seq_len) as u64
 }

@@ -223,6 +223,14 @@ impl Dataset {
         Ok(self.running()?.sources.iter().map(|source| source.count()).sum())
     }
 
+    /// Documents read so far, in all epochs, bad ones included. A fraction where rows do not end with documents.
+    ///
+    /// Errors: as [`Dataset::take_rows`].
+    pub fn documents_read(&mut self) -> Result<f64> {
+        self.running()?;
+        Ok(self.running.as_ref().expect("just made").documents_read(&self.plan))
+    }
+
     /// What became of the records that were taken so far and not used whole.
     pub fn tally(&self) -> Tally {
         let mut sum = Tally::default();
@@ -379,6 +387,27 @@ mod tests {
 
     fn drain(mut data: Dataset, rows: usize) -> Vec<TokenBatch> {
         std::iter::from_fn(|| data.take_batch(rows).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_read_grows_with_every_batch_and_follows_from_the_cursor() {
+        let lines: String = (0..60).map(|n| format!("{n:0width$}\n", width = 1 + n % 9)).collect();
+        let (_folder, path) = file(&lines);
+        let pooled = |pool| Packing::BestFit { seq_len: 16, pool };
+        for packing in [Packing::Concat { seq_len: 16 }, pooled(1024), pooled(25), Packing::Windows { seq_len: 16 }, Packing::Whole] {
+            let data = || Dataset::text([&path]).delimiter(Delimiter::Line).tokenizer(bytes()).pack(packing).shuffle(3).epochs(2);
+            let (mut reading, mut before) = (data(), 0.0);
+            while reading.take_batch(2).unwrap().is_some() {
+                let read = reading.documents_read().unwrap();
+                // Two rows hold a few documents, never a pool of them.
+                assert!(before <= read && read - before < 25.0, "{packing:?}: {before}, then {read}");
+                let mut restored = data();
+                restored.restore(&reading.cursor().unwrap()).unwrap();
+                assert_eq!(restored.documents_read().unwrap(), read, "{packing:?}");
+                before = read;
+            }
+            assert_eq!(before, 120.0, "{packing:?}");
+        }
     }
 
     #[test]

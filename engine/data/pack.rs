@@ -285,6 +285,11 @@ impl BestFitPacker {
         self.pools
     }
 
+    /// Rows of this pool that are still to come.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
     /// The next row; `None` when `next` has no more documents and all rows are out.
     ///
     /// Errors: those of `next`.

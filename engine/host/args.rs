@@ -8,6 +8,7 @@
 //! - `engine.required(type, {...})` has no default and must be given; `engine.optional(type, {...})` is nil unless given.
 
 use super::call::{Call, Class, Failed, Field, Function, describe};
+use super::key_order;
 use super::nearest::suggestion;
 use super::options::Options;
 use super::raise::Failure;
@@ -425,7 +426,8 @@ pub fn to_lua(lua: &Lua, specs: &[Spec], values: &[(String, Json)]) -> mlua::Res
     Ok(args)
 }
 
-/// A JSON value in Lua: objects and arrays become tables, null nil.
+/// A JSON value in Lua: objects and arrays become tables, null nil. The names of an object keep their order where it becomes JSON
+/// again.
 pub(super) fn json_to_lua(lua: &Lua, value: &Json) -> mlua::Result<Value> {
     Ok(match value {
         Json::Null => Value::Nil,
@@ -444,6 +446,7 @@ pub(super) fn json_to_lua(lua: &Lua, value: &Json) -> mlua::Result<Value> {
             for (name, value) in fields {
                 table.raw_set(name.as_str(), json_to_lua(lua, value)?)?;
             }
+            key_order::remember(lua, &table, fields.keys().map(String::as_str))?;
             Value::Table(table)
         }
     })

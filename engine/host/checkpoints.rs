@@ -20,6 +20,7 @@ use crate::checkpoint::retention::{Candidate, Keep, removable};
 use crate::data::cursor::Cursor;
 use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
+use crate::kernels::available_memory::available_bytes;
 use crate::kernels::cpu::isa;
 use crate::kernels::cuda_probe;
 use crate::store::records::{CheckpointRecord, StepRecord};
@@ -493,6 +494,11 @@ fn record(run: &Run, manifest: &Manifest) -> Result<()> {
 /// Errors: those of the one before it; what cannot be copied.
 pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Map<String, Json>, keep: &Keep) -> Failed<()> {
     run.checkpoints.wait()?;
+    if !has_room_for_copy(bytes_to_copy(run), available_bytes()) {
+        // A copy would end the process. The run waits, and its state is written from where it lies.
+        let snapshot = Snapshot::take(lua, run, (path, step), None, metrics, ImageTo::InPlace)?;
+        return Ok(commit(run, &snapshot, keep)?);
+    }
     let snapshot = Snapshot::take(lua, run, (path, step), None, metrics, ImageTo::SpareRoom)?;
     let (run_there, keep) = (run.clone(), keep.clone());
     let write = move || commit(&run_there, &snapshot, &keep);
@@ -502,12 +508,29 @@ pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Ma
     Ok(())
 }
 
+/// Bytes of the host that a copy of all that changes takes, tables of the script left out.
+fn bytes_to_copy(run: &Run) -> u64 {
+    let bytes = |resource: &Resource| match resource {
+        // An element of a bf16 weight that trains has its remainder beside it.
+        Resource::Model(object) if object.gpu().is_none() => 4 * object.model.trainable() as u64,
+        Resource::Optimizer(optimizer, _) => optimizer.lock().adamw.moments_bytes(),
+        _ => 0,
+    };
+    run.resources.all().iter().map(|(_, named)| bytes(&named.resource)).sum()
+}
+
+/// Whether a copy of `bytes` leaves an eighth of them free. Recycled blocks do not count as free, since the next step takes them.
+fn has_room_for_copy(bytes: u64, available: Option<u64>) -> bool {
+    available.is_none_or(|available| bytes.saturating_add(bytes / 8) <= available)
+}
+
 /// Takes a checkpoint at the end of a step that changed resources outside of any loop, and waits for it.
 ///
 /// Errors: as [`at_boundary`].
 pub fn after_step(lua: &Lua, run: &Arc<Run>, step: &StepRecord) -> Failed<()> {
     run.checkpoints.wait()?;
-    let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new(), ImageTo::Host)?;
+    // It is waited for, so that nothing changes meanwhile.
+    let snapshot = Snapshot::take(lua, run, (&format!("step {}", step.key), 0), Some(step), Map::new(), ImageTo::InPlace)?;
     Ok(commit(run, &snapshot, &KEEP_STEPS)?)
 }
 
@@ -578,6 +601,14 @@ pub fn arrive(lua: &Lua, run: &Arc<Run>, replay: &Replay) -> Failed<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_needs_what_the_system_still_gives() {
+        for (bytes, available, has_room) in [(800, Some(900), true), (801, Some(900), false), (801, None, true), (0, Some(0), true)] {
+            assert_eq!(has_room_for_copy(bytes, available), has_room, "{bytes} of {available:?}");
+        }
+        assert!(!has_room_for_copy(u64::MAX, Some(1 << 40)));
+    }
 
     #[test]
     fn loops_keep_their_own_and_steps_the_last_two() {

@@ -4,6 +4,7 @@
 use super::call::{Call, Failed, Function, describe};
 use super::code::write_durably;
 use super::data::{BatchObject, reading_options};
+use super::key_order::{self, Unordered};
 use super::tokenizer::TokenizerObject;
 use crate::data::conversation::{self, Form, Learn, Long, Rules};
 use crate::data::dataset::Dataset;
@@ -95,7 +96,7 @@ pub fn rules(call: &Call, index: usize, form: Form) -> Failed<Rules> {
     Ok(rules)
 }
 
-/// Argument `index`, a list of tables, as records. Keys are sorted: Lua's order differs from run to run.
+/// Argument `index`, a list of tables, as records.
 fn records(call: &Call, index: usize, expected: &str) -> Failed<Vec<Record>> {
     let table = call.table(index)?;
     let read = |(at, value): (usize, &Value)| match plain_json(value) {
@@ -109,15 +110,33 @@ fn records(call: &Call, index: usize, expected: &str) -> Failed<Vec<Record>> {
 /// Tables in tables in tables: deeper ones contain themselves.
 const DEPTH_MAX: usize = 64;
 
-/// A Lua value as JSON, its keys sorted. A list with nil in it has null there.
+/// A Lua value as JSON. A list with nil in it has null there. Names are sorted, since Lua's order differs from run to run; those of a
+/// table that was JSON are in its order.
 ///
 /// Errors, as what was found: what JSON would lose, that is numbers that are not finite, bytes that are not UTF-8, tables
 /// that are a list and more, functions and objects.
 pub fn plain_json(value: &Value) -> Result<Json, String> {
-    json_of(value, 0)
+    json_of(value, Unordered::Sorted, 0)
 }
 
-fn json_of(value: &Value, depth: usize) -> Result<Json, String> {
+/// Descriptions of tools, none for nil: a list, or its JSON as records may have it. Names of a table that a script wrote are in the
+/// order that models are used to.
+///
+/// Errors: [`Error::Argument`] for anything else.
+pub fn tools(call: &Call, value: &Value) -> Failed<Vec<Json>> {
+    let read = match value {
+        Value::String(text) => serde_json::from_slice(&text.as_bytes()).ok(),
+        table => json_of(table, Unordered::Tools, 0).ok(),
+    };
+    match read {
+        Some(Json::Array(tools)) => Ok(tools),
+        Some(Json::Null) => Ok(Vec::new()),
+        Some(Json::Object(none)) if none.is_empty() => Ok(Vec::new()),
+        _ => Err(Error::argument(call.op, "tools", "a list of tools, or its JSON", describe(value)).into()),
+    }
+}
+
+fn json_of(value: &Value, unordered: Unordered, depth: usize) -> Result<Json, String> {
     match value {
         Value::Nil => Ok(Json::Null),
         Value::Boolean(value) => Ok(Json::from(*value)),
@@ -126,30 +145,31 @@ fn json_of(value: &Value, depth: usize) -> Result<Json, String> {
         Value::Number(value) => Err(format!("the number {value}, which JSON does not have")),
         Value::String(text) => text.to_str().map(|text| Json::from(text.to_string())).map_err(|_| "text that is not UTF-8".into()),
         Value::Table(_) if depth == DEPTH_MAX => Err(format!("tables in each other, {depth} deep")),
-        Value::Table(table) => json_of_table(table, depth),
+        Value::Table(table) => json_of_table(table, unordered, depth),
         other => Err(describe(other)),
     }
 }
 
-fn json_of_table(table: &Table, depth: usize) -> Result<Json, String> {
-    let (mut names, mut entries) = (BTreeMap::new(), BTreeMap::new());
+fn json_of_table(table: &Table, unordered: Unordered, depth: usize) -> Result<Json, String> {
+    let (mut names, mut entries) = (Vec::new(), BTreeMap::new());
     for pair in table.pairs::<Value, Value>() {
         let (key, value) = pair.map_err(|error| error.to_string())?;
         let within = |place: String| move |found: String| format!("{found}, at {place}");
         match key {
             Value::String(name) => {
                 let name = name.to_str().map_err(|_| "a name of bytes that are not UTF-8")?.to_string();
-                let json = json_of(&value, depth + 1).map_err(within(format!("`{name}`")))?;
-                names.insert(name, json);
+                let json = json_of(&value, unordered, depth + 1).map_err(within(format!("`{name}`")))?;
+                names.push((name, json));
             }
             Value::Integer(index) if index > 0 => {
-                entries.insert(index as usize, json_of(&value, depth + 1).map_err(within(format!("[{index}]")))?);
+                entries.insert(index as usize, json_of(&value, unordered, depth + 1).map_err(within(format!("[{index}]")))?);
             }
             other => return Err(format!("a table with the key {}", describe(&other))),
         }
     }
+    key_order::sort(table, &mut names, unordered);
     let Some((last, _)) = entries.last_key_value() else { return Ok(Json::Object(names.into_iter().collect())) };
-    if let Some((name, _)) = names.first_key_value() {
+    if let Some((name, _)) = names.first() {
         return Err(format!("a list with the name `{name}` beside its entries"));
     }
     if *last > 2 * entries.len() {

@@ -43,6 +43,7 @@ struct Ahead {
     taken: Option<Taken>,
     before: Cursor,
     tally: Tally,
+    documents_read: f64,
 }
 
 enum Taken {
@@ -143,8 +144,9 @@ impl DataObject {
         let Some(rows) = reading.rows else { return Ok(reading.dataset.documents()? > 0) };
         if reading.ahead.is_none() {
             let (before, tally) = (reading.dataset.cursor()?, reading.dataset.tally());
+            let documents_read = reading.dataset.documents_read()?;
             let taken = reading.read(rows)?;
-            reading.ahead = Some(Ahead { rows, taken, before, tally });
+            reading.ahead = Some(Ahead { rows, taken, before, tally, documents_read });
         }
         Ok(reading.ahead.as_ref().is_some_and(|ahead| ahead.taken.is_some()))
     }
@@ -187,12 +189,13 @@ impl DataObject {
 
     /// Share of `epochs` that is read, 0 to 1.
     pub fn share_done(&self, epochs: u64) -> Option<f64> {
-        let documents = self.lock().dataset.documents().ok()?;
-        let cursor = self.cursor().ok()?;
-        let read: u64 = cursor.stream.sources.iter().map(|source| source.record).sum();
-        let epoch = cursor.stream.sources.iter().map(|source| source.epoch).min()?;
-        let whole = (epochs * documents) as f64;
-        (whole > 0.0).then(|| ((epoch * documents + read) as f64 / whole).min(1.0))
+        let mut reading = self.lock();
+        let whole = (epochs * reading.dataset.documents().ok()?) as f64;
+        let read = match &reading.ahead {
+            Some(ahead) => ahead.documents_read,
+            None => reading.dataset.documents_read().ok()?,
+        };
+        (whole > 0.0).then(|| (read / whole).min(1.0))
     }
 
     fn changed(&self, packed: bool, change: impl FnOnce(Dataset) -> Dataset) -> Self {

@@ -2,10 +2,11 @@
 //! scheduling are engine/infer's; what comes back is rollouts.rs's.
 
 use super::call::{Answer, Call, Failed, as_integer, as_tensor, describe};
-use super::conversations::plain_json;
+use super::conversations::{self, plain_json, tools};
 use super::globals::take_counters;
 use super::model::ModelObject;
 use super::options::Options;
+use super::progress::{Screen, short};
 use super::replay::must_end;
 use super::rollouts::{Origin, Rollouts};
 use super::tokenizer::{TokenizerObject, token_ids};
@@ -19,6 +20,7 @@ use crate::infer::scheduler::{Event, Job};
 use crate::kernels::random::Stream;
 use mlua::{Table, Value};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Options of one text.
 const TEXT_OPTIONS: [&str; 12] = [
@@ -68,10 +70,7 @@ pub fn generate_all(call: &Call) -> Answer {
     let options = call.options(1, &known)?;
     let prompts = call.list(0, PROMPTS, &call.table(0)?)?;
     let members = options.count("n", 1)?.unwrap_or(1);
-    let tools = match options.table("tools")? {
-        Some(tools) => json_list(call, tools)?,
-        None => Vec::new(),
-    };
+    let tools = tools(call, &options.value("tools")?)?;
     let pattern = Job { members, top_logprobs: options.count("top_logprobs", 0)?.unwrap_or(0), ..job(call, &options, &this)? };
     let seeds = seeds(call, &options, prompts.len())?;
     let (mut jobs, mut records) = (Vec::new(), Vec::new());
@@ -87,7 +86,11 @@ pub fn generate_all(call: &Call) -> Answer {
         records.push(prompt.clone());
     }
     let origins: Vec<Arc<[i32]>> = jobs.iter().map(|job| job.prompt.clone().into()).collect();
-    let mut watch = |_: Option<&Event>| go_on(call);
+    let mut shown = Shown::new(call, jobs.len() * members);
+    let mut watch = |event: Option<&Event>| {
+        event.into_iter().for_each(|event| shown.see(event));
+        go_on(call)
+    };
     let tokenizer = this.tokenizer.as_ref().map(|object| &*object.tokenizer);
     let texts = generate(&this.model, tokenizer, jobs, options.count("together", 1)?, &mut watch);
     if let Some(error) = must_end(call.lua) {
@@ -100,6 +103,48 @@ pub fn generate_all(call: &Call) -> Answer {
     let origin = |record: &Value, prompt: &Arc<[i32]>| Origin { record: record.clone(), prompt: prompt.clone() };
     let origins = records.iter().zip(&origins).map(|(record, prompt)| origin(record, prompt));
     call.give(Rollouts::new(call.lua, origins.zip(texts).collect(), members)?)
+}
+
+/// A long generation's own progress: a loop's says nothing until its step ends.
+struct Shown {
+    screen: Option<Screen>,
+    texts: usize,
+    ended: usize,
+    tokens: usize,
+    started: Instant,
+    /// How long after `started` the next line is due, and the one after it.
+    due: Duration,
+    pause: Duration,
+}
+
+/// Before the first line, and most seconds between two.
+const FIRST_LINE: Duration = Duration::from_secs(10);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+impl Shown {
+    fn new(call: &Call, texts: usize) -> Self {
+        let screen = call.lua.app_data_ref::<Screen>().map(|screen| screen.clone());
+        Self { screen, texts, ended: 0, tokens: 0, started: Instant::now(), due: FIRST_LINE, pause: FIRST_LINE }
+    }
+
+    fn see(&mut self, event: &Event) {
+        self.tokens += usize::from(event.token.is_some());
+        self.ended += usize::from(event.finished.is_some());
+        if let (Some(line), Some(screen)) = (self.line(self.started.elapsed()), &self.screen) {
+            screen.note(&line);
+        }
+    }
+
+    /// What is to be shown after `elapsed`, if a line is due.
+    fn line(&mut self, elapsed: Duration) -> Option<String> {
+        if elapsed < self.due || self.ended == self.texts {
+            return None;
+        }
+        self.pause = (self.pause * 3 / 2).min(PAUSE_MAX);
+        self.due = elapsed + self.pause;
+        let (count, rate) = (short(self.tokens as f64), short(self.tokens as f64 / elapsed.as_secs_f64()));
+        Some(format!("  generating: {} of {} texts ended, {count} tokens, {rate} tokens/s", self.ended, self.texts))
+    }
 }
 
 const PROMPTS: &str = "a list of prompts, each a text, a list of messages, a record with `prompt` or `messages`, or a list of token ids";
@@ -185,8 +230,8 @@ fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, too
         Value::Table(table) => match (table.raw_get::<Value>("messages")?, table.raw_get::<Value>("prompt")?) {
             (Value::Table(messages), _) | (Value::Nil, Value::Table(messages)) => {
                 let own = match table.raw_get::<Value>("tools")? {
-                    Value::Table(tools) => Some(json_list(call, tools)?),
-                    _ => None,
+                    Value::Nil => None,
+                    own => Some(conversations::tools(call, &own)?),
                 };
                 chat(messages, own.as_deref().unwrap_or(tools))?
             }
@@ -232,5 +277,24 @@ fn json_list(call: &Call, list: Table) -> Failed<Vec<serde_json::Value>> {
 fn count_work(call: &Call, this: &ModelObject, lengths: &[(usize, usize)]) {
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
         work.generation(&this.model, lengths);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_generations_say_how_far_they_are() {
+        let (started, screen) = (Instant::now(), None);
+        let mut shown = Shown { screen, texts: 8, ended: 2, tokens: 2400, started, due: FIRST_LINE, pause: FIRST_LINE };
+        let mut line = |seconds| shown.line(Duration::from_secs(seconds));
+        assert_eq!(line(9), None);
+        assert_eq!(line(12).unwrap(), "  generating: 2 of 8 texts ended, 2.4k tokens, 200.0 tokens/s");
+        assert_eq!((line(26), line(27).is_some()), (None, true));
+        let lines = (28..3600).filter(|second| line(*second).is_some()).count();
+        assert!((58..=61).contains(&lines), "about one a minute, got {lines} in an hour");
+        shown.ended = 8;
+        assert_eq!(shown.line(Duration::from_secs(9999)), None);
     }
 }

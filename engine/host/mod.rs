@@ -18,6 +18,7 @@ mod globals;
 pub mod hold;
 pub mod inspect;
 pub mod interrupt;
+mod key_order;
 pub mod loops;
 pub mod lua_version;
 mod memory;

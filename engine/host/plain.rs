@@ -6,6 +6,7 @@
 //! tensors; `$leaf` if it is one that asks for its gradient). A name that begins with `$` gets another one in front.
 
 use super::call::{Failed, as_tensor, describe};
+use super::key_order::{self, Unordered};
 use super::tensor::tensor_value;
 use crate::error::Error;
 use crate::kernels::element::Dtype;
@@ -87,7 +88,7 @@ impl Plain {
         if entries.iter().all(|(key, _)| name(key).is_some()) {
             let mut entries: Vec<(String, Value)> =
                 entries.into_iter().map(|(key, value)| (name(&key).unwrap_or_default(), value)).collect();
-            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            key_order::sort(table, &mut entries, Unordered::Sorted);
             let mut object = Map::new();
             for (name, value) in entries {
                 let json = self.add(op, &format!("{place}.{name}"), &value, depth + 1)?;
@@ -136,6 +137,7 @@ impl Plain {
                     for (name, value) in fields {
                         table.raw_set(name.strip_prefix('$').unwrap_or(name), self.build(lua, value)?)?;
                     }
+                    key_order::remember(lua, &table, fields.keys().map(|name| name.strip_prefix('$').unwrap_or(name)))?;
                     Value::Table(table)
                 }
             },
@@ -163,7 +165,7 @@ impl Plain {
         })
     }
 
-    /// The value as one line of text that is equal for equal values: tensors are in it by type, shape and content.
+    /// The value as one line of text that is equal for equal values: names are sorted, tensors are in it by type, shape and content.
     pub fn canonical(&self) -> String {
         fn replace(json: &Json, tensors: &[String]) -> Json {
             match json {
@@ -174,7 +176,9 @@ impl Plain {
                         let tensor = number.and_then(|index| tensors.get(index as usize));
                         (name.clone(), tensor.map_or_else(|| replace(value, tensors), |tensor| Json::from(tensor.as_str())))
                     };
-                    Json::Object(fields.iter().map(named).collect())
+                    let mut fields: Vec<(String, Json)> = fields.iter().map(named).collect();
+                    fields.sort_by(|a, b| a.0.cmp(&b.0));
+                    Json::Object(fields.into_iter().collect())
                 }
                 other => other.clone(),
             }

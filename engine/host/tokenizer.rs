@@ -1,7 +1,7 @@
 //! `engine.tokenizer`: text to token ids and back, in scripts.
 
 use super::call::{Call, Class, Failed, Field, Function, as_integer, describe, register};
-use super::conversations::plain_json;
+use super::conversations::{plain_json, tools};
 use super::data::DataObject;
 use super::raise::Failure;
 use crate::data::bpe_trainer::{BpeTraining, train_bpe};
@@ -77,12 +77,7 @@ impl Class for TokenizerObject {
                     Ok(serde_json::Value::Array(messages)) => messages,
                     _ => return Err(call.wrong(0, "a list of messages, each with a role and a content")),
                 };
-                let tools = match plain_json(&options.value("tools")?) {
-                    Ok(serde_json::Value::Array(tools)) => tools,
-                    Ok(serde_json::Value::Null) => Vec::new(),
-                    Ok(serde_json::Value::Object(none)) if none.is_empty() => Vec::new(),
-                    _ => return Err(Error::argument(call.op, "tools", "a list of tables", describe(&options.value("tools")?)).into()),
-                };
+                let tools = tools(call, &options.value("tools")?)?;
                 let add_generation_prompt = options.boolean("generation_prompt")?.unwrap_or(false);
                 let rendering = Rendering { add_generation_prompt, tools, ..Rendering::default() };
                 call.give(this.template.render(&messages, &rendering)?)

@@ -22,30 +22,32 @@ impl<E: ModelElement> Parameter<E> {
     }
 
     /// As [`Parameter::copy`], what a checkpoint is written from. It serves [`Parameter::copy_from`] and reading, not products. A value
-    /// that does not train is shared where it is.
+    /// that does not train is shared where it is, and so is every value on the host that stays [`ImageTo::InPlace`].
     ///
     /// Errors: those of the device.
     pub fn image(&self, to: ImageTo) -> Result<Self> {
         let part = |part: &LowRank<E>| part.image(to);
         if self.trains()
             && to.stays_at(&self.place, self.state_bytes())
-            && let Ok(image) = self.copy_with(&self.place, part)
+            && let Ok(image) = self.copy_with(&self.place, false, part)
         {
             return Ok(image);
         }
-        self.copy_with(&Place::Host, part)
+        self.copy_with(&Place::Host, to.shares(&self.place), part)
     }
 
     pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        self.copy_with(place, |part| part.copy_to(place))
+        self.copy_with(place, false, |part| part.copy_to(place))
     }
 
     /// A copy at `place`, which is its own or the host, with copies of its low-rank parts.
-    fn copy_with(&self, place: &Place, copy_part: impl Fn(&LowRank<E>) -> Result<LowRank<E>>) -> Result<Self> {
+    ///
+    /// - `shares`: whether the value is shared until one of the two is written, also if it trains
+    fn copy_with(&self, place: &Place, shares: bool, copy_part: impl Fn(&LowRank<E>) -> Result<LowRank<E>>) -> Result<Self> {
         let value = self.read();
         let place = if self.trains() { place } else { &self.place };
         let value = match &value.cuda {
-            _ if !self.trains() => value.clone(),
+            _ if shares || !self.trains() => value.clone(),
             Some(cuda) if place.device().is_none() => {
                 let (weight, remainder) = (cuda.weight_to_host()?, cuda.remainder_to_host()?);
                 Arc::new(Value { weight, remainder, int8: None, cuda: None })

@@ -107,9 +107,16 @@ pub enum ImageTo {
     Host,
     /// On its device as far as that has room to spare, the rest on the host. It is read behind [`Marks`], and gone before they are.
     SpareRoom,
+    /// Nowhere: what lies on the host is shared and must not be written before the image is gone. The rest as in `Host`.
+    InPlace,
 }
 
 impl ImageTo {
+    /// Whether what lies at `place` is shared in place of copied.
+    pub fn shares(self, place: &Place) -> bool {
+        self == Self::InPlace && place.device().is_none()
+    }
+
     /// Whether `bytes` at `place` are copied there.
     pub(super) fn stays_at(self, place: &Place, bytes: usize) -> bool {
         self == Self::SpareRoom && place.device().is_some_and(|device| device.lend_room(bytes))

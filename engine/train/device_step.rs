@@ -35,7 +35,7 @@ impl DeviceStep {
         for slot in slots.iter_mut() {
             let Slot { parameter, moments, updates, .. } = slot;
             if let Some(locked) = parameter.lock_update()? {
-                let Some((Array::Cuda(m), Array::Cuda(v))) = moments else {
+                let Some((Array::Cuda(m), Array::Cuda(v))) = moments.as_mut().and_then(Arc::get_mut) else {
                     panic!("{}: moments on the host of a parameter on a device", parameter.name());
                 };
                 held.push((locked, m, v, settings.decays(parameter.as_ref()), updates));

@@ -92,13 +92,20 @@ impl Slot {
         Self { parameter, tensors, moments: None, waiting: None, updates: 0 }
     }
 
-    /// Makes the moments, zeros, where the parameter lies, if they are not there.
+    /// Makes the moments, zeros, where the parameter lies, if they are not there; a copy of its own, where a state shares them.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
     pub(super) fn make_moments(&mut self) -> Result<()> {
-        if self.moments.is_none() {
-            let new = || Array::zeroed(self.parameter.place(), MOMENTS, self.parameter.gradient_len());
-            self.moments = Some((new()?, new()?));
+        match &mut self.moments {
+            None => {
+                let new = || Array::zeroed(self.parameter.place(), MOMENTS, self.parameter.gradient_len());
+                self.moments = Some(Arc::new((new()?, new()?)));
+            }
+            Some(moments) => {
+                if Arc::get_mut(moments).is_none() {
+                    *moments = Arc::new((moments.0.try_clone()?, moments.1.try_clone()?));
+                }
+            }
         }
         Ok(())
     }
@@ -109,7 +116,8 @@ pub(super) struct Slot {
     pub parameter: Arc<dyn Trainable>,
     /// What it is in files.
     pub tensors: Arc<[TensorRows]>,
-    pub moments: Option<(Array<f32>, Array<f32>)>,
+    /// The first and the second, which a state may share until they are written.
+    pub moments: Option<Arc<(Array<f32>, Array<f32>)>>,
     /// The sum of the updates that wait to be merged with a later one.
     pub waiting: Option<Buffer<f32>>,
     /// Updates of this very parameter, for its bias correction.
@@ -212,6 +220,12 @@ impl AdamW {
         })
     }
 
+    /// Bytes of the moments that are there.
+    pub fn moments_bytes(&self) -> u64 {
+        let moments = self.slots.iter().filter_map(|slot| slot.moments.as_ref());
+        moments.map(|moments| 4 * (moments.0.len() + moments.1.len()) as u64).sum()
+    }
+
     /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,
     /// one by one.
     ///
@@ -258,8 +272,9 @@ impl AdamW {
             applied = true;
             slot.updates += 1;
             slot.make_moments()?;
-            let Slot { parameter, moments: Some((Array::Host(m), Array::Host(v))), waiting, updates, .. } = slot else {
-                panic!("{}: moments on a device of a parameter on the host", slot.parameter.name());
+            let Slot { parameter, moments, waiting, updates, .. } = slot;
+            let Some((Array::Host(m), Array::Host(v))) = moments.as_mut().and_then(Arc::get_mut) else {
+                panic!("{}: moments on a device of a parameter on the host", parameter.name());
             };
             let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
             match &self.merge {

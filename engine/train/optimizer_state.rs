@@ -24,8 +24,8 @@ pub struct AdamWState {
 }
 
 struct Moments {
-    m: Array<f32>,
-    v: Array<f32>,
+    /// The first and the second.
+    moments: Arc<(Array<f32>, Array<f32>)>,
     /// Updates that wait to be merged.
     waiting: Option<Array<f32>>,
     updates: u64,
@@ -61,7 +61,7 @@ fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
 impl Moments {
     /// What it is made of, by the endings of names.
     fn parts(&self) -> impl Iterator<Item = (&'static str, &Array<f32>)> {
-        [("m", &self.m), ("v", &self.v)].into_iter().chain(self.waiting.iter().map(|waiting| (WAITING, waiting)))
+        [("m", &self.moments.0), ("v", &self.moments.1)].into_iter().chain(self.waiting.iter().map(|waiting| (WAITING, waiting)))
     }
 
     fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
@@ -131,18 +131,23 @@ impl AdamWState {
 }
 
 impl AdamW {
-    /// A copy of all that the next step depends on besides weights and gradients.
+    /// All that the next step depends on besides weights and gradients; copied, but for moments that stay
+    /// [`ImageTo::InPlace`].
     ///
     /// Errors: those of the device.
     pub fn state(&self, to: ImageTo) -> Result<AdamWState> {
         let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
         let mut kept = BTreeMap::new();
         for Slot { parameter, tensors, moments, waiting, updates } in &self.slots {
-            if let Some((m, v)) = moments {
+            if let Some(moments) = moments {
+                let moments = match to.shares(parameter.place()) {
+                    true => moments.clone(),
+                    false => Arc::new((moments.0.image(to)?, moments.1.image(to)?)),
+                };
                 let (layout, tensors, columns) = (parameter.layout(), tensors.clone(), parameter.columns());
                 let shape = (parameter.count() / columns.max(1), columns);
                 let waiting = waiting.clone().map(Array::Host);
-                let moments = Moments { m: m.image(to)?, v: v.image(to)?, waiting, updates: *updates, layout, shape, tensors };
+                let moments = Moments { moments, waiting, updates: *updates, layout, shape, tensors };
                 kept.insert(parameter.name().to_string(), moments);
             }
         }
@@ -184,7 +189,7 @@ impl AdamW {
             (slot.moments, slot.waiting) = (None, None);
             if updates.is_some() {
                 let (m, v) = (read(&file, slot, "m")?, read(&file, slot, "v")?);
-                slot.moments = Some((slot.at_place(Array::Host(m))?, slot.at_place(Array::Host(v))?));
+                slot.moments = Some(Arc::new((slot.at_place(Array::Host(m))?, slot.at_place(Array::Host(v))?)));
                 let waits = slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some());
                 slot.waiting = if waits { Some(read(&file, slot, WAITING)?) } else { None };
             }
@@ -203,7 +208,10 @@ impl AdamW {
             slot.updates = moments.map_or(0, |moments| moments.updates);
             slot.waiting = moments.and_then(|moments| moments.waiting.as_ref()).map(Array::to_host).transpose()?;
             slot.moments = match moments {
-                Some(Moments { m, v, .. }) => Some((slot.at_place(m.try_clone()?)?, slot.at_place(v.try_clone()?)?)),
+                Some(Moments { moments, .. }) => {
+                    let (m, v) = (moments.0.try_clone()?, moments.1.try_clone()?);
+                    Some(Arc::new((slot.at_place(m)?, slot.at_place(v)?)))
+                }
                 None => None,
             };
         }
@@ -216,5 +224,43 @@ impl Slot {
     fn at_place(&self, moments: Array<f32>) -> Result<Array<f32>> {
         assert_eq!(moments.len(), self.parameter.gradient_len(), "{}: moments of another parameter", self.parameter.name());
         moments.moved_to(self.parameter.place(), MOMENTS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::parameter::{Layout, Parameter};
+
+    #[test]
+    fn a_state_in_place_is_no_copy_until_it_is_written() {
+        let give = |parameter: &Parameter<f32>, gradient: [f32; 2]| {
+            parameter.accumulate(|sum, _| sum.copy_from_slice(&gradient));
+        };
+        let run = |to: Option<ImageTo>| {
+            let parameter = Arc::new(Parameter::<f32>::zeros("p", 2, 1, Layout::Rows));
+            let mut optimizer = AdamW::new(vec![parameter.clone()], Settings::default()).unwrap();
+            give(&parameter, [3.0, -4.0]);
+            optimizer.step().unwrap();
+            let before = parameter.read().weight.to_vec();
+            let taken = to.map(|to| (optimizer.state(to).unwrap(), parameter.image(to).unwrap()));
+            let shared = taken.as_ref().is_some_and(|(state, image)| {
+                let moments = optimizer.slots[0].moments.as_ref().unwrap();
+                Arc::ptr_eq(moments, &state.moments["p"].moments) && Arc::ptr_eq(&parameter.read(), &image.read())
+            });
+            give(&parameter, [0.5, 0.25]);
+            optimizer.step().unwrap();
+            if let Some((state, image)) = taken {
+                assert_eq!(image.read().weight.to_vec(), before, "{to:?}");
+                optimizer.copy_from(&state).unwrap();
+                parameter.copy_from(&image).unwrap();
+                give(&parameter, [0.5, 0.25]);
+                optimizer.step().unwrap();
+            }
+            (parameter.read().weight.to_vec(), shared)
+        };
+        let (after, _) = run(None);
+        assert_eq!(run(Some(ImageTo::InPlace)), (after.clone(), true));
+        assert_eq!(run(Some(ImageTo::Host)), (after, false));
     }
 }

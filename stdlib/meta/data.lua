@@ -90,7 +90,8 @@ function data.records(records, options) end
 ---@return engine.Data data
 function data.text(paths, options) end
 
---- Writes records as JSON lines: the whole file or nothing. Keys are sorted. What JSON would lose is an error: numbers that
+--- Writes records as JSON lines: the whole file or nothing. Keys are sorted, those of records that were read
+--- from JSON as they were there. What JSON would lose is an error: numbers that
 --- are not finite, bytes that are not UTF-8, tables that are a list and more.
 ---
 --- Example: engine.data.write_jsonl("kept.jsonl", { { prompt = "2+2", completion = "4" } })
@@ -220,7 +221,7 @@ function tokenizer.train(data, options) end
 ---
 --- Example: tokenizer:chat({ { role = "user", content = "Hi" } }, { generation_prompt = true })
 ---@param messages { role: string, content: string }[]
----@param options? { generation_prompt?: boolean, tools?: table[] } generation_prompt: end with the beginning of the assistant's turn
+---@param options? { generation_prompt?: boolean, tools?: table[]|string } generation_prompt: end with the beginning of the assistant's turn
 ---@return string text
 function Tokenizer:chat(messages, options) end
 

@@ -124,7 +124,7 @@ function Model:entropy(batch, options) end
 ---
 --- Example: local rollouts = policy:generate(prompts:take(16), { n = 8, max_tokens = 64 })
 ---@param prompts any[]
----@param options? { n?: integer, max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, presence_penalty?: number, frequency_penalty?: number, logit_bias?: table<integer, number>, seed?: integer, stop?: string[], stop_ids?: integer[], top_logprobs?: integer, tools?: table[], together?: integer }
+---@param options? { n?: integer, max_tokens?: integer, temperature?: number, top_k?: integer, top_p?: number, min_p?: number, repetition_penalty?: number, presence_penalty?: number, frequency_penalty?: number, logit_bias?: table<integer, number>, seed?: integer, stop?: string[], stop_ids?: integer[], top_logprobs?: integer, tools?: table[]|string, together?: integer }
 ---@return engine.Rollouts rollouts the texts of the first prompt, then of the second, and so on
 function Model:generate(prompts, options) end
 

@@ -115,8 +115,16 @@ describe("conversations", function()
   it("show their tools, in one order", function()
     local tools = { { type = "function", ["function"] = { name = "f", parameters = { b = 1, a = 2 } } } }
     local text = tokenizer:chat(chat, { tools = tools })
-    expect(text:find('{"function": {"name": "f", "parameters": {"a": 2, "b": 1}}, "type": "function"}', 1, true) ~= nil).is(true)
+    local shown = '{"type": "function", "function": {"name": "f", "parameters": {"a": 2, "b": 1}}}'
+    expect(text:find(shown, 1, true) ~= nil).is(true)
+    expect(tokenizer:chat(chat, { tools = "[" .. shown .. "]" })).is(text)
+    local model = engine.model.new({ vocab = 259, hidden = 8, layers = 1, heads = 1, kv_heads = 1, intermediate = 8 }, { tokenizer = tokenizer })
+    for _, record in ipairs { { messages = { chat[1] }, tools = tools }, { prompt = { chat[1] }, tools = "[" .. shown .. "]" } } do
+      local prompt = tokenizer:decode(model:generate({ record }, { max_tokens = 1 }):prompt(1))
+      expect(prompt).is(tokenizer:chat({ chat[1] }, { tools = tools, generation_prompt = true }))
+    end
+    expect(function() model:generate({ { messages = { chat[1] }, tools = 3 } }) end).fails "a list of tools, or its JSON"
     expect(tokenizer:chat(chat, { tools = {} })).is(tokenizer:chat(chat))
-    expect(function() tokenizer:chat(chat, { tools = "f" }) end).fails "a list of tables"
+    expect(function() tokenizer:chat(chat, { tools = "f" }) end).fails "a list of tools, or its JSON"
   end)
 end)
