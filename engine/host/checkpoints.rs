@@ -513,7 +513,7 @@ fn bytes_to_copy(run: &Run) -> u64 {
     let bytes = |resource: &Resource| match resource {
         // An element of a bf16 weight that trains has its remainder beside it.
         Resource::Model(object) if object.gpu().is_none() => 4 * object.model.trainable() as u64,
-        Resource::Optimizer(optimizer, _) => optimizer.lock().adamw.moments_bytes(),
+        Resource::Optimizer(optimizer, _) => optimizer.lock().adamw.moments_bytes_on_host(),
         _ => 0,
     };
     run.resources.all().iter().map(|(_, named)| bytes(&named.resource)).sum()

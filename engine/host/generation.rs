@@ -238,7 +238,7 @@ fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, too
             (Value::Nil, text @ Value::String(_)) => text_ids(call, this, &text)?,
             (Value::Nil, Value::Nil) if matches!(table.raw_get::<Value>(1)?, Value::Table(_)) => chat(table.clone(), tools)?,
             (Value::Nil, Value::Nil) if as_integer(&table.raw_get::<Value>(1)?).is_some() => token_ids(call, 0, prompt)?,
-            (Value::Nil, Value::Nil) => return Err(wrong(describe(prompt)).into()),
+            (Value::Nil, Value::Nil) => return Err(wrong(names_of(table).unwrap_or_else(|| describe(prompt))).into()),
             (Value::Nil, other) | (other, _) => return Err(wrong(format!("a record whose prompt is {}", describe(&other))).into()),
         },
         tensor if as_tensor(tensor).is_some() => token_ids(call, 0, tensor)?,
@@ -248,6 +248,14 @@ fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, too
         return Err(wrong("a prompt without tokens".into()).into());
     }
     Ok((ids, is_chat))
+}
+
+/// What a record has in place of a prompt; none without any name.
+fn names_of(table: &Table) -> Option<String> {
+    let mut names: Vec<String> = table.pairs::<String, Value>().filter_map(|pair| Some(pair.ok()?.0)).collect();
+    names.sort();
+    names.truncate(8);
+    (!names.is_empty()).then(|| format!("a record with only {}", names.join(", ")))
 }
 
 fn text_ids(call: &Call, this: &ModelObject, text: &Value) -> Failed<Vec<u32>> {

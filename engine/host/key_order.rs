@@ -2,6 +2,7 @@
 //! calls as they come, and a model has learned them in the order of their file. It hides in a metatable of the table.
 
 use mlua::{Lua, Table};
+use std::collections::HashMap;
 
 /// The field of the metatable with the names in order.
 const FIELD: &str = "__key_order";
@@ -50,13 +51,13 @@ pub fn remember<'a>(lua: &Lua, table: &Table, names: impl Iterator<Item = &'a st
 
 /// Puts `entries` of `table` in their order: names that the table was made with as they were, others sorted behind them.
 pub fn sort<T>(table: &Table, entries: &mut [(String, T)], unordered: Unordered) {
-    let order = table.metatable().and_then(|order| order.raw_get::<Option<Vec<String>>>(FIELD).ok().flatten());
-    let place = |name: &str| match (&order, unordered) {
-        (Some(order), _) => order.iter().position(|known| known == name),
-        (None, Unordered::Tools) => TOOL_NAMES.iter().position(|known| *known == name),
-        (None, Unordered::Sorted) => None,
+    let known = table.metatable().and_then(|order| order.raw_get::<Option<Vec<String>>>(FIELD).ok().flatten());
+    let order: HashMap<&str, usize> = match (&known, unordered) {
+        (Some(known), _) => known.iter().map(String::as_str).zip(0..).collect(),
+        (None, Unordered::Tools) => TOOL_NAMES.into_iter().zip(0..).collect(),
+        (None, Unordered::Sorted) => HashMap::new(),
     };
-    entries.sort_by_cached_key(|(name, _)| (place(name).unwrap_or(usize::MAX), name.clone()));
+    entries.sort_by_cached_key(|(name, _)| (order.get(name.as_str()).copied().unwrap_or(usize::MAX), name.clone()));
 }
 
 #[cfg(test)]

@@ -220,10 +220,10 @@ impl AdamW {
         })
     }
 
-    /// Bytes of the moments that are there.
-    pub fn moments_bytes(&self) -> u64 {
-        let moments = self.slots.iter().filter_map(|slot| slot.moments.as_ref());
-        moments.map(|moments| 4 * (moments.0.len() + moments.1.len()) as u64).sum()
+    /// Bytes of the moments that are there, on the host.
+    pub fn moments_bytes_on_host(&self) -> u64 {
+        let bytes = |moments: &Array<f32>| if matches!(moments, Array::Host(_)) { 4 * moments.len() as u64 } else { 0 };
+        self.slots.iter().filter_map(|slot| slot.moments.as_ref()).map(|moments| bytes(&moments.0) + bytes(&moments.1)).sum()
     }
 
     /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,

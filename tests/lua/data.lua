@@ -123,6 +123,7 @@ describe("conversations", function()
       local prompt = tokenizer:decode(model:generate({ record }, { max_tokens = 1 }):prompt(1))
       expect(prompt).is(tokenizer:chat({ chat[1] }, { tools = tools, generation_prompt = true }))
     end
+    expect(function() model:generate({ { question = "1+1", answer = "2" } }) end).fails "got a record with only answer, question"
     expect(function() model:generate({ { messages = { chat[1] }, tools = 3 } }) end).fails "a list of tools, or its JSON"
     expect(tokenizer:chat(chat, { tools = {} })).is(tokenizer:chat(chat))
     expect(function() tokenizer:chat(chat, { tools = "f" }) end).fails "a list of tools, or its JSON"
