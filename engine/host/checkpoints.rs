@@ -508,10 +508,9 @@ pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Ma
     Ok(())
 }
 
-/// Bytes of the host that a copy of all that changes takes, tables of the script left out.
+/// Bytes of the host that a copy of all that changes takes, tables left out. A bf16 weight that trains has its remainder beside it.
 fn bytes_to_copy(run: &Run) -> u64 {
     let bytes = |resource: &Resource| match resource {
-        // An element of a bf16 weight that trains has its remainder beside it.
         Resource::Model(object) if object.gpu().is_none() => 4 * object.model.trainable() as u64,
         Resource::Optimizer(optimizer, _) => optimizer.lock().adamw.moments_bytes_on_host(),
         _ => 0,
