@@ -4,7 +4,8 @@
 --- element-wise loss, holds 1 where an element counts and 0 where it does not. With a mask, "mean" is
 --- sum(mask * loss) / sum(mask), so padding changes nothing; a mask of zeros gives 0.
 
-local check = require("std.options").check
+local options_of = require "std.options"
+local check, check_shape, check_number = options_of.check, options_of.check_shape, options_of.check_number
 
 ---@class std.losses: std.preference_losses, std.policy_losses
 local losses = {}
@@ -18,13 +19,6 @@ end
 ---@field reduction? "mean"|"sum"|"none" default "mean"
 ---@field mask? engine.Tensor 1 where an element counts, else 0
 
---- Broadcasting would pair elements that do not belong together: [n] and [n, 1] become [n, n].
-local function check_shape(name, arg, given, like)
-  if type(given) == "number" then return end
-  local got, expected = table.concat(given.shape, ", "), table.concat(like.shape, ", ")
-  if got ~= expected then error(("std.losses.%s: `%s` should be of shape [%s], got [%s]"):format(name, arg, expected, got), 3) end
-end
-
 --- Reduces an element-wise loss as the options say. Losses leave by a tail call, so the frame behind this one is the user's.
 local function reduce(name, loss, options)
   local reduction = options.reduction or "mean"
@@ -32,7 +26,7 @@ local function reduce(name, loss, options)
     error(("std.losses.%s: `reduction` should be mean, sum or none, got %s"):format(name, tostring(reduction)), 2)
   end
   if options.mask then
-    check_shape(name, "mask", options.mask, loss)
+    check_shape("std.losses." .. name, "mask", options.mask, loss)
     loss = loss * options.mask
   end
   if reduction == "none" then return loss end
@@ -50,7 +44,7 @@ end
 ---@return engine.Tensor loss
 function losses.mse(prediction, target, options)
   options = check("std.losses.mse", options, { "reduction", "mask" })
-  check_shape("mse", "target", target, prediction)
+  if type(target) ~= "number" then check_shape("std.losses.mse", "target", target, prediction) end
   return reduce("mse", (prediction - target):square(), options)
 end
 
@@ -64,7 +58,8 @@ end
 ---@return engine.Tensor loss
 function losses.huber(prediction, target, options)
   options = check("std.losses.huber", options, { "delta", "reduction", "mask" })
-  check_shape("huber", "target", target, prediction)
+  if type(target) ~= "number" then check_shape("std.losses.huber", "target", target, prediction) end
+  check_number("std.losses.huber", "delta", options.delta, 0, { above = true })
   local delta = options.delta or 1
   local size = (prediction - target):abs()
   local near = size:clamp { max = delta }
@@ -81,7 +76,7 @@ end
 ---@return engine.Tensor loss
 function losses.bce(logits, targets, options)
   options = check("std.losses.bce", options, { "reduction", "mask" })
-  check_shape("bce", "targets", targets, logits)
+  if type(targets) ~= "number" then check_shape("std.losses.bce", "targets", targets, logits) end
   return reduce("bce", logits:softplus() - logits * targets, options)
 end
 
@@ -98,6 +93,7 @@ function losses.cross_entropy(logits, labels, options)
   if logits.rank ~= 2 or labels.rank ~= 1 or labels.count ~= logits.shape[1] then
     error("std.losses.cross_entropy: `logits` should be [rows, classes] and `labels` [rows]", 2)
   end
+  check_number("std.losses.cross_entropy", "label_smoothing", options.label_smoothing, 0, { most = 1 })
   local counted = labels:ge(0)
   local logp = logits:log_softmax(1)
   local chosen = labels:maximum(0):unsqueeze(1)
@@ -117,7 +113,8 @@ end
 ---@return engine.Tensor loss
 function losses.nll(logprobs, mask, options)
   options = check("std.losses.nll", options, { "normalizer" })
-  check_shape("nll", "mask", mask, logprobs)
+  check_shape("std.losses.nll", "mask", mask, logprobs)
+  check_number("std.losses.nll", "normalizer", options.normalizer, 0, { above = true })
   local count = options.normalizer or math.max(mask:sum():item(), 1)
   return -(logprobs * mask):sum() / count
 end
@@ -145,7 +142,7 @@ end
 ---@return engine.Tensor loss
 function losses.kl(p, q, options)
   options = check("std.losses.kl", options, { "reduction", "mask" })
-  check_shape("kl", "q", q, p)
+  check_shape("std.losses.kl", "q", q, p)
   return reduce("kl", (p:exp() * (p - q)):sum(-1), options)
 end
 
@@ -174,7 +171,8 @@ end
 function losses.distill(student, teacher, options)
   options = check("std.losses.distill", options, { "divergence", "temperature", "beta", "reduction", "mask" })
   local divergence, t, b = options.divergence or "forward", options.temperature or 1, options.beta or 0.5
-  check_shape("distill", "teacher", teacher, student)
+  check_shape("std.losses.distill", "teacher", teacher, student)
+  check_number("std.losses.distill", "temperature", options.temperature, 0, { above = true })
   local s, q = (student / t):log_softmax(-1), (teacher:detach() / t):log_softmax(-1)
   local function kl(p, other) return (p:exp() * (p - other)):sum(-1) end
   local loss

@@ -1,4 +1,4 @@
---- Options of functions of the standard library: unknown ones are errors that name the caller's line.
+--- Arguments and options of functions of the standard library: what cannot be meant is an error that names the caller's line.
 
 local options = {}
 
@@ -22,6 +22,41 @@ function options.check(name, given, known, level)
     end
   end
   return given
+end
+
+--- An error unless `given` is a tensor of the shape of `like`. Broadcasting would pair elements that do not belong together:
+--- [n] and [n, 1] become [n, n].
+---
+--- Example: options.check_shape("std.losses.mse", "target", target, prediction)
+---@param name string the function, as messages call it
+---@param argument string
+---@param given any
+---@param like engine.Tensor|integer[] a tensor, or a shape
+---@param level? integer as of `check`
+function options.check_shape(name, argument, given, like, level)
+  local expected = table.concat(type(like) == "table" and like or like.shape, ", ")
+  local got = type(given) == "userdata" and ("[%s]"):format(table.concat(given.shape, ", ")) or tostring(given)
+  if got ~= ("[%s]"):format(expected) then
+    error(("%s: `%s` should be of shape [%s], got %s"):format(name, argument, expected, got), (level or 2) + 1)
+  end
+end
+
+--- An error unless `value` is nil or a finite number of at least `least`, or above it.
+---
+--- Example: options.check_number("std.losses.nll", "normalizer", given.normalizer, 0, { above = true })
+---@param name string the function, as messages call it
+---@param argument string
+---@param value any
+---@param least number
+---@param limits? { above?: boolean, most?: number } above: `least` itself is too small
+---@param level? integer as of `check`
+function options.check_number(name, argument, value, least, limits, level)
+  local above, most = limits and limits.above, limits and limits.most
+  local fits = type(value) == "number" and (value > least or value == least and not above) and value <= (most or math.huge)
+  if value == nil or fits and value < math.huge then return end
+  local expected = (above and "a number above %g" or "a number of at least %g"):format(least)
+  if most then expected = ("%s and at most %g"):format(expected, most) end
+  error(("%s: `%s` should be %s, got %s"):format(name, argument, expected, tostring(value)), (level or 2) + 1)
 end
 
 --- `defaults` with what `given` sets instead.

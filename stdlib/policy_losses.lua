@@ -5,7 +5,9 @@
 --- belongs to, counted over the whole update), and `logprobs` (under the policy that sampled it; if left out, the policy of
 --- this moment). Below, rho_t = exp(log p - log p_old), A the advantage of the token's rollout, |o_i| its sampled tokens.
 
-local check, with = require("std.options").check, require("std.options").with
+local tensor = require("engine").tensor
+local options_of = require "std.options"
+local check, check_shape, check_number, with = options_of.check, options_of.check_shape, options_of.check_number, options_of.with
 
 ---@class std.policy_losses
 local policy_losses = {}
@@ -14,7 +16,7 @@ local policy_losses = {}
 --- `std` false only the mean is taken off; with "batch" the deviation is that of all rewards.
 --- Source: Shao et al., arXiv 2402.03300, section 4.1.2; std false: Liu et al., arXiv 2503.20783.
 ---
---- Example: local advantage = losses.group_advantage(rollouts.reward, 8)
+--- Example: local advantage = losses.group_advantage(rewards.score(rollouts, reward), 8)
 ---@param reward engine.Tensor [rollouts], the answers of a group side by side
 ---@param group integer answers of a group
 ---@param options? { std?: boolean|"batch", eps?: number, ddof?: integer } defaults: true, 1e-4, 1 (0: the plain deviation)
@@ -22,6 +24,10 @@ local policy_losses = {}
 function policy_losses.group_advantage(reward, group, options)
   options = check("std.losses.group_advantage", options, { "std", "eps", "ddof" })
   local ddof, std = options.ddof or 1, options.std
+  if std ~= nil and type(std) ~= "boolean" and std ~= "batch" then
+    error(("std.losses.group_advantage: `std` should be true, false or \"batch\", got %s"):format(tostring(std)), 2)
+  end
+  check_shape("std.losses.group_advantage", "reward", reward, { type(reward) == "userdata" and reward.count or "rollouts" })
   if math.type(group) ~= "integer" or group <= ddof and std ~= false or reward.count % group ~= 0 then
     local expected = ("an integer above %d that divides %d rewards"):format(std == false and 0 or ddof, reward.count)
     error(("std.losses.group_advantage: `group` should be %s, got %s"):format(expected, tostring(group)), 2)
@@ -37,11 +43,15 @@ end
 
 --- For each group, 1 if its rewards differ, else 0: equal rewards teach nothing, and DAPO samples such prompts again.
 ---
---- Example: local share = losses.group_signal(rollouts.reward, 8):mean()
+--- Example: local share = losses.group_signal(rewards.score(rollouts, reward), 8):mean()
 ---@param reward engine.Tensor [rollouts]
 ---@param group integer
 ---@return engine.Tensor signal [groups]
 function policy_losses.group_signal(reward, group)
+  if math.type(group) ~= "integer" or group < 1 or reward.count % group ~= 0 then
+    local expected = ("an integer that divides %d rewards"):format(reward.count)
+    error(("std.losses.group_signal: `group` should be %s, got %s"):format(expected, tostring(group)), 2)
+  end
   local groups = reward:detach():to("f32"):reshape { -1, group }
   return groups:max(1):gt(groups:min(1))
 end
@@ -50,7 +60,7 @@ end
 --- Source: DAPO, Yu et al., arXiv 2503.14476, eq. 13.
 ---
 --- Example: local reward = reward + losses.overlong_penalty(rollouts.lengths, 512, 128)
----@param lengths engine.Tensor [rollouts], sampled tokens
+---@param lengths integer[]|engine.Tensor [rollouts], sampled tokens
 ---@param max integer
 ---@param cache integer
 ---@return engine.Tensor penalty [rollouts], f32
@@ -58,6 +68,7 @@ function policy_losses.overlong_penalty(lengths, max, cache)
   if cache <= 0 or cache > max then
     error(("std.losses.overlong_penalty: `cache` should be above 0 and at most %s, got %s"):format(max, cache), 2)
   end
+  if type(lengths) == "table" then lengths = tensor.new(lengths) end
   return ((max - cache - lengths:to("f32")) / cache):clamp { min = -1, max = 0 }
 end
 
@@ -70,6 +81,7 @@ end
 ---@param kind? "k1"|"k2"|"k3" default "k3"
 ---@return engine.Tensor kl [tokens]
 function policy_losses.kl_estimate(logprobs, reference, kind)
+  check_shape("std.losses.kl_estimate", "reference", reference, logprobs)
   local d = reference - logprobs
   if kind == "k1" then return -d end
   if kind == "k2" then return d:square() * 0.5 end
@@ -86,6 +98,8 @@ end
 ---@return engine.Tensor loss
 function policy_losses.entropy_bonus(entropy, mask, options)
   options = check("std.losses.entropy_bonus", options, { "coefficient", "normalizer" })
+  check_shape("std.losses.entropy_bonus", "mask", mask, entropy)
+  check_number("std.losses.entropy_bonus", "normalizer", options.normalizer, 0, { above = true })
   local count = options.normalizer or math.max(mask:sum():item(), 1)
   return (entropy * mask):sum() * (-(options.coefficient or 0.01) / count)
 end
@@ -93,6 +107,12 @@ end
 --- Weights w_t that make sum(w l) of a token-wise loss what `normalize` says.
 local function weights(name, batch, lengths, options)
   local mask, normalize = batch.mask, options.normalize or "sequence"
+  for key, form in pairs { normalizer = "token", max_length = "length" } do
+    if options[key] and normalize ~= form then
+      local got = tostring(normalize)
+      error(("std.losses.%s: `%s` goes with normalize = \"%s\", got %s"):format(name, key, form, got), 3)
+    end
+  end
   local rollouts = options.rollouts or lengths.count
   if normalize == "sequence" then
     return mask / lengths:index_select(0, batch.sequence) / rollouts
@@ -108,20 +128,30 @@ end
 --- The part that all forms share; `objective` gives the loss of each token from rho, A and the limits of rho. `own` is the
 --- option that only this form has. Callers leave by a tail call, so the frame behind this one is the user's.
 local function surrogate(name, own, logprobs, batch, advantage, options, objective)
-  local known = { "clip", "beta", "reference", "kl", "level", "normalize", "rollouts", "normalizer", "max_length", own }
-  check("std.losses." .. name, options, known)
-  local clip = options.clip or 0.2
+  local called, clip = "std.losses." .. name, options.clip or 0.2
+  check(called, options, { "clip", "beta", "reference", "kl", "level", "normalize", "rollouts", "normalizer", "max_length", own })
   local low, high = table.unpack(type(clip) == "table" and clip or { clip, clip })
+  if not (type(low) == "number" and type(high) == "number" and low >= 0 and high >= 0) then
+    error(("%s: `clip` should be a number of at least 0, or two: { low, high }, got %s"):format(called, tostring(clip)), 2)
+  end
+  check_number(called, "beta", options.beta, 0)
+  for _, key in ipairs { "rollouts", "normalizer", "max_length", own } do check_number(called, key, options[key], 0, { above = true }) end
   local beta, sequence, mask = options.beta or 0, batch.sequence, batch.mask
+  check_shape(called, "logprobs", logprobs, mask)
+  check_shape(called, "advantage", advantage, { advantage.count })
+  if options.reference then check_shape(called, "reference", options.reference, mask) end
+  if options.kl ~= nil and options.kl ~= "k1" and options.kl ~= "k2" and options.kl ~= "k3" then
+    error(("%s: `kl` should be k1, k2 or k3, got %s"):format(called, tostring(options.kl)), 2)
+  end
   if beta ~= 0 and not options.reference then
-    error(("std.losses.%s: `reference` should be given where beta is not 0: reference:logprobs(batch)"):format(name), 2)
+    error(("%s: `reference` should be given where beta is not 0: reference:logprobs(batch)"):format(called), 2)
   end
   local lengths = mask:segment_sum(sequence, advantage.count):maximum(1)
   local log_ratio = (logprobs - (batch.logprobs or logprobs):detach()) * mask
   if options.level == "sequence" then
     log_ratio = (log_ratio:segment_sum(sequence, advantage.count) / lengths):index_select(0, sequence)
   elseif options.level ~= nil and options.level ~= "token" then
-    error(("std.losses.%s: `level` should be token or sequence, got %s"):format(name, tostring(options.level)), 2)
+    error(("%s: `level` should be token or sequence, got %s"):format(called, tostring(options.level)), 2)
   end
   local ratio, per_token = log_ratio:exp(), advantage:detach():index_select(0, sequence)
   local loss = objective(ratio, per_token, 1 - low, 1 + high)
@@ -220,11 +250,13 @@ end
 ---@param logprobs engine.Tensor [tokens]
 ---@param batch table
 ---@param advantage engine.Tensor [rollouts]
----@param options? table as of `grpo`, and `cap`
+---@param options? table as of `grpo`, and `cap` in place of `clip`
 ---@return engine.Tensor loss
 ---@return table statistics clip_high is the share of tokens whose ratio is cut
 function policy_losses.cispo(logprobs, batch, advantage, options)
   options = with({ normalize = "token", cap = 5 }, options)
+  if options.clip then error("std.losses.cispo: `clip` should be left out: `cap` is what weights are cut at", 2) end
+  check_number("std.losses.cispo", "cap", options.cap, 0, { above = true })
   local settings = with(options, { clip = { 1, options.cap - 1 } })
   return surrogate("cispo", "cap", logprobs, batch, advantage, settings, function(ratio, a)
     return -(ratio:detach():clamp { max = options.cap } * a * logprobs)
@@ -244,6 +276,9 @@ end
 ---@return { kl: number } statistics the mean of log p - log p_teacher
 function policy_losses.distill_samples(logprobs, batch, teacher, options)
   options = check("std.losses.distill_samples", options, { "normalizer" })
+  check_shape("std.losses.distill_samples", "teacher", teacher, logprobs)
+  check_shape("std.losses.distill_samples", "logprobs", logprobs, batch.mask)
+  check_number("std.losses.distill_samples", "normalizer", options.normalizer, 0, { above = true })
   local mask, now = batch.mask, logprobs:detach()
   local count = math.max(mask:sum():item(), 1)
   local advantage = (teacher:detach() - now) * mask

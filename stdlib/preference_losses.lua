@@ -4,7 +4,8 @@
 --- pi_w and pi_l are log-probabilities of the chosen and the rejected answer under the policy, ref_w and ref_l under the
 --- reference, each summed over the answer; h_w = pi_w - ref_w, h_l = pi_l - ref_l, h = h_w - h_l; ls is log sigmoid.
 
-local check = require("std.options").check
+local options_of = require "std.options"
+local check, check_shape, check_number = options_of.check, options_of.check_shape, options_of.check_number
 
 ---@class std.preference_losses
 local preference_losses = {}
@@ -41,6 +42,7 @@ end
 ---@param count? integer sums to give, where `sequence` counts beyond this batch: the rollouts of the update
 ---@return engine.Tensor sums [documents]
 function preference_losses.sequence_sums(logprobs, batch, count)
+  check_shape("std.losses.sequence_sums", "logprobs", logprobs, batch.mask)
   count = count or batch.documents or batch.cu_seqlens.count - 1
   return (logprobs * batch.mask):segment_sum(batch.sequence, count)
 end
@@ -63,6 +65,7 @@ end
 ---@param beta number
 ---@return engine.Tensor rewards [2n]
 function preference_losses.implicit_rewards(policy_sums, reference_sums, beta)
+  if reference_sums then check_shape("std.losses.implicit_rewards", "reference_sums", reference_sums, policy_sums) end
   return (reference_sums and policy_sums - reference_sums or policy_sums) * beta
 end
 
@@ -78,6 +81,11 @@ end
 function preference_losses.bradley_terry(rewards, options)
   options = check("std.losses.bradley_terry", options, { "margin", "center", "normalizer" })
   local chosen, rejected = split("bradley_terry", "rewards", rewards)
+  if options.margin and type(options.margin) ~= "number" then
+    check_shape("std.losses.bradley_terry", "margin", options.margin, chosen)
+  end
+  check_number("std.losses.bradley_terry", "center", options.center, 0)
+  check_number("std.losses.bradley_terry", "normalizer", options.normalizer, 0, { above = true })
   local loss = -log_sigmoid(chosen - rejected - (options.margin or 0))
   if options.center then loss = loss + (chosen + rejected):square() * options.center end
   return loss:sum() / (options.normalizer or chosen.count), statistics(chosen, rejected)
@@ -91,6 +99,12 @@ end
 ---@param bad engine.Tensor [m]
 ---@return engine.Tensor loss
 function preference_losses.bradley_terry_list(good, bad)
+  for name, given in pairs { good = good, bad = bad } do
+    if given.rank ~= 1 or given.count == 0 then
+      local got = table.concat(given.shape, ", ")
+      error(("std.losses.bradley_terry_list: `%s` should be [n] with at least one reward, got [%s]"):format(name, got), 2)
+    end
+  end
   return -log_sigmoid(good:unsqueeze(1) - bad:unsqueeze(0)):mean()
 end
 
@@ -157,7 +171,12 @@ function preference_losses.dpo(policy_sums, reference_sums, options)
     local expected = "sigmoid, robust, hinge, ipo, sigmoid_norm, bco_pair, sppo_hard or nca_pair"
     error(("std.losses.dpo: `kind` should be %s, got %s"):format(expected, tostring(kind)), 2)
   end
-  if beta <= 0 then error(("std.losses.dpo: `beta` should be above 0, got %g"):format(beta), 2) end
+  check_number("std.losses.dpo", "beta", beta, 0, { above = true })
+  check_number("std.losses.dpo", "nll", options.nll, 0)
+  check_number("std.losses.dpo", "normalizer", options.normalizer, 0, { above = true })
+  if options.reduction ~= nil and options.reduction ~= "mean" and options.reduction ~= "none" then
+    error(("std.losses.dpo: `reduction` should be mean or none, got %s"):format(tostring(options.reduction)), 2)
+  end
   if smoothing ~= 0 and not smoothed[kind] or smoothing < 0 or smoothing >= 0.5 then
     local expected = "from 0 to below 0.5, and 0 unless kind is sigmoid or robust"
     error(("std.losses.dpo: `label_smoothing` should be %s, got %g with %s"):format(expected, smoothing, kind), 2)
@@ -168,13 +187,11 @@ function preference_losses.dpo(policy_sums, reference_sums, options)
   end
   if options.reference_free then reference_sums = nil end
   for name, other in pairs { reference_sums = reference_sums, lengths = options.lengths } do
-    if other.rank ~= 1 or other.count ~= policy_sums.count then
-      local got = table.concat(other.shape, ", ")
-      error(("std.losses.dpo: `%s` should be [%d] as policy_sums, got [%s]"):format(name, policy_sums.count, got), 2)
-    end
+    check_shape("std.losses.dpo", name, other, policy_sums)
   end
   local h = reference_sums and policy_sums - reference_sums or policy_sums
-  local judged = by_length[kind] and h / options.lengths or h
+  -- An answer of which nothing is learned has a mean of 0.
+  local judged = by_length[kind] and h / options.lengths:maximum(1) or h
   local h_w, h_l = split("dpo", "policy_sums", judged)
   local loss = kinds[kind](h_w, h_l, beta, smoothing)
   if options.reduction ~= "none" then loss = loss:sum() / (options.normalizer or h_w.count) end

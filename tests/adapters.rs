@@ -162,7 +162,7 @@ fn scores_come_from_last_tokens_and_differentiate() {
         let scores = || model.scores(&batch.packed()).unwrap();
         let head = model.value("score.weight").unwrap();
         assert_eq!(head.shape(), [1, model.config().hidden]);
-        let states = with_recording(false, || model.hidden_states(&batch.packed()).unwrap()).pop().unwrap().to_f32_vec();
+        let states = with_recording(false, || model.hidden_states(&batch.packed(), model.config().layers).unwrap()).to_f32_vec();
         let hidden = model.config().hidden;
         let want: Vec<f32> = [4, 5, 8]
             .map(|row| {

@@ -20,7 +20,8 @@ fn check_forward(name: &str) -> (Golden, Model, Batch) {
 
     let logits = model.logits(&batch.packed()).unwrap();
     golden.check("logits", logits.values());
-    let hidden: Vec<f32> = model.hidden_states(&batch.packed()).unwrap().iter().flat_map(|state| state.to_f32_vec()).collect();
+    let state = |layer| model.hidden_states(&batch.packed(), layer).unwrap().to_f32_vec();
+    let hidden: Vec<f32> = (0..=model.config().layers).flat_map(state).collect();
     golden.check("hidden_states", &hidden);
     let logprobs = model.logprobs(&batch.packed(), &batch.next_tokens(), 1.0).unwrap();
     let without_last: Vec<f32> = batch.documents().flat_map(|range| logprobs.values()[range.start..range.end - 1].to_vec()).collect();

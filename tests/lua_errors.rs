@@ -65,6 +65,7 @@ fn mistakes_in_the_language() {
         (case("\nx = 1"), &["s.lua:2: `x` is not declared; write `local x`"]),
         (case("print(lenght)"), &["s.lua:1: `lenght` is not declared"]),
         (case("prnt(1)"), &["s.lua:1: `prnt` is not declared; did you mean `print`?"]),
+        (case("print(debug.traceback())"), &["s.lua:1: `debug` is not declared; scripts do without Lua's debug library"]),
         (case("print(engine)"), &["`local engine = require \"engine\"`"]),
         (
             case("local x\nlocal function f() return x.y end\nf()"),
@@ -104,6 +105,7 @@ fn mistakes_with_the_engine() {
         (case("tensor.zeros({ 1 << 40, 1 << 20 })"), &["s.lua:3: zeros"]),
         (case("tensor.ones({ 2 }).sum()"), &["s.lua:3: Tensor:sum: `self` should be a Tensor in front; call it with a colon"]),
         (case("tensor.ones({ 2 }):summ()"), &["s.lua:3: Tensor has no method or field `summ`; did you mean `sum`?"]),
+        (case("print('a loss of ' .. tensor.ones({}))"), &["s.lua:3: a Tensor is not joined to text by `..`; write tostring(x)"]),
         (case("tensor.ones({ 2 }).shape = 1"), &["the fields of a Tensor cannot be assigned"]),
         (case("tensor.ones({ 2 }):matmul(3)"), &["Tensor:matmul: `other` should be a tensor, got 3"]),
         (case("tensor.ones({ 2, 3 }):matmul(tensor.ones({ 2, 3 }))"), &["s.lua:3: matmul", "[2, 3]"]),
@@ -167,6 +169,11 @@ fn mistakes_in_a_run() {
         (body("engine.data.jsonl(run.folder .. '/../../bad.jsonl'):take(2)"), &["s.lua:2:", "bad.jsonl", "line 2"]),
         (body("engine.data.text('s.lua'):pack { seq_len = 0 }"), &["Data:pack", "at least 1"]),
         (body("run:model('m', {}):logits(engine.data.batch { { 5000 } })"), &["s.lua:2:", "5000"]),
+        (body("run:model('m', {}):freeze { 'layers.99' }"), &["s.lua:2: freeze: `names`", "such as layers.0", "\"layers.99\""]),
+        (body("run:model('m', {}):freeze { 'q_proj' }"), &["s.lua:2: freeze: `names`", "k_proj", "in one matrix with"]),
+        (body("run:model('m', {}):freeze 'layers.0'"), &["s.lua:2: Model:freeze: `names` should be", "got string \"layers.0\""]),
+        (body("run:model('m', {}, { frozen = true }):freeze { 'layers.0' }"), &["s.lua:2: freeze: `names` should be weights that train"]),
+        (body("run:model('m', {}):hidden_states(engine.data.batch { { 5 } }, { layer = 99 })"), &["s.lua:2: hidden_states: `layer`", "99"]),
         (body("run:model('m', {}):parameter('x')"), &["s.lua:2:", "\"x\""]),
     ]);
 }

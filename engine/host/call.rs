@@ -135,6 +135,12 @@ pub fn register<T: Class + mlua::UserData, M: UserDataMethods<T>>(methods: &mut 
         find().map_err(|failure| raise(lua, failure))
     });
     methods.add_meta_method(mlua::MetaMethod::ToString, |_, object, ()| Ok(object.text()));
+    methods.add_meta_function(mlua::MetaMethod::Concat, |lua, _: (Value, Value)| -> mlua::Result<()> {
+        Err(raise(
+            lua,
+            Failure::message(format!("a {} is not joined to text by `..`; write tostring(x), or format what you want of it", T::NAME)),
+        ))
+    });
     methods.add_meta_function(mlua::MetaMethod::NewIndex, |lua, (_, key, _): (AnyUserData, Value, Value)| -> mlua::Result<()> {
         let text = format!("the fields of a {} cannot be assigned (tried to set {})", T::NAME, describe(&key));
         Err(raise(lua, Failure::message(text)))

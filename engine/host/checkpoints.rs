@@ -73,6 +73,9 @@ pub struct StoredModel {
     /// Whether its adapter was merged into its weights.
     #[serde(default)]
     pub merged: bool,
+    /// Its weights that were frozen for now.
+    #[serde(default)]
+    pub held: BTreeSet<String>,
     /// The GPU that it was on.
     #[serde(default)]
     pub gpu: Option<String>,
@@ -147,7 +150,7 @@ impl Snapshot {
                 Resource::Model(model) => {
                     let frozen = model.is_as_made();
                     let (gpu, merged) = (model.gpu(), model.model.is_merged());
-                    let stored = StoredModel { definition: named.definition, frozen, merged, gpu: gpu.clone() };
+                    let stored = StoredModel { definition: named.definition, frozen, merged, held: model.model.held(), gpu: gpu.clone() };
                     stored_models.insert(name.clone(), stored);
                     // A copy of what does not train shares its weights, so that it costs nothing.
                     models.push(Copied { name, gpu, copy: model.image(to)?, version: model.model.version(), as_made: frozen });
@@ -364,7 +367,7 @@ impl Origin {
                 let loaded = self.versions.lock().expect("no panic happens under this lock").get(name).copied();
                 // What the code above the loop has trained is undone.
                 let touched = loaded != Some(object.model.version());
-                Ok(model_state::put_back(&self.folder, name, &object.model, stored.merged, touched)?)
+                Ok(model_state::put_back(&self.folder, name, &object.model, stored, touched)?)
             }
             Resource::Optimizer(optimizer, _) => {
                 let Some(stored) = self.state.optimizers.get(name) else { return Ok(()) };

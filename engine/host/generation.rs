@@ -102,7 +102,7 @@ pub fn generate_all(call: &Call) -> Answer {
     count_work(call, &this, &lengths);
     let origin = |record: &Value, prompt: &Arc<[i32]>| Origin { record: record.clone(), prompt: prompt.clone() };
     let origins = records.iter().zip(&origins).map(|(record, prompt)| origin(record, prompt));
-    call.give(Rollouts::new(call.lua, origins.zip(texts).collect(), members)?)
+    call.give(Rollouts::new(call.lua, origins.zip(texts).collect())?)
 }
 
 /// A long generation's own progress: a loop's says nothing until its step ends.

@@ -277,6 +277,7 @@ fn strict(lua: &Lua, globals: &Table) -> mlua::Result<()> {
             known.sort_unstable();
             let hint = match name.as_str() {
                 "engine" => "; begin the script with `local engine = require \"engine\"`".to_string(),
+                "debug" => "; scripts do without Lua's debug library".to_string(),
                 _ => suggestion(&name, known),
             };
             Err(raise(lua, Failure::message(format!("`{name}` is not declared{hint}"))))

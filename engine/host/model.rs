@@ -21,7 +21,6 @@ use crate::model::config::Config;
 use crate::model::generation_config::GenerationConfig;
 use crate::model::presets::{names, preset, with_fields};
 use crate::model::{Lora, Model, Packed, parse_dtype};
-use crate::tensor::autograd::with_recording;
 use crate::tensor::place::ImageTo;
 use crate::tensor::{AnyTensor, Place};
 use mlua::{IntoLua, Lua, Table, UserData, UserDataMethods, Value};
@@ -336,7 +335,10 @@ fn routing(call: &Call) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
     let packed = packed(&batch);
-    let (layers, balance) = with_recording(false, || this.model.routing(&packed))?;
+    if !this.frozen {
+        this.room.check(call.lua, call.op, &this.model, batch.tokens.len())?;
+    }
+    let (layers, balance) = this.model.routing(&packed)?;
     let answer = call.lua.create_table()?;
     for (logits, chosen, weights) in layers {
         let chosen: Vec<i32> = chosen.iter().map(|expert| i32::try_from(*expert).expect("a model has fewer experts")).collect();
@@ -351,7 +353,7 @@ fn routing(call: &Call) -> Answer {
         None => Value::Nil,
     };
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
-        work.forward(&this.model, &batch.cu_seqlens, false);
+        work.forward(&this.model, &batch.cu_seqlens, !this.frozen);
     }
     call.give((answer, balance))
 }
@@ -382,7 +384,8 @@ impl Class for ModelObject {
                     forward(call, true, |this, batch, packed| {
                         let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
                         let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);
-                        let coefficient = coefficient.unwrap_or(published);
+                        // Of one update's micro-batches each balances for its share of the tokens.
+                        let coefficient = coefficient.unwrap_or(published) * batch.supervised() as f64 / normalizer;
                         Ok(this.model.cross_entropy(packed, &batch.labels, normalizer as f32, coefficient as f32)?.total.into())
                     })
                 },

@@ -3,12 +3,14 @@
 //! Folders: `models/NAME` (weights), `adapters/NAME` (a PEFT folder), `training/NAME` (masters and gradients that wait).
 
 use super::call::Failed;
+use super::checkpoints::StoredModel;
 use super::model::ModelObject;
 use super::options::Options;
 use crate::checkpoint::commit::Draft;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use mlua::{Lua, Value};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 fn weights_folder(checkpoint: &Path, name: &str) -> PathBuf {
@@ -70,13 +72,14 @@ pub fn load(lua: &Lua, op: &'static str, checkpoint: &Path, name: &str, source: 
 
 /// Gives a model the state that a checkpoint has of it.
 ///
-/// - `merged`: whether its adapter was merged
+/// - `stored`: what else the checkpoint says of it
 /// - `touched`: whether anything changed it since [`load`]
 ///
 /// Errors: those of reading; [`Error::Diverged`] if its base was changed and the checkpoint has none.
-pub fn put_back(checkpoint: &Path, name: &str, model: &Model, merged: bool, touched: bool) -> Result<()> {
+pub fn put_back(checkpoint: &Path, name: &str, model: &Model, stored: &StoredModel, touched: bool) -> Result<()> {
     let (weights, adapter) = (weights_folder(checkpoint, name), adapter_folder(checkpoint, name));
     let has_adapter = adapter.is_dir();
+    model.set_held(&BTreeSet::new());
     if has_adapter {
         model.unmerge()?;
     }
@@ -101,5 +104,6 @@ pub fn put_back(checkpoint: &Path, name: &str, model: &Model, merged: bool, touc
         model.refill_adapter(&adapter)?;
     }
     model.load_training_state(&checkpoint.join("training").join(name))?;
-    if merged { model.merge() } else { Ok(()) }
+    model.set_held(&stored.held);
+    if stored.merged { model.merge() } else { Ok(()) }
 }

@@ -93,6 +93,18 @@ fn labelled_or_all(call: &Call) -> Answer {
     })
 }
 
+/// The list of names at argument 0.
+fn names(call: &Call) -> Failed<Vec<String>> {
+    let wrong = || call.wrong(0, "a list of names, such as { \"layers.0\", \"embed_tokens\" }");
+    let names = call.table(0)?.sequence_values::<String>().collect::<Result<Vec<_>, _>>().map_err(|_| wrong())?;
+    if names.is_empty() { Err(wrong()) } else { Ok(names) }
+}
+
+fn hidden_states(call: &Call) -> Answer {
+    let layer = call.options(1, &["layer"])?.count("layer", 0)?;
+    forward(call, true, |this, _, packed| Ok(this.model.hidden_states(packed, layer.unwrap_or(this.model.config().layers))?))
+}
+
 /// Methods of [`ModelObject`], beside those in model.rs.
 pub const METHODS: &[Function] = &[
     Function { op: "Model:average", params: &["other", "weight"], call: average },
@@ -104,6 +116,15 @@ pub const METHODS: &[Function] = &[
             call.give(base)
         },
     },
+    Function {
+        op: "Model:freeze",
+        params: &["names"],
+        call: |call| {
+            call.subject::<ModelObject>()?.model.freeze(&names(call)?)?;
+            call.done()
+        },
+    },
+    Function { op: "Model:hidden_states", params: &["batch", "options?"], call: hidden_states },
     Function { op: "Model:logits", params: &["batch", "options?"], call: labelled_or_all },
     Function {
         op: "Model:merge",
@@ -120,6 +141,15 @@ pub const METHODS: &[Function] = &[
         params: &["name", "value"],
         call: |call| {
             call.subject::<ModelObject>()?.model.set_value(&call.string(0)?, &call.tensor(1)?)?;
+            call.done()
+        },
+    },
+    Function {
+        op: "Model:thaw",
+        params: &["names?"],
+        call: |call| {
+            let names = if call.value(0).is_nil() { None } else { Some(names(call)?) };
+            call.subject::<ModelObject>()?.model.thaw(names.as_deref())?;
             call.done()
         },
     },

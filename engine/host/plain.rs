@@ -62,7 +62,10 @@ impl Plain {
             },
             Value::Table(table) if depth < DEPTH_MAX => self.add_table(op, place, table, depth)?,
             Value::Table(_) => {
-                return Err(Error::argument(op, place, format!("tables at most {DEPTH_MAX} deep"), "one that contains itself").into());
+                // The way in says what is wrong; all of it would fill the screen.
+                let place: String = place.chars().take(40).collect();
+                let got = "deeper ones; does a table contain itself?";
+                return Err(Error::argument(op, format!("{place}..."), format!("tables at most {DEPTH_MAX} deep"), got).into());
             }
             other => {
                 let expected = "plain data: nil, booleans, numbers, strings, tensors and tables of these";
@@ -301,7 +304,7 @@ mod tests {
             assert!(text.contains(part), "{text}");
         };
         check("{ a = { print } }", "inputs.a[1]");
-        check("(function() local t = {} t.t = t return t end)()", "contains itself");
+        check("(function() local t = {} t.t = t return t end)()", "inputs.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t.t...");
         check("{ [print] = 1 }", "keys that are strings");
     }
 }

@@ -31,7 +31,8 @@ struct Rollout {
 /// Generated texts, the members of a group side by side.
 pub struct Rollouts {
     rollouts: Vec<Rollout>,
-    group: usize,
+    /// Texts of each prompt, side by side; none if there are not equally many.
+    group: Option<usize>,
     /// Lists made once, since scripts index them in loops.
     texts: Table,
     records: Table,
@@ -49,7 +50,7 @@ pub struct Sampled {
 
 impl Rollouts {
     /// - `groups`: each prompt with its texts
-    pub fn new(lua: &Lua, groups: Vec<(Origin, Vec<Text>)>, group: usize) -> Failed<Self> {
+    pub fn new(lua: &Lua, groups: Vec<(Origin, Vec<Text>)>) -> Failed<Self> {
         let (mut rollouts, mut records) = (Vec::new(), Vec::new());
         for (origin, texts) in groups {
             for text in texts {
@@ -57,10 +58,13 @@ impl Rollouts {
                 records.push(origin.record.clone());
             }
         }
-        Self::of(lua, rollouts, records, group)
+        Self::of(lua, rollouts, records)
     }
 
-    fn of(lua: &Lua, rollouts: Vec<Rollout>, records: Vec<Value>, group: usize) -> Failed<Self> {
+    fn of(lua: &Lua, rollouts: Vec<Rollout>, records: Vec<Value>) -> Failed<Self> {
+        let mut members = rollouts.chunk_by(|a, b| Arc::ptr_eq(&a.prompt, &b.prompt)).map(<[Rollout]>::len);
+        let first = members.next();
+        let group = first.filter(|first| members.all(|count| count == *first));
         let texts = rollouts.iter().map(|rollout| rollout.text.text.as_str());
         let lengths = rollouts.iter().map(|rollout| rollout.text.tokens.len());
         let finish = rollouts.iter().map(|rollout| rollout.text.finish.name());
@@ -136,7 +140,7 @@ fn select(call: &Call) -> Answer {
             rollouts.push(this.at(call, index)?.clone());
             records.push(this.records.raw_get::<Value>(index)?);
         }
-        Rollouts::of(call.lua, rollouts, records, this.group)?
+        Rollouts::of(call.lua, rollouts, records)?
     };
     call.give(selected)
 }
@@ -195,7 +199,7 @@ impl Class for Rollouts {
     const FIELDS: &'static [Field<Self>] = &[
         Field { name: "count", get: |_, this| Ok(Value::Integer(this.rollouts.len() as i64)) },
         Field { name: "finish", get: |_, this| Ok(Value::Table(this.finish.clone())) },
-        Field { name: "group", get: |_, this| Ok(Value::Integer(this.group as i64)) },
+        Field { name: "group", get: |_, this| Ok(this.group.map_or(Value::Nil, |group| Value::Integer(group as i64))) },
         Field { name: "lengths", get: |_, this| Ok(Value::Table(this.lengths.clone())) },
         Field { name: "records", get: |_, this| Ok(Value::Table(this.records.clone())) },
         Field { name: "texts", get: |_, this| Ok(Value::Table(this.texts.clone())) },

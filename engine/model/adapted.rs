@@ -131,6 +131,7 @@ impl Model {
             }
         });
         *base.lock_adapter() = None;
+        base.held.lock().expect("nothing panics while weights are frozen").clear();
         Ok(base)
     }
 
@@ -170,7 +171,7 @@ impl Model {
     /// Runs `change`, after which the base counts as it did before.
     ///
     /// Errors: those of `change`.
-    fn keep_seen(&self, change: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub(super) fn keep_seen(&self, change: impl FnOnce() -> Result<()>) -> Result<()> {
         let changed = self.base_changed();
         change()?;
         let seen = (!changed).then(|| self.base_version());
@@ -212,15 +213,17 @@ impl Model {
 
     fn like(&self, graph: AnyGraph) -> Self {
         let recompute = AtomicBool::new(self.recompute.load(Relaxed));
-        let copy = Self { graph, recompute, adapter: Mutex::new(None), training: Graphs::default() };
+        let copy = Self { graph, recompute, adapter: Mutex::new(None), training: Graphs::default(), held: Mutex::new(self.held()) };
         copy.take_adapter(self);
         copy
     }
 
-    /// Takes weights, masters, gradients and merging of a copy or an image of this model, to the bit.
+    /// Takes weights, masters, gradients, merging and what is frozen for now of a copy or an image of this model, to the bit.
     ///
     /// Errors: those of the device.
     pub fn copy_from(&self, copy: &Self) -> Result<()> {
+        // How a parameter is copied depends on whether it trains.
+        self.set_held(&copy.held());
         match (&self.graph, &copy.graph) {
             (AnyGraph::F32(to), AnyGraph::F32(from)) => to.copy_from(from)?,
             (AnyGraph::Bf16(to), AnyGraph::Bf16(from)) => to.copy_from(from)?,

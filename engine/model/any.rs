@@ -14,6 +14,7 @@ use crate::kernels::available_memory::{available_bytes, fits};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::tensor::autograd::with_recording;
+use crate::tensor::convert::to_dtype;
 use crate::tensor::experts::load_balance;
 use crate::tensor::parameter::Layout;
 use crate::tensor::select_rows::{row_ids, select_rows};
@@ -21,6 +22,7 @@ use crate::tensor::trainable::Trainable;
 use crate::tensor::{AnyTensor, ModelElement, Place, Tensor};
 use crate::tensor::{head, logprobs};
 use half::bf16;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -48,6 +50,8 @@ pub struct Model {
     pub(super) recompute: AtomicBool,
     pub(super) adapter: Mutex<Option<Adapter>>,
     pub(super) training: Graphs,
+    /// Weights that are frozen for now; see freezing.rs.
+    pub(super) held: Mutex<BTreeSet<String>>,
 }
 
 /// A training loss and its parts.
@@ -118,7 +122,8 @@ impl Model {
     }
 
     fn of(graph: AnyGraph) -> Self {
-        Self { graph, recompute: AtomicBool::new(false), adapter: Mutex::new(None), training: Graphs::default() }
+        let (recompute, adapter, held) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        Self { graph, recompute, adapter, training: Graphs::default(), held }
     }
 
     /// The model of a Hugging Face checkpoint folder, in its own element type or in `dtype`.
@@ -317,26 +322,34 @@ impl Model {
         })
     }
 
-    /// The residual stream before the first layer and after each one, the last after the final norm, as transformers'
-    /// `output_hidden_states` gives it: `layers + 1` tensors of `[tokens, hidden]`.
+    /// The residual stream behind the first `layer` layers, behind all of them after the final norm, as entry `layer` of
+    /// transformers' `output_hidden_states`: `[tokens, hidden]`, f32, differentiable.
     ///
-    /// Errors: those of [`Packed::check`].
-    pub fn hidden_states(&self, input: &Packed) -> Result<Vec<AnyTensor>> {
+    /// Errors: those of [`Packed::check`]; [`Error::Argument`] for more layers than there are.
+    pub fn hidden_states(&self, input: &Packed, layer: usize) -> Result<AnyTensor> {
+        let last = self.config().layers;
+        if layer > last {
+            return Err(Error::argument("hidden_states", "layer", format!("from 0 (the embeddings) to {last}"), layer));
+        }
         on_graph!(self, graph => {
-            let mut states: Vec<Result<AnyTensor>> = Vec::new();
-            let last = graph.config.layers;
+            let (mut seen, mut wanted) = (0, None);
             let forward = graph.forward(input, self.recomputes(), |x| {
-                if states.len() < last {
-                    states.push(x.to_host().map(AnyTensor::from));
+                if seen == layer {
+                    wanted = Some(x.clone());
                 }
+                seen += 1;
             })?;
-            states.push(graph.final_norm(&forward.hidden)?.to_host().map(AnyTensor::from));
-            states.into_iter().collect()
+            let state = match wanted {
+                Some(state) if layer < last => state,
+                _ => graph.final_norm(&forward.hidden)?,
+            };
+            to_dtype(&state.to_host()?.into(), Dtype::F32)
         })
     }
 
     /// What the routers of the sparse layers say, in order: logits `[tokens, experts]`, chosen experts and weights
-    /// `[tokens, k]`; and the load-balancing loss over them all. Empty for a dense model.
+    /// `[tokens, k]`; and the load-balancing loss over them all. Empty for a dense model. Logits and weights are f32, and
+    /// differentiable as the loss is.
     ///
     /// Errors: those of [`Packed::check`].
     #[allow(clippy::type_complexity)]
@@ -344,7 +357,10 @@ impl Model {
         on_graph!(self, graph => {
             let (_, forward) = self.run(graph, input)?;
             let balance = load_balance(&forward.routing)?;
-            let layers = forward.routing.iter().map(|layer| Ok((layer.logits.to_host()?.into(), layer.chosen()?, layer.weights.to_host()?.into())));
+            let layers = forward.routing.iter().map(|layer| {
+                let logits = to_dtype(&layer.logits.to_host()?.into(), Dtype::F32)?;
+                Ok((logits, layer.chosen()?, layer.weights.to_host()?.into()))
+            });
             Ok((layers.collect::<Result<_>>()?, balance))
         })
     }

@@ -8,6 +8,7 @@ pub mod config;
 mod decode;
 pub mod fields;
 pub mod flops;
+mod freezing;
 pub mod generation_config;
 pub mod graph;
 pub mod lora;

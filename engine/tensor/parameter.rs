@@ -222,7 +222,9 @@ impl<E: ModelElement> Parameter<E> {
     /// Freezes or thaws it. A frozen one has no gradient; one of 8 bits is always frozen.
     pub fn set_trains(&self, trains: bool) {
         let trains = trains && self.layout != Layout::Int8;
-        self.trains.store(trains, Relaxed);
+        if self.trains.swap(trains, Relaxed) != trains {
+            self.gradients.fetch_add(1, Relaxed);
+        }
         if !trains {
             self.clear_gradient();
             *self.keeper.lock().expect("nothing panics while a place is kept") = None;
@@ -273,7 +275,7 @@ impl<E: ModelElement> Parameter<E> {
         self.version.load(Relaxed)
     }
 
-    /// A number that changes with every change of value or gradient.
+    /// A number that changes with every change of value or gradient, and when it freezes or thaws.
     pub fn changes(&self) -> u64 {
         self.version().wrapping_add(self.gradients.load(Relaxed))
     }

@@ -4,7 +4,7 @@
 ---@class engine.Rollouts
 ---@field count integer texts
 ---@field finish string[] why each text ended: "stop_token", "stop_text" or "length"
----@field group integer texts of each prompt; they stand side by side
+---@field group integer? texts of each prompt, which stand side by side; nil where `select` left prompts unequally many
 ---@field lengths integer[] tokens of each text
 ---@field records any[] the prompt of each text, as it was given
 ---@field texts string[] without stop strings and special tokens

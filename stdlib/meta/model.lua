@@ -15,7 +15,7 @@ local optim = {}
 ---@field dtype "f32"|"bf16"|"int8" of the weights; int8 is for inference, with activations in bf16
 ---@field frozen boolean
 ---@field tokenizer engine.Tokenizer? of the folder it came from
----@field trainable integer parameters that an optimizer would change
+---@field trainable integer parameters that an optimizer would change; `freeze` makes them fewer
 local Model = {}
 
 ---@class engine.Optimizer
@@ -96,7 +96,8 @@ function Model:base() end
 function Model:complete(prompt, options) end
 
 --- The training loss: minus the sum of the labels' log-probabilities, over `normalizer` (the batch's supervised tokens),
---- plus the load-balancing loss of a mixture of experts. Its value is computed with the backward pass.
+--- plus the load-balancing loss of a mixture of experts, which counts for as much as the batch has of `normalizer`: so the
+--- micro-batches of an update add up. Its value is computed with the backward pass.
 ---
 --- Example: model:cross_entropy(batch):backward()
 ---@param batch engine.Batch
@@ -111,6 +112,14 @@ function Model:cross_entropy(batch, options) end
 ---@param options? { temperature?: number }
 ---@return engine.Tensor entropy [tokens], f32
 function Model:entropy(batch, options) end
+
+--- Freezes weights for a while: they get no gradient and no update, and lose a gradient that waits; what the optimizer knows of them
+--- stays. `names` are names of tensors or whole words of them. Weights that lie in one matrix freeze together: q_proj, k_proj and
+--- v_proj; gate_proj and up_proj. Checkpoints hold what is frozen, so a loop says it once, or at every step.
+---
+--- Example: if step.index == 0 then policy:freeze { "embed_tokens", "layers.0" } elseif step.index == 100 then policy:thaw() end
+---@param names string[] such as "layers.0", "mlp.down_proj", "model.norm.weight"
+function Model:freeze(names) end
 
 --- Continues every prompt `n` times, all together: from the weights as they stand, by the kernels that train them. A prompt
 --- is a text, a list of messages (written by the chat template, up to the assistant's turn), a record with `prompt` or
@@ -134,6 +143,16 @@ function Model:generate(prompts, options) end
 ---@param name string
 ---@return engine.Tensor? gradient f32
 function Model:gradient(name) end
+
+--- What a layer makes of each token: the residual stream behind the first `layer` layers (0: the embeddings), or, by default, behind
+--- all of them and the final norm, which is what the head reads. Differentiable: value heads and probes stand on it; under
+--- `tensor.no_grad` it gives embeddings of texts.
+---
+--- Example: local values = model:hidden_states(batch):matmul(value_head):squeeze(1)
+---@param batch engine.Batch
+---@param options? { layer?: integer } default: the number of layers
+---@return engine.Tensor states [tokens, hidden], f32
+function Model:hidden_states(batch, options) end
 
 --- The logits of every token, or with `labelled` of those alone that have a label. Differentiable, and large: a loss over
 --- labels alone goes through `logprobs` or `cross_entropy`, which store no logits.
@@ -174,11 +193,12 @@ function Model:parameter_names() end
 
 --- How a mixture of experts divides the tokens: a table for each layer that has experts, k of them for each token. The
 --- load-balancing loss is over all these layers; k if the experts get equal shares, more if they do not; nil for a dense
---- model. Not differentiable: `cross_entropy` contains the loss.
+--- model. Logits, weights and the loss are differentiable, for losses of one's own beside or in place of the one that
+--- `cross_entropy` contains (`router_aux_loss_coef = 0` leaves that out); to look only, take `tensor.no_grad`.
 ---
 --- Example: local share = model:routing(batch)[1].experts:eq(0):mean():item()
 ---@param batch engine.Batch
----@return { experts: engine.Tensor, weights: engine.Tensor, logits: engine.Tensor }[] layers experts: [tokens, k], i32, the best first; weights: [tokens, k]; logits: [tokens, experts]
+---@return { experts: engine.Tensor, weights: engine.Tensor, logits: engine.Tensor }[] layers experts: [tokens, k], i32, the best first; weights: [tokens, k], f32; logits: [tokens, experts], f32
 ---@return engine.Tensor? load_balance [], f32
 function Model:routing(batch) end
 
@@ -211,6 +231,12 @@ function Model:scores(batch) end
 ---@param name string
 ---@param value engine.Tensor of the parameter's shape
 function Model:set_parameter(name, value) end
+
+--- Undoes `freeze`, for the weights that `names` name, or for all. What never trained, the base of an adapter, stays frozen.
+---
+--- Example: policy:thaw { "layers.0" }
+---@param names? string[] as of `freeze`
+function Model:thaw(names) end
 
 --- Puts back, to the bit, the weights that `merge` changed, and the adapter.
 ---

@@ -107,7 +107,7 @@ describe("losses over pairs", function()
     expect(function() dpo { beta = 0 } end).fails "above 0"
     expect(function() dpo { kind = "hinge", label_smoothing = 0.1 } end).fails "sigmoid or robust"
     expect(function() losses.dpo(tensor.ones { 3 }, nil) end).fails "[2n]"
-    expect(function() losses.dpo(tensor.ones { 2 }, tensor.ones { 1 }) end).fails "should be [2] as policy_sums, got [1]"
+    expect(function() losses.dpo(tensor.ones { 2 }, tensor.ones { 1 }) end).fails "should be of shape [2], got [1]"
   end)
   it("compare every good answer with every bad one", function()
     local function ls(x) return math.log(sigmoid(x)) end
@@ -226,6 +226,64 @@ describe("losses over samples", function()
       expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails(part)
       expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails "losses.lua:"
     end
+    for part, options in pairs {
+      ["`clip` should be a number of at least 0"] = { clip = { 0.2 } }, ["`rollouts` should be a number above 0, got 0"] = { rollouts = 0 },
+      ["`normalizer` goes with normalize = \"token\", got sequence"] = { normalizer = 4 },
+      ["`max_length` goes with normalize = \"length\", got token"] = { normalize = "token", max_length = 4 },
+      ["`reference` should be of shape [5], got [1]"] = { beta = 0.1, reference = tensor.new { -1 } },
+      ["`kl` should be k1, k2 or k3, got k4"] = { beta = 0.1, reference = now, kl = "k4" },
+      ["`beta` should be a number of at least 0, got -1"] = { beta = -1 }, ["`delta` should be a number above 0, got 0"] = { delta = 0 },
+    } do
+      expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails(part)
+      expect(function() losses.grpo(now, batch(), tensor.new(advantage), options) end).fails "losses.lua:"
+    end
+    expect(function() losses.cispo(now, batch(), tensor.new(advantage), { clip = 0.2 }) end).fails "`clip` should be left out"
+    expect(function() losses.dapo(now, batch(), tensor.new(advantage), { normalizer = 0 / 0 }) end).fails "`normalizer` should be a number above 0"
+  end)
+  it("refuse shapes that would broadcast", function()
+    local now, column = tensor.new(logprobs), tensor.new(logprobs):unsqueeze(1)
+    local cases = {
+      { "`advantage` should be of shape [2], got [2, 1]", function() losses.grpo(now, batch(), tensor.new(advantage):unsqueeze(1)) end },
+      { "`logprobs` should be of shape [5], got [5, 1]", function() losses.grpo(column, batch(), tensor.new(advantage)) end },
+      { "`logprobs` should be of shape [5], got [1]", function() losses.sequence_sums(tensor.new { 1 }, engine.data.batch { { 1, 2, 3 }, { 4, 5 } }) end },
+      { "`reference` should be of shape [5], got [5, 1]", function() losses.kl_estimate(now, column) end },
+      { "`teacher` should be of shape [5], got [5, 1]", function() losses.distill_samples(now, batch(), column) end },
+      { "`mask` should be of shape [5], got [5, 1]", function() losses.entropy_bonus(now, column) end },
+      { "`reward` should be of shape [4], got [2, 2]", function() losses.group_advantage(tensor.ones { 2, 2 }, 2) end },
+      { "`reference_sums` should be of shape [2], got [2, 1]", function() losses.implicit_rewards(tensor.ones { 2 }, tensor.ones { 2, 1 }, 1) end },
+      { "`lengths` should be of shape [2], got 3", function() losses.dpo(tensor.ones { 2 }, nil, { kind = "ipo", lengths = 3 }) end },
+      { "`margin` should be of shape [2], got [2, 1]", function() losses.bradley_terry(tensor.ones { 4 }, { margin = tensor.ones { 2, 1 } }) end },
+      { "`good` should be [n] with at least one reward, got [0]", function() losses.bradley_terry_list(tensor.ones { 0 }, tensor.ones { 1 }) end },
+      { "`mask` should be of shape [2], got true", function() losses.mse(tensor.ones { 2 }, 1, { mask = true }) end },
+    }
+    for _, case in ipairs(cases) do
+      expect(case[2]).fails(case[1])
+      expect(case[2]).fails "losses.lua:"
+    end
+  end)
+  it("refuse numbers that cannot be meant", function()
+    local two, labels = tensor.ones { 2 }, tensor.zeros({ 2 }, { dtype = "i32" })
+    local cases = {
+      { "`beta` should be a number above 0, got x", function() losses.dpo(two, nil, { beta = "x" }) end },
+      { "`beta` should be a number above 0", function() losses.dpo(two, nil, { beta = 0 / 0 }) end },
+      { "`normalizer` should be a number above 0, got 0", function() losses.dpo(two, nil, { normalizer = 0 }) end },
+      { "`reduction` should be mean or none, got sum", function() losses.dpo(two, nil, { reduction = "sum" }) end },
+      { "`normalizer` should be a number above 0, got 0", function() losses.nll(two, two, { normalizer = 0 }) end },
+      { "`temperature` should be a number above 0, got 0", function() losses.distill(two, two, { temperature = 0 }) end },
+      { "`delta` should be a number above 0, got -1", function() losses.huber(two, two, { delta = -1 }) end },
+      { "`label_smoothing` should be a number of at least 0 and at most 1, got 2", function()
+        losses.cross_entropy(tensor.ones { 2, 3 }, labels, { label_smoothing = 2 })
+      end },
+      { "`std` should be true, false or \"batch\", got Batch", function() losses.group_advantage(two, 2, { std = "Batch" }) end },
+      { "`group` should be an integer that divides 2 rewards, got 0", function() losses.group_signal(two, 0) end },
+    }
+    for _, case in ipairs(cases) do
+      expect(case[2]).fails(case[1])
+      expect(case[2]).fails "losses.lua:"
+    end
+    -- An answer without a token that is learned has no mean.
+    expect(losses.dpo(tensor.new { -1, 0 }, nil, { kind = "ipo", beta = 0.5, lengths = tensor.new { 2, 0 } }):item()).is(2.25)
+    expect(losses.overlong_penalty({ 8, 10, 12 }, 12, 4)).is { 0, -0.5, -1 }
   end)
 end)
 

@@ -52,6 +52,51 @@ describe("model", function()
     local picked = logp:gather(1, batch.labels:maximum(0):unsqueeze(1)):squeeze(1) * batch.mask
     expect((picked - model:logprobs(batch)):abs():max():item()).near(0, 1e-5)
   end)
+  it("hands out what its head reads, with a derivative", function()
+    local name, head = "model.layers.0.mlp.down_proj.weight", model:parameter(model.config.tie_word_embeddings and "model.embed_tokens.weight" or "lm_head.weight")
+    local states = model:hidden_states(batch)
+    expect(states.shape).is { batch.count, 32 }
+    local logits = states:matmul(head:transpose(0, 1))
+    expect((logits - model:logits(batch)):abs():max():item()).near(0, 1e-5)
+    local function gradient(loss)
+      loss:backward()
+      local found = model:gradient(name)
+      engine.optim.adamw(model):clear()
+      return found
+    end
+    local by_states, by_logits = gradient(logits:square():mean()), gradient(model:logits(batch):square():mean())
+    expect((by_states - by_logits):abs():max():item()).near(0, 1e-6)
+    local embedded = model:hidden_states(batch, { layer = 0 })
+    expect(embedded).near(model:parameter("model.embed_tokens.weight"):index_select(0, batch.tokens):to_table(), 0)
+    expect(function() model:hidden_states(batch, { layer = 3 }) end).fails "from 0 (the embeddings) to 2, got 3"
+    expect(model:hidden_states(batch, { layer = 1 }).shape).is { batch.count, 32 }
+  end)
+  it("freezes and thaws by parts of names", function()
+    local fresh = engine.model.new(sizes, { tokenizer = tokenizer })
+    local optim, all = engine.optim.adamw(fresh, { lr = 1e-2, clip_norm = false }), fresh.trainable
+    local frozen, free = "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    local function moved(name, body)
+      local before = fresh:parameter(name)
+      body()
+      return (fresh:parameter(name) - before):abs():max():item() > 0
+    end
+    local function update() fresh:cross_entropy(batch):backward() return optim:step() end
+    -- A gradient that waits is lost: it would be counted in the norm.
+    fresh:cross_entropy(batch):backward()
+    fresh:freeze { "layers.0", "embed_tokens" }
+    expect(fresh:gradient(frozen)).is(nil)
+    optim:clear()
+    expect(fresh.trainable < all).is(true)
+    expect(moved(frozen, update)).is(false)
+    expect(moved(free, update)).is(true)
+    fresh:thaw { "layers.0" }
+    expect(moved(frozen, update)).is(true)
+    expect(moved("model.embed_tokens.weight", update)).is(false)
+    fresh:thaw()
+    expect(fresh.trainable).is(all)
+    expect(function() fresh:freeze {} end).fails "a list of names"
+    expect(function() fresh:thaw { "layer.0" } end).fails '"layer.0"'
+  end)
   it("names its parameters as Hugging Face does", function()
     expect(model:parameter_names()[1]).is "model.embed_tokens.weight"
     expect(model:parameter("model.norm.weight").shape).is { 32 }
@@ -79,6 +124,17 @@ describe("model", function()
   it("refuses batches that it cannot read", function()
     expect(function() model:logits(engine.data.batch { { 320 } }) end).fails "320"
     expect(function() model:logits { 1, 2 } end).fails "should be a Batch, got a table of 2"
+  end)
+end)
+
+describe("rollouts", function()
+  it("know how many texts of each prompt stand side by side", function()
+    local model = engine.model.new(sizes, { tokenizer = tokenizer })
+    local rollouts = model:generate({ "the", "the" }, { n = 2, max_tokens = 3 })
+    expect({ rollouts.count, rollouts.group }).is { 4, 2 }
+    expect(rollouts:select({ 1, 3 }).group).is(1)
+    expect(rollouts:select({ 3, 4 }).group).is(2)
+    expect(rollouts:select({ 1, 3, 4 }).group).is(nil)
   end)
 end)
 
@@ -110,6 +166,54 @@ describe("mixture of experts", function()
     for _, wrong in ipairs { 0 / 0, -1, math.huge } do
       expect(function() model:cross_entropy(batch, { router_aux_loss_coef = wrong }) end).fails "a finite number of at least 0"
     end
+  end)
+  it("balances once an update, however many micro-batches", function()
+    local parts = { engine.data.batch { tokenizer:encode "the moon goes" }, engine.data.batch { tokenizer:encode "round" } }
+    local total, wanted = 0, 0
+    for _, part in ipairs(parts) do
+      local function loss(coefficient)
+        return model:cross_entropy(part, { normalizer = batch.supervised, router_aux_loss_coef = coefficient }):item()
+      end
+      total = total + loss(0.5) - loss(0)
+      local _, own = model:routing(part)
+      wanted = wanted + 0.5 * own:item() * part.supervised / batch.supervised
+    end
+    expect(total).near(wanted, 1e-5)
+  end)
+  it("lets scripts write losses over its routers", function()
+    local name = "model.layers.1.mlp.gate.weight"
+    local function gradient(loss)
+      loss:backward()
+      local found = model:gradient(name)
+      engine.optim.adamw(model):clear()
+      return found
+    end
+    -- The published loss by tensors of the script, from where the engine has it.
+    local routers, published = model:routing(batch)
+    local logits, chosen = {}, {}
+    for index, layer in ipairs(routers) do logits[index], chosen[index] = layer.logits, layer.experts end
+    local choices, means = engine.tensor.concat(chosen), engine.tensor.concat(logits):softmax(1):mean(0)
+    local own = 0
+    for expert = 0, 3 do own = means:select(0, expert) * (4 * choices:eq(expert):mean(0):sum():item()) + own end
+    expect(own:item()).near(published:item(), 1e-5)
+    local _, again = model:routing(batch) -- A graph runs backwards once.
+    local wanted = gradient(again)
+    expect(wanted:abs():max():item() > 1e-5).is(true)
+    expect((gradient(own) - wanted):abs():max():item()).near(0, 1e-6)
+    -- A router's z-loss, which the engine does not know: its slope along its gradient is the squared length of that.
+    local function z()
+      local sum = 0
+      for _, layer in ipairs((model:routing(batch))) do sum = layer.logits:logsumexp(-1):square():mean() + sum end
+      return sum
+    end
+    local slope, start, step = gradient(z()), model:parameter(name), 1e-3
+    local function at(size)
+      model:set_parameter(name, start + slope * size)
+      return engine.tensor.no_grad(z):item()
+    end
+    local rise, length = (at(step) - at(-step)) / (2 * step), slope:square():sum():item()
+    model:set_parameter(name, start)
+    expect(rise / length).near(1, 5e-3)
   end)
   it("is empty for a dense model", function()
     local dense = engine.model.new(sizes)
