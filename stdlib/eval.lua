@@ -11,20 +11,10 @@
 ---
 --- `loss` reads a data set to its end from where it stands: give `data:epochs(1)`, which begins anew, to look at the same text each time.
 
-local engine = require "engine"
+local engine, check = require "engine", require("std.options").check
 local data, tensor = engine.data, engine.tensor
 
 local eval = {}
-
-local function check(name, options, known)
-  for key in pairs(options) do
-    local found = false
-    for _, name_known in ipairs(known) do found = found or name_known == key end
-    if not found then
-      error(("std.eval.%s: option should be one of %s, got `%s`"):format(name, table.concat(known, ", "), tostring(key)), 3)
-    end
-  end
-end
 
 local function wrong(name, argument, expected, got)
   error(("std.eval.%s: `%s` should be %s, got %s"):format(name, argument, expected, tostring(got)), 3)
@@ -101,14 +91,7 @@ end
 ---@return number? loss nil if nothing in the data is supervised
 ---@return integer count tokens that were counted
 function eval.loss(model, data, options)
-  local rows = 16
-  for name, value in pairs(options or {}) do
-    if name ~= "rows" then error(("std.eval.loss: option should be rows, got `%s`"):format(tostring(name)), 2) end
-    if math.type(value) ~= "integer" or value < 1 then
-      error(("std.eval.loss: `rows` should be an integer of at least 1, got %s"):format(tostring(value)), 2)
-    end
-    rows = value
-  end
+  local rows = count_of("loss", check("std.eval.loss", options, { "rows" }), "rows", 16)
   return tensor.no_grad(function()
     local sum, count = 0.0, 0
     for batch in function() return data:take(rows) end do
@@ -131,7 +114,7 @@ end
 ---@return { perplexity: number, loss: number, bits_per_byte: number, tokens: integer, count: integer, items: table[] } result
 function eval.perplexity(model, texts, options)
   options = options or {}
-  check("perplexity", options, { "tokens" })
+  check("std.eval.perplexity", options, { "tokens" })
   list_of("perplexity", "texts", texts)
   local tokenizer, documents, bytes = tokenizer_of("perplexity", model), {}, 0
   for index, text in ipairs(texts) do
@@ -189,7 +172,7 @@ end
 ---@return { acc: number, acc_stderr: number, acc_norm: number, acc_norm_stderr: number, count: integer, items: table[] } result
 function eval.choices(model, items, options)
   options = options or {}
-  check("choices", options, { "tokens" })
+  check("std.eval.choices", options, { "tokens" })
   list_of("choices", "items", items)
   local tokenizer, documents, lengths = tokenizer_of("choices", model), {}, {}
   for index, item in ipairs(items) do

@@ -4,8 +4,8 @@
 --- element-wise loss, holds 1 where an element counts and 0 where it does not. With a mask, "mean" is
 --- sum(mask * loss) / sum(mask), so padding changes nothing; a mask of zeros gives 0.
 
-local options_of = require "std.options"
-local check, check_shape, check_number = options_of.check, options_of.check_shape, options_of.check_number
+local std_options = require "std.options"
+local check, check_shape, check_number = std_options.check, std_options.check_shape, std_options.check_number
 
 ---@class std.losses: std.preference_losses, std.policy_losses
 local losses = {}

@@ -18,7 +18,8 @@ function options.check(name, given, known, level)
     local found = false
     for _, name_known in ipairs(known) do found = found or name_known == key end
     if not found then
-      error(("%s: option should be one of %s, got `%s`"):format(name, table.concat(known, ", "), tostring(key)), level)
+      local expected = #known == 1 and known[1] or "one of " .. table.concat(known, ", ")
+      error(("%s: option should be %s, got `%s`"):format(name, expected, tostring(key)), level)
     end
   end
   return given

@@ -6,8 +6,8 @@
 --- this moment). Below, rho_t = exp(log p - log p_old), A the advantage of the token's rollout, |o_i| its sampled tokens.
 
 local tensor = require("engine").tensor
-local options_of = require "std.options"
-local check, check_shape, check_number, with = options_of.check, options_of.check_shape, options_of.check_number, options_of.with
+local std_options = require "std.options"
+local check, check_shape, check_number, with = std_options.check, std_options.check_shape, std_options.check_number, std_options.with
 
 ---@class std.policy_losses
 local policy_losses = {}

@@ -4,8 +4,8 @@
 --- pi_w and pi_l are log-probabilities of the chosen and the rejected answer under the policy, ref_w and ref_l under the
 --- reference, each summed over the answer; h_w = pi_w - ref_w, h_l = pi_l - ref_l, h = h_w - h_l; ls is log sigmoid.
 
-local options_of = require "std.options"
-local check, check_shape, check_number = options_of.check, options_of.check_shape, options_of.check_number
+local std_options = require "std.options"
+local check, check_shape, check_number = std_options.check, std_options.check_shape, std_options.check_number
 
 ---@class std.preference_losses
 local preference_losses = {}

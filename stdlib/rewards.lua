@@ -10,7 +10,7 @@
 --- in `answer` above all; `rollout` tells what the text itself does not: `index`, `length` in tokens, `finish`. Your own functions
 --- are rewards like these. What comes out of a text, an answer, a number, a call, is found by `std.answers`.
 
-local engine = require "engine"
+local engine, check = require "engine", require("std.options").check
 local answers, json, schema = require "std.answers", require "std.json", require "std.schema"
 
 local rewards = {}
@@ -21,16 +21,6 @@ local rewards = {}
 local together = setmetatable({}, { __mode = "k" })
 -- Combined rewards, by function: their parts.
 local combined = setmetatable({}, { __mode = "k" })
-
-local function check(name, options, known)
-  for key in pairs(options) do
-    local found = false
-    for _, name_known in ipairs(known) do found = found or name_known == key end
-    if not found then
-      error(("std.rewards.%s: option should be one of %s, got `%s`"):format(name, table.concat(known, ", "), tostring(key)), 3)
-    end
-  end
-end
 
 local function wrong(name, argument, expected, got)
   error(("std.rewards.%s: `%s` should be %s, got %s"):format(name, argument, expected, tostring(got)), 3)
@@ -61,7 +51,7 @@ end
 ---@return std.Reward reward
 function rewards.exact(options)
   options = options or {}
-  check("exact", options, { "field", "marked" })
+  check("std.rewards.exact", options, { "field", "marked" })
   local field = options.field or "answer"
   return function(text, record)
     local found = answers.final(text)
@@ -112,7 +102,7 @@ end
 ---@return std.Reward reward
 function rewards.numeric(options)
   options = options or {}
-  check("numeric", options, { "field", "marked", "tolerance", "relative", "units" })
+  check("std.rewards.numeric", options, { "field", "marked", "tolerance", "relative", "units" })
   local field, tolerance, relative = options.field or "answer", options.tolerance or 0, options.relative or 1e-9
   local function near(value, right) return math.abs(value - right) <= math.max(tolerance, relative * math.abs(right)) end
   return function(text, record)
@@ -141,7 +131,7 @@ end
 ---@return std.Reward reward
 function rewards.choice(options)
   options = options or {}
-  check("choice", options, { "field", "count" })
+  check("std.rewards.choice", options, { "field", "count" })
   local count = options.count or 4
   if math.type(count) ~= "integer" or count < 2 or count > 26 then wrong("choice", "count", "an integer from 2 to 26", count) end
   return function(text, record)
@@ -176,7 +166,7 @@ end
 ---@param options { tags?: string[], pattern?: string }
 ---@return std.Reward reward
 function rewards.format(options)
-  check("format", options, { "tags", "pattern" })
+  check("std.rewards.format", options, { "tags", "pattern" })
   if (options.tags == nil) == (options.pattern == nil) then
     wrong("format", "options", "tags, or a pattern", options.tags and "both" or "neither")
   end
@@ -198,7 +188,7 @@ local function length_of(text, rollout) return rollout and rollout.length or utf
 ---@param options { target: integer, tolerance?: integer } tolerance: default the target
 ---@return std.Reward reward
 function rewards.length(options)
-  check("length", options, { "target", "tolerance" })
+  check("std.rewards.length", options, { "target", "tolerance" })
   local tolerance = options.tolerance or options.target
   if type(options.target) ~= "number" or options.target <= 0 then wrong("length", "target", "a number above 0", options.target) end
   if type(tolerance) ~= "number" or tolerance <= 0 then wrong("length", "tolerance", "a number above 0", tolerance) end
@@ -212,7 +202,7 @@ end
 ---@param options { max: integer, margin: integer }
 ---@return std.Reward reward
 function rewards.overlong(options)
-  check("overlong", options, { "max", "margin" })
+  check("std.rewards.overlong", options, { "max", "margin" })
   for _, name in ipairs { "max", "margin" } do
     local value = options[name]
     if type(value) ~= "number" or value <= 0 then wrong("overlong", name, "a number above 0", value) end
@@ -235,7 +225,7 @@ end
 ---@return std.Reward reward
 function rewards.json(options)
   options = options or {}
-  check("json", options, { "schema" })
+  check("std.rewards.json", options, { "schema" })
   return function(text, record)
     local rules = options.schema or (type(record) == "table" and record.schema)
     if not rules then error("std.rewards.json: neither the options nor the record have a `schema`", 0) end
@@ -268,7 +258,7 @@ end
 ---@return std.Reward reward
 function rewards.tool_calls(options)
   options = options or {}
-  check("tool_calls", options, { "field", "partial" })
+  check("std.rewards.tool_calls", options, { "field", "partial" })
   return function(text, record)
     local right = type(record) == "table" and record[options.field or "tool_calls"] or {}
     local calls, broken = answers.tool_calls(text)
@@ -322,7 +312,7 @@ end
 ---@return std.Reward reward
 function rewards.programs(options)
   options = options or {}
-  check("programs", options, { "language", "all", "seconds", "memory_mb", "allow_weaker" })
+  check("std.rewards.programs", options, { "language", "all", "seconds", "memory_mb", "allow_weaker" })
   options.language = options.language or "lua"
   local function many(texts, records)
     local jobs, first = {}, {}
@@ -353,7 +343,7 @@ end
 ---@return std.Reward reward
 function rewards.repetition(options)
   options = options or {}
-  check("repetition", options, { "n" })
+  check("std.rewards.repetition", options, { "n" })
   local n = options.n or 3
   if math.type(n) ~= "integer" or n < 1 then wrong("repetition", "n", "an integer of at least 1", n) end
   return function(text)

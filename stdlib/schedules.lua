@@ -8,6 +8,8 @@
 --- `warmup` is a number of steps if it is 1 or more, else a share of all steps. A step behind the last keeps the last value.
 --- Where t is a share that is done, as step.progress, `steps` is 1, and `warmup` and `decay` are shares; then t < W gives t / W.
 
+local check_names = require("std.options").check
+
 local schedules = {}
 
 ---@class std.ScheduleOptions
@@ -24,13 +26,8 @@ local function check(name, step, steps, options, known)
   if math.type(steps) ~= "integer" or steps < 1 then
     error(("std.schedules.%s: `steps` should be an integer of at least 1, got %s"):format(name, tostring(steps)), 3)
   end
-  local list = table.concat(known, ", ")
+  check_names("std.schedules." .. name, options, known, 3)
   for key, value in pairs(options) do
-    local found = false
-    for _, name_known in ipairs(known) do found = found or name_known == key end
-    if not found then
-      error(("std.schedules.%s: option should be one of %s, got `%s`"):format(name, list, tostring(key)), 3)
-    end
     if type(value) ~= "number" or not (value >= 0) then
       error(("std.schedules.%s: `%s` should be a number of at least 0, got %s"):format(name, key, tostring(value)), 3)
     end

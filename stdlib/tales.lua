@@ -58,11 +58,7 @@ end
 ---@param options { count: integer, seed?: integer } seed: default 1; the same seed gives the same text
 ---@return string text
 function tales.write(options)
-  for key in pairs(options) do
-    if key ~= "count" and key ~= "seed" then
-      error(("std.tales.write: option should be count or seed, got `%s`"):format(tostring(key)), 2)
-    end
-  end
+  options = require("std.options").check("std.tales.write", options, { "count", "seed" })
   if math.type(options.count) ~= "integer" or options.count < 1 then
     error(("std.tales.write: `count` should be an integer of at least 1, got %s"):format(tostring(options.count)), 2)
   end

@@ -13,7 +13,7 @@ use super::nearest::suggestion;
 use super::options::Options;
 use super::raise::Failure;
 use crate::error::{Error, Result};
-use mlua::{Lua, Table, UserData, UserDataMethods, Value};
+use mlua::{Lua, Table, Value};
 use serde_json::Value as Json;
 
 /// The type of one value.
@@ -67,11 +67,7 @@ impl Class for Declaration {
     const FIELDS: &'static [Field<Self>] = &[];
 }
 
-impl UserData for Declaration {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        super::call::register(methods);
-    }
-}
+super::call::user_data!(Declaration);
 
 /// `engine.required` and `engine.optional`.
 pub const FUNCTIONS: &[Function] = &[

@@ -8,7 +8,7 @@ use super::replay::must_end;
 use super::tensor::TensorObject;
 use crate::error::Error;
 use crate::tensor::AnyTensor;
-use mlua::{AnyUserData, IntoLuaMulti, Lua, MultiValue, Table, UserDataMethods, UserDataRef, Value};
+use mlua::{AnyUserData, IntoLuaMulti, Lua, MultiValue, Table, UserDataFields, UserDataMethods, UserDataRef, Value};
 use std::path::PathBuf;
 
 /// A result whose error still has to get the script's line.
@@ -112,6 +112,27 @@ pub fn add_functions(lua: &Lua, table: &Table, functions: &'static [&'static [Fu
     }
     Ok(())
 }
+
+/// What Lua's own errors call objects of class T.
+pub fn name<T: Class + mlua::UserData, F: UserDataFields<T>>(fields: &mut F) {
+    fields.add_meta_field(mlua::MetaMethod::Type, T::NAME);
+}
+
+/// Makes a [`Class`] one that Lua knows.
+macro_rules! user_data {
+    ($class:ty) => {
+        impl mlua::UserData for $class {
+            fn add_fields<F: mlua::UserDataFields<Self>>(fields: &mut F) {
+                $crate::host::call::name(fields);
+            }
+
+            fn add_methods<M: mlua::UserDataMethods<Self>>(methods: &mut M) {
+                $crate::host::call::register(methods);
+            }
+        }
+    };
+}
+pub(super) use user_data;
 
 /// Gives class T its methods, its fields, and errors for names that it does not have.
 pub fn register<T: Class + mlua::UserData, M: UserDataMethods<T>>(methods: &mut M) {
@@ -366,9 +387,7 @@ pub fn describe(value: &Value) -> String {
         Value::Function(_) => "a function".into(),
         Value::UserData(object) => match object.borrow::<TensorObject>() {
             Ok(tensor) => format!("a Tensor {} {:?}", tensor.0.dtype(), tensor.0.shape()),
-            Err(_) => {
-                object.type_name().map_or("an object".into(), |name| format!("a {}", name.to_string_lossy().trim_end_matches("Object")))
-            }
+            Err(_) => object.type_name().map_or("an object".into(), |name| format!("a {}", name.to_string_lossy())),
         },
         other => format!("a {}", other.type_name()),
     }

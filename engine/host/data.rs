@@ -2,7 +2,7 @@
 //! returns another one. Reading begins with the first `take`.
 
 use super::args::json_to_lua;
-use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, as_integer, as_tensor, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, NOT_UTF8, as_integer, as_tensor, describe};
 use super::conversations::rules;
 use super::globals::seed;
 use super::options::Options;
@@ -19,7 +19,7 @@ use crate::data::text::Delimiter;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::tensor::AnyTensor;
-use mlua::{Lua, UserData, UserDataMethods, Value};
+use mlua::{Lua, Value};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A data set in Lua. Cheap to clone: clones read from one position.
@@ -489,11 +489,7 @@ impl Class for DataObject {
     const FIELDS: &'static [Field<Self>] = &[];
 }
 
-impl UserData for DataObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(DataObject);
 
 /// Tokens of several documents laid end to end, with what each position should predict; of rollouts, how they were sampled.
 #[derive(Clone)]
@@ -538,11 +534,7 @@ impl Class for BatchObject {
     ];
 }
 
-impl UserData for BatchObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(BatchObject);
 
 fn integers(lua: &Lua, values: &[i32]) -> Failed<Value> {
     tensor_value(lua, AnyTensor::new(&[values.len()], Buffer::copy_of(values))?)

@@ -1,7 +1,7 @@
 //! `run:loop`: the long part of a run. The engine owns the counter; at the end of an iteration metrics are written and progress is
 //! shown. What else happens there is `boundary.rs`'s.
 
-use super::call::{Answer, Call, Class, Failed, Field, Function, as_tensor, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, as_tensor, describe};
 use super::checkpoints;
 use super::data::DataObject;
 use super::interrupt::InLoop;
@@ -458,8 +458,4 @@ impl Class for Step {
     ];
 }
 
-impl UserData for Step {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(Step);

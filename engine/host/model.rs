@@ -1,7 +1,7 @@
 //! `engine.model`: Qwen2.5 models in scripts. A model keeps the tokenizer of the folder it came from.
 
 use super::args::json_to_lua;
-use super::call::{Answer, Call, Class, Failed, Field, Function, describe, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function, describe};
 use super::conversations::plain_json;
 use super::data::BatchObject;
 use super::generation;
@@ -23,7 +23,7 @@ use crate::model::presets::{names, preset, with_fields};
 use crate::model::{Lora, Model, Packed, parse_dtype};
 use crate::tensor::place::ImageTo;
 use crate::tensor::{AnyTensor, Place};
-use mlua::{IntoLua, Lua, Table, UserData, UserDataMethods, Value};
+use mlua::{IntoLua, Lua, Table, Value};
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -469,8 +469,4 @@ impl Class for ModelObject {
     ];
 }
 
-impl UserData for ModelObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(ModelObject);

@@ -1,6 +1,6 @@
 //! `engine.optim`: optimizers in scripts. An optimizer consumes the gradients that `backward` left in its model.
 
-use super::call::{Call, Class, Failed, Field, Function, describe, register};
+use super::call::{Call, Class, Failed, Field, Function, describe};
 use super::globals::seed;
 use super::model::ModelObject;
 use super::options::Options;
@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::tensor::trainable::TensorRows;
 use crate::train::online_merge::{MergeSettings, Method, OnlineMerge, Source};
 use crate::train::optimizer::{AdamW, Settings};
-use mlua::{Lua, UserData, UserDataMethods, Value};
+use mlua::{Lua, Value};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -320,8 +320,4 @@ impl Class for OptimizerObject {
     ];
 }
 
-impl UserData for OptimizerObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(OptimizerObject);

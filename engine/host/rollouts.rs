@@ -1,6 +1,6 @@
 //! `Rollouts`: what `Model:generate` returns, in scripts: texts with their log-probabilities, and batches to train on them.
 
-use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function};
 use super::data::BatchObject;
 use super::tensor::tensor;
 use crate::data::pack::{IGNORED, TokenBatch};
@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::infer::scheduler::{Finish, Text};
 use crate::kernels::buffer::Buffer;
 use crate::tensor::AnyTensor;
-use mlua::{IntoLua, Lua, Table, UserData, UserDataMethods, Value};
+use mlua::{IntoLua, Lua, Table, Value};
 use std::sync::Arc;
 
 /// Tokens of a batch unless told otherwise.
@@ -217,8 +217,4 @@ impl Class for Rollouts {
     ];
 }
 
-impl UserData for Rollouts {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(Rollouts);

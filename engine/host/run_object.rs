@@ -1,6 +1,6 @@
 //! `run` in scripts: the object that a workflow's function gets.
 
-use super::call::{Call, Class, Failed, Field, Function, register};
+use super::call::{Call, Class, Failed, Field, Function};
 use super::data::DataObject;
 use super::model::{self, ModelObject};
 use super::optim::{self, OptimizerObject};
@@ -11,7 +11,7 @@ use super::resources::{Resource, check_definition};
 use super::run::Run;
 use super::{loops, states, steps};
 use crate::error::Error;
-use mlua::{UserData, UserDataMethods, Value};
+use mlua::Value;
 use serde_json::{Map, Value as Json};
 use std::sync::Arc;
 
@@ -193,11 +193,7 @@ pub fn shown(path: &std::path::Path) -> String {
     here.and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path).display().to_string()
 }
 
-impl UserData for RunObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(RunObject);
 
 /// Errors if `name` cannot name something of a run.
 pub(super) fn check_name(op: &'static str, name: &str) -> Result<(), Failure> {

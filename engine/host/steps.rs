@@ -1,7 +1,7 @@
 //! `run:step`: work that is done once. Its result is recorded; whenever the script comes to the same step again, after a crash or
 //! an edit, it gets the recorded result. Source: durable execution as in Temporal and DBOS, with names in place of positions.
 
-use super::call::{Answer, Call, Class, Failed, Field, Function, register};
+use super::call::{Answer, Call, Class, Failed, Field, Function};
 use super::globals::{enter_scope, leave_scope};
 use super::options::Options;
 use super::plain::Plain;
@@ -14,7 +14,7 @@ use super::{checkpoints, results, states};
 use crate::error::{Error, Result};
 use crate::store::Durability;
 use crate::store::records::{StepRecord, StepStatus};
-use mlua::{Lua, MultiValue, UserData, UserDataMethods, Value};
+use mlua::{Lua, MultiValue, Value};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -275,8 +275,4 @@ impl Class for StepContext {
     ];
 }
 
-impl UserData for StepContext {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(StepContext);

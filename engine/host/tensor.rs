@@ -14,7 +14,7 @@ use crate::tensor::any::AnyData;
 use crate::tensor::autograd::with_recording;
 use crate::tensor::{AnyTensor, Place};
 use half::bf16;
-use mlua::{IntoLua, Lua, MetaMethod, MultiValue, UserData, UserDataMethods, Value};
+use mlua::{IntoLua, Lua, MetaMethod, MultiValue, UserData, UserDataFields, UserDataMethods, Value};
 
 /// A tensor in Lua. The handle is a few bytes; `memory.rs` tells the collector about the rest.
 pub struct TensorObject(pub AnyTensor);
@@ -100,6 +100,10 @@ const FIELDS: &[Field<TensorObject>] = &[
 ];
 
 impl UserData for TensorObject {
+    fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
+        super::call::name(fields);
+    }
+
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         register(methods);
         operations::operators(methods);

@@ -1,6 +1,6 @@
 //! `engine.tokenizer`: text to token ids and back, in scripts.
 
-use super::call::{Call, Class, Failed, Field, Function, as_integer, describe, register};
+use super::call::{Call, Class, Failed, Field, Function, as_integer, describe};
 use super::conversations::{plain_json, tools};
 use super::data::DataObject;
 use super::raise::Failure;
@@ -8,7 +8,7 @@ use crate::data::bpe_trainer::{BpeTraining, train_bpe};
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::Error;
-use mlua::{UserData, UserDataMethods, Value};
+use mlua::Value;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -120,11 +120,7 @@ impl Class for TokenizerObject {
     ];
 }
 
-impl UserData for TokenizerObject {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(TokenizerObject);
 
 fn optional(id: Option<u32>) -> Failed<Value> {
     Ok(id.map_or(Value::Nil, |id| Value::Integer(i64::from(id))))

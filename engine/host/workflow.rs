@@ -1,14 +1,14 @@
 //! `engine.workflow { name, args, run }`: a declaration, checked when the script is read, run by the program.
 
 use super::args::{self, Spec};
-use super::call::{Class, Failed, Field, Function, register};
+use super::call::{Class, Failed, Field, Function};
 use super::options::Options;
 use super::raise::explain;
 use super::replay::Replay;
 use super::run::Run;
 use super::run_object::RunObject;
 use crate::error::{Error, Result};
-use mlua::{Lua, UserData, UserDataMethods};
+use mlua::Lua;
 use serde_json::Value as Json;
 use std::sync::Arc;
 
@@ -87,8 +87,4 @@ impl Class for Workflow {
     const FIELDS: &'static [Field<Self>] = &[];
 }
 
-impl UserData for Workflow {
-    fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
-        register(methods);
-    }
-}
+super::call::user_data!(Workflow);

@@ -48,12 +48,7 @@ impl Model {
     /// trains.
     pub fn freeze(&self, parts: &[String]) -> Result<()> {
         let mut held = self.held();
-        let named = self.named_by("freeze", parts)?;
-        let training: Vec<String> = on_graph!(self, graph => {
-            let parameters = graph.parameters();
-            let training = named.into_iter().filter(|(index, name)| parameters[*index].trains() || held.contains(name));
-            training.map(|(_, name)| name).collect()
-        });
+        let training = self.named_by("freeze", parts, &held)?;
         if training.is_empty() {
             let got = "only ones that do not train: a frozen model, or the base of an adapter";
             return Err(Error::argument("freeze", "names", "weights that train", got));
@@ -71,33 +66,34 @@ impl Model {
         match parts {
             None => held.clear(),
             Some(parts) => {
-                let named = self.named_by("thaw", parts)?;
-                held.retain(|name| !named.iter().any(|(_, thawed)| thawed == name));
+                let named = self.named_by("thaw", parts, &held)?;
+                held.retain(|name| !named.contains(name));
             }
         }
         self.set_held(&held);
         Ok(())
     }
 
-    /// The parameters that `parts` name: the index of each, and its first tensor.
-    fn named_by(&self, op: &'static str, parts: &[String]) -> Result<Vec<(usize, String)>> {
+    /// The parameters that `parts` name, of those that train or are in `held`, each by its first tensor.
+    fn named_by(&self, op: &'static str, parts: &[String], held: &BTreeSet<String>) -> Result<Vec<String>> {
         let rows = self.tensor_rows();
         if let Some(part) = parts.iter().find(|part| !rows.iter().flatten().any(|tensor| is_part(part, &tensor.name))) {
             let expected = "names of this model's tensors, or whole words of them, such as layers.0 or embed_tokens";
             return Err(Error::argument(op, "names", expected, format!("{part:?}")));
         }
+        let trains: Vec<bool> = on_graph!(self, graph => graph.parameters().iter().map(|parameter| parameter.trains()).collect());
         let mut named = Vec::new();
-        for (index, tensors) in rows.iter().enumerate() {
-            let is_named = |name: &&str| parts.iter().any(|part| is_part(part, name));
+        for (tensors, trains) in rows.iter().zip(trains) {
             let all: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-            let (inside, outside): (Vec<&str>, Vec<&str>) = all.iter().partition(|name| is_named(name));
-            if !inside.is_empty() && !outside.is_empty() {
-                let expected = format!("{} too, in one matrix with {}", outside.join(", "), inside.join(", "));
+            let (inside, outside): (Vec<&str>, Vec<&str>) = all.iter().partition(|name| parts.iter().any(|part| is_part(part, name)));
+            if inside.is_empty() || !(trains || held.contains(all[0])) {
+                continue;
+            }
+            if !outside.is_empty() {
+                let expected = format!("{} together with {}, beside which it lies in one matrix", inside.join(", "), outside.join(", "));
                 return Err(Error::argument(op, "names", expected, format!("{parts:?}")));
             }
-            if !inside.is_empty() {
-                named.push((index, all[0].to_string()));
-            }
+            named.push(all[0].to_string());
         }
         Ok(named)
     }
@@ -159,6 +155,9 @@ mod tests {
         assert!(model.trainable() < all / 2 && !model.base_changed());
         model.thaw(None).unwrap();
         assert!(model.trainable() == all && !model.base_changed());
+        // The base of q_proj lies in a matrix with k_proj and v_proj; its adapter is its own.
+        model.freeze(&parts(&["layers.1.self_attn.q_proj"])).unwrap();
+        assert!(model.trainable() < all);
         let wrong = model.freeze(&parts(&["embed_tokens"])).unwrap_err().to_string();
         assert!(wrong.contains("base of an adapter"), "{wrong}");
     }
@@ -171,6 +170,5 @@ mod tests {
         let wrong = model.freeze(&parts(&["q_proj"])).unwrap_err().to_string();
         assert!(wrong.contains("layers.0.self_attn.k_proj.weight"), "{wrong}");
         model.freeze(&parts(&["q_proj", "k_proj", "v_proj"])).unwrap();
-        model.set_trains(false);
     }
 }
