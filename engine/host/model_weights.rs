@@ -96,9 +96,9 @@ fn labelled_or_all(call: &Call) -> Answer {
 /// The list of names at argument 0.
 fn names(call: &Call) -> Failed<Vec<String>> {
     let wrong = || call.wrong(0, "a list of names, such as { \"layers.0\", \"embed_tokens\" }");
-    let names =
-        call.table(0)?.sequence_values::<Value>().map(|name| name?.as_string().map(|name| name.to_string_lossy()).ok_or_else(wrong));
-    let names = names.collect::<Failed<Vec<_>>>()?;
+    let table = call.table(0)?;
+    let name = |value: mlua::Result<Value>| value?.as_string().map(|name| name.to_string_lossy()).ok_or_else(wrong);
+    let names = table.sequence_values::<Value>().map(name).collect::<Failed<Vec<_>>>()?;
     if names.is_empty() { Err(wrong()) } else { Ok(names) }
 }
 
