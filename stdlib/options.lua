@@ -34,12 +34,14 @@ end
 ---@param given any
 ---@param like engine.Tensor|integer[] a tensor, or a shape
 ---@param level? integer as of `check`
+---@return engine.Tensor given
 function options.check_shape(name, argument, given, like, level)
   local expected = table.concat(type(like) == "table" and like or like.shape, ", ")
   local got = type(given) == "userdata" and ("[%s]"):format(table.concat(given.shape, ", ")) or tostring(given)
   if got ~= ("[%s]"):format(expected) then
     error(("%s: `%s` should be of shape [%s], got %s"):format(name, argument, expected, got), (level or 2) + 1)
   end
+  return given
 end
 
 --- An error unless `value` is nil or a finite number of at least `least`, or above it.
@@ -51,10 +53,11 @@ end
 ---@param least number
 ---@param limits? { above?: boolean, most?: number } above: `least` itself is too small
 ---@param level? integer as of `check`
+---@return number? value
 function options.check_number(name, argument, value, least, limits, level)
   local above, most = limits and limits.above, limits and limits.most
   local fits = type(value) == "number" and (value > least or value == least and not above) and value <= (most or math.huge)
-  if value == nil or fits and value < math.huge then return end
+  if value == nil or fits and value < math.huge then return value end
   local expected = (above and "a number above %g" or "a number of at least %g"):format(least)
   if most then expected = ("%s and at most %g"):format(expected, most) end
   error(("%s: `%s` should be %s, got %s"):format(name, argument, expected, tostring(value)), (level or 2) + 1)
