@@ -20,7 +20,7 @@ use crate::checkpoint::retention::{Candidate, Keep, removable};
 use crate::data::cursor::Cursor;
 use crate::data::dataset::Dataset;
 use crate::error::{Error, Result};
-use crate::kernels::available_memory::available_bytes;
+use crate::kernels::available_memory::has_room_for_copy;
 use crate::kernels::cpu::isa;
 use crate::kernels::cuda_probe;
 use crate::store::records::{CheckpointRecord, StepRecord};
@@ -497,7 +497,7 @@ fn record(run: &Run, manifest: &Manifest) -> Result<()> {
 /// Errors: those of the one before it; what cannot be copied.
 pub fn at_boundary(lua: &Lua, run: &Arc<Run>, path: &str, step: u64, metrics: Map<String, Json>, keep: &Keep) -> Failed<()> {
     run.checkpoints.wait()?;
-    if !has_room_for_copy(bytes_to_copy(run), available_bytes()) {
+    if !has_room_for_copy(bytes_to_copy(run)) {
         // A copy would end the process. The run waits, and its state is written from where it lies.
         let snapshot = Snapshot::take(lua, run, (path, step), None, metrics, ImageTo::InPlace)?;
         return Ok(commit(run, &snapshot, keep)?);
@@ -519,11 +519,6 @@ fn bytes_to_copy(run: &Run) -> u64 {
         _ => 0,
     };
     run.resources.all().iter().map(|(_, named)| bytes(&named.resource)).sum()
-}
-
-/// Whether a copy of `bytes` leaves an eighth of them free. Recycled blocks do not count as free, since the next step takes them.
-fn has_room_for_copy(bytes: u64, available: Option<u64>) -> bool {
-    available.is_none_or(|available| bytes.saturating_add(bytes / 8) <= available)
 }
 
 /// Takes a checkpoint at the end of a step that changed resources outside of any loop, and waits for it.
@@ -603,14 +598,6 @@ pub fn arrive(lua: &Lua, run: &Arc<Run>, replay: &Replay) -> Failed<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_copy_needs_what_the_system_still_gives() {
-        for (bytes, available, has_room) in [(800, Some(900), true), (801, Some(900), false), (801, None, true), (0, Some(0), true)] {
-            assert_eq!(has_room_for_copy(bytes, available), has_room, "{bytes} of {available:?}");
-        }
-        assert!(!has_room_for_copy(u64::MAX, Some(1 << 40)));
-    }
 
     #[test]
     fn loops_keep_their_own_and_steps_the_last_two() {

@@ -35,9 +35,26 @@ pub fn fits(bytes: u64) -> bool {
     bytes <= room && addresses
 }
 
+/// Whether a copy of `bytes` leaves an eighth of them free. Recycled blocks do not count as free, since the next step takes them.
+pub fn has_room_for_copy(bytes: u64) -> bool {
+    leaves_an_eighth(bytes, available_bytes())
+}
+
+fn leaves_an_eighth(bytes: u64, available: Option<u64>) -> bool {
+    available.is_none_or(|available| bytes.saturating_add(bytes / 8) <= available)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_needs_what_the_system_still_gives() {
+        for (bytes, available, has_room) in [(800, Some(900), true), (801, Some(900), false), (801, None, true), (0, Some(0), true)] {
+            assert_eq!(leaves_an_eighth(bytes, available), has_room, "{bytes} of {available:?}");
+        }
+        assert!(!leaves_an_eighth(u64::MAX, Some(1 << 40)));
+    }
 
     #[test]
     fn little_fits_and_an_absurd_size_does_not() {
