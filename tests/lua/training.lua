@@ -4,6 +4,14 @@ local describe, it, expect = harness.describe, harness.it, harness.expect
 local sizes = { preset = "tiny", vocab = 320, hidden = 32, layers = 2, heads = 2, kv_heads = 1, intermediate = 48 }
 local tokenizer = engine.tokenizer.bytes()
 
+--- The gradient of a loss in one parameter, and of nothing before it.
+local function gradient_of(model, name, loss)
+  loss:backward()
+  local found = model:gradient(name)
+  engine.optim.adamw(model):clear()
+  return found
+end
+
 describe("tokenizer", function()
   it("goes there and back", function()
     local ids = tokenizer:encode "Moon é"
@@ -58,12 +66,7 @@ describe("model", function()
     expect(states.shape).is { batch.count, 32 }
     local logits = states:matmul(head:transpose(0, 1))
     expect((logits - model:logits(batch)):abs():max():item()).near(0, 1e-5)
-    local function gradient(loss)
-      loss:backward()
-      local found = model:gradient(name)
-      engine.optim.adamw(model):clear()
-      return found
-    end
+    local function gradient(loss) return gradient_of(model, name, loss) end
     local by_states, by_logits = gradient(logits:square():mean()), gradient(model:logits(batch):square():mean())
     expect((by_states - by_logits):abs():max():item()).near(0, 1e-6)
     local embedded = model:hidden_states(batch, { layer = 0 })
@@ -182,12 +185,7 @@ describe("mixture of experts", function()
   end)
   it("lets scripts write losses over its routers", function()
     local name = "model.layers.1.mlp.gate.weight"
-    local function gradient(loss)
-      loss:backward()
-      local found = model:gradient(name)
-      engine.optim.adamw(model):clear()
-      return found
-    end
+    local function gradient(loss) return gradient_of(model, name, loss) end
     -- The published loss by tensors of the script, from where the engine has it.
     local routers, published = model:routing(batch)
     local logits, chosen = {}, {}
