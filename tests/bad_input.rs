@@ -257,6 +257,7 @@ fn models_and_optimizers_in_scripts() {
         ("run:optimizer('adamw', model(), { betas = { 0.9, 1.0 } })", &["betas"]),
         ("run:optimizer('adamw', model(), { weight_deacy = 0 })", &["did you mean `weight_decay`?"]),
         ("run:optimizer('adamw', model(), { clip_norm = -1 })", &["clip_norm"]),
+        ("run:optimizer('adamw', model(), { moments = 'int8' })", &["`moments` should be \"f32\" or \"bf16\", got \"int8\""]),
         (
             "local loss = model():cross_entropy(data.batch { { 1, 2 } }) loss:backward() loss:backward()",
             &["has not run backwards yet", "compute the loss again"],

@@ -89,7 +89,8 @@ fn steps_of_adamw_follow_the_reference() {
         let model = adapted(&golden, Dtype::F32);
         let number = |key: &str| golden.meta["params"]["optimizer"][key].as_f64().unwrap();
         let (lr, weight_decay) = (number("lr"), number("weight_decay"));
-        let settings = Settings { lr, betas: (0.9, 0.95), eps: 1e-8, weight_decay, decay_vectors: false, clip_norm: None };
+        let settings =
+            Settings { lr, betas: (0.9, 0.95), eps: 1e-8, weight_decay, decay_vectors: false, clip_norm: None, ..Settings::default() };
         let mut optimizer = AdamW::new(model.parameters(), settings).unwrap();
         let step = |_| {
             let loss = model.cross_entropy(&batch.packed(), &labels, targets(&labels) as f32, 0.0).unwrap().total;

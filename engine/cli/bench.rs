@@ -43,6 +43,9 @@ pub struct BenchArgs {
     /// With decode: lengths of prompts, in tokens [default: 512,4096, or none with --batch].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     prefill: Vec<usize>,
+    /// With train and ops: in what AdamW keeps its moments.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    moments: String,
     /// With train: time the phases of the step too.
     #[arg(long)]
     profile: bool,
@@ -73,6 +76,8 @@ pub struct Case {
     pub name: String,
     pub config: Config,
     pub dtype: Dtype,
+    /// Of the optimizer.
+    pub moments: Dtype,
     pub place: Place,
     pub sequences: usize,
     pub sequence_tokens: usize,
@@ -82,6 +87,13 @@ pub struct Case {
     pub batches: Vec<usize>,
     /// Tokens of prompts.
     pub prefills: Vec<usize>,
+}
+
+impl Case {
+    /// Bytes that a step of AdamW reads and writes for a parameter, its norm included.
+    pub fn update_bytes(&self) -> f64 {
+        (16 + 4 * self.moments.size()) as f64
+    }
 }
 
 /// Measures and prints. Errors: [`Error::Argument`] for an option that cannot be meant; those of the model.
@@ -126,7 +138,8 @@ pub fn bench(args: BenchArgs) -> Result<()> {
         }
     }
     let (sequences, sequence_tokens, profile) = (args.sequences, args.sequence, args.profile);
-    let case = Case { name: args.config, config, dtype, place, sequences, sequence_tokens, seconds, profile, batches, prefills };
+    let moments = Dtype::parse(&args.moments).expect("the parser knows them");
+    let case = Case { name: args.config, config, dtype, moments, place, sequences, sequence_tokens, seconds, profile, batches, prefills };
     if !matches!(args.what, What::Decode) {
         expect_many_rows();
     }
@@ -152,7 +165,8 @@ const EXPLANATION: &str = "\
 A share is the figure's median over the best time of the ceiling: the matrix product of 4096^3 for arithmetic, a copy of
 256 MiB (bytes read and written) for memory. Spread is the slowest time less the fastest, over the median.
 Bytes of an operation are those it must read and write once, whatever the caches do. AdamW reads weight, gradient and two
-moments and writes all but the gradient, after the gradient was read once for its norm: 32 bytes a parameter.";
+moments and writes all but the gradient, after the gradient was read once for its norm: 32 bytes a parameter, 24 with
+moments in bf16.";
 
 /// Times of repeated runs, seconds, rising.
 #[derive(Clone, Debug)]

@@ -173,7 +173,7 @@ fn both(
 
 fn adamw<E: ModelElement>(case: &Case, table: &mut Table, graph: &Graph<E>, parameters: &[Arc<dyn Trainable>]) -> Result<()> {
     let count: usize = parameters.iter().map(|parameter| parameter.count()).sum();
-    let mut optimizer = AdamW::new(parameters.to_vec(), Settings { clip_norm: None, ..Settings::default() })?;
+    let mut optimizer = AdamW::new(parameters.to_vec(), Settings { clip_norm: None, moments: case.moments, ..Settings::default() })?;
     let times = timed(case.seconds, || {
         for parameter in graph.parameters() {
             parameter.accumulate(|gradient, _| gradient.fill(1e-3));
@@ -181,6 +181,6 @@ fn adamw<E: ModelElement>(case: &Case, table: &mut Table, graph: &Graph<E>, para
         let (took, step) = clocked(|| optimizer.step());
         step.map(|_| took)
     })?;
-    table.add("adamw + gradient norm", &times, 32.0 * count as f64, false);
+    table.add("adamw + gradient norm", &times, case.update_bytes() * count as f64, false);
     Ok(())
 }

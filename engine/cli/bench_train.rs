@@ -19,14 +19,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// As the usual trainers set them; no clipping, but the norm of the gradient is always computed.
-fn settings() -> Settings {
-    Settings { lr: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, clip_norm: None, ..Settings::default() }
+fn settings(case: &Case) -> Settings {
+    Settings { lr: 1e-4, betas: (0.9, 0.999), weight_decay: 0.01, clip_norm: None, moments: case.moments, ..Settings::default() }
 }
 
 /// Report and text. Errors: those of the model and of the optimizer.
 pub fn run(case: &Case) -> Result<(Value, String)> {
     let model = Model::random_at(&case.place, case.config.clone(), case.dtype, 0)?;
-    let mut optimizer = AdamW::new(model.parameters(), settings())?;
+    let mut optimizer = AdamW::new(model.parameters(), settings(case))?;
     let batch = Batch::random(case.config.vocab, case.sequences, case.sequence_tokens);
     let mut losses = Vec::new();
     let times = timed(case.seconds, || {
@@ -96,6 +96,7 @@ fn summary(case: &Case, ceiling: &Ceiling, times: &Times, parameters: usize) -> 
     let report = json!({
         "config": case.name,
         "dtype": case.dtype.name(),
+        "moments": case.moments.name(),
         "parameters": parameters,
         "tokens": tokens,
         "ceiling_gflops": ceiling.best,
@@ -119,7 +120,7 @@ fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Re
     let graph = Arc::new(Graph::<E>::random(&case.place, case.config.clone(), false, 0)?);
     let parameters: Vec<Arc<dyn Trainable>> = graph.parameters().into_iter().map(|parameter| parameter as Arc<dyn Trainable>).collect();
     let count: usize = parameters.iter().map(|parameter| parameter.count()).sum();
-    let mut optimizer = AdamW::new(parameters, settings())?;
+    let mut optimizer = AdamW::new(parameters, settings(case))?;
     let mut phases: [Vec<f64>; 4] = Default::default();
     timed(case.seconds, || {
         let (forward, hidden) = clocked(|| {
@@ -159,7 +160,7 @@ fn profile<E: ModelElement>(case: &Case, ceiling: &Ceiling, batch: &Batch) -> Re
         text += &format!("{name:<12}{:>10.1}{:>9.0}%{gflops:>10.0}{:>12.0}%\n", times.median() * 1e3, of_step * 100.0, share * 100.0);
         report[*name] = json!({ "times": times.to_json(), "of_step": of_step, "gflops": gflops, "share_of_ceiling": share });
     }
-    let (update, gb_per_s) = (&times[3], 32.0 * count as f64 / times[3].median() / 1e9);
+    let (update, gb_per_s) = (&times[3], case.update_bytes() * count as f64 / times[3].median() / 1e9);
     text += &format!("{:<12}{:>10.1}{:>9.0}%{gb_per_s:>10.1} GB/s\n", "optimizer", update.median() * 1e3, update.median() / total * 100.0);
     report["optimizer"] = json!({ "times": update.to_json(), "of_step": update.median() / total, "gb_per_s": gb_per_s });
     Ok((report, text))

@@ -38,6 +38,9 @@ pub struct ParamsArgs {
     /// The adapter scales rows (DoRA).
     #[arg(long, requires = "lora")]
     dora: bool,
+    /// In what AdamW keeps its moments, as its option `moments` says.
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    moments: String,
     /// List every tensor and its shape.
     #[arg(long)]
     tensors: bool,
@@ -83,10 +86,16 @@ fn adapter(args: &ParamsArgs, config: &Config) -> Result<Option<(Lora, AdapterSi
     Ok(Some((lora, size)))
 }
 
+impl ParamsArgs {
+    fn moments(&self) -> Dtype {
+        Dtype::parse(&self.moments).expect("the parser knows them")
+    }
+}
+
 /// Bytes that training the adapter keeps, those of its frozen base included; and those of serving both.
 fn adapted_bytes(args: &ParamsArgs, config: &Config, size: &AdapterSize, dtype: Dtype) -> (u64, u64) {
     let serving = sizes::serve_bytes(config, dtype, args.context, args.sequences);
-    (sizes::load_bytes(config, dtype) + size.train_bytes(dtype), serving.saturating_add(size.load_bytes(dtype)))
+    (sizes::load_bytes(config, dtype) + size.train_bytes(dtype, args.moments()), serving.saturating_add(size.load_bytes(dtype)))
 }
 
 fn find(model: &str) -> Result<Config> {
@@ -111,7 +120,7 @@ fn on_device(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, Adapter
     };
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let trainable = adapter.map_or(sizes::parameters(config).total, |(_, size)| size.parameters);
-        let step = sizes::TrainingStep { dtype, tokens, trainable, recompute: false };
+        let step = sizes::TrainingStep { dtype, tokens, trainable, moments: args.moments(), recompute: false };
         let parts = sizes::training_parts(config, &step);
         let total = parts.iter().fold(0, |total: u64, (_, bytes)| total.saturating_add(*bytes));
         let what = if adapter.is_some() { " of the adapter" } else { "" };
@@ -133,7 +142,7 @@ fn report(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSiz
     let memory = |dtype: Dtype| {
         json!({
             "load_bytes": sizes::load_bytes(config, dtype),
-            "train_bytes": sizes::train_bytes(config, dtype),
+            "train_bytes": sizes::train_bytes(config, dtype, args.moments()),
             "serve_bytes": sizes::serve_bytes(config, dtype, args.context, args.sequences),
             "kv_cache_bytes_per_token": sizes::kv_cache_bytes_per_token(config, dtype),
         })
@@ -200,7 +209,9 @@ fn text(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)
         text += &format!("{name:<54}{bf16:>12}{f32:>12}\n");
     };
     row("load the weights".into(), &|_, config, dtype| sizes::load_bytes(config, dtype));
-    row("train all weights with AdamW, activations not counted".into(), &|_, config, dtype| sizes::train_bytes(config, dtype));
+    row("train all weights with AdamW, activations not counted".into(), &|args, config, dtype| {
+        sizes::train_bytes(config, dtype, args.moments())
+    });
     row(format!("serve {} texts of {} tokens", args.sequences, args.context), &|args, config, dtype| {
         sizes::serve_bytes(config, dtype, args.context, args.sequences)
     });
@@ -232,6 +243,7 @@ mod tests {
             lora: None,
             targets: vec![],
             dora: false,
+            moments: "f32".into(),
             tensors: true,
             json: false,
         }

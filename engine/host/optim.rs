@@ -7,6 +7,7 @@ use super::options::Options;
 use super::progress::Screen;
 use super::replay::Replay;
 use crate::error::Error;
+use crate::kernels::element::Dtype;
 use crate::tensor::trainable::TensorRows;
 use crate::train::online_merge::{MergeSettings, Method, OnlineMerge, Source};
 use crate::train::optimizer::{AdamW, Settings};
@@ -86,12 +87,13 @@ fn take_changes(live: &mut Settings, before: &Settings, after: &Settings) {
     take(&mut live.weight_decay, before.weight_decay, after.weight_decay);
     take(&mut live.decay_vectors, before.decay_vectors, after.decay_vectors);
     take(&mut live.clip_norm, before.clip_norm, after.clip_norm);
+    take(&mut live.moments, before.moments, after.moments);
 }
 
 /// Options of an optimizer that can be changed.
-const CHANGEABLE: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm"];
+const CHANGEABLE: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments"];
 /// Options of an optimizer.
-pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "merge"];
+pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "merge"];
 /// Keys of the option `merge`.
 const MERGE: &[&str] = &["alpha", "base", "every", "method", "reference", "rescale", "reserve"];
 
@@ -152,6 +154,10 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
         Value::Nil => {}
         Value::Boolean(false) => settings.clip_norm = None,
         _ => settings.clip_norm = options.number("clip_norm")?,
+    }
+    if let Some(name) = options.string("moments")? {
+        let dtype = Dtype::parse(&name).filter(|dtype| matches!(dtype, Dtype::F32 | Dtype::Bf16));
+        settings.moments = dtype.ok_or_else(|| Error::argument(op, "moments", "\"f32\" or \"bf16\"", format!("\"{name}\"")))?;
     }
     settings.check()?;
     Ok(settings)

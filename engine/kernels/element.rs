@@ -1,9 +1,11 @@
 //! The element types a tensor may have, and how each converts to f32, in which all arithmetic is done.
 
 use half::bf16;
+use serde::{Deserialize, Serialize};
 
 /// Name of an element type, as scripts and files spell it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Dtype {
     F32,
     Bf16,

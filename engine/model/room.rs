@@ -5,6 +5,7 @@ use super::Model;
 use super::sizes::{TrainingStep, training_parts};
 use crate::error::{Error, Result};
 use crate::kernels::available_memory::{available_bytes, fits};
+use crate::kernels::element::Dtype;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -12,13 +13,14 @@ impl Model {
     /// Refuses training that cannot fit.
     ///
     /// - `tokens`: of a micro-batch; 0 if none is known yet, and its activations do not count then
+    /// - `moments`: the type in which AdamW keeps them
     /// - `to_come`: bytes that training is certain to ask for and has not asked for yet, activations left out
     ///
     /// Errors: [`Error::Argument`] with all parts of a step, if `to_come` and, on a device, the activations of a model that trains
     /// all its weights are more than is free. An adapter's are fewer than predicted, and those of the host are not counted: what may
     /// fit after all is not refused.
-    pub fn check_training_room(&self, op: &'static str, tokens: usize, to_come: u64) -> Result<()> {
-        let step = self.training_step(tokens);
+    pub fn check_training_room(&self, op: &'static str, tokens: usize, moments: Dtype, to_come: u64) -> Result<()> {
+        let step = self.training_step(tokens, moments);
         let parts = training_parts(self.config(), &step);
         let activations = parts.iter().find(|(part, _)| *part == "activations").map_or(0, |(_, bytes)| *bytes);
         let is_certain = self.place().device().is_some() && self.adapter().is_none();
@@ -54,8 +56,8 @@ impl Model {
         Err(Error::argument(op, arg, expected, got))
     }
 
-    fn training_step(&self, tokens: usize) -> TrainingStep {
-        TrainingStep { dtype: self.dtype(), tokens, trainable: self.trainable() as u64, recompute: self.recomputes() }
+    fn training_step(&self, tokens: usize, moments: Dtype) -> TrainingStep {
+        TrainingStep { dtype: self.dtype(), tokens, trainable: self.trainable() as u64, moments, recompute: self.recomputes() }
     }
 
     /// What makes a step smaller, and has not been done.
@@ -73,6 +75,9 @@ impl Model {
         if step.dtype.size() == 4 && step.tokens > 0 {
             remedies.push("dtype = \"bf16\"");
         }
+        if step.moments == Dtype::F32 {
+            remedies.push("the optimizer's option moments = \"bf16\"");
+        }
         remedies.push("a smaller model or another device");
         format!("what helps: {}", remedies.join(", "))
     }
@@ -82,7 +87,6 @@ impl Model {
 mod tests {
     use super::super::presets::{preset, with_fields};
     use super::*;
-    use crate::kernels::element::Dtype;
     use serde_json::json;
 
     #[test]
@@ -94,10 +98,10 @@ mod tests {
         let config = with_fields(&preset("tiny").unwrap(), &fields).unwrap();
         let model = Model::random(config, Dtype::F32, 1).unwrap();
         // Activations of the host are a guess, which refuses nothing.
-        model.check_training_room("adamw", 1 << 50, 0).unwrap();
-        let message = model.check_training_room("adamw", 0, 1 << 60).unwrap_err().to_string();
+        model.check_training_room("adamw", 1 << 50, Dtype::F32, 0).unwrap();
+        let message = model.check_training_room("adamw", 0, Dtype::F32, 1 << 60).unwrap_err().to_string();
         let at = |part: &str| message.find(part).unwrap_or_else(|| panic!("{part} in {message}"));
         assert!(at("moments of AdamW") < at("gradients of weights"), "{message}");
-        assert!(message.contains("without activations") && message.contains("lora"), "{message}");
+        assert!(message.contains("without activations") && message.contains("lora") && message.contains("moments = \"bf16\""), "{message}");
     }
 }

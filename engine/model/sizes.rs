@@ -96,22 +96,23 @@ pub fn load_bytes(config: &Config, dtype: Dtype) -> u64 {
     parameters(config).total * dtype.size() as u64
 }
 
-/// Bytes that training all parameters with AdamW keeps, without activations: 16 a parameter in either type.
+/// Bytes that training all parameters with AdamW keeps, without activations: 16 a parameter in either type, 12 with moments in
+/// bf16.
 ///
 /// f32: weights 4, gradients 4, moments 8. bf16: weights 2 and the lower half of their f32 masters 2, gradients 4,
 /// moments 8.
-pub fn train_bytes(config: &Config, dtype: Dtype) -> u64 {
-    parameters(config).total * kept_bytes(dtype)
+pub fn train_bytes(config: &Config, dtype: Dtype, moments: Dtype) -> u64 {
+    parameters(config).total * kept_bytes(dtype, moments)
 }
 
 /// Bytes that training keeps for an element: weight, gradient, moments.
-fn kept_bytes(dtype: Dtype) -> u64 {
+fn kept_bytes(dtype: Dtype, moments: Dtype) -> u64 {
     let weight = match dtype {
         // The master is the weight and its lower half together, so it takes no more than f32 weights do.
         Dtype::Bf16 => 2 + 2,
         other => other.size() as u64,
     };
-    weight + 4 + 8
+    weight + 4 + 2 * moments.size() as u64
 }
 
 /// Bytes that serving keeps: weights, and the cache of `sequences` texts of `context_tokens` each. Layers with a sliding
@@ -168,8 +169,8 @@ impl AdapterSize {
     }
 
     /// Bytes that training it with AdamW keeps, without its base and without activations: as [`train_bytes`].
-    pub fn train_bytes(&self, dtype: Dtype) -> u64 {
-        self.elements * kept_bytes(dtype)
+    pub fn train_bytes(&self, dtype: Dtype, moments: Dtype) -> u64 {
+        self.elements * kept_bytes(dtype, moments)
     }
 }
 
@@ -182,6 +183,8 @@ pub struct TrainingStep {
     pub tokens: usize,
     /// Parameters that train; those of adapters count here alone.
     pub trainable: u64,
+    /// In what the optimizer keeps its moments.
+    pub moments: Dtype,
     /// Whether layers are computed again in the backward pass.
     pub recompute: bool,
 }
@@ -195,7 +198,7 @@ pub fn training_parts(config: &Config, step: &TrainingStep) -> Vec<(&'static str
     let rows = step.tokens.min(crate::tensor::logprobs::rows_on_device(config.vocab, step.tokens)) as u64;
     let remainders = if step.dtype == Dtype::Bf16 { 2 * trainable } else { 0 };
     let mut parts = vec![
-        ("moments of AdamW", 8 * trainable),
+        ("moments of AdamW", 2 * step.moments.size() as u64 * trainable),
         ("gradients of weights", 4 * trainable),
         ("weights", load_bytes(config, step.dtype)),
         ("remainders of masters", remainders),
@@ -294,7 +297,7 @@ mod tests {
     }
 
     fn all(config: &Config, dtype: Dtype, tokens: usize) -> TrainingStep {
-        TrainingStep { dtype, tokens, trainable: parameters(config).total, recompute: false }
+        TrainingStep { dtype, tokens, trainable: parameters(config).total, moments: Dtype::F32, recompute: false }
     }
 
     #[test]
@@ -304,7 +307,7 @@ mod tests {
             let parts = training_parts(&config, &all(&config, dtype, 4096));
             let of = |wanted: &[&str]| parts.iter().filter(|(part, _)| wanted.contains(part)).map(|(_, bytes)| bytes).sum::<u64>();
             let kept = of(&["moments of AdamW", "gradients of weights", "weights", "remainders of masters"]);
-            assert_eq!(kept, train_bytes(&config, dtype), "{name}");
+            assert_eq!(kept, train_bytes(&config, dtype, Dtype::F32), "{name}");
             assert!(parts.is_sorted_by(|a, b| a.1 >= b.1) && of(&["activations"]) > 1 << 28, "{name}: {parts:?}");
         }
         // 0.5B: 24 layers of 2 bytes x (2 x 896 + 2 x 896 + 2 x 128 + 2 x 4864) and 4 x (2 + 14) a token.
@@ -314,6 +317,8 @@ mod tests {
         assert!(parts.contains(&("activations", 10 * 24 * layer)), "{parts:?}");
         let parts = training_parts(&config, &TrainingStep { recompute: true, trainable: 1000, ..step });
         assert!(parts.contains(&("activations", 10 * (24 * 2 * 896 + layer))), "{parts:?}");
+        let halved = training_parts(&config, &TrainingStep { moments: Dtype::Bf16, trainable: 1000, ..step });
+        assert!(halved.contains(&("moments of AdamW", 4000)), "{halved:?}");
         assert!(parts.contains(&("moments of AdamW", 8000)) && parts.contains(&("weights", 2 * 494_032_768)), "{parts:?}");
     }
 
@@ -331,7 +336,7 @@ mod tests {
         let q = of(16, true, &["q_proj"]).unwrap();
         assert_eq!(q.parameters, 24 * (16 * (896 + 896) + 896));
         assert_eq!(q.load_bytes(Dtype::Bf16), 2 * 24 * (32 * 896 + 16 * 896 + 896));
-        assert_eq!(q.train_bytes(Dtype::Bf16), 16 * 24 * (32 * 896 + 16 * 896 + 896));
+        assert_eq!(q.train_bytes(Dtype::Bf16, Dtype::F32), 16 * 24 * (32 * 896 + 16 * 896 + 896));
         let ends = of(4, false, &["embed_tokens", "lm_head"]).unwrap();
         assert_eq!(ends.parameters, 2 * 4 * (151_936 + 896));
         for error in [of(0, false, &["q_proj"]), of(8, false, &["q"])] {
@@ -351,7 +356,8 @@ mod tests {
         let config = preset("0.5B").unwrap();
         let total = 494_032_768;
         assert_eq!(load_bytes(&config, Dtype::Bf16), 2 * total);
-        assert_eq!((train_bytes(&config, Dtype::F32), train_bytes(&config, Dtype::Bf16)), (16 * total, 16 * total));
+        let bytes = |dtype, moments| train_bytes(&config, dtype, moments) / total;
+        assert_eq!([bytes(Dtype::F32, Dtype::F32), bytes(Dtype::Bf16, Dtype::F32), bytes(Dtype::Bf16, Dtype::Bf16)], [16, 16, 12]);
         assert_eq!(serve_bytes(&config, Dtype::Bf16, 1000, 3), 2 * total + 3 * 1000 * 12_288);
         let mut sliding = config.clone();
         sliding.sliding[12..].fill(Some(100));

@@ -162,14 +162,15 @@ fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: im
 }
 
 /// One chunk's part of the backward pass: from the gradient in its logits to those of its hidden states and the head.
-fn chunk_backward<E: ModelElement>(x: &[E], d_logits: Buffer<E>, head: &Parameter<E>, applied: &Applied<E>, d_rows: Option<&mut [E]>) {
-    let d_logits = applied.unscaled(&d_logits).unwrap_or(d_logits);
-    let d_inner = applied.factor_gradients(&d_logits, x, None);
+fn chunk_backward<E: ModelElement>(x: &[E], d_logits: &[E], head: &Parameter<E>, applied: &Applied<E>, d_rows: Option<&mut [E]>) {
+    let unscaled = applied.unscaled(d_logits);
+    let d_logits = unscaled.as_deref().unwrap_or(d_logits);
+    let d_inner = applied.factor_gradients(d_logits, x, None);
     if let Some(d_rows) = d_rows {
-        gemm::input_gradient(&mut *d_rows, &d_logits, head.product_weight(&head.read()), false);
+        gemm::input_gradient(&mut *d_rows, d_logits, head.product_weight(&head.read()), false);
         applied.add_input_gradient(&d_inner, d_rows);
     }
-    weight_gradients(&d_logits, x, head, None);
+    weight_gradients(d_logits, x, head, None);
 }
 
 /// Gives parent 0 the gradients of its labelled rows.
@@ -232,12 +233,12 @@ pub fn cross_entropy<E: ModelElement>(
         let coefficient = upstream[0] / normalizer;
         let mut sum = 0.0;
         for_chunks(&targets, vocab, |range, x, labels| {
-            let (logits, applied) = chunk_logits(x, &head, 1.0, true);
+            let (mut logits, applied) = chunk_logits(x, &head, 1.0, true);
             let mut lse = Buffer::scratch(range.len());
             sum += chunk_loss(&logits, vocab, labels, &mut lse);
             let mut coefficients = Buffer::scratch(range.len());
             coefficients.fill(coefficient);
-            let d_logits = E::logits_gradient(logits, vocab, labels, &lse, &coefficients, None);
+            let d_logits = kernel::gradient(&mut logits, vocab, labels, &lse, &coefficients, None);
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
             chunk_backward(x, d_logits, &head, &applied, d_part);
         });
@@ -332,7 +333,7 @@ fn score<E: ModelElement>(
         let wants_rows = sink.wants(0);
         let mut d_rows = Buffer::<E>::scratch(if wants_rows { count * targets.hidden } else { 0 });
         for_chunks(&targets, vocab, |range, x, labels| {
-            let (logits, applied) = kept.pop_front().unwrap_or_else(|| chunk_logits(x, &head, temperature, true));
+            let (mut logits, applied) = kept.pop_front().unwrap_or_else(|| chunk_logits(x, &head, temperature, true));
             let (mut minus, mut plain) = (Buffer::scratch(range.len()), Buffer::scratch(range.len()));
             for (index, row) in targets.rows[range.clone()].iter().enumerate() {
                 plain[index] = dy[*row as usize] / temperature;
@@ -340,7 +341,7 @@ fn score<E: ModelElement>(
             }
             let entropy =
                 (score == Score::Entropy).then(|| kernel::EntropyGradient { entropy: &entropies[range.clone()], coefficients: &plain });
-            let d_logits = E::logits_gradient(logits, vocab, labels, &lse[range.clone()], &minus, entropy);
+            let d_logits = kernel::gradient(&mut logits, vocab, labels, &lse[range.clone()], &minus, entropy);
             let d_part = wants_rows.then(|| &mut d_rows[range.start * targets.hidden..range.end * targets.hidden]);
             chunk_backward(x, d_logits, &head, &applied, d_part);
         });

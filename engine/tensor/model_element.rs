@@ -1,10 +1,8 @@
 //! `ModelElement`: the two types in which models compute, f32 and bf16, and what differs between them above the
-//! kernels: whether a trained weight has a remainder, and where the gradient of logits is written.
+//! kernels: whether a trained weight has a remainder, and how it is updated.
 
 use super::autograd::Differentiable;
-use crate::kernels::buffer::Buffer;
-use crate::kernels::cpu::adamw::{self, AdamW};
-use crate::kernels::cpu::cross_entropy::{self, EntropyGradient};
+use crate::kernels::cpu::adamw::{self, AdamW, Moment};
 use crate::kernels::cpu::tile::TileElement;
 use half::bf16;
 
@@ -22,24 +20,13 @@ pub trait ModelElement: Differentiable + TileElement {
     /// Puts master weights together again; all of one length.
     fn join_master(weight: &[Self], remainder: &[Self], master: &mut [f32]);
 
-    /// The gradient in the logits as an operand of the backward products; arguments as in
-    /// [`crate::kernels::cpu::cross_entropy::gradient`].
-    fn logits_gradient(
-        logits: Buffer<f32>,
-        vocab: usize,
-        labels: &[i32],
-        lse: &[f32],
-        coefficients: &[f32],
-        entropy: Option<EntropyGradient>,
-    ) -> Buffer<Self>;
-
     /// One AdamW update; `panel_columns` is the number of columns of a weight in panels, none for one in rows.
-    fn adamw(
+    fn adamw<M: Moment>(
         weight: &mut [Self],
         remainder: Option<&mut [i16]>,
         gradient: &[f32],
-        m: &mut [f32],
-        v: &mut [f32],
+        m: &mut [M],
+        v: &mut [M],
         panel_columns: Option<usize>,
         settings: &AdamW,
     );
@@ -64,24 +51,12 @@ impl ModelElement for f32 {
         master.copy_from_slice(weight);
     }
 
-    fn logits_gradient(
-        mut logits: Buffer<f32>,
-        vocab: usize,
-        labels: &[i32],
-        lse: &[f32],
-        coefficients: &[f32],
-        entropy: Option<EntropyGradient>,
-    ) -> Buffer<Self> {
-        cross_entropy::gradient::<f32>(&mut logits, vocab, labels, lse, coefficients, entropy, None);
-        logits
-    }
-
-    fn adamw(
+    fn adamw<M: Moment>(
         weight: &mut [Self],
         _: Option<&mut [i16]>,
         gradient: &[f32],
-        m: &mut [f32],
-        v: &mut [f32],
+        m: &mut [M],
+        v: &mut [M],
         _: Option<usize>,
         settings: &AdamW,
     ) {
@@ -108,25 +83,12 @@ impl ModelElement for bf16 {
         adamw::join_all(weight, bytemuck::cast_slice(remainder), master);
     }
 
-    fn logits_gradient(
-        mut logits: Buffer<f32>,
-        vocab: usize,
-        labels: &[i32],
-        lse: &[f32],
-        coefficients: &[f32],
-        entropy: Option<EntropyGradient>,
-    ) -> Buffer<Self> {
-        let mut rounded = Buffer::scratch(logits.len());
-        cross_entropy::gradient(&mut logits, vocab, labels, lse, coefficients, entropy, Some(&mut rounded[..]));
-        rounded
-    }
-
-    fn adamw(
+    fn adamw<M: Moment>(
         weight: &mut [Self],
         remainder: Option<&mut [i16]>,
         gradient: &[f32],
-        m: &mut [f32],
-        v: &mut [f32],
+        m: &mut [M],
+        v: &mut [M],
         panel_columns: Option<usize>,
         settings: &AdamW,
     ) {

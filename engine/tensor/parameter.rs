@@ -15,6 +15,7 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::gemm::{self, Weight};
 use crate::kernels::cpu::int8::{self, Int8Weight, Int8WeightMut};
 use crate::kernels::cpu::panels;
+use crate::kernels::cpu::tile::PANEL_COLUMNS;
 use crate::kernels::cuda::memory::{DeviceBuffer, Keeper, View, ViewMut};
 use crate::kernels::element::Float;
 use std::ops::Range;
@@ -36,6 +37,16 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// Where `rows` of what is kept beside a weight `[n, k]` of this layout lie: a range of elements, the shape of what it holds and
+    /// the rows' place there. Panels are not cut.
+    pub fn span(self, (n, k): (usize, usize), rows: Range<usize>) -> (Range<usize>, (usize, usize), Range<usize>) {
+        let (first, end) = match self {
+            Self::Rows => (rows.start, rows.end),
+            Self::Panels | Self::Int8 => (rows.start / PANEL_COLUMNS * PANEL_COLUMNS, rows.end.next_multiple_of(PANEL_COLUMNS)),
+        };
+        (first * k..end * k, (end.min(n) - first, k), rows.start - first..rows.end - first)
+    }
+
     /// Copies `rows` of what is kept in f32 beside a weight `[n, k]` of this layout to `values`, row-major.
     pub fn unpack_f32(self, kept: &[f32], (n, k): (usize, usize), rows: Range<usize>, values: &mut [f32]) {
         match self {

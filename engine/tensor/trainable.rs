@@ -1,12 +1,12 @@
 //! `Trainable`: a parameter of any element type, as optimizers see it. What a parameter is stands in parameter.rs.
 
 use super::ModelElement;
-pub use super::cuda::update::DeviceUpdate;
+pub use super::cuda::update::{DeviceMoments, DeviceUpdate};
 use super::parameter::{Layout, Parameter};
 use super::place::Place;
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::cpu::adamw::AdamW;
+use crate::kernels::cpu::adamw::{AdamW, MomentsMut};
 use crate::kernels::cpu::norm;
 use std::ops::Range;
 
@@ -46,10 +46,8 @@ pub trait Trainable: Send + Sync {
     fn lock_update(&self) -> Result<Option<Box<dyn DeviceUpdate + '_>>>;
     /// One AdamW update on the host by the gradient, which is gone afterwards. Nothing happens without a gradient.
     ///
-    /// - `m`, `v`: `gradient_len` elements each
-    ///
     /// Errors: those of [`Parameter::update`].
-    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) -> Result<()>;
+    fn adamw(&self, moments: MomentsMut, settings: &AdamW) -> Result<()>;
     /// How the elements of the gradient lie.
     fn layout(&self) -> Layout;
     /// Inputs of a matrix; 1 for a vector.
@@ -113,14 +111,18 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         Ok(Parameter::lock_update(self)?.map(|locked| Box::new(locked) as Box<dyn DeviceUpdate>))
     }
 
-    fn adamw(&self, m: &mut [f32], v: &mut [f32], settings: &AdamW) -> Result<()> {
+    fn adamw(&self, moments: MomentsMut, settings: &AdamW) -> Result<()> {
         let panel_columns = (self.layout == Layout::Panels).then_some(self.columns);
         self.update(|value, gradient| {
             if E::HAS_REMAINDER && value.remainder.is_none() {
                 // The first update of a weight that came as bf16: its master is that bf16 value.
                 value.remainder = Some(vec![0; value.weight.len()]);
             }
-            E::adamw(&mut value.weight, value.remainder.as_deref_mut(), gradient, m, v, panel_columns, settings);
+            let (weight, remainder) = (&mut value.weight, value.remainder.as_deref_mut());
+            match moments {
+                MomentsMut::F32(m, v) => E::adamw(weight, remainder, gradient, m, v, panel_columns, settings),
+                MomentsMut::Bf16(m, v) => E::adamw(weight, remainder, gradient, m, v, panel_columns, settings),
+            }
         })
     }
 

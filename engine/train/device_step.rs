@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::kernels::cuda::adamw::adamw;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::norm::{Norm, Table};
-use crate::tensor::place::Array;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -28,17 +27,15 @@ impl DeviceStep {
     /// One step; see [`super::optimizer::AdamW::step`]. Counts updates of slots, not steps.
     pub fn step(&mut self, slots: &mut [Slot], settings: &Settings) -> Result<Step> {
         for slot in slots.iter_mut().filter(|slot| slot.parameter.has_gradient()) {
-            slot.make_moments()?;
+            slot.make_moments(settings.moments)?;
         }
         // Holding the parameters takes the gradients out; they are freed when this function ends.
         let mut held = Vec::new();
         for slot in slots.iter_mut() {
             let Slot { parameter, moments, updates, .. } = slot;
             if let Some(locked) = parameter.lock_update()? {
-                let Some((Array::Cuda(m), Array::Cuda(v))) = moments.as_mut().and_then(Arc::get_mut) else {
-                    panic!("{}: moments on the host of a parameter on a device", parameter.name());
-                };
-                held.push((locked, m, v, settings.decays(parameter.as_ref()), updates));
+                let moments = moments.as_mut().and_then(Arc::get_mut).expect("they were made above, our own").device_mut();
+                held.push((locked, moments, settings.decays(parameter.as_ref()), updates));
             }
         }
         if held.is_empty() {
@@ -49,8 +46,8 @@ impl DeviceStep {
         drop(gradients);
         let mut lines = BTreeMap::<u64, Vec<_>>::new();
         let mut counts = Vec::with_capacity(held.len());
-        for (locked, m, v, decays, updates) in &mut held {
-            lines.entry(**updates + 1).or_default().push(locked.line(m, v, *decays));
+        for (locked, moments, decays, updates) in &mut held {
+            lines.entry(**updates + 1).or_default().push(locked.line(moments.reborrow(), *decays));
             counts.push(updates);
         }
         self.parameters.resize_with(lines.len(), Table::default);

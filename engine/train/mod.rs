@@ -2,6 +2,7 @@
 //! step and live in Lua, stdlib/schedules.lua.
 
 mod device_step;
+mod moments;
 pub mod online_merge;
 pub mod optimizer;
 pub mod optimizer_state;

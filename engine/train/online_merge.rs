@@ -221,8 +221,15 @@ mod tests {
         OnlineMerge::new(settings, 7, vec![source])
     }
 
-    const SETTINGS: Settings =
-        Settings { lr: 0.25, betas: (0.9, 0.99), eps: 1e-6, weight_decay: 0.5, decay_vectors: false, clip_norm: None };
+    const SETTINGS: Settings = Settings {
+        lr: 0.25,
+        betas: (0.9, 0.99),
+        eps: 1e-6,
+        weight_decay: 0.5,
+        decay_vectors: false,
+        clip_norm: None,
+        moments: crate::kernels::element::Dtype::F32,
+    };
 
     /// Runs `updates` updates; the weights row by row.
     fn trained<E: ModelElement>(settings: MergeSettings, updates: usize) -> Vec<f32> {

@@ -3,22 +3,21 @@
 //! Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; order of operations as in `torch.optim.AdamW`.
 
 use super::device_step::DeviceStep;
+use super::moments::Moments;
 use super::online_merge::OnlineMerge;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
-use crate::kernels::cpu::adamw::AdamW as Update;
+use crate::kernels::cpu::adamw::{AdamW as Update, MomentsMut};
 use crate::kernels::cpu::norm;
 use crate::kernels::cpu::online_merge::adam_update;
-use crate::tensor::place::Array;
+use crate::kernels::element::Dtype;
 use crate::tensor::trainable::{TensorRows, Trainable};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// What an out-of-memory error calls them.
-pub(super) const MOMENTS: &str = "moments of AdamW";
-
 /// What a script sets.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Settings {
     pub lr: f64,
     pub betas: (f64, f64),
@@ -28,12 +27,15 @@ pub struct Settings {
     pub decay_vectors: bool,
     /// Largest norm of the whole gradient; larger ones are scaled down to it.
     pub clip_norm: Option<f64>,
+    /// In what the moments are kept: f32, or bf16, rounded stochastically (`kernels/cpu/adamw.rs`), in half the memory.
+    pub moments: Dtype,
 }
 
 impl Default for Settings {
-    /// As in Qwen's reports: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices, clipping at 1.
+    /// As in Qwen's reports: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices, clipping at 1; moments in f32.
     fn default() -> Self {
-        Self { lr: 1e-3, betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.1, decay_vectors: false, clip_norm: Some(1.0) }
+        let (lr, betas, eps, weight_decay) = (1e-3, (0.9, 0.95), 1e-8, 0.1);
+        Self { lr, betas, eps, weight_decay, decay_vectors: false, clip_norm: Some(1.0), moments: Dtype::F32 }
     }
 }
 
@@ -57,6 +59,9 @@ impl Settings {
         }
         if !(self.eps > 0.0 && self.eps.is_finite()) {
             return Err(Error::argument(op, "eps", "a number above 0", self.eps));
+        }
+        if !matches!(self.moments, Dtype::F32 | Dtype::Bf16) {
+            return Err(Error::argument(op, "moments", "\"f32\" or \"bf16\"", format!("\"{}\"", self.moments)));
         }
         match self.clip_norm {
             Some(norm) if !(norm > 0.0 && norm.is_finite()) => Err(Error::argument(op, "clip_norm", "a number above 0, or none", norm)),
@@ -92,18 +97,19 @@ impl Slot {
         Self { parameter, tensors, moments: None, waiting: None, updates: 0 }
     }
 
-    /// Makes the moments, zeros, where the parameter lies, if they are not there; a copy of its own, where a state shares them.
+    /// Makes the moments, zeros of `dtype`, where the parameter lies, if they are not there; a copy of its own, where a state shares
+    /// them.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
-    pub(super) fn make_moments(&mut self) -> Result<()> {
+    pub(super) fn make_moments(&mut self, dtype: Dtype) -> Result<()> {
         match &mut self.moments {
             None => {
-                let new = || Array::zeroed(self.parameter.place(), MOMENTS, self.parameter.gradient_len());
-                self.moments = Some(Arc::new((new()?, new()?)));
+                let moments = Moments::zeroed(dtype, self.parameter.place(), self.parameter.gradient_len())?;
+                self.moments = Some(Arc::new(moments));
             }
             Some(moments) => {
                 if Arc::get_mut(moments).is_none() {
-                    *moments = Arc::new((moments.0.try_clone()?, moments.1.try_clone()?));
+                    *moments = Arc::new(moments.try_clone()?);
                 }
             }
         }
@@ -116,8 +122,8 @@ pub(super) struct Slot {
     pub parameter: Arc<dyn Trainable>,
     /// What it is in files.
     pub tensors: Arc<[TensorRows]>,
-    /// The first and the second, which a state may share until they are written.
-    pub moments: Option<Arc<(Array<f32>, Array<f32>)>>,
+    /// A state may share them until they are written.
+    pub moments: Option<Arc<Moments>>,
     /// The sum of the updates that wait to be merged with a later one.
     pub waiting: Option<Buffer<f32>>,
     /// Updates of this very parameter, for its bias correction.
@@ -185,11 +191,16 @@ impl AdamW {
         self.settings
     }
 
-    /// Replaces the settings from the next step on; moments stay.
+    /// Replaces the settings from the next step on; moments stay, rounded to nearest where they are kept in bf16 from now on.
     ///
-    /// Errors: those of [`Settings::check`].
+    /// Errors: those of [`Settings::check`]; those of the device, and nothing changes.
     pub fn set(&mut self, settings: Settings) -> Result<()> {
         settings.check()?;
+        if settings.moments != self.settings.moments {
+            let convert = |slot: &Slot| slot.moments.as_ref().map(|moments| moments.converted(settings.moments)).transpose();
+            let converted: Vec<_> = self.slots.iter().map(convert).collect::<Result<_>>()?;
+            self.slots.iter_mut().zip(converted).for_each(|(slot, moments)| slot.moments = moments.map(Arc::new));
+        }
         self.settings = settings;
         Ok(())
     }
@@ -213,7 +224,7 @@ impl AdamW {
         let training = self.slots.iter().filter(|slot| slot.parameter.trains());
         training.fold((0, 0), |(kept, gradients), slot| {
             let len = 4 * slot.parameter.gradient_len() as u64;
-            let moments = if slot.moments.is_none() { 2 * len } else { 0 };
+            let moments = if slot.moments.is_none() { 2 * len / 4 * self.settings.moments.size() as u64 } else { 0 };
             let waits = self.merge.as_ref().is_some_and(OnlineMerge::accumulates) && slot.waiting.is_none();
             let gradient = if slot.parameter.has_gradient_memory() { 0 } else { len };
             (kept + moments + if waits { len } else { 0 } + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
@@ -222,8 +233,8 @@ impl AdamW {
 
     /// Bytes of the moments that are there, on the host.
     pub fn moments_bytes_on_host(&self) -> u64 {
-        let bytes = |moments: &Array<f32>| if matches!(moments, Array::Host(_)) { 4 * moments.len() as u64 } else { 0 };
-        self.slots.iter().filter_map(|slot| slot.moments.as_ref()).map(|moments| bytes(&moments.0) + bytes(&moments.1)).sum()
+        let moments = self.slots.iter().filter_map(|slot| slot.moments.as_ref());
+        moments.filter(|moments| moments.place().device().is_none()).map(|moments| moments.bytes()).sum()
     }
 
     /// Norm of the whole gradient as it stands, in the order of the parameters. Gradients on a device come to the host for it,
@@ -271,15 +282,13 @@ impl AdamW {
             }
             applied = true;
             slot.updates += 1;
-            slot.make_moments()?;
+            slot.make_moments(self.settings.moments)?;
             let Slot { parameter, moments, waiting, updates, .. } = slot;
-            let Some((Array::Host(m), Array::Host(v))) = moments.as_mut().and_then(Arc::get_mut) else {
-                panic!("{}: moments on a device of a parameter on the host", parameter.name());
-            };
+            let moments = moments.as_mut().and_then(Arc::get_mut).expect("they were made above, our own").host_mut();
             let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
             match &self.merge {
-                None => parameter.adamw(m, v, &update)?,
-                Some(merge) => merged_update(parameter.as_ref(), (m, v), waiting, &update, merge)?,
+                None => parameter.adamw(moments, &update)?,
+                Some(merge) => merged_update(parameter.as_ref(), moments, waiting, &update, merge)?,
             }
         }
         Ok(Step { grad_norm, applied })
@@ -297,16 +306,16 @@ impl AdamW {
 /// - `waiting`: the sum of earlier updates, which are in the weights, and are taken back when they are merged
 fn merged_update(
     parameter: &dyn Trainable,
-    (m, v): (&mut [f32], &mut [f32]),
+    moments: MomentsMut,
     waiting: &mut Option<Buffer<f32>>,
     update: &Update,
     merge: &OnlineMerge,
 ) -> Result<()> {
-    let mut delta = Buffer::<f32>::scratch(m.len());
-    parameter.read_gradient(&mut |gradient| {
-        if let Some(gradient) = gradient {
-            adam_update(gradient, m, v, &mut delta, update);
-        }
+    let (mut delta, mut moments) = (Buffer::<f32>::scratch(parameter.gradient_len()), moments);
+    parameter.read_gradient(&mut |gradient| match (gradient, &mut moments) {
+        (None, _) => {}
+        (Some(gradient), MomentsMut::F32(m, v)) => adam_update(gradient, m, v, &mut delta, update),
+        (Some(gradient), MomentsMut::Bf16(m, v)) => adam_update(gradient, m, v, &mut delta, update),
     })?;
     parameter.clear_gradient();
     if merge.is_due(update.step) {
@@ -393,6 +402,26 @@ mod tests {
     }
 
     #[test]
+    fn moments_change_their_type_on_the_way() {
+        let train = |changes: [Dtype; 3]| {
+            let p = parameter(&[1.0, -2.0], &[0.3, 0.7]);
+            let mut optimizer = AdamW::new(vec![p.clone()], Settings { moments: changes[0], ..Settings::default() }).unwrap();
+            for moments in changes {
+                optimizer.set(Settings { moments, ..optimizer.settings() }).unwrap();
+                assert!(optimizer.step().unwrap().applied);
+                give(&p, &[0.3, 0.7]);
+                assert_eq!(optimizer.moments_bytes_on_host(), 2 * 2 * moments.size() as u64);
+            }
+            value(&p)
+        };
+        let f32s = train([Dtype::F32; 3]);
+        for changes in [[Dtype::Bf16; 3], [Dtype::F32, Dtype::Bf16, Dtype::F32]] {
+            let got = train(changes);
+            assert!(got != f32s && got.iter().zip(&f32s).all(|(got, want)| (got - want).abs() < 1e-5), "{got:?}, {f32s:?}");
+        }
+    }
+
+    #[test]
     fn frozen_models_and_settings_that_cannot_be_meant_are_refused() {
         let p = parameter(&[1.0], &[1.0]);
         p.set_trains(false);
@@ -404,6 +433,7 @@ mod tests {
             Settings { eps: 0.0, ..Settings::default() },
             Settings { clip_norm: Some(0.0), ..Settings::default() },
             Settings { weight_decay: f64::INFINITY, ..Settings::default() },
+            Settings { moments: Dtype::I8, ..Settings::default() },
         ] {
             assert!(settings.check().is_err(), "{settings:?}");
         }

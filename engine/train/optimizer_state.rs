@@ -1,14 +1,15 @@
 //! The state of AdamW as a value: copied in memory, written to a folder, put back to the bit. Files hold rows of tensors, so that
 //! a run goes on wherever its model then lies.
 
-use super::optimizer::{AdamW, MOMENTS, Settings, Slot};
+use super::moments::{Moments, read_rows, write_rows};
+use super::optimizer::{AdamW, Settings, Slot};
 use crate::checkpoint::safetensors::SafetensorsFile;
-use crate::checkpoint::stored_dtype::StoredDtype;
 use crate::checkpoint::writer::{FolderWriter, SHARD_BYTES_MAX, TensorSpec};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::element::Dtype;
 use crate::tensor::parameter::Layout;
-use crate::tensor::place::{Array, ImageTo};
+use crate::tensor::place::{Array, ImageTo, Place};
 use crate::tensor::trainable::TensorRows;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -19,13 +20,13 @@ use std::sync::Arc;
 /// Counters, settings and moments of an optimizer.
 pub struct AdamWState {
     counts: Counts,
-    /// By the name of the parameter, with its updates.
-    moments: BTreeMap<String, Moments>,
+    /// By the name of the parameter.
+    kept: BTreeMap<String, Kept>,
 }
 
-struct Moments {
-    /// The first and the second.
-    moments: Arc<(Array<f32>, Array<f32>)>,
+/// What is kept of a parameter.
+struct Kept {
+    moments: Arc<Moments>,
     /// Updates that wait to be merged.
     waiting: Option<Array<f32>>,
     updates: u64,
@@ -46,7 +47,9 @@ struct Counts {
 }
 
 const STEM: &str = "adamw";
-/// The ending of the name of updates that wait to be merged; those of moments are `m` and `v`.
+/// The endings of the names of the first and the second moments.
+const MOMENTS: [&str; 2] = ["m", "v"];
+/// The ending of the name of updates that wait to be merged.
 const WAITING: &str = "waiting";
 
 /// f32 values that are read or written at a time.
@@ -58,20 +61,21 @@ fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
 }
 
-impl Moments {
-    /// What it is made of, by the endings of names.
-    fn parts(&self) -> impl Iterator<Item = (&'static str, &Array<f32>)> {
-        [("m", &self.moments.0), ("v", &self.moments.1)].into_iter().chain(self.waiting.iter().map(|waiting| (WAITING, waiting)))
+impl Kept {
+    /// The endings of the names of what it is made of, and the types.
+    fn parts(&self) -> impl Iterator<Item = (&'static str, Dtype)> {
+        let dtype = self.moments.dtype();
+        MOMENTS.into_iter().map(move |part| (part, dtype)).chain(self.waiting.iter().map(|_| (WAITING, Dtype::F32)))
     }
 
     fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
         let TensorRows { name, rows } = tensor;
-        for (part, kept) in self.parts() {
+        for (part, _) in self.parts() {
             for block in blocks(rows.len(), self.shape.1) {
                 let (mut values, block) = (Buffer::scratch(block.len() * self.shape.1), rows.start + block.start..rows.start + block.end);
-                match kept {
-                    Array::Host(kept) => self.layout.unpack_f32(kept, self.shape, block, &mut values),
-                    Array::Cuda(kept) => kept.download_at(block.start * self.shape.1, &mut values)?,
+                match MOMENTS.iter().position(|moment| *moment == part) {
+                    Some(which) => self.moments.read_rows(which, self.layout, self.shape, block, &mut values)?,
+                    None => read_rows(self.waiting.as_ref().expect("it is a part"), self.layout, self.shape, block, &mut values)?,
                 }
                 writer.write(&format!("{name}.{part}"), &values[..])?;
             }
@@ -80,11 +84,11 @@ impl Moments {
     }
 }
 
-/// The rows of `part` of the moments of `slot` that the file has, in the layout of the parameter; others are zero.
-fn read(file: &SafetensorsFile, slot: &Slot, part: &str) -> Result<Buffer<f32>> {
-    let parameter = &slot.parameter;
-    let (columns, mut kept) = (parameter.columns(), Buffer::zeroed(parameter.gradient_len()));
-    let shape = (parameter.count() / columns.max(1), columns);
+/// Reads `part` of what `file` has of the parameter of `slot`, in blocks of its rows, as f32.
+///
+/// Errors: those of the file.
+fn read(file: &SafetensorsFile, slot: &Slot, part: &str, mut take: impl FnMut(Range<usize>, &[f32])) -> Result<()> {
+    let columns = slot.parameter.columns();
     for TensorRows { name, rows } in slot.tensors.iter() {
         let name = format!("{name}.{part}");
         if file.get(&name).is_none() {
@@ -93,38 +97,39 @@ fn read(file: &SafetensorsFile, slot: &Slot, part: &str) -> Result<Buffer<f32>> 
         for block in blocks(rows.len(), columns) {
             let mut values = Buffer::<f32>::scratch(block.len() * columns);
             file.read_rows(&name, block.clone(), &mut values)?;
-            parameter.layout().pack_f32(&mut kept, shape, rows.start + block.start..rows.start + block.end, &values);
+            take(rows.start + block.start..rows.start + block.end, &values);
         }
     }
-    Ok(kept)
+    Ok(())
 }
 
 impl AdamWState {
     /// Bytes of the moments, and of updates that wait.
     pub fn bytes(&self) -> u64 {
-        self.moments.values().flat_map(Moments::parts).map(|(_, part)| (part.len() * 4) as u64).sum()
+        let waiting = |kept: &Kept| kept.waiting.as_ref().map_or(0, |waiting| 4 * waiting.len() as u64);
+        self.kept.values().map(|kept| kept.moments.bytes() + waiting(kept)).sum()
     }
 
     /// Writes the folder `target`: `adamw.safetensors`, by the names of tensors and row-major, and `adamw.json`. Errors: those of
     /// [`FolderWriter`].
     pub fn save(&self, target: &Path) -> Result<()> {
-        let pairs = self.moments.values().flat_map(|moments| moments.tensors.iter().map(move |tensor| (tensor, moments)));
-        let mut tensors: Vec<(&TensorRows, &Moments)> = pairs.collect();
+        let pairs = self.kept.values().flat_map(|kept| kept.tensors.iter().map(move |tensor| (tensor, kept)));
+        let mut tensors: Vec<(&TensorRows, &Kept)> = pairs.collect();
         // One order, however tensors are parts of parameters here.
         tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
         let mut specs = Vec::new();
         let mut counts = self.counts.clone();
-        for (TensorRows { name, rows }, moments) in &tensors {
-            counts.updates.insert(name.clone(), moments.updates);
-            let shape = vec![rows.len(), moments.shape.1];
-            specs.extend(moments.parts().map(|(part, _)| TensorSpec {
+        for (TensorRows { name, rows }, kept) in &tensors {
+            counts.updates.insert(name.clone(), kept.updates);
+            let shape = vec![rows.len(), kept.shape.1];
+            specs.extend(kept.parts().map(|(part, dtype)| TensorSpec {
                 name: format!("{name}.{part}"),
-                dtype: StoredDtype::F32,
+                dtype: dtype.into(),
                 shape: shape.clone(),
             }));
         }
         let mut writer = FolderWriter::create_named(target, STEM, specs, SHARD_BYTES_MAX.max(u64::MAX / 2))?;
-        tensors.iter().try_for_each(|(tensor, moments)| moments.write(tensor, &mut writer))?;
+        tensors.iter().try_for_each(|(tensor, kept)| kept.write(tensor, &mut writer))?;
         writer.add_json("adamw.json", &serde_json::to_value(&counts).expect("plain data becomes JSON"))?;
         writer.finish()
     }
@@ -137,21 +142,21 @@ impl AdamW {
     /// Errors: those of the device.
     pub fn state(&self, to: ImageTo) -> Result<AdamWState> {
         let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
-        let mut kept = BTreeMap::new();
+        let mut all = BTreeMap::new();
         for Slot { parameter, tensors, moments, waiting, updates } in &self.slots {
             if let Some(moments) = moments {
                 let moments = match to.shares(parameter.place()) {
                     true => moments.clone(),
-                    false => Arc::new((moments.0.image(to)?, moments.1.image(to)?)),
+                    false => Arc::new(moments.image(to)?),
                 };
                 let (layout, tensors, columns) = (parameter.layout(), tensors.clone(), parameter.columns());
                 let shape = (parameter.count() / columns.max(1), columns);
                 let waiting = waiting.clone().map(Array::Host);
-                let moments = Moments { moments, waiting, updates: *updates, layout, shape, tensors };
-                kept.insert(parameter.name().to_string(), moments);
+                let kept = Kept { moments, waiting, updates: *updates, layout, shape, tensors };
+                all.insert(parameter.name().to_string(), kept);
             }
         }
-        Ok(AdamWState { counts, moments: kept })
+        Ok(AdamWState { counts, kept: all })
     }
 
     /// Goes on from what [`AdamWState::save`] wrote, wherever its parameters lay; they come one by one. A parameter of several
@@ -169,7 +174,7 @@ impl AdamW {
         for slot in &self.slots {
             for TensorRows { name, rows } in slot.tensors.iter().filter(|tensor| counts.updates.contains_key(&tensor.name)) {
                 let waits = file.get(&format!("{name}.{WAITING}")).is_some();
-                for part in ["m", "v"].into_iter().chain(waits.then_some(WAITING)) {
+                for part in MOMENTS.into_iter().chain(waits.then_some(WAITING)) {
                     file.expect(&format!("{name}.{part}"), &[rows.len(), slot.parameter.columns()])?;
                     parts += 1;
                 }
@@ -187,11 +192,21 @@ impl AdamW {
             let updates = slot.tensors.iter().filter_map(|tensor| counts.updates.get(&tensor.name)).max().copied();
             slot.updates = updates.unwrap_or(0);
             (slot.moments, slot.waiting) = (None, None);
-            if updates.is_some() {
-                let (m, v) = (read(&file, slot, "m")?, read(&file, slot, "v")?);
-                slot.moments = Some(Arc::new((slot.at_place(Array::Host(m))?, slot.at_place(Array::Host(v))?)));
-                let waits = slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some());
-                slot.waiting = if waits { Some(read(&file, slot, WAITING)?) } else { None };
+            if updates.is_none() {
+                continue;
+            }
+            let parameter = &slot.parameter;
+            let (layout, columns, len) = (parameter.layout(), parameter.columns(), parameter.gradient_len());
+            let shape = (parameter.count() / columns.max(1), columns);
+            let mut moments = Moments::zeroed(counts.settings.moments, &Place::Host, len)?;
+            for (which, part) in MOMENTS.into_iter().enumerate() {
+                read(&file, slot, part, |rows, values| moments.write_rows(which, layout, shape, rows, values))?;
+            }
+            slot.moments = Some(Arc::new(moments.moved_to(slot.parameter.place())?));
+            if slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some()) {
+                let mut waiting = Array::Host(Buffer::zeroed(len));
+                read(&file, slot, WAITING, |rows, values| write_rows(&mut waiting, layout, shape, rows, values))?;
+                slot.waiting = Some(waiting.into_host()?);
             }
         }
         Ok(())
@@ -204,26 +219,19 @@ impl AdamW {
         self.set(state.counts.settings)?;
         self.set_counts(state.counts.steps, state.counts.skipped);
         for slot in &mut self.slots {
-            let moments = state.moments.get(slot.parameter.name());
-            slot.updates = moments.map_or(0, |moments| moments.updates);
-            slot.waiting = moments.and_then(|moments| moments.waiting.as_ref()).map(Array::to_host).transpose()?;
-            slot.moments = match moments {
-                Some(Moments { moments, .. }) => {
-                    let (m, v) = (moments.0.try_clone()?, moments.1.try_clone()?);
-                    Some(Arc::new((slot.at_place(m)?, slot.at_place(v)?)))
+            let kept = state.kept.get(slot.parameter.name());
+            slot.updates = kept.map_or(0, |kept| kept.updates);
+            slot.waiting = kept.and_then(|kept| kept.waiting.as_ref()).map(Array::to_host).transpose()?;
+            slot.moments = match kept {
+                Some(Kept { moments, .. }) => {
+                    let (name, len) = (slot.parameter.name(), slot.parameter.gradient_len());
+                    assert_eq!(moments.len(), len, "{name}: moments of another parameter");
+                    Some(Arc::new(moments.try_clone()?.moved_to(slot.parameter.place())?))
                 }
                 None => None,
             };
         }
         Ok(())
-    }
-}
-
-impl Slot {
-    /// Moments in the layout of the parameter, where it lies.
-    fn at_place(&self, moments: Array<f32>) -> Result<Array<f32>> {
-        assert_eq!(moments.len(), self.parameter.gradient_len(), "{}: moments of another parameter", self.parameter.name());
-        moments.moved_to(self.parameter.place(), MOMENTS)
     }
 }
 
@@ -246,7 +254,7 @@ mod tests {
             let taken = to.map(|to| (optimizer.state(to).unwrap(), parameter.image(to).unwrap()));
             let shared = taken.as_ref().is_some_and(|(state, image)| {
                 let moments = optimizer.slots[0].moments.as_ref().unwrap();
-                Arc::ptr_eq(moments, &state.moments["p"].moments) && Arc::ptr_eq(&parameter.read(), &image.read())
+                Arc::ptr_eq(moments, &state.kept["p"].moments) && Arc::ptr_eq(&parameter.read(), &image.read())
             });
             give(&parameter, [0.5, 0.25]);
             optimizer.step().unwrap();
@@ -262,5 +270,37 @@ mod tests {
         let (after, _) = run(None);
         assert_eq!(run(Some(ImageTo::InPlace)), (after.clone(), true));
         assert_eq!(run(Some(ImageTo::Host)), (after, false));
+    }
+
+    #[test]
+    fn bf16_moments_come_back_from_files_to_the_bit() {
+        let (rows, columns) = (70, 5);
+        let new = || Arc::new(Parameter::<half::bf16>::zeros("p", rows, columns, Layout::Panels));
+        let step = |parameter: &Parameter<half::bf16>, optimizer: &mut AdamW| {
+            let gradient: Vec<f32> = (0..rows * columns).map(|i| (i % 17) as f32 - 7.9).collect();
+            parameter.accumulate(|sum, _| {
+                sum.fill(0.0);
+                Layout::Panels.pack_f32(sum, (rows, columns), 0..rows, &gradient);
+            });
+            optimizer.step().unwrap();
+        };
+        let settings = Settings { moments: Dtype::Bf16, ..Settings::default() };
+        let (parameter, folder) = (new(), tempfile::tempdir().unwrap());
+        let mut optimizer = AdamW::new(vec![parameter.clone()], settings).unwrap();
+        (0..3).for_each(|_| step(&parameter, &mut optimizer));
+        let state = optimizer.state(ImageTo::Host).unwrap();
+        assert_eq!(state.bytes(), 2 * 2 * 96 * 5);
+        state.save(&folder.path().join("adamw")).unwrap();
+        let file = SafetensorsFile::open(&folder.path().join("adamw/adamw.safetensors")).unwrap();
+        assert!(file.tensors().iter().all(|tensor| tensor.dtype == Dtype::Bf16.into() && tensor.shape == [rows, columns]));
+
+        // Into an optimizer of other settings: those of the files hold.
+        let other = new();
+        other.copy_from(&parameter.image(ImageTo::Host).unwrap()).unwrap();
+        let mut again = AdamW::new(vec![other.clone()], Settings::default()).unwrap();
+        again.load(&folder.path().join("adamw")).unwrap();
+        step(&parameter, &mut optimizer);
+        step(&other, &mut again);
+        assert!(parameter.read().weight[..] == other.read().weight[..] && parameter.read().remainder == other.read().remainder);
     }
 }

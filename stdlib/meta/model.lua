@@ -258,11 +258,12 @@ function Model:unmerge() end
 ---@field rescale? boolean divide what stays by `reserve`, as the published code does with "dare" and the paper does not
 
 --- AdamW over a model. In a workflow use run:optimizer. Defaults: lr 1e-3, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1
---- on matrices (decay_vectors: on vectors too), clip_norm 1 (false: none).
+--- on matrices (decay_vectors: on vectors too), clip_norm 1 (false: none), moments "f32" ("bf16": half the memory, rounded
+--- stochastically, so that small changes count in the mean).
 ---
 --- Example: local optim = engine.optim.adamw(model, { lr = 3e-4 })
 ---@param model engine.Model
----@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, merge?: engine.OnlineMerge }
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", merge?: engine.OnlineMerge }
 ---@return engine.Optimizer optimizer
 function optim.adamw(model, options) end
 
@@ -280,7 +281,7 @@ function Optimizer:gradient_norm() end
 --- Changes settings from the next step on.
 ---
 --- Example: optim:set { lr = args.lr * schedules.cosine(step.index, step.steps) }
----@param options { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false }
+---@param options { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16" }
 function Optimizer:set(options) end
 
 --- Updates the parameters by the gradients that `backward` left, and clears them. A gradient that is not finite changes

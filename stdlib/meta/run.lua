@@ -71,7 +71,7 @@ function Run:now() end
 --- Example: local optim = run:optimizer("adamw", policy, { lr = 1e-5, clip_norm = 1.0 })
 ---@param kind "adamw"
 ---@param model engine.Model
----@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, merge?: engine.OnlineMerge }
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", merge?: engine.OnlineMerge }
 ---@return engine.Optimizer optimizer
 function Run:optimizer(kind, model, options) end
 

@@ -12,7 +12,8 @@ figures taken minutes apart at most, and the median over the rounds is reported.
 What is compared with what:
     f32    perilune f32    against  f32 eager, f32 compiled
     bf16   perilune bf16   against  bf16 autocast eager and compiled (f32 weights), bf16 pure (no f32 weights at all)
-perilune's bf16 keeps f32 master weights and moments, so autocast is its like; pure bf16 rounds every update to 8 bits.
+perilune's bf16 keeps f32 master weights and moments, so autocast is its like; pure bf16 rounds every update to 8 bits. With
+`--moments bf16` its moments are bf16, as those of the pure form are, and its master weights f32 as before.
 """
 import argparse
 import json
@@ -89,8 +90,8 @@ def last_json(command, env, timeout):
     return json.loads(done.stdout[done.stdout.index("{"):])
 
 
-def run_perilune(binary, config, dtype, seconds, env, timeout):
-    command = [binary, "bench", "train", "--config", config, "--dtype", dtype, "--seconds", str(seconds), "--json"]
+def run_perilune(binary, config, dtype, moments, seconds, env, timeout):
+    command = [binary, "bench", "train", "--config", config, "--dtype", dtype, "--moments", moments, "--seconds", str(seconds), "--json"]
     result = last_json(command, env, timeout)
     return result if "error" in result else {**result, **result["step"]}
 
@@ -106,6 +107,7 @@ def main():
     parser.add_argument("--binary", default=os.path.join(here, "..", "..", "target", "release", "perilune"))
     parser.add_argument("--configs", nargs="+", choices=SHAPES, default=["tiny", "small"])
     parser.add_argument("--dtypes", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--moments", choices=("f32", "bf16"), default="f32", help="of perilune's optimizer")
     parser.add_argument("--peers", nargs="+", help="only these, for example f32-eager")
     parser.add_argument("--seconds", type=float, default=15, help="of measurement, for each contender and round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -129,7 +131,7 @@ def main():
             for turn in range(args.rounds):
                 for name in (list(figures) if turn % 2 == 0 else reversed(list(figures))):
                     if name == "perilune":
-                        figure = run_perilune(args.binary, config, dtype, args.seconds, env, args.timeout)
+                        figure = run_perilune(args.binary, config, dtype, args.moments, args.seconds, env, args.timeout)
                     else:
                         command = [sys.executable, __file__, "--peer", config, name, "--seconds", str(args.seconds)]
                         figure = last_json(command, env, args.timeout)

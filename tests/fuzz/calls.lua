@@ -12,7 +12,7 @@ local strings = {
 }
 local option_names = {
   "dtype", "frozen", "recompute", "tokenizer", "keepdim", "correction", "step", "seed", "seq_len", "how", "pool", "lr", "betas",
-  "eps", "weight_decay", "decay_vectors", "clip_norm", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop",
+  "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop",
   "max_tokens", "normalizer", "router_aux_loss_coef", "min", "max", "descending", "largest", "skip_special", "specials",
   "generation_prompt", "vocab_size", "document", "field", "skip_bad", "steps", "epochs", "over", "name", "args", "run", "help",
   "choices", "vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "experts", "head_dim", "preset", "role", "content",

@@ -80,10 +80,50 @@ fn adamw_has_the_bits_of_the_cpu_in_bf16_and_waits_for_finite_gradients() {
     assert!(got[0].1 == hi && got[0].2 == lo, "a gradient that is not finite must change nothing");
     let norm = sum_of_squares(&[&gradient[..]]).sqrt();
     assert_eq!(got[1].0, (norm_max / (norm + 1e-6)) as f32);
-    let (mut m, mut v) = (vec![0.0; len], vec![0.0; len]);
+    let (mut m, mut v) = (vec![0.0f32; len], vec![0.0f32; len]);
     let settings = AdamW { step: 1, gradient_scale: f64::from(got[1].0), ..SETTINGS };
     cpu_adamw::adamw_bf16(&mut hi, &mut lo, &gradient, &mut m, &mut v, &settings);
     assert!(got[1].1 == hi && got[1].2 == lo, "weights and remainders are those of the CPU");
+}
+
+#[test]
+fn bf16_moments_are_rounded_as_on_the_cpu() {
+    let Some(bench) = bench() else { return };
+    let len = 1003;
+    let (start, gradient) = (uniform::<f32>(1, len), uniform::<f32>(2, len));
+    let m = uniform::<bf16>(3, len);
+    let v: Vec<bf16> = uniform::<f32>(4, len).iter().map(|v| bf16::from_f32(v.abs())).collect();
+    let (mut hi, mut lo) = (vec![bf16::ZERO; len], vec![0i16; len]);
+    cpu_adamw::split_all(&start, &mut hi, &mut lo);
+    let steps = [1u64, 2, 1 << 33];
+    let got = bench.run(|device| {
+        let gradient = bench.upload(&gradient);
+        let (mut m32, mut v32, mut m16, mut v16) = (bench.upload(&m), bench.upload(&v), bench.upload(&m), bench.upload(&v));
+        let (mut weight, mut high, mut rest) = (bench.upload(&start), bench.upload(&hi), bench.upload(&lo));
+        for step in steps {
+            let (m, v) = (m32.view_mut(), v32.view_mut());
+            let f32s = Parameter { weight: weight.view_mut(), rest: None, gradient: gradient.view(), m, v, decays: true };
+            let (m, v) = (m16.view_mut(), v16.view_mut());
+            let rest = Some(rest.view_mut());
+            let bf16s = Parameter { weight: high.view_mut(), rest, gradient: gradient.view(), m, v, decays: true };
+            let settings = AdamW { step, ..SETTINGS };
+            adamw(device, &mut Table::default(), &[f32s.line(device)], &settings, None).unwrap();
+            adamw(device, &mut Table::default(), &[bf16s.line(device)], &settings, None).unwrap();
+        }
+        let moments = [&m32, &v32, &m16, &v16].map(|moments| moments.to_vec().unwrap());
+        (weight.to_vec().unwrap(), high.to_vec().unwrap(), rest.to_vec().unwrap(), moments)
+    });
+    let (mut weight, mut m, mut v) = (start, m, v);
+    for step in steps {
+        cpu_adamw::adamw(&mut weight, &gradient, &mut m, &mut v, &AdamW { step, ..SETTINGS });
+    }
+    assert_same("weights", &got.0, &weight);
+    for (got, want) in got.3.iter().zip([&m, &v, &m, &v]) {
+        assert_same("moments", got, want);
+    }
+    let mut masters = vec![0.0; len];
+    cpu_adamw::join_all(&got.1, &got.2, &mut masters);
+    assert_same("masters", &masters, &weight);
 }
 
 #[test]

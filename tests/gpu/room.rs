@@ -31,7 +31,7 @@ fn no_more_is_predicted_than_a_step_takes() {
         let after = device.memory_statistics().live_bytes;
         let loss = Steps::loss(&fresh);
         let taken = device.memory_statistics().live_bytes - after;
-        let step = TrainingStep { dtype, tokens: Steps::tokens(), trainable: model.count() as u64, recompute };
+        let step = TrainingStep { dtype, tokens: Steps::tokens(), trainable: model.count() as u64, moments: Dtype::F32, recompute };
         let parts = training_parts(model.config(), &step);
         let waiting = parts.iter().find(|(part, _)| *part == "activations").unwrap().1 as usize;
         // Of a layer that is computed again the backward pass has one more.
@@ -45,18 +45,18 @@ fn no_more_is_predicted_than_a_step_takes() {
 #[test]
 fn what_cannot_fit_is_refused_before_it_begins() {
     let Some(_) = bench() else { return };
-    let probe = TrainingStep { dtype: Dtype::F32, tokens: 0, trainable: 0, recompute: false };
+    let probe = TrainingStep { dtype: Dtype::F32, tokens: 0, trainable: 0, moments: Dtype::F32, recompute: false };
     let weights = training_parts(&config(false), &probe)[0].1 as usize;
     let open = |memory_bytes_max| Place::Cuda(Device::open_with(0, Settings { memory_bytes_max, ..EMULATED }).unwrap());
     let model = Model::random_at(&open(4 * weights - 1), config(false), Dtype::F32, 3).unwrap();
     let optimizer = AdamW::new(model.parameters(), Steps::settings()).unwrap();
     let (kept, gradients) = optimizer.bytes_to_come();
-    let message = model.check_training_room("adamw", 0, kept + gradients).unwrap_err().to_string();
+    let message = model.check_training_room("adamw", 0, Dtype::F32, kept + gradients).unwrap_err().to_string();
     assert!(message.contains("adamw: `model`") && message.contains("moments of AdamW") && message.contains("cuda:0"), "{message}");
 
     let model = Model::random_at(&open(4 * weights + (1 << 16)), config(false), Dtype::F32, 3).unwrap();
-    model.check_training_room("adamw", 0, kept + gradients).unwrap();
-    model.check_training_room("cross_entropy", 10, kept).unwrap();
-    let message = model.check_training_room("cross_entropy", 1 << 20, kept).unwrap_err().to_string();
+    model.check_training_room("adamw", 0, Dtype::F32, kept + gradients).unwrap();
+    model.check_training_room("cross_entropy", 10, Dtype::F32, kept).unwrap();
+    let message = model.check_training_room("cross_entropy", 1 << 20, Dtype::F32, kept).unwrap_err().to_string();
     assert!(message.contains("(activations ") && message.contains("micro-batches"), "{message}");
 }

@@ -8,7 +8,13 @@
 //! be +32768, which no i16 holds. So `join(split(x))` is x, bit for bit, for every x. (A NaN too; but `hi` alone shows
 //! it only with a usual payload, so gradients are checked before the update, not weights after it.)
 
+//!
+//! Moments may be bf16, which halves them. Rounded to nearest they would stand still: a step of `v` with beta2 0.999 is less than
+//! half the distance of two neighbours. So they are rounded stochastically (Gupta et al., arXiv 1502.02551), by bits that depend
+//! on the number of the update and on the moments themselves: the same on any thread, in any layout and on any device.
+
 use super::threads::{Shared, parallel_ranges};
+use crate::kernels::element::Float;
 use crate::vectorised;
 use half::bf16;
 
@@ -44,6 +50,8 @@ pub(in crate::kernels) struct Factors {
     pub root_correction2: f32,
     pub eps: f32,
     pub gradient_scale: f32,
+    /// What makes the rounding of bf16 moments another one in each update.
+    pub salt: u32,
 }
 
 impl AdamW {
@@ -61,17 +69,66 @@ impl AdamW {
             root_correction2: (1.0 - self.beta2.powi(step)).sqrt() as f32,
             eps: self.eps as f32,
             gradient_scale: self.gradient_scale as f32,
+            salt: self.salt(),
         }
     }
+
+    /// See [`Factors::salt`].
+    pub(in crate::kernels) fn salt(&self) -> u32 {
+        mix(self.step as u32 ^ (self.step >> 32) as u32)
+    }
+}
+
+/// The finalizer of MurmurHash3: every bit of the result depends on every bit of `x`.
+#[inline(always)]
+fn mix(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x85EB_CA6B);
+    x = (x ^ (x >> 13)).wrapping_mul(0xC2B2_AE35);
+    x ^ (x >> 16)
+}
+
+/// An element type in which moments are kept: f32, or bf16.
+pub trait Moment: Float {
+    /// `value` in this type: in bf16 one of its two neighbours, chosen by the low 16 bits of `dither`, so that the mean over all of
+    /// those is `value`.
+    fn keep(value: f32, dither: u32) -> Self;
+}
+
+impl Moment for f32 {
+    #[inline(always)]
+    fn keep(value: f32, _: u32) -> Self {
+        value
+    }
+}
+
+impl Moment for bf16 {
+    #[inline(always)]
+    fn keep(value: f32, dither: u32) -> Self {
+        bf16::from_bits((value.to_bits().wrapping_add(dither & 0xFFFF) >> 16) as u16)
+    }
+}
+
+/// Keeps the moments `new_m` and `new_v` in `m` and `v`.
+#[inline(always)]
+pub(super) fn keep<M: Moment>(m: &mut M, v: &mut M, new_m: f32, new_v: f32, salt: u32) {
+    let dither = mix(new_m.to_bits() ^ new_v.to_bits().rotate_left(16) ^ salt);
+    (*m, *v) = (M::keep(new_m, dither), M::keep(new_v, dither >> 16));
+}
+
+/// The first and the second moments of a parameter, as many as its gradient has elements.
+pub enum MomentsMut<'a> {
+    F32(&'a mut [f32], &'a mut [f32]),
+    Bf16(&'a mut [bf16], &'a mut [bf16]),
 }
 
 /// The new weight; `m` and `v` are updated.
 #[inline(always)]
-fn update(weight: f32, gradient: f32, m: &mut f32, v: &mut f32, f: Factors) -> f32 {
+fn update<M: Moment>(weight: f32, gradient: f32, m: &mut M, v: &mut M, f: Factors) -> f32 {
     let gradient = gradient * f.gradient_scale;
-    *m = f.beta1 * *m + f.rest1 * gradient;
-    *v = f.beta2 * *v + f.rest2 * gradient * gradient;
-    weight * f.decay - f.step_size * *m / (v.sqrt() / f.root_correction2 + f.eps)
+    let new_m = f.beta1 * m.to_f32() + f.rest1 * gradient;
+    let new_v = f.beta2 * v.to_f32() + f.rest2 * gradient * gradient;
+    keep(m, v, new_m, new_v, f.salt);
+    weight * f.decay - f.step_size * new_m / (new_v.sqrt() / f.root_correction2 + f.eps)
 }
 
 /// The bf16 nearest to `master`, ties away from zero, and the bits that it lacks.
@@ -117,7 +174,7 @@ pub fn join_all(hi: &[bf16], lo: &[i16], master: &mut [f32]) {
 }
 
 /// Updates an f32 parameter. All slices have one length and one order, whichever it is.
-pub fn adamw(weight: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+pub fn adamw<M: Moment>(weight: &mut [f32], gradient: &[f32], m: &mut [M], v: &mut [M], settings: &AdamW) {
     assert_lengths(weight.len(), gradient.len(), m.len(), v.len());
     let factors = settings.factors();
     let (weight, m, v) = (Shared::new(weight), Shared::new(m), Shared::new(v));
@@ -129,7 +186,7 @@ pub fn adamw(weight: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32],
 }
 
 vectorised! {
-    fn update_f32(weight: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+    fn update_f32<M: Moment>(weight: &mut [f32], gradient: &[f32], m: &mut [M], v: &mut [M], factors: Factors) {
         for (((weight, gradient), m), v) in weight.iter_mut().zip(gradient).zip(m).zip(v) {
             *weight = update(*weight, *gradient, m, v, factors);
         }
@@ -137,7 +194,7 @@ vectorised! {
 }
 
 /// Updates a bf16 parameter and its remainders. All slices have one length and one order.
-pub fn adamw_bf16(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [f32], v: &mut [f32], settings: &AdamW) {
+pub fn adamw_bf16<M: Moment>(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [M], v: &mut [M], settings: &AdamW) {
     assert_lengths(hi.len(), gradient.len(), m.len(), v.len());
     assert!(lo.len() == hi.len(), "adamw: {} weights, {} remainders", hi.len(), lo.len());
     let factors = settings.factors();
@@ -152,7 +209,7 @@ pub fn adamw_bf16(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [f3
 }
 
 vectorised! {
-    fn update_bf16(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+    fn update_bf16<M: Moment>(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [M], v: &mut [M], factors: Factors) {
         for ((((hi, lo), gradient), m), v) in hi.iter_mut().zip(lo).zip(gradient).zip(m).zip(v) {
             (*hi, *lo) = split(update(join(*hi, *lo), *gradient, m, v, factors));
         }
@@ -162,10 +219,18 @@ vectorised! {
 /// Updates a bf16 parameter that lies in the panels of the bf16 products.
 ///
 /// - `hi`, `lo`: `[panels][ceil(k/2)][32][2]`, pairs along `k`
-/// - `gradient`, `m`, `v`: `[panels][k][32]`, f32
+/// - `gradient`, `m`, `v`: `[panels][k][32]`
 ///
 /// With an odd `k` the second half of each panel's last pair is padding and stays as it is.
-pub fn adamw_bf16_panels(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [f32], v: &mut [f32], k: usize, settings: &AdamW) {
+pub fn adamw_bf16_panels<M: Moment>(
+    hi: &mut [bf16],
+    lo: &mut [i16],
+    gradient: &[f32],
+    m: &mut [M],
+    v: &mut [M],
+    k: usize,
+    settings: &AdamW,
+) {
     assert!(k > 0, "adamw: panels have no rows");
     let panels = gradient.len() / (k * PANEL);
     let pairs = k.div_ceil(2);
@@ -194,7 +259,7 @@ pub fn adamw_bf16_panels(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &
 }
 
 vectorised! {
-    fn update_pairs(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
+    fn update_pairs<M: Moment>(hi: &mut [bf16], lo: &mut [i16], gradient: &[f32], m: &mut [M], v: &mut [M], factors: Factors) {
         const WIDE: usize = 2 * PANEL;
         let (hi_pairs, _) = hi.as_chunks_mut::<WIDE>();
         let (lo_pairs, _) = lo.as_chunks_mut::<WIDE>();
@@ -257,9 +322,61 @@ mod tests {
     }
 
     #[test]
+    fn bf16_moments_are_right_in_the_mean() {
+        // Every neighbour pair is chosen in proportion to the distance, so the mean over all dithers is the value itself.
+        for value in [1.0f32, 1.001, -0.3, 7.3e-12, f32::MIN_POSITIVE] {
+            let kept: f64 = (0..1u32 << 16).map(|dither| f64::from(bf16::keep(value, dither).to_f32())).sum();
+            let mean = kept / f64::from(1u32 << 16);
+            assert!((mean - f64::from(value)).abs() <= 1e-7 * f64::from(value.abs()), "{value}: {mean}");
+        }
+        assert_eq!(bf16::keep(f32::INFINITY, u32::MAX), bf16::INFINITY);
+
+        // A second moment that decays by a thousandth a step, half the distance of two bf16 numbers and less, decays all the same: each of
+        // many elements by its own way, their mean by that of f32, and so does the first moment.
+        let count = 4096;
+        let start = |seed| cast::<bf16>(&uniform(seed, count).iter().map(|x| 1.0 + x.abs()).collect::<Vec<f32>>());
+        let (mut m, mut v) = (start(5), start(6));
+        let sum = |moments: &[bf16]| moments.iter().map(|x| x.to_f32()).sum::<f32>();
+        let before = [sum(&m), sum(&v)];
+        let (mut weight, gradient) = (vec![0.0; count], vec![0.0; count]);
+        for step in 1..=300 {
+            let settings = AdamW { beta1: 0.998, beta2: 0.999, step, ..SETTINGS };
+            adamw(&mut weight, &gradient, &mut m, &mut v, &settings);
+        }
+        // 300 roundings of 0.3% each make 5% of an element, and a thousandth of the mean of 4096: three of those.
+        for (kept, before, beta) in [(&m, before[0], 0.998f32), (&v, before[1], 0.999)] {
+            let share = sum(kept) / before;
+            assert!((share / beta.powi(300) - 1.0).abs() < 3e-3, "{share} where {} was due", beta.powi(300));
+        }
+    }
+
+    #[test]
+    fn bf16_moments_lead_near_where_f32_moments_do_and_all_forms_agree() {
+        let (panels, k) = (2, 5);
+        let count = panels * k * PANEL;
+        let start = cast::<bf16>(&uniform(1, count)).iter().map(|w| w.to_f32()).collect::<Vec<f32>>();
+        let (mut weight, mut m, mut v) = (start.clone(), vec![bf16::ZERO; count], vec![bf16::ZERO; count]);
+        let (mut hi, mut lo) = (vec![bf16::ZERO; count], vec![0i16; count]);
+        split_all(&start, &mut hi, &mut lo);
+        let (mut m2, mut v2) = (m.clone(), v.clone());
+        for step in 1..=20 {
+            let (settings, gradient) = (AdamW { step, ..SETTINGS }, gradient_at(step, count));
+            adamw(&mut weight, &gradient, &mut m, &mut v, &settings);
+            adamw_bf16(&mut hi, &mut lo, &gradient, &mut m2, &mut v2, &settings);
+        }
+        let mut master = vec![0.0; count];
+        join_all(&hi, &lo, &mut master);
+        assert!(master == weight && m == m2 && v == v2);
+        // A moment's error is below a bf16 step, 2^-8 of it, and 20 updates move by at most 20 rates of 0.01.
+        let want = reference(&start, 20);
+        let worst = weight.iter().zip(&want).map(|(got, want)| (f64::from(*got) - want).abs()).fold(0.0, f64::max);
+        assert!(worst > 0.0 && worst < 0.2 / 64.0, "{worst}");
+    }
+
+    #[test]
     fn the_first_step_by_hand() {
         // m = 0.1 * 1, v = 0.05 * 1, both corrected to 1: the weight decays by 0.001 of itself and moves by lr = 0.01.
-        let (mut weight, mut m, mut v) = ([2.0f32], [0.0], [0.0]);
+        let (mut weight, mut m, mut v) = ([2.0f32], [0.0f32], [0.0f32]);
         adamw(&mut weight, &[2.0], &mut m, &mut v, &SETTINGS);
         assert_near("weight", &weight, &[1.998 - 0.01], 1e-7, 0.0);
         assert_near("m", &m, &[0.1], 1e-7, 0.0);
@@ -270,7 +387,7 @@ mod tests {
     fn all_forms_follow_the_f64_reference_and_agree_bit_for_bit() {
         for count in [0, 1, 33, 20_001] {
             let start = cast::<bf16>(&uniform(1, count)).iter().map(|w| w.to_f32()).collect::<Vec<f32>>();
-            let (mut weight, mut m, mut v) = (start.clone(), vec![0.0; count], vec![0.0; count]);
+            let (mut weight, mut m, mut v) = (start.clone(), vec![0.0f32; count], vec![0.0f32; count]);
             let (mut hi, mut lo) = (vec![bf16::ZERO; count], vec![0i16; count]);
             split_all(&start, &mut hi, &mut lo);
             assert!(lo.iter().all(|lo| *lo == 0), "a bf16 weight has no remainder");
@@ -297,7 +414,7 @@ mod tests {
             let (panel, row, column) = (index / (k * PANEL), index / PANEL % k, index % PANEL);
             ((panel * pairs + row / 2) * PANEL + column) * 2 + row % 2
         };
-        let (mut weight, mut m, mut v) = (uniform(2, plain), vec![0.0; plain], vec![0.0; plain]);
+        let (mut weight, mut m, mut v) = (uniform(2, plain), vec![0.0f32; plain], vec![0.0f32; plain]);
         let (mut hi, mut lo) = (vec![bf16::ZERO; panels * pairs * 64], vec![0i16; panels * pairs * 64]);
         for (index, weight) in weight.iter().enumerate() {
             (hi[at(index)], lo[at(index)]) = split(*weight);

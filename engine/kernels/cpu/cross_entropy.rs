@@ -6,8 +6,10 @@
 use super::exp::exp;
 use super::lanes;
 use super::threads::{Shared, parallel};
+use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
 use crate::vectorised;
+use bytemuck::{cast_slice, cast_slice_mut};
 
 /// Columns that are summed in f32 before f64 takes over: over a vocabulary of 152k, f32 alone would lose digits.
 const BLOCK: usize = 2048;
@@ -99,22 +101,21 @@ pub struct EntropyGradient<'a> {
     pub coefficients: &'a [f32],
 }
 
-/// The loss's gradient in the logits, in place of the logits:
+/// The loss's gradient in the logits, in their memory:
 /// `coefficient * (softmax - onehot(label))`, the coefficient being the derivative of the loss in *minus* the row's
 /// log-probability; plus, if given, `entropy_coefficient * -p * (ln p + entropy)`.
 ///
-/// - `logits`: `[rows, vocab]`, f32; overwritten unless `rounded` is given
+/// - `logits`: `[rows, vocab]`, f32; overwritten
 /// - `labels`, `logsumexp`, `coefficients`: `[rows]`
-/// - `rounded`: `[rows, vocab]` of `E`: takes the gradient, rounded once, and leaves the logits as they are
-pub fn gradient<E: Float>(
-    logits: &mut [f32],
+/// - returns `[rows, vocab]`, rounded once: all of the memory, or its front half for bf16
+pub fn gradient<'a, E: Float>(
+    logits: &'a mut [f32],
     vocab: usize,
     labels: &[i32],
     logsumexp: &[f32],
     coefficients: &[f32],
     entropy: Option<EntropyGradient>,
-    rounded: Option<&mut [E]>,
-) {
+) -> &'a mut [E] {
     let rows = labels.len();
     assert_rows(logits.len(), vocab, labels);
     assert!(logsumexp.len() == rows, "logprobs: {} logsumexp for {rows} rows", logsumexp.len());
@@ -129,25 +130,34 @@ pub fn gradient<E: Float>(
         coefficient: coefficients[row],
         entropy: entropy.map(|e| (e.entropy[row], e.coefficients[row])),
     };
-    match rounded {
-        Some(rounded) => {
-            assert!(rounded.len() == logits.len(), "logprobs: {} rounded gradients for {} logits", rounded.len(), logits.len());
-            let (logits, rounded) = (&*logits, Shared::new(rounded));
-            parallel(rows, |row| {
-                let values = row * vocab..(row + 1) * vocab;
-                // SAFETY: each row is one task.
-                let rounded = unsafe { rounded.part(values.clone()) };
-                gradient_row(&logits[values], terms(row), rounded);
-            });
-        }
-        None => {
-            let logits = Shared::new(logits);
-            parallel(rows, |row| {
-                // SAFETY: each row is one task.
-                gradient_row_in_place(unsafe { logits.part(row * vocab..(row + 1) * vocab) }, terms(row));
-            });
-        }
+    let count = logits.len();
+    if size_of::<E>() == size_of::<f32>() {
+        let shared = Shared::new(&mut *logits);
+        parallel(rows, |row| {
+            // SAFETY: each row is one task.
+            gradient_row_in_place(unsafe { shared.part(row * vocab..(row + 1) * vocab) }, terms(row));
+        });
+        return cast_slice_mut(logits);
     }
+    // In bf16 row r goes where row r / 2 was. So the first row is computed from a copy, and then rows k to 2k at a time: they write
+    // where rows k / 2 to k were, which have been read.
+    let memory: &mut [E] = cast_slice_mut(logits);
+    if rows > 0 {
+        let first: Buffer<f32> = Buffer::copy_of(cast_slice(&memory[..2 * vocab]));
+        gradient_row(&first, terms(0), &mut memory[..vocab]);
+    }
+    let shared = Shared::new(&mut *memory);
+    let mut done = 1;
+    while done < rows {
+        parallel(done.min(rows - done), |index| {
+            let row = done + index;
+            // SAFETY: each row is one task and has its own place; what is written ends where the rows begin that are read meanwhile.
+            let (from, to) = unsafe { (shared.part(2 * row * vocab..2 * (row + 1) * vocab), shared.part(row * vocab..(row + 1) * vocab)) };
+            gradient_row(cast_slice(from), terms(row), to);
+        });
+        done *= 2;
+    }
+    &mut memory[..count]
 }
 
 /// What the gradient of one row depends on besides its logits.
@@ -222,6 +232,7 @@ fn assert_rows(values: usize, vocab: usize, labels: &[i32]) {
 mod tests {
     use super::super::samples::{assert_near, assert_same_on_any_threads, uniform, wide};
     use super::*;
+    use crate::kernels::element::Element;
     use half::bf16;
 
     /// Log-probability of `label` and entropy, in f64.
@@ -275,7 +286,7 @@ mod tests {
         assert_near("logprob", &logprob, &[want.0], 1e-6, 0.0);
         assert_near("entropy", &entropy, &[want.1], 1e-6, 0.0);
         let terms = EntropyGradient { entropy: &entropy, coefficients: &[0.5] };
-        gradient::<f32>(&mut row, 3, &[0], &lse, &[1.0], Some(terms), None);
+        gradient::<f32>(&mut row, 3, &[0], &lse, &[1.0], Some(terms));
         assert!(row.iter().all(|v| v.is_finite()) && row[1] == 0.0, "{row:?}");
     }
 
@@ -304,17 +315,11 @@ mod tests {
                 want[row * vocab + c] = (loss(&up) - loss(&down)) / 2e-5;
             }
         }
-        let mut rounded = vec![bf16::ONE; values.len()];
-        let mut kept = values.clone();
-        gradient(&mut kept, vocab, &labels, lse, &coefficients, terms, Some(&mut rounded));
-        assert_eq!(kept, values);
-        let mut got = values.clone();
-        gradient::<f32>(&mut got, vocab, &labels, lse, &coefficients, terms, None);
+        let (mut memory, mut got) = (values.clone(), values.clone());
+        let rounded: &[bf16] = gradient(&mut memory, vocab, &labels, lse, &coefficients, terms);
+        gradient::<f32>(&mut got, vocab, &labels, lse, &coefficients, terms);
         assert_near("gradient", &got, &want, 1e-5, 1e-6); // logsumexp is rounded to f32, so p is good to about 1e-6.
-        assert_near("bf16 gradient", &rounded, &wide(&got), 4e-3, 0.0); // One rounding to 8 bits.
-        let mut separate = vec![f32::NAN; values.len()];
-        gradient(&mut kept, vocab, &labels, lse, &coefficients, terms, Some(&mut separate));
-        assert_eq!(separate, got);
+        assert_near("bf16 gradient", rounded, &wide(&got), 4e-3, 0.0); // One rounding to 8 bits.
     }
 
     #[test]
@@ -333,8 +338,10 @@ mod tests {
             let mut sums = [vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]];
             let [lse, logprob, entropy] = &mut sums;
             logprobs(&values[..rows * vocab], vocab, &labels[..rows], lse, logprob, Some(entropy));
-            let mut d = values[..rows * vocab].to_vec();
-            gradient::<f32>(&mut d, vocab, &labels[..rows], lse, &vec![0.1; rows], None, None);
+            let (mut d, mut memory) = (values[..rows * vocab].to_vec(), values[..rows * vocab].to_vec());
+            gradient::<f32>(&mut d, vocab, &labels[..rows], lse, &vec![0.1; rows], None);
+            let rounded: &[bf16] = gradient(&mut memory, vocab, &labels[..rows], lse, &vec![0.1; rows], None);
+            assert!(rounded.iter().zip(&d).all(|(rounded, d)| *rounded == <bf16 as Element>::from_f32(*d)));
             (sums, d)
         };
         assert_same_on_any_threads(|| run(rows));

@@ -3,7 +3,7 @@
 //! Source: Lu et al., Online Merging Optimizers, arXiv 2405.17931; Adam as in transformers' former AdamW, whose eps is added
 //! before the bias correction.
 
-use super::adamw::AdamW;
+use super::adamw::{AdamW, Moment, keep};
 use super::threads::{Shared, parallel_ranges};
 use crate::kernels::random::Stream;
 use crate::vectorised;
@@ -14,7 +14,7 @@ const LEAST: usize = 8192;
 /// Updates the moments and writes Adam's update, without weight decay, to `delta`. All slices have one length and order.
 ///
 /// `delta = -lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)`
-pub fn adam_update(gradient: &[f32], m: &mut [f32], v: &mut [f32], delta: &mut [f32], settings: &AdamW) {
+pub fn adam_update<M: Moment>(gradient: &[f32], m: &mut [M], v: &mut [M], delta: &mut [f32], settings: &AdamW) {
     assert!(settings.step > 0 && settings.eps > 0.0, "updates count from 1, and eps is above 0");
     assert!(m.len() == gradient.len() && v.len() == gradient.len() && delta.len() == gradient.len(), "moments of another length");
     let step = i32::try_from(settings.step).unwrap_or(i32::MAX);
@@ -28,14 +28,16 @@ pub fn adam_update(gradient: &[f32], m: &mut [f32], v: &mut [f32], delta: &mut [
 }
 
 vectorised! {
-    fn update_part(gradient: &[f32], m: &mut [f32], v: &mut [f32], delta: &mut [f32], settings: &AdamW, size: f32) {
+    fn update_part<M: Moment>(gradient: &[f32], m: &mut [M], v: &mut [M], delta: &mut [f32], settings: &AdamW, size: f32) {
         let (beta1, beta2, eps) = (settings.beta1 as f32, settings.beta2 as f32, settings.eps as f32);
         let (rest1, rest2, scale) = ((1.0 - settings.beta1) as f32, (1.0 - settings.beta2) as f32, settings.gradient_scale as f32);
+        let salt = settings.salt();
         for (((gradient, m), v), delta) in gradient.iter().zip(m).zip(v).zip(delta) {
             let gradient = gradient * scale;
-            *m = beta1 * *m + rest1 * gradient;
-            *v = beta2 * *v + rest2 * gradient * gradient;
-            *delta = size * *m / (v.sqrt() + eps);
+            let new_m = beta1 * m.to_f32() + rest1 * gradient;
+            let new_v = beta2 * v.to_f32() + rest2 * gradient * gradient;
+            keep(m, v, new_m, new_v, salt);
+            *delta = size * new_m / (new_v.sqrt() + eps);
         }
     }
 }

@@ -7,19 +7,19 @@ use super::memory::{DeviceBuffer, View, ViewMut};
 use super::norm::{Norm, PIECE, Table};
 use super::program::{Program, Variant};
 use crate::error::Result;
-use crate::kernels::cpu::adamw::AdamW;
+use crate::kernels::cpu::adamw::{AdamW, Moment};
 use crate::kernels::element::{Dtype, Float};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 /// A parameter and what is kept beside it; all have one length and one order.
-pub struct Parameter<'a, E: Float> {
+pub struct Parameter<'a, E: Float, M: Moment> {
     pub weight: ViewMut<'a, E>,
     /// The low halves of the masters of a bf16 weight (`kernels/cpu/adamw.rs`); none for f32.
     pub rest: Option<ViewMut<'a, i16>>,
     pub gradient: View<'a, f32>,
-    pub m: ViewMut<'a, f32>,
-    pub v: ViewMut<'a, f32>,
+    pub m: ViewMut<'a, M>,
+    pub v: ViewMut<'a, M>,
     /// Whether the weight decays.
     pub decays: bool,
 }
@@ -32,7 +32,7 @@ pub struct Line<'a> {
     borrow: PhantomData<&'a mut [f32]>,
 }
 
-impl<'a, E: Float> Parameter<'a, E> {
+impl<'a, E: Float, M: Moment> Parameter<'a, E, M> {
     /// Panics if the parts are not of one length and on `device`.
     pub fn line(self, device: &Device) -> Line<'a> {
         let Self { weight, rest, gradient, m, v, decays } = self;
@@ -45,7 +45,8 @@ impl<'a, E: Float> Parameter<'a, E> {
             assert!(ordinal == device.ordinal, "adamw: a buffer of cuda:{ordinal} on cuda:{}", device.ordinal);
         }
         let rest = rest.as_ref().map_or(0, |rest| rest.address);
-        let words = [weight.address, rest, gradient.address, m.address, v.address, length as u64, u64::from(decays), 0];
+        let bf16_moments = u64::from(M::DTYPE == Dtype::Bf16);
+        let words = [weight.address, rest, gradient.address, m.address, v.address, length as u64, u64::from(decays), bf16_moments];
         Line { words, length, dtype: E::DTYPE, borrow: PhantomData }
     }
 }
@@ -77,7 +78,7 @@ pub fn adamw(device: &Arc<Device>, table: &mut Table, parameters: &[Line], setti
         }
     };
     let launch = launch.float(f.decay).float(f.beta1).float(f.beta2).float(f.rest1).float(f.rest2);
-    let launch = launch.float(f.step_size).float(f.root_correction2).float(f.eps);
+    let launch = launch.float(f.step_size).float(f.root_correction2).float(f.eps).signed(f.salt as i32 as isize);
     // SAFETY: the arguments are adamw's. Each line of the table holds the addresses and the length of buffers that
     // `parameters` borrows, the written ones alone; each piece lies in one of them and is one block's.
     unsafe { launch.run((count, 1, 1), 256, 0) }

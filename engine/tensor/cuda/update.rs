@@ -7,16 +7,30 @@ use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::tensor::ModelElement;
 use crate::tensor::parameter::{Value, own};
+use half::bf16;
 use std::sync::{Arc, RwLockWriteGuard};
+
+/// The first and the second moments of a parameter on a device, as many as its gradient has elements.
+pub enum DeviceMoments<'a> {
+    F32(&'a mut DeviceBuffer<f32>, &'a mut DeviceBuffer<f32>),
+    Bf16(&'a mut DeviceBuffer<bf16>, &'a mut DeviceBuffer<bf16>),
+}
+
+impl DeviceMoments<'_> {
+    pub fn reborrow(&mut self) -> DeviceMoments<'_> {
+        match self {
+            Self::F32(m, v) => DeviceMoments::F32(m, v),
+            Self::Bf16(m, v) => DeviceMoments::Bf16(m, v),
+        }
+    }
+}
 
 /// A parameter of any element type on a device, and its gradient, held for an update.
 pub trait DeviceUpdate {
     /// `[rows * columns]`
     fn gradient(&self) -> View<'_, f32>;
     /// Its line in the table of the launch.
-    ///
-    /// - `m`, `v`: as many elements as the gradient
-    fn line<'a>(&'a mut self, m: &'a mut DeviceBuffer<f32>, v: &'a mut DeviceBuffer<f32>, decays: bool) -> Line<'a>;
+    fn line<'a>(&'a mut self, moments: DeviceMoments<'a>, decays: bool) -> Line<'a>;
 }
 
 /// See [`DeviceUpdate`]; the lock goes with it.
@@ -42,13 +56,15 @@ impl<E: ModelElement> DeviceUpdate for Locked<'_, E> {
         self.gradient.view()
     }
 
-    fn line<'a>(&'a mut self, m: &'a mut DeviceBuffer<f32>, v: &'a mut DeviceBuffer<f32>, decays: bool) -> Line<'a> {
+    fn line<'a>(&'a mut self, moments: DeviceMoments<'a>, decays: bool) -> Line<'a> {
         let device: Arc<Device> = self.gradient.device().clone();
         let cuda = Arc::get_mut(&mut self.value).and_then(|value| value.cuda.as_mut());
         let cuda = cuda.expect("locking it made it our own, on the device");
         let rest = cuda.remainder.as_mut().map(DeviceBuffer::view_mut);
-        let parameter =
-            Parameter { weight: cuda.weight.view_mut(), rest, gradient: self.gradient.view(), m: m.view_mut(), v: v.view_mut(), decays };
-        parameter.line(&device)
+        let (weight, gradient) = (cuda.weight.view_mut(), self.gradient.view());
+        match moments {
+            DeviceMoments::F32(m, v) => Parameter { weight, rest, gradient, m: m.view_mut(), v: v.view_mut(), decays }.line(&device),
+            DeviceMoments::Bf16(m, v) => Parameter { weight, rest, gradient, m: m.view_mut(), v: v.view_mut(), decays }.line(&device),
+        }
     }
 }
