@@ -107,6 +107,15 @@ pub fn list(root: &Path) -> Result<Vec<(String, Result<Manifest>)>> {
     Ok(checkpoints)
 }
 
+/// The time of a checkpoint that is to be the newest in `root`: `now`, or just behind those that are there. A clock that was set back
+/// would make it old, and the newest is what a run goes on from and always keeps.
+///
+/// Errors: [`Error::Io`] if `root` cannot be listed.
+pub fn next_time(root: &Path, now: f64) -> Result<f64> {
+    let earlier = list(root)?.into_iter().filter_map(|(_, manifest)| manifest.ok()).map(|manifest| manifest.time);
+    Ok(earlier.fold(now, |time, earlier| if earlier < time { time } else { earlier + 1e-3 }))
+}
+
 /// Removes the checkpoint `name` from `root`. It loses its name durably before its first file goes, so that no half of it is
 /// ever taken for a checkpoint.
 ///
@@ -203,8 +212,8 @@ pub fn create_durably(folder: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::commit::Draft;
     use super::super::commit::tests::{about, draft, names};
+    use super::super::commit::{About, Draft};
     use super::*;
     use std::collections::HashMap;
 
@@ -310,6 +319,19 @@ mod tests {
             let manifest = manifest.unwrap();
             manifest.verify(&root.join(&manifest.name)).unwrap();
         }
+    }
+
+    #[test]
+    fn a_new_checkpoint_is_the_newest_whatever_the_clock_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        assert_eq!(next_time(root, 5.0).unwrap(), 5.0);
+        for (step, now) in [(1, 7200.0), (2, 3600.0), (3, 3600.0), (4, 9000.0)] {
+            let time = next_time(root, now).unwrap();
+            draft(root, &format!("train-{step:06}"), 1).unwrap().commit(About { time, ..about(step) }).unwrap();
+            assert_eq!(list(root).unwrap().last().unwrap().1.as_ref().unwrap().step, step);
+        }
+        assert_eq!(list(root).unwrap().pop().unwrap().1.unwrap().time, 9000.0);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::replay::{Replay, Target};
 use super::resources::Resource;
 use super::run::{Run, build_id, unix_seconds};
 use super::{model_state, results, states};
-use crate::checkpoint::catalog::{checkpoint_name, create_durably, list, remove, sweep};
+use crate::checkpoint::catalog::{checkpoint_name, create_durably, list, next_time, remove, sweep};
 use crate::checkpoint::commit::{About, Draft};
 use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::retention::{Candidate, Keep, removable};
@@ -283,7 +283,7 @@ impl Snapshot {
             step: self.position.1,
             generation: self.generation,
             engine: build_id().into(),
-            time: unix_seconds(),
+            time: next_time(root, unix_seconds())?,
             metrics: self.metrics.clone(),
             facts: Json::Null,
         })
