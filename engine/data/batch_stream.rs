@@ -49,7 +49,11 @@ pub(super) struct BatchStream {
 #[derive(Debug)]
 pub(super) enum Packer {
     None,
-    Concat(ConcatPacker),
+    Concat {
+        packer: ConcatPacker,
+        /// The stream's position before the last document that the packer took.
+        document_start: StreamPosition,
+    },
     BestFit {
         packer: BestFitPacker,
         pool_start: StreamPosition,
@@ -126,7 +130,9 @@ impl BatchStream {
         let sources = plan.sources.iter().map(open).collect::<Result<Vec<_>>>()?;
         let packer = match plan.packing {
             None => Packer::None,
-            Some(Packing::Concat { seq_len }) => Packer::Concat(ConcatPacker::new(seq_len, Document::default())),
+            Some(Packing::Concat { seq_len }) => {
+                Packer::Concat { packer: ConcatPacker::new(seq_len), document_start: StreamPosition::default() }
+            }
             Some(Packing::BestFit { seq_len, pool }) => {
                 Packer::BestFit { packer: BestFitPacker::new(seq_len, pool, 0), pool_start: StreamPosition::default(), rows: 0 }
             }
@@ -158,10 +164,10 @@ impl BatchStream {
         let taken = || self.taken.clone();
         match &self.packer {
             Packer::None | Packer::Whole => (taken(), PackerPosition::None),
-            Packer::Concat(packer) => {
-                let carry = packer.carry();
-                (taken(), PackerPosition::Concat { tokens: carry.tokens, supervised: carry.supervised })
-            }
+            Packer::Concat { packer, document_start } => match packer.used() {
+                0 => (taken(), PackerPosition::Concat { used: 0 }),
+                used => (document_start.clone(), PackerPosition::Concat { used }),
+            },
             Packer::BestFit { packer, .. } if packer.at_pool_start() => {
                 (taken(), PackerPosition::BestFit { pools: packer.pools(), rows: 0 })
             }
@@ -208,12 +214,13 @@ impl BatchStream {
         self.seek(stream);
         match (&mut self.packer, packer) {
             (Packer::None | Packer::Whole, PackerPosition::None) => {}
-            (Packer::Concat(packer), PackerPosition::Concat { tokens, supervised }) => {
-                if let Some(mask) = supervised.as_ref().filter(|mask| mask.len() != tokens.len()) {
-                    return damaged("packer.supervised", format!("{} flags", tokens.len()), mask.len().to_string());
+            (Packer::Concat { packer, .. }, PackerPosition::Concat { used }) => {
+                let seq_len = packer.seq_len;
+                let document = if *used > 0 { self.document(plan)?.unwrap_or_default() } else { Document::default() };
+                if *used > 0 && *used >= document.tokens.len() {
+                    return damaged("packer.used", format!("below {}", document.tokens.len()), used.to_string());
                 }
-                let carry = Document { tokens: tokens.clone(), supervised: supervised.clone() };
-                *packer = ConcatPacker::new(packer.seq_len(), carry);
+                self.packer = Packer::Concat { packer: ConcatPacker::within(seq_len, document, *used), document_start: stream.clone() };
             }
             (Packer::BestFit { packer, .. }, PackerPosition::BestFit { pools, rows }) => {
                 *packer = packer.fresh(*pools);
@@ -337,7 +344,10 @@ impl BatchStream {
         let mut packer = std::mem::replace(&mut self.packer, Packer::None);
         let row = match &mut packer {
             Packer::None => Ok(None),
-            Packer::Concat(packer) => packer.row(|| self.document(plan)),
+            Packer::Concat { packer, document_start } => packer.row(|| {
+                *document_start = self.taken.clone();
+                self.document(plan)
+            }),
             Packer::BestFit { packer, pool_start, rows } => {
                 if packer.at_pool_start() {
                     (*pool_start, *rows) = (self.taken.clone(), 0);

@@ -12,7 +12,7 @@ use super::source::SourcePosition;
 use crate::error::{Error, Result};
 
 /// The layout of [`Cursor`] that this engine writes and reads.
-pub const CURSOR_VERSION: u32 = 1;
+pub const CURSOR_VERSION: u32 = 2;
 
 /// Between two batches of a data set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,10 +39,10 @@ pub struct StreamPosition {
 pub enum PackerPosition {
     /// The data set is not packed.
     None,
-    /// The rest of the document that the last row cut.
+    /// The stream stands before the document that the last row cut; so many of its tokens are out. 0: no document is cut, and
+    /// the stream stands before the next.
     Concat {
-        tokens: Vec<u32>,
-        supervised: Option<Vec<bool>>,
+        used: usize,
     },
     /// The stream stands before the pool; of its rows so many are out.
     BestFit {
@@ -211,6 +211,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cursor_in_a_long_document_holds_a_place_and_no_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("book.txt");
+        std::fs::write(&path, "a line of a book\n".repeat(5000)).unwrap();
+        let mut data = Dataset::text([&path]).tokenizer(Arc::new(Tokenizer::bytes_with_chat())).pack(Packing::Concat { seq_len: 64 });
+        data.take_batch(3).unwrap();
+        let cursor = data.cursor().unwrap();
+        assert_eq!(cursor.packer, PackerPosition::Concat { used: 192 });
+        assert!(serde_json::to_string(&cursor).unwrap().len() < 1000, "{cursor:?}");
+    }
+
+    #[test]
     fn records_are_continued_exactly_too() {
         let (_folder, paths) = files();
         let data = Dataset::jsonl([&paths[2]]).shuffle(2).epochs(2);
@@ -272,7 +284,7 @@ mod tests {
         check(concat, |cursor| cursor.stream.sources[0].record = 30, "below 30");
         check(concat, |cursor| cursor.stream.sources.clear(), "1 positions");
         check(concat, |cursor| cursor.packer = PackerPosition::None, "Concat");
-        check(concat, |cursor| cursor.packer = PackerPosition::Concat { tokens: vec![1], supervised: Some(vec![]) }, "1 flags");
+        check(concat, |cursor| cursor.packer = PackerPosition::Concat { used: 99 }, "`packer.used` should be below 8");
         let best_fit = Packing::BestFit { seq_len: 20, pool: 10 };
         check(best_fit, |cursor| cursor.packer = PackerPosition::BestFit { pools: 0, rows: 99 }, "at most");
     }

@@ -206,31 +206,31 @@ impl TokenBatch {
     }
 }
 
-/// Packs one document after another. Its carry-over is the uncut rest of the last document.
+/// Packs one document after another; the rest of one that a row cuts begins the next row.
 #[derive(Debug, Clone)]
 pub struct ConcatPacker {
-    seq_len: usize,
+    pub seq_len: usize,
     document: Document,
     /// Tokens of `document` that are in rows already.
     used: usize,
 }
 
 impl ConcatPacker {
-    /// - `carry`: what an earlier packer left
-    pub fn new(seq_len: usize, carry: Document) -> Self {
+    pub fn new(seq_len: usize) -> Self {
+        Self::within(seq_len, Document::default(), 0)
+    }
+
+    /// One that goes on in a document of which `used` tokens are in rows already.
+    pub fn within(seq_len: usize, document: Document, used: usize) -> Self {
         assert!(seq_len > 0);
-        carry.check();
-        Self { seq_len, document: carry, used: 0 }
+        document.check();
+        assert!(used <= document.tokens.len(), "{used} of {} tokens", document.tokens.len());
+        Self { seq_len, document, used }
     }
 
-    pub fn seq_len(&self) -> usize {
-        self.seq_len
-    }
-
-    /// The rest of the last document: it begins the next row.
-    pub fn carry(&self) -> Document {
-        let supervised = self.document.supervised.as_ref().map(|supervised| supervised[self.used..].to_vec());
-        Document { tokens: self.document.tokens[self.used..].to_vec(), supervised }
+    /// Tokens of the document that the last row cut that are in rows; 0 if it cut none.
+    pub fn used(&self) -> usize {
+        if self.used < self.document.tokens.len() { self.used } else { 0 }
     }
 
     /// The next row, from documents that `next` gives. The last one may be short; `None` after it.
@@ -376,7 +376,7 @@ mod tests {
 
     #[test]
     fn concatenation_cuts_rows_and_loses_no_label() {
-        let mut packer = ConcatPacker::new(4, Document::default());
+        let mut packer = ConcatPacker::new(4);
         let mut next = feed(&numbered(&[3, 0, 6, 1]));
         let batch = TokenBatch::from_rows(&rows(|| packer.row(&mut next)));
         assert_eq!(batch.tokens, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
@@ -392,7 +392,7 @@ mod tests {
     fn masks_travel_with_their_tokens_through_cuts() {
         let document = Document { tokens: vec![10, 11, 12, 13, 14], supervised: Some(vec![false, false, true, false, true]) };
         for seq_len in 1..=6 {
-            let mut concat = ConcatPacker::new(seq_len, Document::default());
+            let mut concat = ConcatPacker::new(seq_len);
             let mut next = feed(std::slice::from_ref(&document));
             let batch = TokenBatch::from_rows(&rows(|| concat.row(&mut next)));
             assert_eq!(batch.labels, [-100, 12, -100, 14, -100], "{seq_len}");
@@ -464,7 +464,7 @@ mod tests {
         assert_eq!((batch.position_ids.clone(), batch.cu_seqlens.clone(), batch.supervised()), (vec![0, 1, 2, 0], vec![0, 3, 4], 2));
         let empty = TokenBatch::from_rows(&[]);
         assert_eq!((empty.rows(), empty.supervised(), empty.cu_seqlens), (0, 0, vec![0]));
-        assert!(ConcatPacker::new(4, Document::default()).row(|| Ok(None)).unwrap().is_none());
+        assert!(ConcatPacker::new(4).row(|| Ok(None)).unwrap().is_none());
         assert!(Packing::Concat { seq_len: 0 }.check().is_err() && Packing::BestFit { seq_len: 1, pool: 0 }.check().is_err());
     }
 }
