@@ -181,3 +181,38 @@ fn a_damaged_checkpoint_is_passed_over() {
     assert!(place.folder("unreadable").join(aside).is_file());
     assert_eq!(runs::fault_of_list(&place.folder("damaged")), None);
 }
+
+/// A run that is killed while it saves a model leaves half of one, which may be gigabytes, in its folder.
+#[test]
+fn half_a_model_that_a_killed_run_was_saving_goes_when_the_run_goes_on() {
+    let place = Place::new();
+    let whole = place.whole(SCRIPT, &[]);
+    killed(&mut place.start(SCRIPT, "killed", &[]), "loop.boundary=20*kill");
+    let half = place.folder("killed").join("final.4000000-0.tmp");
+    std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join("model.safetensors"), "half").unwrap();
+    succeed(&mut place.resume("killed"));
+    assert!(!half.exists());
+    whole.check(&place.folder("killed"), "half a model");
+}
+
+#[test]
+fn a_metric_that_keep_best_names_and_nobody_logs_is_told_once() {
+    let place = Place::new();
+    let script = r#"local engine = require "engine"
+        return engine.workflow { name = "best", run = function(run)
+          local state = run:state("state", { n = 0 })
+          for step in run:loop("train", { steps = 6, checkpoint_every = 2, keep_best = "-acuracy" }) do
+            state.n = state.n + 1
+            step:log { loss = 1 / step.count, accuracy = step.count }
+          end
+        end }"#;
+    std::fs::write(place.path().join("best.lua"), script).unwrap();
+    let output = succeed(&mut place.command(&["run", "best.lua", "--runs", "best"]));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        text.matches("no `acuracy` was logged so far (what was: accuracy, loss), so no checkpoint is the best").count(),
+        1,
+        "{text}"
+    );
+}

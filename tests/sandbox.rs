@@ -68,7 +68,7 @@ fn end(job: &Job) -> Outcome {
     assert!(took < job.seconds + 10.0, "{took} s: {outcome:?}");
     assert!(outcome.stdout.len() <= job.output_bytes && outcome.stderr.len() <= job.output_bytes);
     assert_eq!(children(std::process::id()), Vec::<String>::new(), "{outcome:?}");
-    let own = format!("perilune-sandbox-{}-", std::process::id());
+    let own = format!("perilune-scratch-{}-", std::process::id());
     let folders = std::fs::read_dir(std::env::temp_dir()).unwrap().flatten();
     let left: Vec<_> = folders.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own)).collect();
     assert!(left.is_empty(), "{left:?}");

@@ -187,29 +187,44 @@ fn leftovers(folder: &Path, older_than: Duration) -> Result<Vec<Removal>> {
     for path in entries(folder)? {
         let name = name_of(&path);
         let is_aside = name.starts_with("store.bad-") || (name.contains(".cut-") && name.ends_with(".jsonl"));
-        let is_half = name.ends_with(".new") && path.is_file() || is_replacement(&name) && path.is_dir();
         // Without the store itself one of these is the store.
         let is_rewrite = ["store.rewrite", "store.replaced"].contains(&name.as_str()) && folder.join("store").exists();
         if is_aside && age(&path).is_some_and(|age| age >= older_than) {
             add(Kind::Aside, path);
-        } else if is_half || is_rewrite {
+        } else if is_rewrite {
             add(Kind::Leftover, path);
         }
     }
-    for below in ["code", "code/objects", "steps"] {
-        for path in entries(&folder.join(below))? {
-            let name = name_of(&path);
-            if name.ends_with(".new") && path.is_file() || is_replacement(&name) && path.is_dir() {
-                add(Kind::Leftover, path);
-            }
-        }
-    }
+    halves(folder)?.into_iter().for_each(|path| add(Kind::Leftover, path));
     for path in entries(&folder.join("checkpoints"))? {
         if name_of(&path).starts_with("tmp-") && path.is_dir() && age(&path).is_some_and(|age| age >= LEFTOVER_AGE) {
             add(Kind::Leftover, path);
         }
     }
     Ok(removals)
+}
+
+/// Removes what killed processes had half written beside the checkpoints: models, results of steps, code. What cannot be removed
+/// stays for the next time. The run's lock must be held.
+///
+/// Errors: [`Error::Io`] if the folder cannot be listed.
+pub fn sweep_halves(folder: &Path) -> Result<()> {
+    for path in halves(folder)? {
+        let _ = remove_path(&path);
+    }
+    Ok(())
+}
+
+/// Files and folders that were to take another's place, and whose process was killed before they did.
+fn halves(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut halves = Vec::new();
+    for below in ["", "code", "code/objects", "steps"] {
+        halves.extend(entries(&folder.join(below))?.into_iter().filter(|path| {
+            let name = name_of(path);
+            name.ends_with(".new") && path.is_file() || is_replacement(&name) && path.is_dir()
+        }));
+    }
+    Ok(halves)
 }
 
 /// Whether a folder is the half of one that was about to replace another: `NAME.PID-COUNT.tmp`.
@@ -358,6 +373,30 @@ mod tests {
         {
             assert_eq!(is_replacement(name), wanted, "{name}");
         }
+    }
+
+    #[test]
+    fn halves_are_swept_up_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        for name in ["model.17-0.tmp", "model", "steps/ab.3-1.tmp", "checkpoints/tmp-1"] {
+            std::fs::create_dir_all(place(name)).unwrap();
+            std::fs::write(place(name).join("model.safetensors"), "x").unwrap();
+        }
+        for name in ["run.json", "run.json.new", "steps/0a.json.new"] {
+            std::fs::write(place(name), "x").unwrap();
+        }
+        sweep_halves(folder.path()).unwrap();
+        for (name, stays) in [
+            ("model.17-0.tmp", false),
+            ("steps/ab.3-1.tmp", false),
+            ("run.json.new", false),
+            ("steps/0a.json.new", false),
+            ("run.json", true),
+        ] {
+            assert_eq!(place(name).exists(), stays, "{name}");
+        }
+        assert!(place("model/model.safetensors").exists() && place("checkpoints/tmp-1").exists());
     }
 
     #[test]

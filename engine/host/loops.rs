@@ -97,6 +97,8 @@ pub(super) struct State {
     logged: Map<String, Json>,
     /// What was logged last, for the choice of the best checkpoint.
     pub(super) metrics: Map<String, Json>,
+    /// Whether it was said that `keep_best` names what is not logged.
+    told_of_best: bool,
     pub(super) progress: Option<Progress>,
     in_loop: Option<InLoop>,
     step_started: Instant,
@@ -196,6 +198,7 @@ pub fn start(call: &Call) -> Answer {
         next,
         logged: Map::new(),
         metrics,
+        told_of_best: false,
         progress: Some(Progress::start(&run.screen, &path, steps)),
         in_loop: is_outermost.then(InLoop::enter),
         step_started: Instant::now(),
@@ -269,6 +272,15 @@ impl Loop {
     }
 
     pub(super) fn checkpoint(&self, lua: &Lua, state: &mut State) -> Failed<()> {
+        if let Some(best) = self.plan.keep.best.as_ref().filter(|best| !state.metrics.contains_key(&best.metric))
+            && !std::mem::replace(&mut state.told_of_best, true)
+        {
+            let logged = state.metrics.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let logged = if logged.is_empty() { "nothing was".into() } else { format!("what was: {logged}") };
+            let what =
+                format!("keep_best of {}: no `{}` was logged so far ({logged}), so no checkpoint is the best", self.path, best.metric);
+            self.run.screen.note(&what);
+        }
         checkpoints::at_boundary(lua, &self.run, &self.path, state.next, state.metrics.clone(), &self.plan.keep)?;
         state.saved = (state.next, Instant::now());
         Ok(())

@@ -258,6 +258,7 @@ impl Run {
         let folder = folder.canonicalize().map_err(|error| Error::io(folder, "find the run", error))?;
         let facts = read_facts(&folder)?;
         let lock = lock(&folder)?;
+        super::collect::sweep_halves(&folder)?;
         let opened = RunStore::open(&folder.join("store"))?;
         if let Some(damaged) = &opened.damaged {
             let what = "the store was damaged; what can be read of it and what the files of the run hold is recorded again";

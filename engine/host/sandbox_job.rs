@@ -3,6 +3,7 @@
 //! What is watched here is what walls cannot hold: the clock, how much it writes to its streams, how much it keeps on the disk.
 
 use crate::error::{Error, Result};
+use crate::store::scratch::Scratch;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
@@ -10,11 +11,10 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// The hidden command that [`super::sandbox_child`] is reached by.
@@ -151,7 +151,7 @@ pub fn run(executable: &Path, job: &Job, given_up: &dyn Fn() -> bool) -> Result<
         },
     };
     let folder = Folder::make()?;
-    let file = folder.0.join(job.language.file());
+    let file = folder.0.path().join(job.language.file());
     std::fs::write(&file, &job.program).map_err(|error| Error::io(&file, "write", error))?;
     let order = Order {
         parent: std::process::id(),
@@ -164,7 +164,7 @@ pub fn run(executable: &Path, job: &Job, given_up: &dyn Fn() -> bool) -> Result<
     };
     let mut command = Command::new(executable);
     command.arg(COMMAND).arg(serde_json::to_string(&order).expect("numbers and paths are JSON"));
-    command.current_dir(&folder.0).env_clear().process_group(0);
+    command.current_dir(folder.0.path()).env_clear().process_group(0);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if let Some(points) = std::env::var_os("PERILUNE_FAILPOINT") {
         command.env("PERILUNE_FAILPOINT", points);
@@ -177,7 +177,7 @@ pub fn run(executable: &Path, job: &Job, given_up: &dyn Fn() -> bool) -> Result<
     }
     let mut outcome = watched.outcome(exit, ended);
     // Where the folder lies is another place each time, and nothing to learn from.
-    let own = format!("{}/", folder.0.display());
+    let own = format!("{}/", folder.0.path().display());
     outcome.stdout = without(outcome.stdout, own.as_bytes());
     outcome.stderr = without(outcome.stderr, own.as_bytes());
     Ok(outcome)
@@ -227,29 +227,17 @@ pub fn find_python() -> Option<PathBuf> {
     folders.filter_map(|folder| folder.join("python3").canonicalize().ok()).find(is_program)
 }
 
-/// The program's folder; goes when this value does.
-struct Folder(PathBuf);
+/// The program's folder.
+struct Folder(Scratch);
 
 impl Folder {
     fn make() -> Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        // A real path: Landlock and the program's messages see no links.
-        let root = std::env::temp_dir();
-        let root = root.canonicalize().map_err(|error| Error::io(&root, "use for temporary files", error))?;
-        loop {
-            let path = root.join(format!("perilune-sandbox-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed)));
-            match std::fs::DirBuilder::new().mode(0o700).create(&path) {
-                Ok(()) => return Ok(Self(path)),
-                // Left by a process of that number that was killed.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Error::io(&path, "make the folder", error)),
-            }
-        }
+        Scratch::make().map(Self).map_err(|error| Error::io(&std::env::temp_dir(), "make a folder in", error))
     }
 
     /// Bytes in the folder; none if it cannot be seen to its end, which takes names longer than the system's own limits.
     fn bytes(&self) -> Option<u64> {
-        let (mut sum, mut folders) = (0, vec![self.0.clone()]);
+        let (mut sum, mut folders) = (0, vec![self.0.path().to_owned()]);
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).ok()? {
                 let entry = entry.ok()?;
@@ -267,23 +255,6 @@ impl Folder {
             }
         }
         Some(sum)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if std::fs::remove_dir_all(&self.0).is_ok() {
-            return;
-        }
-        // The program made folders that may not be read; each round opens one more level.
-        let mut folders = vec![self.0.clone()];
-        while let Some(folder) = folders.pop() {
-            let _ = std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o700));
-            let inner = std::fs::read_dir(&folder).into_iter().flatten().flatten();
-            folders.extend(inner.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()));
-        }
-        // Nothing more can be done; the folder is small and lies where temporary files do.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

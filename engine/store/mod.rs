@@ -10,6 +10,7 @@ pub mod records;
 mod rewrite;
 pub mod run_store;
 pub mod salvage;
+pub mod scratch;
 mod seal;
 mod sled_log;
 pub mod tensorboard;

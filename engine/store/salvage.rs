@@ -1,20 +1,17 @@
 //! The records of a store read without touching it, from a copy: what a look at a run shows, and all that can be had of a
 //! damaged one. And the way back: a store written anew from records. Decides nothing about what is missing.
 
-use super::filesystem::{BALLAST, remove_folder};
+use super::filesystem::BALLAST;
 use super::records::Records;
 use super::rewrite::{replace_damaged, whole};
 use super::run_store::{Held, RunStore, check_format, decoded};
+use super::scratch::Scratch;
 use super::seal;
 use super::sled_log::SledLog;
 use super::value::decode;
 use crate::error::{Error, Result};
-use std::fs::DirBuilder;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::SystemTime;
 
 /// What a store holds, as far as it can be read.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -36,8 +33,8 @@ pub fn salvage(folder: &Path) -> Result<Salvage> {
     if !source.exists() {
         return Ok(found);
     }
-    let copy = Scratch::copy_of(&source).map_err(|error| Error::io(&source, "copy", error))?;
-    let (log, aside) = match SledLog::open(&copy.0.join("store")) {
+    let copy = copy_of(&source).map_err(|error| Error::io(&source, "copy", error))?;
+    let (log, aside) = match SledLog::open(&copy.path().join("store")) {
         Ok(opened) => opened,
         // What looks like another version's may be damage. The copy's place says nothing to anybody.
         Err(Error::Format { place, expected, found: other, .. }) => {
@@ -87,27 +84,12 @@ pub fn replace(folder: &Path, reason: &str, records: Records) -> Result<Option<P
     })
 }
 
-/// A folder that is gone when this value is.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn copy_of(source: &Path) -> io::Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let nanos = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos();
-        let name = format!("perilune-{}-{nanos:x}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
-        let path = std::env::temp_dir().join(name);
-        // The folder of temporary files is everybody's, and records are not.
-        DirBuilder::new().mode(0o700).create(&path)?;
-        let scratch = Self(path);
-        copy_folder(source, &scratch.0.join("store"))?;
-        Ok(scratch)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = remove_folder(&self.0);
-    }
+/// A copy of the store in `source`, in the folder `store` there.
+fn copy_of(source: &Path) -> io::Result<Scratch> {
+    // The folder of temporary files is everybody's, and records are not.
+    let scratch = Scratch::make()?;
+    copy_folder(source, &scratch.path().join("store"))?;
+    Ok(scratch)
 }
 
 fn copy_folder(from: &Path, to: &Path) -> io::Result<()> {
