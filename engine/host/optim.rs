@@ -279,14 +279,19 @@ pub const FUNCTIONS: &[Function] = &[Function {
 }];
 
 fn step(call: &Call) -> super::call::Answer {
-    let (step, skipped) = {
+    let (step, skipped, is_news) = {
         let this = call.subject::<OptimizerObject>()?;
         let adamw = &mut this.lock().adamw;
-        (adamw.step()?, adamw.skipped())
+        let step = adamw.step()?;
+        let is_news = !step.grad_norm.is_finite() && adamw.skipped().is_power_of_two();
+        // A bad batch passes; with a bad weight nothing would ever be learned again.
+        if is_news && let Some(weight) = adamw.broken_weight()? {
+            let expected = "finite numbers: with others every gradient is NaN, and nothing is learned";
+            return Err(Error::argument(call.op, weight, expected, "NaN or infinity in it; go on from a model that is whole").into());
+        }
+        (step, adamw.skipped(), is_news)
     };
-    if !step.grad_norm.is_finite()
-        && let Some(screen) = call.lua.app_data_ref::<Screen>()
-    {
+    if is_news && let Some(screen) = call.lua.app_data_ref::<Screen>() {
         screen.note(&format!("a gradient was not finite; its update was not applied ({skipped} so far)"));
     }
     call.give((step.grad_norm, step.applied))

@@ -39,7 +39,8 @@ impl Model {
 
     /// Sets the tensor called `name`; a bf16 model that trains keeps f32 masters of the values.
     ///
-    /// Errors: [`Error::Argument`] for an unknown name or a weight with a merged adapter; [`Error::Shape`] for another shape.
+    /// Errors: [`Error::Argument`] for an unknown name, a weight with a merged adapter, or numbers that are not finite;
+    /// [`Error::Shape`] for another shape.
     pub fn set_value(&self, name: &str, value: &AnyTensor) -> Result<()> {
         on_graph!(self, graph => {
             let named = find(graph, name)?;
@@ -51,6 +52,9 @@ impl Model {
                 return Err(Error::argument("set_parameter", "name", "a weight without a merged adapter", format!("{name}; call unmerge first")));
             }
             let value = value.on_host()?;
+            if let Some(number) = value.to_f32_vec().into_iter().find(|number| !number.is_finite()) {
+                return Err(Error::argument("set_parameter", "value", "finite numbers", number));
+            }
             let masters = named.parameter.trains();
             named.parameter.write_rows(named.rows, &value.to_f32_vec(), masters)?;
         });

@@ -18,6 +18,9 @@ pub struct TensorRows {
     pub rows: Range<usize>,
 }
 
+/// Values that [`Trainable::are_finite`] looks at together.
+const FINITE_BLOCK: usize = 1 << 16;
+
 /// A parameter of any element type, as optimizers see it.
 pub trait Trainable: Send + Sync {
     fn name(&self) -> &str;
@@ -56,6 +59,10 @@ pub trait Trainable: Send + Sync {
     ///
     /// Errors: those of the device.
     fn read_master(&self, values: &mut [f32]) -> Result<()>;
+    /// Whether the values of these rows are all finite.
+    ///
+    /// Errors: those of the device.
+    fn are_finite(&self, rows: Range<usize>) -> Result<bool>;
     /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
     ///
     /// Errors: [`crate::error::Error::Device`] if it lies on a device without room for remainders.
@@ -81,6 +88,20 @@ impl<E: ModelElement> Trainable for Parameter<E> {
 
     fn trains(&self) -> bool {
         Parameter::trains(self)
+    }
+
+    fn are_finite(&self, rows: Range<usize>) -> Result<bool> {
+        let rows_at_once = (FINITE_BLOCK / self.columns.max(1)).max(1);
+        let mut values = Buffer::<f32>::scratch(rows_at_once * self.columns);
+        for start in rows.clone().step_by(rows_at_once) {
+            let end = (start + rows_at_once).min(rows.end);
+            let values = &mut values[..(end - start) * self.columns];
+            self.read_rows(start..end, values)?;
+            if values.iter().any(|value| !value.is_finite()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn read_gradient(&self, read: &mut dyn FnMut(Option<&[f32]>)) -> Result<()> {

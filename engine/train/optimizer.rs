@@ -294,6 +294,20 @@ impl AdamW {
         Ok(Step { grad_norm, applied })
     }
 
+    /// The name of a weight that holds NaN or infinity, if there is one: no update can mend it. Frozen weights count too.
+    ///
+    /// Errors: those of the device.
+    pub fn broken_weight(&self) -> Result<Option<&str>> {
+        for slot in &self.slots {
+            for tensor in slot.tensors.iter() {
+                if !slot.parameter.are_finite(tensor.rows.clone())? {
+                    return Ok(Some(&tensor.name));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// Forgets all gradients.
     pub fn clear_gradients(&mut self) {
         self.slots.iter().for_each(|slot| slot.parameter.clear_gradient());
@@ -419,6 +433,16 @@ mod tests {
             let got = train(changes);
             assert!(got != f32s && got.iter().zip(&f32s).all(|(got, want)| (got - want).abs() < 1e-5), "{got:?}, {f32s:?}");
         }
+    }
+
+    #[test]
+    fn a_weight_that_is_not_finite_is_found_frozen_or_not() {
+        let (p, q) = (parameter(&[1.0], &[1.0]), parameter(&[2.0, f32::INFINITY], &[1.0, 1.0]));
+        let optimizer = AdamW::new(vec![p.clone(), q.clone()], Settings::default()).unwrap();
+        assert_eq!(optimizer.broken_weight().unwrap(), Some(q.name()));
+        q.set_trains(false);
+        assert!(optimizer.broken_weight().unwrap().is_some());
+        assert_eq!(AdamW::new(vec![p], Settings::default()).unwrap().broken_weight().unwrap(), None);
     }
 
     #[test]

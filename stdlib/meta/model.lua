@@ -229,7 +229,7 @@ function Model:scores(batch) end
 ---
 --- Example: model:set_parameter(name, base:parameter(name) + task:parameter(name) * 0.5)
 ---@param name string
----@param value engine.Tensor of the parameter's shape
+---@param value engine.Tensor of the parameter's shape, finite numbers
 function Model:set_parameter(name, value) end
 
 --- Undoes `freeze`, for the weights that `names` name, or for all. What never trained, the base of an adapter, stays frozen.

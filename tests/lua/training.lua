@@ -130,6 +130,31 @@ describe("model", function()
   end)
 end)
 
+describe("optimizer", function()
+  local batch = engine.data.batch { tokenizer:encode "the moon", tokenizer:encode "goes round" }
+  it("says which weight no update can mend", function()
+    local made = engine.model.new(sizes, { tokenizer = tokenizer })
+    local name = "model.norm.weight"
+    expect(function() made:set_parameter(name, made:parameter(name) * (0 / 0)) end).fails "`value` should be finite numbers"
+    local folder = os.tmpname()
+    os.remove(folder)
+    made:save(folder)
+    -- The last number of the file becomes NaN.
+    local file <close> = assert(io.open(folder .. "/model.safetensors", "r+b"))
+    file:seek("end", -4)
+    file:write(string.pack("<f", 0 / 0))
+    file:close()
+    local broken = engine.model.load(folder)
+    local optim = engine.optim.adamw(broken)
+    broken:cross_entropy(batch):backward()
+    expect(function() optim:step() end).fails "NaN or infinity in it"
+    for _, name in ipairs { "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja" } do
+      os.remove(folder .. "/" .. name)
+    end
+    os.remove(folder)
+  end)
+end)
+
 describe("rollouts", function()
   it("know how many texts of each prompt stand side by side", function()
     local model = engine.model.new(sizes, { tokenizer = tokenizer })
