@@ -104,6 +104,20 @@ fn cpu() -> Finding {
     Finding { name: "cpu", text: format!("{model}, {} cores", cores()), remedy: None, value: json!({ "model": model, "cores": cores() }) }
 }
 
+/// What is wrong with a variable that chooses how to compute: a value that nothing is called, which would be passed over. One that
+/// this machine cannot follow is no fault: the same variables serve several machines.
+pub fn environment_fault(value: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let is_count = |text: &str| text.parse::<usize>().is_ok_and(|count| count > 0);
+    let isas = Isa::ALL.map(Isa::name);
+    let fault = |name: &str, fits: &dyn Fn(&str) -> bool, expected: String| {
+        let text = value(name).filter(|text| !fits(text))?;
+        Some(format!("{name} is {text:?}: set it to {expected}, or unset it"))
+    };
+    fault("PERILUNE_THREADS", &is_count, "a number from 1".into())
+        .or_else(|| fault("PERILUNE_ISA", &|name| isas.contains(&name), format!("one of {}", isas.join(", "))))
+        .or_else(|| fault("PERILUNE_F32", &|name| F32_CHOICES.contains(&name), F32_CHOICES.join(" or ")))
+}
+
 fn instructions() -> Finding {
     let finding = instructions_finding(isa(), Isa::best(), std::env::var("PERILUNE_ISA").ok().as_deref());
     f32_finding(finding, isa() == Isa::AmxBf16, std::env::var("PERILUNE_F32").ok().as_deref())
@@ -291,6 +305,23 @@ mod tests {
         assert!(f32(false, None).remedy.is_none() && f32(true, Some("amx")).text.ends_with("f32 on amx (PERILUNE_F32 names it)"));
         assert!(f32(true, None).text.contains("on amx in runs") && f32(true, None).remedy.is_none());
         assert!(f32(false, Some("amx")).remedy.is_some() && f32(true, Some("fast")).text.contains("changes nothing"));
+    }
+
+    #[test]
+    fn a_variable_that_would_be_passed_over_is_a_fault() {
+        let check = |name: &'static str, text: &'static str, says: Option<&str>| {
+            let fault = environment_fault(|asked| (asked == name).then(|| text.to_owned()));
+            assert_eq!(fault.is_some(), says.is_some(), "{fault:?}");
+            assert!(says.is_none_or(|says| fault.unwrap().contains(says)), "{name}={text}");
+        };
+        check("PERILUNE_THREADS", "64", None);
+        for text in ["x", "0", "-1", "2.5", ""] {
+            check("PERILUNE_THREADS", text, Some("set it to a number from 1, or unset it"));
+        }
+        check("PERILUNE_ISA", "amx_bf16", None);
+        check("PERILUNE_ISA", "sse9", Some("\"sse9\": set it to one of portable, avx2"));
+        check("PERILUNE_F32", "fast", Some("amx or avx512"));
+        check("PERILUNE_OTHER", "x", None);
     }
 
     #[test]

@@ -67,6 +67,12 @@ pub fn main() -> ExitCode {
             return if is_help { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
     };
+    // `doctor` shows these among all else that it finds.
+    let is_doctor = matches!(program.command, Command::Doctor(_));
+    if let Some(fault) = doctor::environment_fault(|name| std::env::var(name).ok()).filter(|_| !is_doctor) {
+        eprintln!("error: {fault}");
+        return ExitCode::FAILURE;
+    }
     let result: Result<()> = match program.command {
         Command::Run(command) => command.run(),
         Command::Resume(command) => command.run(),
