@@ -9,6 +9,7 @@ use perilune::checkpoint::safetensors::SafetensorsFile;
 use perilune::error::Error;
 use perilune::kernels::buffer::Buffer;
 use perilune::kernels::element::Dtype;
+use perilune::model::sizes::AdapterSize;
 use perilune::model::{Lora, Model};
 use perilune::tensor::AnyTensor;
 use perilune::train::optimizer::{AdamW, Settings};
@@ -237,6 +238,37 @@ fn the_targets_of_a_folder_are_names_that_peft_knows() {
     }
 }
 
+/// PEFT's `rank_pattern` and `alpha_pattern`: modules with a rank and a scale of their own. The first name that fits counts.
+#[test]
+fn modules_have_ranks_and_scales_of_their_own() {
+    let golden = Golden::open("dense_untied");
+    let patterned = Lora {
+        rank_pattern: vec![("layers.1.self_attn.q_proj".into(), 2), ("q_proj".into(), 6)],
+        alpha_pattern: vec![("v_proj".into(), 1.0)],
+        ..lora(&["q_proj", "v_proj"])
+    };
+    let scales =
+        ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"].map(|module| patterned.scale_of(module));
+    assert_eq!(scales, [8.0 / 6.0, 4.0, 0.25]);
+    let model = golden.model(Dtype::F32);
+    model.adapt(patterned.clone(), 1).unwrap();
+    let rank = |module: &str| model.value(&format!("model.layers.{module}.lora_A.weight")).unwrap().shape()[0];
+    assert_eq!([rank("0.self_attn.q_proj"), rank("1.self_attn.q_proj"), rank("0.self_attn.v_proj")], [6, 2, 4]);
+    assert_eq!(AdapterSize::of(model.config(), &patterned).unwrap().parameters, model.trainable() as u64);
+
+    let batch = Batch::new(&golden.integer_rows("input_ids"));
+    let labels = batch.next_tokens();
+    let mut optimizer = AdamW::new(model.parameters(), Settings { lr: 1e-2, ..Settings::default() }).unwrap();
+    model.cross_entropy(&batch.packed(), &labels, 1.0, 0.0).unwrap().total.backward().unwrap();
+    optimizer.step().unwrap();
+    let place = tempfile::tempdir().unwrap();
+    model.save_adapter(&place.path().join("adapter"), None, None).unwrap();
+    let again = golden.model(Dtype::F32);
+    again.load_adapter(&place.path().join("adapter"), true, &mut |_| ()).unwrap();
+    assert_eq!(again.adapter(), Some(patterned));
+    assert!(again.logits(&batch.packed()).unwrap().values() == model.logits(&batch.packed()).unwrap().values());
+}
+
 /// What a full fine-tuning keeps for each parameter (gradient, moments) an adapter does not keep for the base.
 #[test]
 fn a_module_that_is_saved_whole_trains_beside_the_adapter() {
@@ -308,7 +340,11 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
         ("r", json!("many"), "whole number"),
         ("use_dora", json!(true), "lora_magnitude_vector"),
         ("bias", json!("all"), "bias"),
-        ("rank_pattern", json!({ "q_proj": 2 }), "rank_pattern"),
+        ("rank_pattern", json!({ "q_proj": 2 }), "lora_A.weight"),
+        ("rank_pattern", json!({ "q_proj": 0 }), "rank_pattern.q_proj"),
+        ("rank_pattern", json!({ ".*q_proj": 4 }), "a regular expression"),
+        ("rank_pattern", json!([4]), "an object of names of modules"),
+        ("alpha_pattern", json!({ "q_proj": "high" }), "alpha_pattern.q_proj"),
         ("init_lora_weights", json!("pissa_niter_4"), "changes the weights of the base"),
         ("init_lora_weights", json!("olora"), "changes the weights of the base"),
         ("layers_to_transform", json!([1]), "layers_to_transform"),

@@ -4,12 +4,13 @@
 use super::bench::{Case, Times, clocked, timed};
 use super::bench_ceilings;
 use super::units;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Job, Scheduler};
+use crate::kernels::available_memory::has_room_for_copy;
 use crate::kernels::cpu::threads::threads;
 use crate::kernels::random::Stream;
-use crate::model::{Model, flops};
+use crate::model::{Model, flops, sizes};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -37,6 +38,11 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
         model.dtype_name()
     );
     for &batch in &case.batches {
+        let cache = sizes::cache_bytes(&case.config, case.dtype, PROMPT_TOKENS + DECODED_TOKENS + 1, batch);
+        if case.place.device().is_none() && !has_room_for_copy(cache) {
+            let needs = format!("{batch}, whose keys and values take {}", units::bytes(cache));
+            return Err(Error::argument("bench decode", "--batch", "as many texts as memory has room for", needs));
+        }
         let mut steps = Vec::new();
         timed(case.seconds / 5.0, || {
             let (took, result) = clocked(|| decode(&model, batch, &mut steps));

@@ -143,6 +143,7 @@ fn report(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSiz
         json!({
             "load_bytes": sizes::load_bytes(config, dtype),
             "train_bytes": sizes::train_bytes(config, dtype, args.moments()),
+            "checkpoint_copy_bytes": sizes::checkpoint_copy_bytes(config, args.moments()),
             "serve_bytes": sizes::serve_bytes(config, dtype, args.context, args.sequences),
             "kv_cache_bytes_per_token": sizes::kv_cache_bytes_per_token(config, dtype),
         })
@@ -211,6 +212,9 @@ fn text(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)
     row("load the weights".into(), &|_, config, dtype| sizes::load_bytes(config, dtype));
     row("train all weights with AdamW, activations not counted".into(), &|args, config, dtype| {
         sizes::train_bytes(config, dtype, args.moments())
+    });
+    row("more while a checkpoint is written, if there is room".into(), &|args, config, _| {
+        sizes::checkpoint_copy_bytes(config, args.moments())
     });
     row(format!("serve {} texts of {} tokens", args.sequences, args.context), &|args, config, dtype| {
         sizes::serve_bytes(config, dtype, args.context, args.sequences)

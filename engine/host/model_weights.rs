@@ -27,6 +27,7 @@ pub(super) fn lora_option(op: &'static str, options: &Options) -> Failed<Option<
         dora: fields.boolean("dora")?.unwrap_or(default.dora),
         targets: fields.strings("targets")?.unwrap_or(default.targets),
         modules_to_save: fields.strings("modules_to_save")?.unwrap_or_default(),
+        ..default
     }))
 }
 

@@ -21,7 +21,7 @@ use crate::tensor::experts::Experts;
 use crate::tensor::low_rank::LowRank;
 use crate::tensor::parameter::Layout;
 use crate::tensor::{ModelElement, Parameter};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
@@ -47,6 +47,9 @@ pub(super) const EMBEDDING: &str = "model.embed_tokens";
 pub struct Lora {
     pub rank: usize,
     pub alpha: f64,
+    /// Ranks and alphas of modules that have others than these, by names or ends of names; the first that fits counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    pub alpha_pattern: Vec<(String, f64)>,
     /// Scale by `alpha / sqrt(rank)` in place of `alpha / rank`.
     pub rank_stabilized: bool,
     /// Scale each adapted row to a length that is learnt.
@@ -60,15 +63,30 @@ pub struct Lora {
 
 impl Default for Lora {
     fn default() -> Self {
-        Self { rank: 8, alpha: 16.0, rank_stabilized: false, dora: false, targets: vec![ALL.into()], modules_to_save: Vec::new() }
+        Self {
+            rank: 8,
+            alpha: 16.0,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            rank_stabilized: false,
+            dora: false,
+            targets: vec![ALL.into()],
+            modules_to_save: Vec::new(),
+        }
     }
 }
 
 impl Lora {
-    /// What each low-rank part is multiplied by.
-    pub fn scale(&self) -> f32 {
-        let rank = self.rank as f64;
-        (self.alpha / if self.rank_stabilized { rank.sqrt() } else { rank }) as f32
+    /// The rank of the low-rank part of `module`.
+    pub fn rank_of(&self, module: &str) -> usize {
+        of_pattern(&self.rank_pattern, module).unwrap_or(self.rank)
+    }
+
+    /// What the low-rank part of `module` is multiplied by.
+    pub fn scale_of(&self, module: &str) -> f32 {
+        let rank = self.rank_of(module) as f64;
+        let alpha = of_pattern(&self.alpha_pattern, module).unwrap_or(self.alpha);
+        (alpha / if self.rank_stabilized { rank.sqrt() } else { rank }) as f32
     }
 
     /// Errors: [`Error::Argument`] for a rank, a scale or targets that cannot be meant.
@@ -108,7 +126,9 @@ impl Lora {
     /// - `layers`: modules of the layers: beside other names PEFT knows no name for all of them
     fn to_json(&self, task: &str, base: Option<&str>, layers: &[&str]) -> Value {
         // Whole numbers stay so: PEFT writes 16, not 16.0.
-        let alpha = if self.alpha.fract() == 0.0 && self.alpha < 1e15 { json!(self.alpha as i64) } else { json!(self.alpha) };
+        let alpha = |alpha: f64| if alpha.fract() == 0.0 && alpha < 1e15 { json!(alpha as i64) } else { json!(alpha) };
+        let ranks = Map::from_iter(self.rank_pattern.iter().map(|(name, rank)| (name.clone(), json!(rank))));
+        let alphas = Map::from_iter(self.alpha_pattern.iter().map(|(name, value)| (name.clone(), alpha(*value))));
         let named = self.targets.iter().map(String::as_str).filter(|target| *target != ALL);
         let targets = match self.targets.iter().any(|target| target == ALL) {
             true if self.targets.len() == 1 => json!(ALL),
@@ -116,7 +136,8 @@ impl Lora {
             false => json!(self.targets),
         };
         json!({
-            "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": self.rank, "lora_alpha": alpha,
+            "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": self.rank,
+            "lora_alpha": alpha(self.alpha), "rank_pattern": ranks, "alpha_pattern": alphas,
             "use_rslora": self.rank_stabilized, "target_modules": targets,
             "modules_to_save": (!self.modules_to_save.is_empty()).then_some(&self.modules_to_save),
             "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": false, "use_dora": self.dora, "inference_mode": true,
@@ -150,6 +171,8 @@ impl Lora {
         let lora = Self {
             rank: fields.count("r", 8, 1..=RANK_MAX)?,
             alpha: fields.number("lora_alpha", 8.0, f64::MIN_POSITIVE..=1e9)?,
+            rank_pattern: pattern(&fields, "rank_pattern", |fields, name| fields.count(name, 0, 1..=RANK_MAX))?,
+            alpha_pattern: pattern(&fields, "alpha_pattern", |fields, name| fields.number(name, 0.0, f64::MIN_POSITIVE..=1e9))?,
             rank_stabilized: fields.flag("use_rslora", false)?,
             dora: fields.flag("use_dora", false)?,
             targets: names("target_modules")?,
@@ -184,8 +207,6 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
         return unsupported("init_lora_weights", &format!("{how:?}, which changes the weights of the base"), merge);
     }
     for (key, what) in [
-        ("rank_pattern", "ranks that differ between modules"),
-        ("alpha_pattern", "scales that differ between modules"),
         ("layers_to_transform", "a choice of layers"),
         ("layers_pattern", "a choice of layers"),
         ("layer_replication", "layers that stand twice"),
@@ -202,6 +223,29 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The values of PEFT's pattern `key`: for each name of modules the one that `read` finds.
+///
+/// Errors: [`Error::Format`] for what is no such object, and those of `read`; [`Error::Unsupported`] for a regular expression.
+fn pattern<T>(fields: &Fields, key: &str, read: impl Fn(&Fields, &str) -> Result<T>) -> Result<Vec<(String, T)>> {
+    let Some(value) = fields.get(key) else { return Ok(Vec::new()) };
+    let object = value.as_object().ok_or_else(|| fields.wrong(key, "an object of names of modules"))?;
+    let prefix = format!("{key}.");
+    let values = Fields { path: fields.path, prefix: &prefix, object };
+    let of = |name: &String| {
+        if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
+            let what = format!("{}: {key}: {name:?}, a regular expression", fields.path.display());
+            return Err(Error::Unsupported { what, remedy: "name each module there, such as model.layers.0.self_attn.q_proj".into() });
+        }
+        Ok((name.clone(), read(&values, name)?))
+    };
+    object.keys().map(of).collect()
+}
+
+/// The value of the first name that `module` is called.
+fn of_pattern<T: Copy>(pattern: &[(String, T)], module: &str) -> Option<T> {
+    pattern.iter().find(|(name, _)| is_called(module, name)).map(|(_, value)| *value)
 }
 
 /// The module of a tensor: its name without what it is of the module.
@@ -261,9 +305,9 @@ impl<E: ModelElement> Graph<E> {
             let lengths = || Parameter::zeros(format!("{module}.lora_magnitude_vector"), tensor.rows.len(), 1, Layout::Rows);
             let part = LowRank {
                 rows: tensor.rows.clone(),
-                a: factor("lora_A", lora.rank, tensor.parameter.columns())?,
-                b: factor("lora_B", tensor.rows.len(), lora.rank)?,
-                scale: lora.scale(),
+                a: factor("lora_A", lora.rank_of(module), tensor.parameter.columns())?,
+                b: factor("lora_B", tensor.rows.len(), lora.rank_of(module))?,
+                scale: lora.scale_of(module),
                 magnitude: lora.dora.then(|| Arc::new(Magnitude::new(Arc::new(lengths())))),
             };
             match parts.iter_mut().rev().find(|(parameter, _)| Arc::ptr_eq(parameter, &tensor.parameter)) {
@@ -292,9 +336,10 @@ impl<E: ModelElement> Graph<E> {
             return Err(Error::Unsupported { what: format!("DoRA of {EMBEDDING}"), remedy });
         }
         let factor = |name: &str, rows, columns, layout| Arc::new(Parameter::zeros(format!("{EMBEDDING}.{name}"), rows, columns, layout));
-        let a = factor("lora_embedding_A", lora.rank, self.config.vocab, Layout::Rows);
-        let b = factor("lora_embedding_B", self.config.hidden, lora.rank, Layout::Panels);
-        Ok(Some(EmbeddingPart { a, b, scale: lora.scale() }))
+        let rank = lora.rank_of(EMBEDDING);
+        let a = factor("lora_embedding_A", rank, self.config.vocab, Layout::Rows);
+        let b = factor("lora_embedding_B", self.config.hidden, rank, Layout::Panels);
+        Ok(Some(EmbeddingPart { a, b, scale: lora.scale_of(EMBEDDING) }))
     }
 
     /// Errors: [`Error::Unsupported`] for an adapter on `module`, embedding or head, of a model on a device.

@@ -105,6 +105,12 @@ pub fn train_bytes(config: &Config, dtype: Dtype, moments: Dtype) -> u64 {
     parameters(config).total * kept_bytes(dtype, moments)
 }
 
+/// Bytes of the copy from which a checkpoint is written while training goes on: masters in f32, or weights and their remainders, and the
+/// moments. Where memory has no room for it, the run waits instead.
+pub fn checkpoint_copy_bytes(config: &Config, moments: Dtype) -> u64 {
+    (4 + 2 * moments.size() as u64) * parameters(config).total
+}
+
 /// Bytes that training keeps for an element: weight, gradient, moments.
 fn kept_bytes(dtype: Dtype, moments: Dtype) -> u64 {
     let weight = match dtype {
@@ -118,11 +124,15 @@ fn kept_bytes(dtype: Dtype, moments: Dtype) -> u64 {
 /// Bytes that serving keeps: weights, and the cache of `sequences` texts of `context_tokens` each. Layers with a sliding
 /// window keep no more than their window.
 pub fn serve_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequences: usize) -> u64 {
+    // A script may ask for any length: an absurd one gives an absurd need, not a small one.
+    load_bytes(config, dtype).saturating_add(cache_bytes(config, dtype, context_tokens, sequences))
+}
+
+/// Bytes of the keys and values of `sequences` texts of `context_tokens`; layers with a window keep no more than it.
+pub fn cache_bytes(config: &Config, dtype: Dtype, context_tokens: usize, sequences: usize) -> u64 {
     let per_layer = (2 * config.kv_heads * config.head_dim * dtype.size()) as u64;
     let kept = config.sliding.iter().map(|window| window.unwrap_or(usize::MAX).min(context_tokens) as u64);
-    let kept = kept.fold(0, u64::saturating_add);
-    // A script may ask for any length: an absurd one gives an absurd need, not a small one.
-    load_bytes(config, dtype).saturating_add(per_layer.saturating_mul(kept).saturating_mul(sequences as u64))
+    per_layer.saturating_mul(kept.fold(0, u64::saturating_add)).saturating_mul(sequences as u64)
 }
 
 /// What an adapter takes beside the model that it is of.
@@ -151,9 +161,9 @@ impl AdapterSize {
             modules.push(("lm_head".into(), config.vocab, config.hidden));
         }
         lora.check_targets(&modules.iter().map(|(module, ..)| module.as_str()).collect::<Vec<_>>())?;
-        let (rank, mut size) = (lora.rank as u64, Self { parameters: 0, elements: 0 });
+        let mut size = Self { parameters: 0, elements: 0 };
         for (module, rows, columns) in modules.iter().filter(|(module, ..)| lora.takes(module)) {
-            let (rows, columns) = (*rows as u64, *columns as u64);
+            let (rank, rows, columns) = (lora.rank_of(module) as u64, *rows as u64, *columns as u64);
             size.parameters += rank * (rows + columns) + if lora.dora { rows } else { 0 };
             size.elements += match module == EMBEDDING {
                 true => rank * rows + rank * columns.next_multiple_of(32),
@@ -215,17 +225,21 @@ fn activation_bytes_per_token(config: &Config, step: &TrainingStep) -> u64 {
     let (hidden, query, key) = (size(config.hidden), size(config.heads * config.head_dim), size(config.kv_heads * config.head_dim));
     // Two inputs of norms, the turned queries, keys and values, and what attention mixed; lengths and sums of rows in f32.
     let attention = element * (2 * hidden + 2 * query + 2 * key) + 4 * (2 + size(config.heads));
-    let layer = |index: usize| match config.moe.as_ref().filter(|_| config.is_sparse(index)) {
-        None => attention + element * 2 * size(config.intermediate),
+    let sparse = |index: usize| config.moe.as_ref().filter(|_| config.is_sparse(index));
+    let behind_attention = |index: usize| match sparse(index) {
+        None => element * 2 * size(config.intermediate),
         Some(moe) => {
             let visits = size(moe.experts_per_token);
             let experts = visits * (2 * size(moe.moe_intermediate) + hidden) + 2 * size(moe.shared_intermediate) + 3 * hidden;
-            attention + element * (experts + size(moe.experts)) + 4 * (size(moe.experts) + 2 * visits + 2)
+            element * (experts + size(moe.experts)) + 4 * (size(moe.experts) + 2 * visits + 2)
         }
     };
+    let layer = |index: usize| attention + behind_attention(index);
     if step.recompute {
-        // The input of every layer, and one layer while it is computed again.
-        return element * hidden * size(config.layers) + (0..config.layers).map(layer).max().unwrap_or(0);
+        // The input of every layer, and one layer while it is computed again; of a sparse one only the attention is.
+        let kept = |index: usize| element * hidden + sparse(index).map_or(0, |_| element * hidden + behind_attention(index));
+        let again = |index: usize| if sparse(index).is_some() { attention } else { layer(index) };
+        return (0..config.layers).map(kept).sum::<u64>() + (0..config.layers).map(again).max().unwrap_or(0);
     }
     (0..config.layers).map(layer).sum()
 }
@@ -319,6 +333,11 @@ mod tests {
         assert!(parts.contains(&("activations", 10 * (24 * 2 * 896 + layer))), "{parts:?}");
         let halved = training_parts(&config, &TrainingStep { moments: Dtype::Bf16, trainable: 1000, ..step });
         assert!(halved.contains(&("moments of AdamW", 4000)), "{halved:?}");
+        // Of 24 sparse layers only the attention is computed again; each keeps the input of its norm too.
+        let mixture = preset("Qwen1.5-MoE-A2.7B").unwrap();
+        let activations = |recompute| activation_bytes_per_token(&mixture, &TrainingStep { recompute, ..all(&mixture, Dtype::Bf16, 10) });
+        let attention = 2 * (2 * 2048 + 2 * 2048 + 2 * 2048) + 4 * (2 + 16);
+        assert_eq!(activations(false) - activations(true), 24 * (attention - 2 * 2 * 2048) - attention);
         assert!(parts.contains(&("moments of AdamW", 8000)) && parts.contains(&("weights", 2 * 494_032_768)), "{parts:?}");
     }
 

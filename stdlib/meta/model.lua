@@ -44,7 +44,7 @@ local Optimizer = {}
 ---@field frozen? boolean nothing trains it
 ---@field head? "score" one number for each document in place of logits; new, unless the folder has it
 ---@field lora? engine.Lora a new adapter: the weights are frozen, only it trains
----@field recompute? boolean compute layers again in the backward pass, to save memory
+---@field recompute? boolean compute layers (of a mixture, their attention) again in the backward pass, to save memory
 ---@field tokenizer? engine.Tokenizer
 
 --- The model of a Hugging Face checkpoint's folder, in its own element type unless `dtype` says else.

@@ -290,7 +290,7 @@ fn small_steps_are_one_call_and_have_the_bits_of_others() {
             model.set_recompute(recompute);
             if lora {
                 let targets = vec!["q_proj".into(), "down_proj".into()];
-                let lora = Lora { rank: 2, alpha: 4.0, rank_stabilized: false, dora: false, targets, modules_to_save: Vec::new() };
+                let lora = Lora { rank: 2, alpha: 4.0, targets, ..Lora::default() };
                 model.adapt(lora, 5).unwrap();
             }
             model
