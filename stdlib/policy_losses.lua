@@ -3,7 +3,7 @@
 ---
 --- A batch here is any table with, for each token, `mask` (1 where the policy sampled it), `sequence` (i32, which rollout it
 --- belongs to, counted over the whole update), and `logprobs` (under the policy that sampled it; if left out, the policy of
---- this moment). Below, rho_t = exp(log p - log p_old), A the advantage of the token's rollout, |o_i| its sampled tokens.
+--- this moment). `rollouts`, if it is there, is how many the update has. Below, rho_t = exp(log p - log p_old), A the advantage of the token's rollout, |o_i| its sampled tokens.
 
 local tensor = require("engine").tensor
 local std_options = require "std.options"
@@ -138,7 +138,8 @@ local function surrogate(name, own, logprobs, batch, advantage, options, objecti
   for _, key in ipairs { "rollouts", "normalizer", "max_length", own } do check_number(called, key, options[key], 0, { above = true }) end
   local beta, sequence, mask = options.beta or 0, batch.sequence, batch.mask
   check_shape(called, "logprobs", logprobs, mask)
-  check_shape(called, "advantage", advantage, { advantage.count })
+  -- A number a token would be read as one a rollout: nothing else tells them apart.
+  check_shape(called, "advantage", advantage, { batch.rollouts or advantage.count })
   if options.reference then check_shape(called, "reference", options.reference, mask) end
   if options.kl ~= nil and options.kl ~= "k1" and options.kl ~= "k2" and options.kl ~= "k3" then
     error(("%s: `kl` should be k1, k2 or k3, got %s"):format(called, tostring(options.kl)), 2)

@@ -521,6 +521,10 @@ impl Class for BatchObject {
             },
         },
         Field { name: "position_ids", get: |lua, batch| integers(lua, &batch.0.position_ids) },
+        Field {
+            name: "rollouts",
+            get: |_, batch| Ok(batch.1.as_ref().map_or(Value::Nil, |sampled| Value::Integer(sampled.rollouts as i64))),
+        },
         Field { name: "rows", get: |_, batch| Ok(Value::Integer(batch.0.rows() as i64)) },
         Field {
             name: "sequence",

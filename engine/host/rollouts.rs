@@ -42,6 +42,8 @@ pub struct Rollouts {
 
 /// What a batch of rollouts knows beside its tokens.
 pub struct Sampled {
+    /// All rollouts, of which these are some.
+    pub rollouts: usize,
     /// `[tokens]`: the index of each token's rollout among all of them.
     pub sequence: Vec<i32>,
     /// `[tokens]`: the log-probability with which the label was sampled; 0 where there is none.
@@ -86,10 +88,10 @@ impl Rollouts {
 }
 
 /// Prompt and output of `rollouts`, one document each; neighbours share their prompt's rows. `first` is the index of the
-/// first among all.
-fn batch_of(rollouts: &[Rollout], first: usize) -> BatchObject {
+/// first among `all`.
+fn batch_of(rollouts: &[Rollout], first: usize, all: usize) -> BatchObject {
     let mut batch = TokenBatch { cu_seqlens: vec![0], row_starts: vec![0], ..TokenBatch::default() };
-    let mut sampled = Sampled { sequence: Vec::new(), logprobs: Vec::new() };
+    let mut sampled = Sampled { rollouts: all, sequence: Vec::new(), logprobs: Vec::new() };
     let mut like = 0;
     for (index, Rollout { prompt, text }) in rollouts.iter().enumerate() {
         if !Arc::ptr_eq(prompt, &rollouts[like].prompt) {
@@ -126,7 +128,7 @@ fn batches(call: &Call) -> Answer {
             }
             next += 1;
         }
-        if next == first { Ok(Value::Nil) } else { batch_of(&rollouts[first..next], first).into_lua(lua) }
+        if next == first { Ok(Value::Nil) } else { batch_of(&rollouts[first..next], first, rollouts.len()).into_lua(lua) }
     })?;
     call.give(iterate)
 }

@@ -18,6 +18,7 @@ local Data = {}
 ---@field logprobs engine.Tensor? [tokens], f32: of rollouts, what each label was sampled with, or 0
 ---@field mask engine.Tensor [tokens], f32: 1 where there is a label
 ---@field position_ids engine.Tensor [tokens], i32: from 0 in each document; where it shares the beginning of another, from behind it
+---@field rollouts integer? of rollouts: how many they are in all, this batch being a part
 ---@field rows integer
 ---@field sequence engine.Tensor [tokens], i32: which document of the batch each token belongs to, from 0
 ---@field supervised integer tokens with a label

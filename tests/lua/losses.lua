@@ -245,6 +245,11 @@ describe("losses over samples", function()
     local cases = {
       { "`advantage` should be of shape [2], got [2, 1]", function() losses.grpo(now, batch(), tensor.new(advantage):unsqueeze(1)) end },
       { "`logprobs` should be of shape [5], got [5, 1]", function() losses.grpo(column, batch(), tensor.new(advantage)) end },
+      { "`advantage` should be of shape [2], got [5]", function()
+        local sampled = batch()
+        sampled.rollouts = 2
+        losses.grpo(now, sampled, tensor.ones { 5 })
+      end },
       { "`logprobs` should be of shape [5], got [1]", function() losses.sequence_sums(tensor.new { 1 }, engine.data.batch { { 1, 2, 3 }, { 4, 5 } }) end },
       { "`reference` should be of shape [5], got [5, 1]", function() losses.kl_estimate(now, column) end },
       { "`teacher` should be of shape [5], got [5, 1]", function() losses.distill_samples(now, batch(), column) end },
