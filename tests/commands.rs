@@ -145,6 +145,10 @@ fn generate_prints_text_and_repeats_it_by_seed() {
     let report: serde_json::Value = serde_json::from_str(&printed(&[&words[..], &["--json"]].concat())).unwrap();
     assert_eq!(format!("{}\n", report["text"].as_str().unwrap()), first);
     assert!(report["generated_tokens"].as_u64().unwrap() <= 12 && report["prompt_tokens"] == 4, "{report}");
+    // The rate is that of the tokens behind the first, which comes with the prompt.
+    let [prompt, all, rate] = ["prompt_seconds", "seconds", "tokens_per_s"].map(|key| report[key].as_f64().unwrap());
+    let after = report["generated_tokens"].as_f64().unwrap() - 1.0;
+    assert!(prompt > 0.0 && prompt < all && (rate * (all - prompt) / after - 1.0).abs() < 1e-6, "{report}");
     let chat: serde_json::Value =
         serde_json::from_str(&printed(&["generate", &path, "--prompt", "Hi", "--chat", "--max-tokens", "3", "--json"])).unwrap();
     assert!(chat["prompt_tokens"].as_u64().unwrap() > 10, "{chat}");

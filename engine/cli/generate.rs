@@ -4,7 +4,7 @@
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
-use crate::infer::generate::generate_text;
+use crate::infer::generate::{generate as infer, generate_text};
 use crate::infer::sampler::Rules;
 use crate::infer::scheduler::{Job, Text};
 use crate::kernels::element::Dtype;
@@ -88,16 +88,20 @@ pub fn generate(args: GenerateArgs) -> Result<()> {
     let prompt_tokens = prompt.len();
     let max_tokens = args.max_tokens.or(defaults.max_new_tokens).unwrap_or(256);
     let job = Job { stop_ids, stops: args.stop.clone(), ..Job::new(prompt, max_tokens, rules, args.seed) };
-    let start = Instant::now();
     let mut out = std::io::stdout();
-    let text = generate_text(&model, &tokenizer, job, &mut |piece| {
-        if args.json { Ok(()) } else { show(&mut out, piece) }
+    if !args.json {
+        generate_text(&model, &tokenizer, job, &mut |piece| show(&mut out, piece))?;
+        return show(&mut out, "\n");
+    }
+    let start = Instant::now();
+    let mut prompt_seconds = None;
+    let texts = infer(&model, Some(&tokenizer), vec![job], None, &mut |event| {
+        prompt_seconds = prompt_seconds.or_else(|| event.map(|_| start.elapsed().as_secs_f64()));
+        Ok(())
     })?;
     let seconds = start.elapsed().as_secs_f64();
-    if args.json {
-        return show(&mut out, &format!("{}\n", report(&text, prompt_tokens, seconds)));
-    }
-    show(&mut out, "\n")
+    let text = texts.into_iter().flatten().next().ok_or(Error::Interrupted)?;
+    show(&mut out, &format!("{}\n", report(&text, prompt_tokens, prompt_seconds.unwrap_or(seconds), seconds)))
 }
 
 /// Writes at once. A reader that has gone away (`| head`) is a wish to stop.
@@ -156,15 +160,20 @@ fn stop_ids(args: &GenerateArgs, defaults: &GenerationConfig, config: &[u32], to
     ids
 }
 
-fn report(text: &Text, prompt_tokens: usize, seconds: f64) -> Value {
+/// - `prompt_seconds`: until the first token
+/// - `seconds`: until the last
+fn report(text: &Text, prompt_tokens: usize, prompt_seconds: f64, seconds: f64) -> Value {
+    // The first token comes with the prompt: the rate is that of the others.
+    let rate = (text.tokens.len() > 1).then(|| (text.tokens.len() - 1) as f64 / (seconds - prompt_seconds).max(1e-9));
     json!({
         "text": text.text,
         "tokens": text.tokens,
         "finish": text.finish.name(),
         "prompt_tokens": prompt_tokens,
         "generated_tokens": text.tokens.len(),
+        "prompt_seconds": prompt_seconds,
         "seconds": seconds,
-        "tokens_per_s": text.tokens.len() as f64 / seconds.max(1e-9),
+        "tokens_per_s": rate,
     })
 }
 
