@@ -62,14 +62,10 @@ pub struct Loss {
     pub load_balance: Option<Tensor<f32, 0>>,
 }
 
-/// Errors: [`Error::Argument`] if the weights alone do not fit the memory that is free, and for a type in which models at `place`
-/// do not compute.
+/// Errors: [`Error::Argument`] if the weights alone do not fit the memory that is free.
 fn check_making(place: &Place, config: &Config, dtype: Dtype) -> Result<()> {
     let bytes = load_bytes(config, dtype);
     if let Some(device) = place.device() {
-        if dtype == Dtype::I8 {
-            return Err(Error::argument("model", "dtype", format!("f32 or bf16 on {place}"), "int8, which the CPU computes with"));
-        }
         let free = device.memory_bytes_free();
         if bytes <= free {
             return Ok(());

@@ -33,8 +33,7 @@ impl<E: ModelElement> Graph<E> {
         normalizer: f32,
         recompute: bool,
     ) -> Result<Option<Tensor<f32, 0>>> {
-        let is_dense = self.config.moe.is_none() && self.embed.any_embedding_part().is_none();
-        let is_plain = is_dense && input.prefixes.iter().all(|prefix| prefix.is_empty());
+        let is_plain = self.config.moe.is_none() && input.prefixes.iter().all(|prefix| prefix.is_empty());
         let is_small = train_flops(&self.config, input.tokens.len()) <= FLOPS_MAX;
         let is_sound = normalizer > 0.0 && normalizer.is_finite();
         let Some(device) = self.place().device().filter(|_| is_plain && is_small && is_sound && is_recording() && self.learns()) else {
@@ -80,6 +79,8 @@ impl<E: ModelElement> Graph<E> {
                 // Who reads losses before they run backwards would pay for two forward passes each time.
                 lock(&graphs).turn_off();
             }
+            // What a graph reads of the weights beside themselves.
+            graph.weights().iter().try_for_each(|weight| weight.refresh_lengths())?;
             let parameters = graph.parameters();
             let windows = graph.windows();
             let setting = Setting { heads: graph.heads(), rope: &graph.rope, windows: &windows };

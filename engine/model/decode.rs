@@ -6,6 +6,7 @@ use super::graph::{Graph, Mlp, Packed};
 use super::paged::Cache;
 use crate::error::Result;
 use crate::kernels::element::Dtype;
+use crate::tensor::embedding_part::EmbeddingPart;
 use crate::tensor::experts::{Expert, Experts};
 use crate::tensor::head::{LogitRows, logits_on_device};
 use crate::tensor::low_rank::LowRank;
@@ -46,9 +47,9 @@ impl<E: ModelElement> Graph<E> {
     /// A number that changes with every change of a weight: of its values, of where they lie, of its low-rank parts.
     pub(super) fn version(&self) -> u64 {
         let of = |weight: &Arc<Parameter<E>>| {
-            let parts = weight.adapters();
-            let versions = parts.iter().flat_map(LowRank::parameters).map(|parameter| parameter.version());
-            weight.version().wrapping_add(versions.fold(0, u64::wrapping_add))
+            let (parts, embedding) = (weight.adapters(), weight.embedding_part());
+            let parameters = parts.iter().flat_map(LowRank::parameters).chain(embedding.iter().flat_map(EmbeddingPart::parameters));
+            parameters.map(|parameter| parameter.version()).fold(weight.version(), u64::wrapping_add)
         };
         let both = |expert: &Expert<E>| of(&expert.gate_up).wrapping_add(of(&expert.down));
         let mut version = [&self.embed, &self.norm, &self.head].map(of).into_iter().fold(0, u64::wrapping_add);

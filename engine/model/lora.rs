@@ -4,7 +4,7 @@
 //! 2402.09353; files as PEFT 0.18 writes.
 
 use super::fields::{Fields, parse_object};
-use super::graph::{Graph, Mlp};
+use super::graph::{Graph, Layer, Mlp};
 use super::names::Named;
 use super::weights::blocks;
 use crate::checkpoint::folder::read_text;
@@ -18,7 +18,7 @@ use crate::kernels::random::Stream;
 use crate::tensor::dora::Magnitude;
 use crate::tensor::embedding_part::EmbeddingPart;
 use crate::tensor::experts::Experts;
-use crate::tensor::low_rank::LowRank;
+use crate::tensor::low_rank::{LowRank, Stack};
 use crate::tensor::parameter::Layout;
 use crate::tensor::{ModelElement, Parameter};
 use serde_json::{Map, Value, json};
@@ -272,47 +272,61 @@ type Adapted<E> = (Arc<Parameter<E>>, Vec<LowRank<E>>);
 impl<E: ModelElement> Graph<E> {
     /// Gives the modules that `lora` names low-rank parts of zeros and freezes all else but what is saved whole.
     ///
-    /// Errors: [`Error::Argument`] for a target or a module to save that this model does not have or that cannot be one.
+    /// Errors: [`Error::Argument`] for a target or a module to save that this model does not have or that cannot be one;
+    /// [`Error::Unsupported`] for DoRA of the embedding, and on a device for some of a layer's experts, or for some otherwise than for
+    /// others; those of the device.
     pub(super) fn attach(&self, lora: &Lora) -> Result<()> {
         lora.check()?;
-        if lora.dora && self.place().device().is_some() {
-            let remedy = "leave `dora` out (plain LoRA), train it on the CPU, or merge the adapter there and load the saved model".into();
-            return Err(Error::Unsupported { what: format!("DoRA of a model on {}", self.place()), remedy });
-        }
         let named = self.named();
         let saved = saved_modules(&named, lora)?;
         let modules = self.modules();
         lora.check_targets(&modules.iter().map(|tensor| module(&tensor.name)).chain([EMBEDDING]).collect::<Vec<_>>())?;
         let embedding = self.embedding_part(lora)?;
         let mut parts: Vec<Adapted<E>> = Vec::new();
-        for tensor in &modules {
-            let module = module(&tensor.name);
-            if !lora.takes(module) {
+        for tensor in modules.iter().filter(|tensor| lora.takes(module(&tensor.name))) {
+            let (parameter, count) = (&tensor.parameter, self.stacked(&tensor.parameter));
+            let stack = Stack::of(parameter, count);
+            let (index, rows) = stack.place(&tensor.rows);
+            let known = parts.iter_mut().rev().find(|(known, _)| Arc::ptr_eq(known, parameter));
+            if let Some((_, known)) = &known
+                && known.iter().any(|part| part.rows == rows)
+            {
+                // An expert whose part lies behind that of the first.
                 continue;
             }
-            if Arc::ptr_eq(&tensor.parameter, &self.head) {
-                self.refuse_device(module)?;
-            }
-            if let Some(experts) = stacked(self).find(|experts| Arc::ptr_eq(experts, &tensor.parameter)) {
-                let what = format!("an adapter on {module} of a model on {}", experts.place());
-                let remedy = "name other targets (the attention, the shared expert), or train it on the CPU".into();
+            let name = module(&tensor.name).replace(&format!(".experts.{index}."), ".experts.");
+            let whose = if count == 1 { module(&tensor.name) } else { &name };
+            if let Some(expert) = (0..count).find(|other| !lora.takes(&expert_module(module(&tensor.name), index, *other))) {
+                let what = format!("an adapter on some experts of {whose}, not on expert {expert}, of a model on {}", self.place());
+                let remedy = "name all experts of a layer or none (gate_proj names all of every layer), or train it on the CPU".into();
                 return Err(Error::Unsupported { what, remedy });
             }
-            let place = self.place();
-            let factor = |name: &str, rows, columns| -> Result<Arc<Parameter<E>>> {
-                Ok(Arc::new(Parameter::zeros_at(place, format!("{module}.{name}"), rows, columns, Layout::Panels)?))
+            let size = |other| {
+                let module = expert_module(module(&tensor.name), index, other);
+                (lora.rank_of(&module), lora.scale_of(&module))
             };
-            let lengths = || Parameter::zeros(format!("{module}.lora_magnitude_vector"), tensor.rows.len(), 1, Layout::Rows);
+            let (rank, scale) = size(index);
+            if let Some(expert) = (0..count).find(|other| size(*other) != (rank, scale)) {
+                let what = format!("a rank or alpha of {whose} that is another for expert {expert}, of a model on {}", self.place());
+                let remedy = "name one rank and alpha for all experts of a layer, or train it on the CPU".into();
+                return Err(Error::Unsupported { what, remedy });
+            }
+            let factor = |name: &str, rows, columns, layout| -> Result<Arc<Parameter<E>>> {
+                let name = format!("{whose}.{name}");
+                Ok(Arc::new(Parameter::zeros_at(self.place(), name, count * rows, columns, layout)?))
+            };
+            let lengths = |name| Ok(Arc::new(Magnitude::new(factor(name, rows.len(), 1, Layout::Rows)?)));
             let part = LowRank {
-                rows: tensor.rows.clone(),
-                a: factor("lora_A", lora.rank_of(module), tensor.parameter.columns())?,
-                b: factor("lora_B", tensor.rows.len(), lora.rank_of(module))?,
-                scale: lora.scale_of(module),
-                magnitude: lora.dora.then(|| Arc::new(Magnitude::new(Arc::new(lengths())))),
+                stack,
+                a: factor("lora_A", rank, parameter.columns(), Layout::Panels)?,
+                b: factor("lora_B", rows.len(), rank, Layout::Panels)?,
+                scale,
+                magnitude: lora.dora.then(|| lengths("lora_magnitude_vector")).transpose()?,
+                rows,
             };
-            match parts.iter_mut().rev().find(|(parameter, _)| Arc::ptr_eq(parameter, &tensor.parameter)) {
+            match known {
                 Some((_, parts)) => parts.push(part),
-                None => parts.push((tensor.parameter.clone(), vec![part])),
+                None => parts.push((parameter.clone(), vec![part])),
             }
         }
         named.iter().for_each(|tensor| tensor.parameter.set_trains(false));
@@ -325,31 +339,36 @@ impl<E: ModelElement> Graph<E> {
 
     /// The low-rank part that the embedding gets, zeros; none if `lora` does not name it.
     ///
-    /// Errors: [`Error::Unsupported`] with DoRA, and on a device.
+    /// Errors: [`Error::Unsupported`] with DoRA; those of the device.
     fn embedding_part(&self, lora: &Lora) -> Result<Option<EmbeddingPart<E>>> {
         if !lora.takes(EMBEDDING) {
             return Ok(None);
         }
-        self.refuse_device(EMBEDDING)?;
         if lora.dora {
             let remedy = "leave embed_tokens out of the targets (modules_to_save trains it whole), or leave `dora` out".into();
             return Err(Error::Unsupported { what: format!("DoRA of {EMBEDDING}"), remedy });
         }
-        let factor = |name: &str, rows, columns, layout| Arc::new(Parameter::zeros(format!("{EMBEDDING}.{name}"), rows, columns, layout));
+        let factor = |name: &str, rows, columns, layout| -> Result<Arc<Parameter<E>>> {
+            Ok(Arc::new(Parameter::zeros_at(self.place(), format!("{EMBEDDING}.{name}"), rows, columns, layout)?))
+        };
         let rank = lora.rank_of(EMBEDDING);
-        let a = factor("lora_embedding_A", rank, self.config.vocab, Layout::Rows);
-        let b = factor("lora_embedding_B", self.config.hidden, rank, Layout::Panels);
+        let a = factor("lora_embedding_A", rank, self.config.vocab, Layout::Rows)?;
+        let b = factor("lora_embedding_B", self.config.hidden, rank, Layout::Panels)?;
         Ok(Some(EmbeddingPart { a, b, scale: lora.scale_of(EMBEDDING) }))
     }
 
-    /// Errors: [`Error::Unsupported`] for an adapter on `module`, embedding or head, of a model on a device.
-    fn refuse_device(&self, module: &str) -> Result<()> {
-        if self.place().device().is_none() {
-            return Ok(());
-        }
-        let what = format!("an adapter on {module} of a model on {}", self.place());
-        let remedy = "name it in modules_to_save in place of the targets, where it trains whole, or train on the CPU".into();
-        Err(Error::Unsupported { what, remedy })
+    /// How many weights `parameter` holds, one after the other: the experts of a layer on a device, itself otherwise.
+    fn stacked(&self, parameter: &Arc<Parameter<E>>) -> usize {
+        let of = |layer: &Layer<E>| match &layer.mlp {
+            Mlp::Sparse(sparse) => match &sparse.experts {
+                Experts::Stacked { count, weights } => {
+                    [&weights.gate_up, &weights.down].iter().any(|weight| Arc::ptr_eq(weight, parameter)).then_some(*count)
+                }
+                Experts::Each(_) => None,
+            },
+            Mlp::Dense(_) => None,
+        };
+        self.layers.iter().find_map(of).unwrap_or(1)
     }
 
     /// Low-rank parts as they begin: A uniform in ±1/sqrt(in), as PEFT's Kaiming initialisation gives, each number a function
@@ -361,11 +380,11 @@ impl<E: ModelElement> Graph<E> {
         for tensor in self.named_adapters().iter().filter(|tensor| tensor.name.ends_with("lora_A.weight")) {
             let columns = tensor.parameter.columns();
             let (stream, bound) = (Stream::new(seed, &tensor.name), (columns as f32).sqrt().recip());
-            let mut values = vec![0.0; tensor.parameter.count()];
+            let mut values = vec![0.0; tensor.rows.len() * columns];
             for (index, value) in values.iter_mut().enumerate() {
                 *value = (2.0 * stream.f32(index as u64) - 1.0) * bound;
             }
-            tensor.parameter.write_rows(0..tensor.parameter.rows(), &values, E::HAS_REMAINDER)?;
+            tensor.parameter.write_rows(tensor.rows.clone(), &values, E::HAS_REMAINDER)?;
         }
         for tensor in self.named_adapters().iter().filter(|tensor| tensor.name.ends_with("lora_embedding_B")) {
             let mut values = vec![0.0; tensor.parameter.count()];
@@ -404,11 +423,11 @@ impl<E: ModelElement> Graph<E> {
         let mut writer = FolderWriter::create_named(target, STEM, specs.collect(), SHARD_BYTES_MAX.max(u64::MAX / 2))?;
         for tensor in &tensors {
             if dtype == E::DTYPE && !is_length(tensor) {
-                let mut values = Buffer::<E>::scratch(tensor.parameter.count());
+                let mut values = Buffer::<E>::scratch(tensor.rows.len() * tensor.parameter.columns());
                 tensor.parameter.read_weight_rows(tensor.rows.clone(), &mut values)?;
                 writer.write(&file_name(tensor), &values)?;
             } else {
-                let mut values = Buffer::<f32>::scratch(tensor.parameter.count());
+                let mut values = Buffer::<f32>::scratch(tensor.rows.len() * tensor.parameter.columns());
                 tensor.parameter.read_rows(tensor.rows.clone(), &mut values)?;
                 writer.write(&file_name(tensor), &values)?;
             }
@@ -487,15 +506,9 @@ impl<E: ModelElement> Graph<E> {
     }
 }
 
-/// The weights of experts that are one matrix.
-fn stacked<E: ModelElement>(graph: &Graph<E>) -> impl Iterator<Item = &Arc<Parameter<E>>> {
-    graph.layers.iter().flat_map(|layer| match &layer.mlp {
-        Mlp::Sparse(sparse) => match &sparse.experts {
-            Experts::Stacked { weights, .. } => vec![&weights.gate_up, &weights.down],
-            Experts::Each(_) => Vec::new(),
-        },
-        Mlp::Dense(_) => Vec::new(),
-    })
+/// The module of expert `other` that `module` is of expert `index`.
+fn expert_module(module: &str, index: usize, other: usize) -> String {
+    module.replace(&format!(".experts.{index}."), &format!(".experts.{other}."))
 }
 
 /// Whether it is the lengths of a weight's rows, which are kept in f32: all of a row has the error of its length.

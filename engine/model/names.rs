@@ -6,6 +6,7 @@
 use super::graph::{Graph, Mlp};
 use crate::tensor::experts::Expert;
 use crate::tensor::{ModelElement, Parameter};
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -60,7 +61,7 @@ impl<E: ModelElement> Graph<E> {
 
     /// The parameters of low-rank parts, merged or not, in the order of [`Graph::named`]: for `q_proj.weight` they are
     /// `q_proj.lora_A.weight`, `q_proj.lora_B.weight` and, with DoRA, `q_proj.lora_magnitude_vector`; those of the embedding are
-    /// `embed_tokens.lora_embedding_A` and `embed_tokens.lora_embedding_B`.
+    /// `embed_tokens.lora_embedding_A` and `embed_tokens.lora_embedding_B`. On a device those of experts are rows of one parameter.
     pub fn named_adapters(&self) -> Vec<Named<E>> {
         let mut list = List { named: Vec::new() };
         if let Some(part) = self.embed.any_embedding_part() {
@@ -69,11 +70,16 @@ impl<E: ModelElement> Graph<E> {
         }
         for named in self.modules() {
             let module = named.name.trim_end_matches(".weight");
-            for part in named.parameter.all_adapters().iter().filter(|part| part.rows == named.rows) {
-                list.matrix(&format!("{module}.lora_A.weight"), &part.a);
-                list.matrix(&format!("{module}.lora_B.weight"), &part.b);
+            for part in named.parameter.all_adapters().iter() {
+                let (index, rows) = part.stack.place(&named.rows);
+                if part.rows != rows {
+                    continue;
+                }
+                let of = |rows: usize| index * rows..(index + 1) * rows;
+                list.add(format!("{module}.lora_A.weight"), &part.a, of(part.rank()), true);
+                list.add(format!("{module}.lora_B.weight"), &part.b, of(rows.len()), true);
                 if let Some(magnitude) = &part.magnitude {
-                    list.vector(&format!("{module}.lora_magnitude_vector"), &magnitude.lengths);
+                    list.add(format!("{module}.lora_magnitude_vector"), &magnitude.lengths, of(rows.len()), false);
                 }
             }
         }
@@ -98,7 +104,7 @@ impl<E: ModelElement> Graph<E> {
     /// Every parameter once: weights in the order of [`Graph::named`], then those of [`Graph::named_adapters`].
     pub fn parameters(&self) -> Vec<Arc<Parameter<E>>> {
         let mut parameters = self.weights();
-        parameters.extend(self.named_adapters().into_iter().map(|named| named.parameter));
+        parameters.extend(once(self.named_adapters()));
         parameters
     }
 
@@ -113,6 +119,12 @@ impl<E: ModelElement> Graph<E> {
         }
         parameters
     }
+}
+
+/// The parameters of tensors, each once, in their order.
+pub fn once<E: ModelElement>(tensors: Vec<Named<E>>) -> impl Iterator<Item = Arc<Parameter<E>>> {
+    let mut seen = HashSet::new();
+    tensors.into_iter().map(|tensor| tensor.parameter).filter(move |parameter| seen.insert(Arc::as_ptr(parameter)))
 }
 
 struct List<E: ModelElement> {

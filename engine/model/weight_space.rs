@@ -4,7 +4,7 @@
 use super::any::{AnyGraph, Model, find};
 use super::graph::Graph;
 use super::lora::Lora;
-use super::names::Named;
+use super::names::{Named, once};
 use crate::error::{Error, Result};
 use crate::tensor::trainable::TensorRows;
 use crate::tensor::{AnyTensor, ModelElement, Parameter};
@@ -80,7 +80,7 @@ fn average<E: ModelElement>(to: &Arc<Graph<E>>, from: &Arc<Graph<E>>, adapter: O
     }
     let ours = match adapter {
         None => to.weights(),
-        Some(lora) => to.adapter_tensors(lora)?.into_iter().map(|tensor| tensor.parameter).collect(),
+        Some(lora) => once(to.adapter_tensors(lora)?).collect(),
     };
     let theirs = from.parameters();
     let same =

@@ -5,9 +5,9 @@
 //! Source: Liu et al., arXiv 2402.09353, equations 5 and 11; PEFT 0.18, `DoraLinearLayer`.
 
 use super::ModelElement;
+use super::cuda::dora as cuda;
 use super::low_rank::LowRank;
 use super::parameter::Parameter;
-use super::place::{ImageTo, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::norm;
@@ -23,6 +23,8 @@ pub struct Magnitude<E: ModelElement> {
     /// `[rows]`; read with what completes bf16 to f32, since a rounded length would scale all of its row.
     pub lengths: Arc<Parameter<E>>,
     known: Mutex<Option<Known>>,
+    /// The same of a weight on a device.
+    pub(super) on_device: Mutex<Option<cuda::Known>>,
 }
 
 /// Lengths that were computed.
@@ -34,17 +36,12 @@ struct Known {
 
 impl<E: ModelElement> Magnitude<E> {
     pub fn new(lengths: Arc<Parameter<E>>) -> Self {
-        Self { lengths, known: Mutex::new(None) }
+        Self { lengths, known: Mutex::new(None), on_device: Mutex::new(None) }
     }
 
-    /// One of its own with the same values. Errors: those of [`Parameter::copy`].
-    pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        Ok(Self::new(Arc::new(self.lengths.copy_to(place)?)))
-    }
-
-    /// One of its own with the same values, to be written. Errors: those of [`Parameter::image`].
-    pub(super) fn image(&self, to: ImageTo) -> Result<Self> {
-        Ok(Self::new(Arc::new(self.lengths.image(to)?)))
+    /// One of its own with a copy of its parameter. Errors: those of `copy`.
+    pub(super) fn copy_with(&self, copy: &impl Fn(&Parameter<E>) -> Result<Parameter<E>>) -> Result<Self> {
+        Ok(Self::new(Arc::new(copy(&self.lengths)?)))
     }
 
     /// Sets the lengths to those that the rows have, as training begins. Errors: those of reading and writing.
@@ -53,28 +50,35 @@ impl<E: ModelElement> Magnitude<E> {
         self.lengths.write_rows(0..norms.len(), &norms, E::HAS_REMAINDER)
     }
 
-    /// The length of each row of `weight` with `part`, whose magnitude this is, before it is scaled.
+    /// The length of each row of `weight` with `part`, whose magnitude this is, before it is scaled. Computed on the host.
     ///
     /// Errors: those of the device that they lie on.
-    fn norms(&self, weight: &Parameter<E>, part: &LowRank<E>) -> Result<Arc<[f32]>> {
+    pub(super) fn norms(&self, weight: &Parameter<E>, part: &LowRank<E>) -> Result<Arc<[f32]>> {
         let versions = [weight.version(), part.a.version(), part.b.version()];
         let mut known = self.known.lock().expect("nothing panics while lengths are computed");
         if let Some(known) = known.as_ref().filter(|known| known.versions == versions) {
             return Ok(known.norms.clone());
         }
-        let (first, inputs) = (part.rows.start, weight.columns());
-        let mut norms = vec![0.0; part.rows.len()];
+        let inputs = weight.columns();
+        let mut norms = vec![0.0; part.stack.count * part.rows.len()];
         let size = (BLOCK_VALUES / inputs.max(1)).next_multiple_of(32);
-        let blocks: Vec<Mutex<(&mut [f32], Result<()>)>> = norms.chunks_mut(size).map(|block| Mutex::new((block, Ok(())))).collect();
+        // Rows of the parameter, and their lengths.
+        let mut blocks = Vec::new();
+        for (index, norms) in norms.chunks_exact_mut(part.rows.len()).enumerate() {
+            let first = index * part.stack.rows + part.rows.start;
+            let pieces = norms.chunks_mut(size).enumerate();
+            blocks.extend(pieces.map(|(block, norms)| (first + block * size, Mutex::new((norms, Ok(()))))));
+        }
         parallel(blocks.len(), |block| {
-            let mut guard = blocks[block].lock().expect("each block has one task");
-            let (norms, outcome) = &mut *guard;
-            let rows = first + block * size..first + block * size + norms.len();
+            let (first, block) = &blocks[block];
+            let mut guard = block.lock().expect("each block has one task");
+            let (norms, outcome): &mut (&mut [f32], Result<()>) = &mut guard;
+            let rows = *first..*first + norms.len();
             let mut values = Buffer::<f32>::scratch(rows.len() * inputs);
             *outcome = weight.read_rows(rows.clone(), &mut values).and_then(|()| part.add_product_to_rows(&rows, &mut values));
             row_norms(&values, inputs, norms);
         });
-        blocks.into_iter().try_for_each(|block| block.into_inner().expect("each block had one task").1)?;
+        blocks.into_iter().try_for_each(|(_, block)| block.into_inner().expect("each block had one task").1)?;
         let norms: Arc<[f32]> = norms.into();
         *known = Some(Known { versions, norms: norms.clone() });
         Ok(norms)

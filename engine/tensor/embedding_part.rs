@@ -1,10 +1,9 @@
 //! The low-rank part of an embedding: token `v` is row `v` of the weight plus `scale * B A[:, v]`. As in PEFT it belongs to
-//! lookups alone: where the weight is the head as well, the head does not see it. Its arithmetic is that of the host.
+//! lookups alone: where the weight is the head as well, the head does not see it. On a GPU it is cuda/embedding.rs.
 //! Source: PEFT 0.18, `lora.Embedding`.
 
 use super::ModelElement;
 use super::parameter::Parameter;
-use super::place::Place;
 use crate::error::Result;
 use crate::kernels::buffer::{Buffer, clear};
 use crate::kernels::cpu::{gemm, low_rank};
@@ -32,11 +31,11 @@ impl<E: ModelElement> EmbeddingPart<E> {
         self.parameters().any(|parameter| parameter.trains())
     }
 
-    /// A part of its own with the same values, at `place` if it trains.
+    /// A part of its own with copies of its parameters.
     ///
-    /// Errors: those of [`Parameter::copy`].
-    pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), scale: self.scale })
+    /// Errors: those of `copy`.
+    pub(super) fn copy_with(&self, copy: &impl Fn(&Parameter<E>) -> Result<Parameter<E>>) -> Result<Self> {
+        Ok(Self { a: Arc::new(copy(&self.a)?), b: Arc::new(copy(&self.b)?), scale: self.scale })
     }
 
     /// Adds its share to `values`, `rows` of the weight, row-major, in f32 from the masters of both factors.

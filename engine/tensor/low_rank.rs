@@ -8,7 +8,6 @@ use super::ModelElement;
 use super::autograd::is_recording;
 use super::dora::{Magnitude, Scaling};
 use super::parameter::Parameter;
-use super::place::{ImageTo, Place};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::{gemm, low_rank};
@@ -16,14 +15,37 @@ use crate::kernels::element::Float;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A low-rank part of a weight `[out, in]`.
+/// How many weights a parameter holds, one after the other: itself alone, or on a device the experts of a layer. Their low-rank
+/// parts lie one after the other too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stack {
+    pub count: usize,
+    /// Rows of each.
+    pub rows: usize,
+}
+
+impl Stack {
+    /// Of `count` weights in `parameter`.
+    pub fn of<E: ModelElement>(parameter: &Parameter<E>, count: usize) -> Self {
+        Self { count, rows: parameter.rows() / count }
+    }
+
+    /// Which weight `rows` of the parameter belong to, and which of its rows they are.
+    pub fn place(&self, rows: &Range<usize>) -> (usize, Range<usize>) {
+        let index = rows.start / self.rows;
+        (index, rows.start - index * self.rows..rows.end - index * self.rows)
+    }
+}
+
+/// A low-rank part of a weight `[out, in]`, or one of each weight of a stack.
 #[derive(Clone)]
 pub struct LowRank<E: ModelElement> {
-    /// The rows of the weight that it belongs to.
+    pub stack: Stack,
+    /// The rows of a weight that it belongs to.
     pub rows: Range<usize>,
-    /// `[rank, in]` in panels
+    /// `[rank, in]` in panels, for each weight
     pub a: Arc<Parameter<E>>,
-    /// `[rows, rank]` in panels
+    /// `[rows, rank]` in panels, for each weight
     pub b: Arc<Parameter<E>>,
     pub scale: f32,
     /// With DoRA: the lengths of the adapted rows.
@@ -32,7 +54,7 @@ pub struct LowRank<E: ModelElement> {
 
 impl<E: ModelElement> LowRank<E> {
     pub fn rank(&self) -> usize {
-        self.a.rows()
+        self.a.rows() / self.stack.count
     }
 
     /// Its parameters: both factors, and the lengths of rows if it has them.
@@ -45,55 +67,50 @@ impl<E: ModelElement> LowRank<E> {
         self.parameters().any(|parameter| parameter.trains())
     }
 
-    /// A part of its own with the same values, at `place` if it trains.
+    /// A part of its own with copies of its parameters.
     ///
-    /// Errors: those of [`Parameter::copy`].
-    pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.copy_to(place).map(Arc::new)).transpose()?;
-        Ok(Self { a: Arc::new(self.a.copy_to(place)?), b: Arc::new(self.b.copy_to(place)?), magnitude, ..self.clone() })
+    /// Errors: those of `copy`.
+    pub(super) fn copy_with(&self, copy: &impl Fn(&Parameter<E>) -> Result<Parameter<E>>) -> Result<Self> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.copy_with(copy).map(Arc::new)).transpose()?;
+        Ok(Self { a: Arc::new(copy(&self.a)?), b: Arc::new(copy(&self.b)?), magnitude, ..self.clone() })
     }
 
-    /// A part of its own with the same values, to be written.
-    ///
-    /// Errors: those of [`Parameter::image`].
-    pub(super) fn image(&self, to: ImageTo) -> Result<Self> {
-        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.image(to).map(Arc::new)).transpose()?;
-        Ok(Self { a: Arc::new(self.a.image(to)?), b: Arc::new(self.b.image(to)?), magnitude, ..self.clone() })
-    }
-
-    /// Makes `values`, `rows` of the weight, row-major, those with this part: in f32, from the masters of both factors.
+    /// Makes `values`, `rows` of the parameter, row-major, those with this part: in f32, from the masters of both factors.
     ///
     /// Errors: those of the device that they lie on.
     pub(super) fn apply_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
         self.add_product_to_rows(rows, values)?;
-        let (common, inputs) = (self.common(rows), self.a.columns());
-        match &self.magnitude {
-            Some(magnitude) if !common.is_empty() => {
-                let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
-                magnitude.scale_rows(common.start - self.rows.start, values, inputs)
-            }
-            _ => Ok(()),
-        }
+        let Some(magnitude) = &self.magnitude else { return Ok(()) };
+        let inputs = self.a.columns();
+        self.common(rows).try_for_each(|(first, common)| {
+            let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
+            magnitude.scale_rows(first, values, inputs)
+        })
     }
 
-    /// Which of `rows` are its own.
-    fn common(&self, rows: &Range<usize>) -> Range<usize> {
-        rows.start.max(self.rows.start)..rows.end.min(self.rows.end)
+    /// Which of `rows` are its own, those of each weight by itself, and the first row of `b` among them.
+    fn common(&self, rows: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> + use<E> {
+        let (rows, own, stack) = (rows.clone(), self.rows.clone(), self.stack);
+        let touched = rows.start / stack.rows..rows.end.div_ceil(stack.rows);
+        touched.filter_map(move |index| {
+            let first = index * stack.rows + own.start;
+            let common = rows.start.max(first)..rows.end.min(first + own.len());
+            (!common.is_empty()).then(|| (index * own.len() + common.start - first, common))
+        })
     }
 
     /// Adds the product of its factors to `values`, as [`LowRank::apply_to_rows`] does.
     pub(super) fn add_product_to_rows(&self, rows: &Range<usize>, values: &mut [f32]) -> Result<()> {
-        let common = self.common(rows);
-        if common.is_empty() {
-            return Ok(());
-        }
         let (rank, inputs) = (self.rank(), self.a.columns());
-        let (mut a, mut b) = (Buffer::<f32>::scratch(rank * inputs), Buffer::<f32>::scratch(common.len() * rank));
-        self.a.read_rows(0..rank, &mut a)?;
-        self.b.read_rows(common.start - self.rows.start..common.end - self.rows.start, &mut b)?;
-        let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
-        low_rank::add_product(values, &a, &b, rank, self.scale);
-        Ok(())
+        self.common(rows).try_for_each(|(first, common)| {
+            let index = first / self.rows.len();
+            let (mut a, mut b) = (Buffer::<f32>::scratch(rank * inputs), Buffer::<f32>::scratch(common.len() * rank));
+            self.a.read_rows(index * rank..(index + 1) * rank, &mut a)?;
+            self.b.read_rows(first..first + common.len(), &mut b)?;
+            let values = &mut values[(common.start - rows.start) * inputs..(common.end - rows.start) * inputs];
+            low_rank::add_product(values, &a, &b, rank, self.scale);
+            Ok(())
+        })
     }
 }
 
@@ -223,6 +240,7 @@ mod tests {
         let weight = filled::<E>("w", out, input, 1);
         weight.set_trains(false);
         let part = |rows: Range<usize>, rank: usize, seed: usize| LowRank {
+            stack: Stack::of(&weight, 1),
             a: filled("a", rank, input, seed),
             b: filled("b", rows.len(), rank, seed + 1),
             magnitude: dora.then(|| Arc::new(Magnitude::new(filled("m", rows.len(), 1, seed + 2)))),

@@ -1,7 +1,7 @@
 //! `Parameter`: a weight that models train. Its value lies in the layout its products read, its gradient is an f32 sum
 //! in the matching f32 layout. Optimizers and checkpoints see it through the methods here.
 //! Layouts: `Rows` is row-major (norm weights, biases, untied embeddings); `Panels` is what the packed products read
-//! (kernels/cpu/panels.rs). On a device all are `Rows` (cuda/value.rs). A trained bf16 weight is split: the bf16 value that products read, and the remainder that
+//! (kernels/cpu/panels.rs). On a device all are `Rows`, or integers in rows (cuda/value.rs). A trained bf16 weight is split: the bf16 value that products read, and the remainder that
 //! completes it to the f32 master weight (kernels/cpu/adamw.rs).
 
 use super::ModelElement;
@@ -106,6 +106,8 @@ pub struct Parameter<E: ModelElement> {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) layout: Layout,
+    /// Also one of one column, if products read it.
+    pub(super) is_matrix: bool,
     /// Copies of a frozen parameter share it until one of them is written.
     pub(super) value: RwLock<Arc<Value<E>>>,
     pub(super) place: Place,
@@ -152,16 +154,19 @@ impl<E: ModelElement> Value<E> {
 }
 
 impl<E: ModelElement> Parameter<E> {
-    /// As [`Parameter::zeros`], at `place`; on a device the layout is `Rows`.
+    /// As [`Parameter::zeros`], at `place`; on a device the layout is `Rows`, or that of integers.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
     pub fn zeros_at(place: &Place, name: impl Into<String>, rows: usize, columns: usize, layout: Layout) -> Result<Self> {
         let Some(device) = place.device() else { return Ok(Self::zeros(name, rows, columns, layout)) };
-        assert_ne!(layout, Layout::Int8, "integers are products of the host");
-        let value = Self::zeros(name, 0, columns, Layout::Rows);
-        let cuda = Some(DeviceValue::zeros(device, rows * columns)?);
+        let (value, cuda) = match layout {
+            Layout::Int8 => (Self::zeros(name, 0, columns, layout), DeviceValue::zeros_int8(device, rows, columns)?),
+            _ => (Self::zeros(name, 0, columns, Layout::Rows), DeviceValue::zeros(device, rows * columns)?),
+        };
+        let cuda = Some(cuda);
         let on_device = Value { weight: Buffer::zeroed(0), remainder: None, int8: None, cuda };
-        Ok(Self { rows, value: RwLock::new(Arc::new(on_device)), place: place.clone(), ..value })
+        let is_matrix = layout == Layout::Panels || columns > 1;
+        Ok(Self { rows, is_matrix, value: RwLock::new(Arc::new(on_device)), place: place.clone(), ..value })
     }
 
     /// Zeros that train. `name` is for messages.
@@ -178,6 +183,7 @@ impl<E: ModelElement> Parameter<E> {
             rows,
             columns,
             layout,
+            is_matrix: layout == Layout::Panels || columns > 1,
             value: RwLock::new(Arc::new(Value { weight: Buffer::zeroed(len), remainder: None, int8, cuda: None })),
             place: Place::Host,
             adapters: RwLock::default(),

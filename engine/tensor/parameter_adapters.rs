@@ -76,11 +76,13 @@ impl<E: ModelElement> Parameter<E> {
     /// Gives the weight low-rank parts in place of those it has. Panics for parts that do not fit, and while parts are merged.
     pub fn set_adapters(&self, parts: Vec<LowRank<E>>) {
         for part in &parts {
-            let (rank, b) = (part.rank(), (part.b.rows(), part.b.columns()));
-            assert!(part.rows.end <= self.rows && part.a.columns() == self.columns, "{}: rows or inputs of a low-rank part", self.name);
-            assert_eq!(b, (part.rows.len(), rank), "{}: the second factor of a low-rank part", self.name);
+            let (stack, rows) = (part.stack, part.stack.count * part.rows.len());
+            assert!(stack.count * stack.rows == self.rows, "{}: {stack:?}", self.name);
+            assert!(part.rows.end <= stack.rows && part.a.columns() == self.columns, "{}: rows or inputs of a low-rank part", self.name);
+            let b = (part.b.rows(), part.b.columns());
+            assert_eq!(b, (rows, part.rank()), "{}: the second factor of a low-rank part", self.name);
             let lengths = part.magnitude.as_ref().map(|magnitude| (magnitude.lengths.rows(), magnitude.lengths.columns()));
-            assert!(lengths.is_none_or(|lengths| lengths == (part.rows.len(), 1)), "{}: lengths of rows", self.name);
+            assert!(lengths.is_none_or(|lengths| lengths == (rows, 1)), "{}: lengths of rows", self.name);
         }
         let mut adapters = self.adapters.write().expect("nothing panics while adapters change");
         assert!(adapters.former.is_none(), "{}: low-rank parts are merged", self.name);

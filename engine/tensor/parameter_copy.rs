@@ -2,7 +2,6 @@
 
 use super::ModelElement;
 use super::cuda::value::GRADIENTS;
-use super::low_rank::LowRank;
 use super::parameter::{Adapters, BLOCK_VALUES, Parameter, Value, own};
 use super::place::{Array, ImageTo, Place};
 use crate::error::Result;
@@ -18,7 +17,7 @@ impl<E: ModelElement> Parameter<E> {
     ///
     /// Errors: [`crate::error::Error::Device`] if it lies on a device without room for one more.
     pub fn copy(&self) -> Result<Self> {
-        self.copy_to(&self.place)
+        self.copy_with(&self.place, false, Self::copy)
     }
 
     /// As [`Parameter::copy`], what a checkpoint is written from. It serves [`Parameter::copy_from`] and reading, not products. A value
@@ -26,7 +25,7 @@ impl<E: ModelElement> Parameter<E> {
     ///
     /// Errors: those of the device.
     pub fn image(&self, to: ImageTo) -> Result<Self> {
-        let part = |part: &LowRank<E>| part.image(to);
+        let part = |parameter: &Self| parameter.image(to);
         if self.trains()
             && to.stays_at(&self.place, self.state_bytes())
             && let Ok(image) = self.copy_with(&self.place, false, part)
@@ -36,14 +35,10 @@ impl<E: ModelElement> Parameter<E> {
         self.copy_with(&Place::Host, to.shares(&self.place), part)
     }
 
-    pub(super) fn copy_to(&self, place: &Place) -> Result<Self> {
-        self.copy_with(place, false, |part| part.copy_to(place))
-    }
-
-    /// A copy at `place`, which is its own or the host, with copies of its low-rank parts.
+    /// A copy at `place`, which is its own or the host, with low-rank parts of what `copy` makes of their parameters.
     ///
     /// - `shares`: whether the value is shared until one of the two is written, also if it trains
-    fn copy_with(&self, place: &Place, shares: bool, copy_part: impl Fn(&LowRank<E>) -> Result<LowRank<E>>) -> Result<Self> {
+    fn copy_with(&self, place: &Place, shares: bool, copy: impl Fn(&Self) -> Result<Self>) -> Result<Self> {
         let value = self.read();
         let place = if self.trains() { place } else { &self.place };
         let value = match &value.cuda {
@@ -61,13 +56,14 @@ impl<E: ModelElement> Parameter<E> {
             None => None,
         };
         let adapters = self.lock_adapters();
-        let parts = adapters.parts.iter().map(copy_part).collect::<Result<_>>()?;
-        let embedding = adapters.embedding.as_ref().map(|part| part.copy_to(place)).transpose()?;
+        let parts = adapters.parts.iter().map(|part| part.copy_with(&copy)).collect::<Result<_>>()?;
+        let embedding = adapters.embedding.as_ref().map(|part| part.copy_with(&copy)).transpose()?;
         Ok(Self {
             name: self.name.clone(),
             rows: self.rows,
             columns: self.columns,
             layout: self.layout,
+            is_matrix: self.is_matrix,
             value: RwLock::new(value),
             place: place.clone(),
             adapters: RwLock::new(Adapters { parts, embedding, former: adapters.former.clone() }),

@@ -75,7 +75,7 @@ impl<E: ModelElement> Trainable for Parameter<E> {
     }
 
     fn is_matrix(&self) -> bool {
-        self.layout == Layout::Panels || self.columns > 1
+        self.is_matrix
     }
 
     fn count(&self) -> usize {

@@ -25,10 +25,11 @@ local Model = {}
 local Optimizer = {}
 
 --- What LoRA adds to a model. `targets` are names of modules or ends of names (`q_proj`, `layers.0.mlp.down_proj`, `gate` for
---- routers, on the CPU also `embed_tokens` and `lm_head`), or "all-linear" for all projections of the layers, experts included. The scale is alpha / rank, with
---- `rank_stabilized` alpha / sqrt(rank). `dora` (on the CPU) scales each adapted row to a length that is learnt, which begins as
---- that of the weight: nearer to full fine-tuning at small ranks, slower, and it keeps the outputs of adapted products. `modules_to_save`, ends of names (`norm`: all norms), train whole beside it: a base
---- model that is to learn `<|im_end|>` needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
+--- routers, `embed_tokens`, `lm_head`), or "all-linear" for all projections of the layers, experts included; on a GPU a layer's experts
+--- have adapters all or none. The scale is alpha / rank, with `rank_stabilized` alpha / sqrt(rank). `dora` scales each adapted row to a
+--- length that is learnt, which begins as that of the weight: nearer to full fine-tuning at small ranks, slower, and it keeps the outputs
+--- of adapted products. `modules_to_save`, ends of names (`norm`: all norms), train whole beside it: a base model that is to learn
+--- `<|im_end|>` needs `embed_tokens` and `lm_head` there, whose row for it is untrained.
 ---@class engine.Lora
 ---@field rank? integer default 8
 ---@field alpha? number default twice the rank

@@ -1,5 +1,6 @@
 //! Generation on the device, in captured steps where those are made: what it reports is what training computes, to the bit.
 
+use crate::adapters::kinds;
 use crate::bench;
 use crate::model::{TOKENS, config, on, settings, step};
 use perilune::infer::sampler::Rules;
@@ -25,7 +26,7 @@ fn generate(model: &Model, jobs: &[Job]) -> Vec<(usize, Text)> {
 
 /// Generates, and asserts that each log-probability has the bits of the training forward over the whole text.
 #[track_caller]
-fn reports_what_training_computes(what: &str, model: &Model, jobs: &[Job]) {
+pub fn reports_what_training_computes(what: &str, model: &Model, jobs: &[Job]) {
     let texts = generate(model, jobs);
     assert_eq!(texts.len(), jobs.iter().map(|job| job.members).sum::<usize>());
     for (job, text) in texts {
@@ -43,7 +44,7 @@ fn reports_what_training_computes(what: &str, model: &Model, jobs: &[Job]) {
 }
 
 /// Texts of one, two and three members from prompts that fill blocks of 64 and do not; they end one after the other.
-fn jobs() -> Vec<Job> {
+pub fn jobs() -> Vec<Job> {
     let long: Vec<i32> = TOKENS.iter().cycle().take(70).copied().collect();
     let prompts = [TOKENS[..5].to_vec(), long, TOKENS[3..20].to_vec()];
     let job = |(index, prompt)| Job { members: index + 1, ..Job::new(prompt, 9 - 2 * index, WARM, 7) };
@@ -93,6 +94,22 @@ fn each_generation_has_the_weights_of_its_time() {
     reports_what_training_computes("merged", &model, &jobs());
     model.unmerge().unwrap();
     assert_eq!(device.memory_statistics().live_bytes, before.live_bytes, "nothing is left of graphs and caches");
+}
+
+/// Adapters of every kind, before and after an update: a captured step reads what follows from weights, too.
+#[test]
+fn adapters_of_every_kind_report_what_training_computes() {
+    let Some(bench) = bench() else { return };
+    for (moe, lora) in kinds() {
+        let what = format!("experts {moe}, {lora:?}");
+        let model = on(bench, moe, Dtype::Bf16);
+        model.adapt(lora, 5).unwrap();
+        let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
+        for turn in 0..2 {
+            step(&model, &mut optimizer);
+            reports_what_training_computes(&format!("{what}, turn {turn}"), &model, &jobs());
+        }
+    }
 }
 
 /// A text of more than 512 tokens outgrows the spans that its step was captured for.

@@ -3,6 +3,7 @@
 //! ascending and in descending order, which must not change a bit. Either way launchers, allocator and cache are the real ones.
 //! `PERILUNE_GPU=emulated` takes the emulator in any case. `cargo test --release --test gpu` says which it was.
 
+mod adapters;
 mod attention;
 mod decode;
 mod elements;
@@ -13,6 +14,8 @@ mod generic;
 #[path = "../fixtures/tensor_ops.rs"]
 mod golden_tensor_ops;
 mod graph;
+mod int8;
+mod looking;
 mod memory;
 mod model;
 mod optimizer;
@@ -25,6 +28,7 @@ mod sample;
 mod tensor_ops;
 #[path = "../fixtures/training.rs"]
 mod training;
+mod workflows;
 
 use half::bf16;
 use perilune::kernels::cuda::device::{Device, Settings};

@@ -1,5 +1,6 @@
 //! Whole models on the device: forward, loss, every gradient and steps of AdamW against the CPU's; laws that hold to the bit.
 
+use crate::adapters::lora;
 use crate::fixtures::clear_gradients;
 use crate::training::{Training, check_gradients};
 use crate::{Bench, bench};
@@ -9,9 +10,10 @@ use perilune::kernels::cuda::behind::Mark;
 use perilune::kernels::element::Dtype;
 use perilune::model::config::Config;
 use perilune::model::presets::{preset, with_fields};
-use perilune::model::{Lora, Model, Packed};
+use perilune::model::{Model, Packed};
 use perilune::tensor::place::ImageTo;
 use perilune::tensor::{Place, Tensor};
+use perilune::train::online_merge::{MergeSettings, Method, OnlineMerge};
 use perilune::train::optimizer::{AdamW, Settings};
 use perilune::train::optimizer_state::AdamWState;
 use serde_json::json;
@@ -44,12 +46,12 @@ fn labels() -> Vec<i32> {
     labels
 }
 
-fn with_batch<T>(run: impl FnOnce(&Packed) -> T) -> T {
+pub fn with_batch<T>(run: impl FnOnce(&Packed) -> T) -> T {
     let positions = positions();
     run(&Packed { tokens: &TOKENS, position_ids: &positions, cu_seqlens: &BORDERS, prefixes: &[] })
 }
 
-fn values(model: &Model) -> Vec<(String, Vec<f32>)> {
+pub fn values(model: &Model) -> Vec<(String, Vec<f32>)> {
     model.tensors().into_iter().map(|(name, _)| (name.clone(), model.value(&name).unwrap().to_f32_vec())).collect()
 }
 
@@ -77,6 +79,10 @@ pub struct Steps;
 impl Steps {
     pub fn settings() -> Settings {
         settings()
+    }
+
+    pub fn labels() -> Vec<i32> {
+        labels()
     }
 
     pub fn tokens() -> usize {
@@ -134,7 +140,7 @@ fn distance(got: &[f32], want: &[f32]) -> f64 {
 }
 
 #[track_caller]
-fn assert_near(what: &str, got: &[f32], want: &[f32], by: f64) {
+pub fn assert_near(what: &str, got: &[f32], want: &[f32], by: f64) {
     let apart = distance(got, want);
     println!("{what}: {apart:.2e}, at most {by:.0e}");
     assert!(apart <= by, "{what}: {apart:.2e} of its length from the CPU's, at most {by:.0e}");
@@ -284,21 +290,27 @@ fn small_steps(model: &Model, first: bool) -> SmallSteps {
 #[test]
 fn small_steps_are_one_call_and_have_the_bits_of_others() {
     let Some(bench) = bench() else { return };
-    for (dtype, recompute, lora) in [(Dtype::Bf16, false, false), (Dtype::F32, true, false), (Dtype::Bf16, false, true)] {
+    let plain = lora(&["q_proj", "down_proj"], false);
+    let (dora, torn) = (lora(&["all-linear", "lm_head"], true), lora(&["q_proj", "lm_head", "embed_tokens"], false));
+    for (dtype, recompute, lora) in [
+        (Dtype::Bf16, false, None),
+        (Dtype::F32, true, None),
+        (Dtype::Bf16, false, Some(plain)),
+        (Dtype::Bf16, true, Some(dora)),
+        (Dtype::F32, false, Some(torn)),
+    ] {
         let made = || {
             let model = on(bench, false, dtype);
             model.set_recompute(recompute);
-            if lora {
-                let targets = vec!["q_proj".into(), "down_proj".into()];
-                let lora = Lora { rank: 2, alpha: 4.0, targets, ..Lora::default() };
-                model.adapt(lora, 5).unwrap();
+            if let Some(lora) = &lora {
+                model.adapt(lora.clone(), 5).unwrap();
             }
             model
         };
         let singly = small_steps(&made(), true);
         let before = bench.graph_launches();
         let captured = small_steps(&made(), false);
-        let what = format!("{dtype}, recompute {recompute}, adapter {lora}");
+        let what = format!("{dtype}, recompute {recompute}, adapter {lora:?}");
         assert_eq!((&captured.losses, &captured.norms), (&singly.losses, &singly.norms), "{what}: losses and norms");
         assert!(captured.values == singly.values, "{what}: weights");
         // All but the first micro-batch, and the first that adds, which find no graph.
@@ -478,36 +490,6 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     assert_eq!(optimizer.steps(), 2);
 }
 
-#[test]
-fn adapters_train_as_on_the_cpu() {
-    let Some(bench) = bench() else { return };
-    let targets = ["q_proj", "v_proj", "down_proj", "gate_proj"].map(String::from).to_vec();
-    let lora = Lora { rank: 3, alpha: 6.0, targets, modules_to_save: vec!["norm".into()], ..Lora::default() };
-    let run = |model: &Model| {
-        model.adapt(lora.clone(), 5).unwrap();
-        let mut optimizer = AdamW::new(model.parameters(), settings()).unwrap();
-        let (losses, _): (Vec<f32>, Vec<f64>) = (0..3).map(|_| step(model, &mut optimizer)).unzip();
-        let logits = with_batch(|batch| model.logits(batch)).unwrap().values().to_vec();
-        model.merge().unwrap();
-        let merged = with_batch(|batch| model.logits(batch)).unwrap().values().to_vec();
-        model.unmerge().unwrap();
-        assert!(with_batch(|batch| model.logits(batch)).unwrap().values() == logits, "unmerging goes back to the bit");
-        (losses, logits, merged)
-    };
-    for (dtype, by) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
-        let want = run(&Model::random(config(false), dtype, 3).unwrap());
-        let got = bench.run(|_| run(&on(bench, false, dtype)));
-        assert_near("losses", &got.0, &want.0, by);
-        assert_near("logits", &got.1, &want.1, by);
-        assert_near("merged logits", &got.2, &want.2, by);
-    }
-    let refused = |moe, lora| on(bench, moe, Dtype::F32).adapt(lora, 5).unwrap_err().to_string();
-    let error = refused(true, Lora { targets: vec!["all-linear".into()], ..lora.clone() });
-    assert!(error.contains("experts") && error.contains("CPU"), "{error}");
-    let error = refused(false, Lora { dora: true, ..lora });
-    assert!(error.contains("DoRA") && error.contains("CPU"), "{error}");
-}
-
 /// PyTorch's numbers (tests/golden): the loss and every gradient of the first batch, then steps of AdamW on a cosine schedule; all
 /// twenty of them on a GPU, the first on the emulator.
 #[test]
@@ -539,9 +521,10 @@ fn training_follows_the_reference() {
 #[test]
 fn what_has_no_form_on_a_device_is_refused_with_a_remedy() {
     let Some(bench) = bench() else { return };
-    let place = Place::Cuda(bench.device.clone());
-    let error = Model::random_at(&place, config(false), Dtype::I8, 3).err().unwrap().to_string();
-    assert!(error.contains("f32 or bf16 on cuda:0"), "{error}");
+    let model = on(bench, false, Dtype::F32);
+    let merge = OnlineMerge::new(MergeSettings { method: Method::Ties, alpha: 0.1, reserve: 0.5, rescale: false, every: 1 }, 1, Vec::new());
+    let error = AdamW::new(model.parameters(), settings()).unwrap().merging(merge.unwrap()).err().unwrap().to_string();
+    assert!(error.contains("a model on the CPU"), "{error}");
     let error = Place::named("gpu").err().unwrap().to_string();
     assert!(error.contains("\"cuda:1\""), "{error}");
     let error = Place::named("cuda:77").err().unwrap().to_string();

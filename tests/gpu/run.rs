@@ -36,14 +36,14 @@ return engine.workflow {
 "#;
 
 /// A folder with the script, where the program runs on the device of the tests.
-struct Workplace {
+pub struct Workplace {
     folder: tempfile::TempDir,
     is_emulated: bool,
 }
 
 impl Workplace {
     /// None where there is no device, or no program beside its tests.
-    fn new() -> Option<Self> {
+    pub fn new() -> Option<Self> {
         let is_emulated = bench()?.is_emulated();
         if !Path::new(env!("CARGO_BIN_EXE_perilune")).exists() {
             eprintln!("skipped: the program is not beside its tests");
@@ -55,7 +55,7 @@ impl Workplace {
         Some(Self { folder, is_emulated })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -66,7 +66,7 @@ impl Workplace {
     }
 
     /// Runs the program with the device.
-    fn run(&self, arguments: &[&str]) -> Output {
+    pub fn run(&self, arguments: &[&str]) -> Output {
         self.run_losing("", arguments)
     }
 
@@ -127,7 +127,7 @@ impl Finished {
     }
 }
 
-fn errors(output: &Output) -> String {
+pub fn errors(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 

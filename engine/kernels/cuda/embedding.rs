@@ -38,7 +38,41 @@ pub fn embed<E: Float>(device: &Device, weight: View<E>, hidden: usize, ids: Vie
 ///
 /// - `d_out`: `[tokens, hidden]`; `ids`: `[tokens]`, each in `0..vocab`, else the device is lost
 /// - `d_weight`: `[vocab, hidden]`, f32, added to
-pub fn embed_backward<E: Float>(device: &Device, d_out: View<E>, ids: View<i32>, hidden: usize, mut d_weight: ViewMut<f32>) -> Result<()> {
+pub fn embed_backward<E: Float>(device: &Device, d_out: View<E>, ids: View<i32>, hidden: usize, d_weight: ViewMut<f32>) -> Result<()> {
+    add_rows(device, d_out, ids, hidden, d_weight, false)
+}
+
+/// Copies column `ids[t]` of `table` to row `t` of `out`.
+///
+/// - `table`: `[rows, vocab]`; `ids`: `[tokens]`, each in `0..vocab`, else the device is lost; `out`: `[tokens, rows]`
+pub fn take_columns_of<E: Float>(device: &Device, table: View<E>, rows: usize, ids: View<i32>, mut out: ViewMut<E>) -> Result<()> {
+    assert!(rows > 0 && table.len().is_multiple_of(rows), "embedding: a table of {} values in {rows} rows", table.len());
+    let vocab = table.len() / rows;
+    check(table.len(), vocab, rows, ids.len(), out.len());
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let launch = Launch::new(device, "embedding", Variant::of::<E>(Program::Embedding), "take_columns_of")?;
+    let launch = launch.read(table).read(ids).write(&mut out).int(vocab).int(rows);
+    // SAFETY: the arguments are take_columns_of's. Block t reads ids[t] and one column of the table, which it checks, and writes row t.
+    unsafe { launch.run((ids.len(), 1, 1), threads(rows), 0) }
+}
+
+/// The way back of [`take_columns_of`], as [`embed_backward`]: adds row `t` of `d_out` `[tokens, rows]` to column `ids[t]` of
+/// `d_table` `[rows, vocab]`, f32.
+pub fn add_to_columns_of<E: Float>(device: &Device, d_out: View<E>, ids: View<i32>, rows: usize, d_table: ViewMut<f32>) -> Result<()> {
+    add_rows(device, d_out, ids, rows, d_table, true)
+}
+
+/// - `turned`: whether rows of the table are columns of `d_weight`
+fn add_rows<E: Float>(
+    device: &Device,
+    d_out: View<E>,
+    ids: View<i32>,
+    hidden: usize,
+    mut d_weight: ViewMut<f32>,
+    turned: bool,
+) -> Result<()> {
     assert!(hidden > 0 && d_weight.len().is_multiple_of(hidden), "embedding: a gradient of {} values in rows of {hidden}", d_weight.len());
     let vocab = d_weight.len() / hidden;
     check(d_weight.len(), vocab, hidden, ids.len(), d_out.len());
@@ -47,6 +81,8 @@ pub fn embed_backward<E: Float>(device: &Device, d_out: View<E>, ids: View<i32>,
     }
     let launch = Launch::new(device, "embedding_backward", Variant::of::<E>(Program::Embedding), "embed_backward")?;
     let launch = launch.read(d_out).read(ids).write(&mut d_weight).int(ids.len()).int(vocab).int(hidden);
+    let (row_stride, column_stride) = if turned { (1, vocab) } else { (hidden, 1) };
+    let launch = launch.long(row_stride).long(column_stride);
     // SAFETY: the arguments are embed_backward's. A block writes the row of its token's id, which it checks, and only the
     // block of the id's first token does.
     unsafe { launch.run((ids.len(), 1, 1), 256, 0) }

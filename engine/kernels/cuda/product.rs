@@ -28,7 +28,7 @@ pub struct Groups<'a> {
 }
 
 impl Groups<'_> {
-    fn count(&self) -> usize {
+    pub fn count(&self) -> usize {
         assert!(self.offsets.len() > 1, "groups: offsets of {} values", self.offsets.len());
         self.offsets.len() - 1
     }

@@ -22,8 +22,10 @@ pub enum Program {
     AttentionHopper,
     AttentionPaged,
     AttentionPlain,
+    Dora,
     Elements,
     Embedding,
+    Int8,
     Logprobs,
     Norm,
     Product,
@@ -50,8 +52,10 @@ impl Program {
             Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
+            Self::Dora => ("dora.cu", include_str!("dora.cu")),
             Self::Elements => ("elements.cu", include_str!("elements.cu")),
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
+            Self::Int8 => ("int8.cu", include_str!("int8.cu")),
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
@@ -69,7 +73,18 @@ impl Program {
 
     /// Whether products and sums may be contracted to one rounding. Where the CPU's bits are wanted they may not.
     fn contracts(&self) -> bool {
-        !matches!(self, Self::Adamw | Self::Elements | Self::Embedding | Self::Rope | Self::Route | Self::Sample | Self::Generated(_))
+        !matches!(
+            self,
+            Self::Adamw
+                | Self::Dora
+                | Self::Elements
+                | Self::Embedding
+                | Self::Int8
+                | Self::Rope
+                | Self::Route
+                | Self::Sample
+                | Self::Generated(_)
+        )
     }
 }
 
@@ -126,6 +141,8 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         all.extend([plain, wide].map(|dtype| Variant::new(program.clone(), dtype)));
     }
     all.push(Variant::new(Sample, plain));
+    all.extend([plain, wide].into_iter().flat_map(super::int8::variants));
+    all.extend([(plain, 1), (wide, 0), (wide, 1)].map(|(dtype, out)| Variant::new(Dora, dtype).with("OUT_F32", out)));
     for head_dim in [64, 128] {
         for paged in [0, 1] {
             let variant = |program, dtype| Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged);

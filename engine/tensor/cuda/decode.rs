@@ -4,12 +4,12 @@
 //! them lets a row, or a span of keys that a text does not have, touch another.
 
 use super::attention::Tables;
+use super::embedding::rows_of;
 use super::paged_attention::{DeviceBlocks, turn_and_append};
 use super::{activation, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::attention::{Cache, Span as Place};
 use crate::kernels::cuda::device::Device;
-use crate::kernels::cuda::embedding::embed;
 use crate::kernels::cuda::graph::{Graph, Memory};
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
 use crate::kernels::cuda::paged::{self, Decode, SPAN};
@@ -86,10 +86,8 @@ impl Operands {
     ///
     /// Errors: those of the device, here and below.
     pub fn embedding<E: ModelElement>(&self, weight: &Parameter<E>) -> Result<Tensor<E, 2>> {
-        let (device, hidden) = (self.numbers.device(), weight.columns());
-        let mut x = activation::<E>(device, self.shape.rows * hidden)?;
-        embed(device, weight.read().on_device(), hidden, self.column(0), x.view_mut())?;
-        Ok(Tensor::from_operation_on_device([self.shape.rows, hidden], x, &[], false, |_, _| Ok(())))
+        let (x, _) = rows_of(self.numbers.device(), self.column(0), weight)?;
+        Ok(Tensor::from_operation_on_device([self.shape.rows, weight.columns()], x, &[], false, |_, _| Ok(())))
     }
 
     /// Cosines and sines of the positions.

@@ -1,12 +1,13 @@
 //! The mixture of experts on a GPU; see tensor/experts.rs. How many rows an expert has stays on the device: grouped products
 //! read it there, so that a step does not wait.
 
-use super::{activation, gradient, scratch};
+use super::low_rank::Applied;
+use super::{activation, gradient, operand, scratch};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::DeviceBuffer;
-use crate::kernels::cuda::product::{self, Groups, Residual, Weight};
+use crate::kernels::cuda::product::{self, Groups};
 use crate::kernels::cuda::route::{self, Groups as Sorted, Routing as Settings};
 use crate::kernels::cuda::{elements, embedding::embed, norm, swiglu};
 use crate::kernels::element::Dtype;
@@ -93,8 +94,7 @@ pub fn load_balance<E: ModelElement>(device: &Arc<Device>, layers: &[Routing<E>]
     }))
 }
 
-/// As [`crate::tensor::experts::mixture`], of experts whose weights are stacked. Low-rank parts have no form here; a model
-/// refuses them.
+/// As [`crate::tensor::experts::mixture`], of experts whose weights are stacked, as their low-rank parts are.
 pub fn mixture<E: ModelElement>(
     x: &Tensor<E, 2>,
     normed: &Tensor<E, 2>,
@@ -107,23 +107,17 @@ pub fn mixture<E: ModelElement>(
     let [tokens, hidden] = x.shape();
     let choices = routing.choices.cuda().clone();
     let (grouped, inter) = (tokens * choices.k, experts.down.columns());
-    assert!(experts.gate_up.adapters().is_empty() && experts.down.adapters().is_empty(), "low-rank parts of stacked experts");
-    let (gate_up_shape, down_shape) = ((2 * inter, hidden), (hidden, inter));
     let mut gate_up = activation::<E>(device, grouped * 2 * inter)?;
     let mut out = activation::<E>(device, grouped * hidden)?;
-    {
+    let (gate_up_parts, down_parts) = {
         let groups = Some(Groups { offsets: choices.sorted.offsets.view() });
         let mut rows = scratch::<E>(device, grouped * hidden)?;
         embed(device, normed.cuda(), hidden, choices.sorted.rows.view(), rows.view_mut())?;
-        let value = experts.gate_up.read();
-        let weight = Weight { values: value.on_device(), outputs: gate_up_shape.0, inputs: gate_up_shape.1 };
-        product::forward(device, gate_up.view_mut(), rows.view(), weight, None, Residual::None, groups)?;
+        let first = Applied::product(device, &experts.gate_up, gate_up.view_mut(), rows.view(), None, None, groups)?;
         let mut activation = scratch::<E>(device, grouped * inter)?;
         swiglu::swiglu(device, gate_up.view(), inter, activation.view_mut())?;
-        let value = experts.down.read();
-        let weight = Weight { values: value.on_device(), outputs: down_shape.0, inputs: down_shape.1 };
-        product::forward(device, out.view_mut(), activation.view(), weight, None, Residual::None, groups)?;
-    }
+        (first, Applied::product(device, &experts.down, out.view_mut(), activation.view(), None, None, groups)?)
+    };
     let mut y = activation::<E>(device, tokens * hidden)?;
     y.copy_from(x.cuda())?;
     route::combine(device, out.view(), choices.sorted.places.view(), routing.weights.cuda(), hidden, y.view_mut(), true)?;
@@ -132,8 +126,8 @@ pub fn mixture<E: ModelElement>(
     route::add_gated(device, open.view(), shared.cuda(), y.view_mut())?;
 
     let parents = [x.node(), normed.node(), routing.weights.node(), shared.node(), gate.node()];
-    let needs_input = experts.gate_up.trains();
-    let trains = needs_input || experts.down.trains();
+    let needs_input = experts.gate_up.trains() || gate_up_parts.trains();
+    let trains = needs_input || experts.down.trains() || down_parts.trains();
     let seen = (experts.gate_up.version(), experts.down.version());
     let (device, gate_up_weight, down_weight) = (device.clone(), experts.gate_up.clone(), experts.down.clone());
     let (weights, shared) = (routing.weights.data().clone(), shared.data().clone());
@@ -141,6 +135,8 @@ pub fn mixture<E: ModelElement>(
     Ok(Tensor::from_operation_on_device([tokens, hidden], y, &parents, trains, move |dy, sink| {
         gate_up_weight.check_version(seen.0, "mixture")?;
         down_weight.check_version(seen.1, "mixture")?;
+        gate_up_parts.check_versions("mixture")?;
+        down_parts.check_versions("mixture")?;
         let sorted = &choices.sorted;
         let groups = Some(Groups { offsets: sorted.offsets.view() });
         let (mut d_shared, mut d_open) = (gradient::<E>(&device, tokens * hidden)?, scratch::<f32>(&device, tokens)?);
@@ -157,31 +153,50 @@ pub fn mixture<E: ModelElement>(
         sink.add_on_device(2, d_weights)?;
         sink.add_on_device(0, dy)?;
 
-        let mut d_activation = gradient::<E>(&device, grouped * inter)?;
-        {
-            let value = down_weight.read();
-            let weight = Weight { values: value.on_device(), outputs: down_shape.0, inputs: down_shape.1 };
-            product::input_gradient(&device, d_activation.view_mut(), d_out.view(), weight, false, groups)?;
-        }
+        let mut d_out = down_parts.unscaled(&device, &down_weight, d_out.view(), groups)?.unwrap_or(d_out);
         let mut activation = scratch::<E>(&device, grouped * inter)?;
+        let x = if down_parts.trains() {
+            // The factors' part of the gradient flows back through the activation, which they must see first.
+            swiglu::swiglu(&device, gate_up.view(), inter, activation.view_mut())?;
+            Some(activation.view())
+        } else {
+            None
+        };
+        let d_inner = down_parts.factor_gradients(&device, d_out.view(), x, groups)?;
+        let mut d_activation = gradient::<E>(&device, grouped * inter)?;
+        let down = down_weight.read();
+        product::input_gradient(&device, d_activation.view_mut(), d_out.view(), operand(&down_weight, &down, groups), false, groups)?;
+        drop(down);
+        down_parts.add_input_gradient(&device, &d_inner, d_activation.view_mut(), groups)?;
         let place = swiglu::Gradient::InPlace(gate_up.view_mut());
         swiglu::swiglu_backward(&device, place, inter, d_activation.view(), Some(activation.view_mut()))?;
         drop(d_activation);
         down_weight.accumulate_on_device(|dw, add| {
-            product::weight_gradient(&device, dw, d_out.view(), activation.view(), down_shape, add, groups)
+            product::weight_gradient(&device, dw, d_out.view(), activation.view(), (hidden, inter), add, groups)
         })?;
         drop(activation);
+        let d_gate_up = gate_up_parts.unscaled(&device, &gate_up_weight, gate_up.view(), groups)?.unwrap_or(gate_up);
+        let rows = match &normed {
+            None => None,
+            Some(normed) => {
+                let mut rows = scratch::<E>(&device, grouped * hidden)?;
+                embed(&device, normed.cuda().view(), hidden, sorted.rows.view(), rows.view_mut())?;
+                Some(rows)
+            }
+        };
+        let x = rows.as_ref().map(DeviceBuffer::view);
         gate_up_weight.accumulate_on_device(|dw, add| {
-            let normed = normed.as_ref().expect("experts that train have their input");
-            let mut rows = scratch::<E>(&device, grouped * hidden)?;
-            embed(&device, normed.cuda().view(), hidden, sorted.rows.view(), rows.view_mut())?;
-            product::weight_gradient(&device, dw, gate_up.view(), rows.view(), gate_up_shape, add, groups)
+            let x = x.expect("experts that train have their input");
+            product::weight_gradient(&device, dw, d_gate_up.view(), x, (2 * inter, hidden), add, groups)
         })?;
+        let d_inner = gate_up_parts.factor_gradients(&device, d_gate_up.view(), x, groups)?;
+        drop(rows);
         if sink.wants(1) {
             // The gradients of the experts' outputs are read no more: their buffer takes those of the inputs.
             let value = gate_up_weight.read();
-            let weight = Weight { values: value.on_device(), outputs: gate_up_shape.0, inputs: gate_up_shape.1 };
-            product::input_gradient(&device, d_out.view_mut(), gate_up.view(), weight, false, groups)?;
+            product::input_gradient(&device, d_out.view_mut(), d_gate_up.view(), operand(&gate_up_weight, &value, groups), false, groups)?;
+            drop(value);
+            gate_up_parts.add_input_gradient(&device, &d_inner, d_out.view_mut(), groups)?;
             let ones = DeviceBuffer::copy_of(&device, super::SCRATCH, &vec![1.0f32; grouped])?;
             sink.accumulate_on_device::<E>(1, &device, tokens * hidden, |d_normed, add| {
                 route::combine(&device, d_out.view(), sorted.places.view(), ones.view(), hidden, d_normed, add)

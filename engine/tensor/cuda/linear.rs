@@ -5,7 +5,7 @@ use super::{activation, gradient, operand, rms_norm, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
-use crate::kernels::cuda::product::{self, Residual};
+use crate::kernels::cuda::product;
 use crate::kernels::cuda::{norm as column_norms, rms_norm as norm_kernel, swiglu};
 use crate::tensor::parameter::Parameter;
 use crate::tensor::{ModelElement, Tensor};
@@ -31,11 +31,14 @@ pub fn linear<E: ModelElement>(
         weight.check_version(seen, "linear")?;
         applied.check_versions("linear")?;
         let x = saved.as_ref().map(|saved| saved.cuda().view());
-        weight_gradients(&device, dy.view(), x, &weight, bias.as_deref())?;
-        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        bias_gradient(&device, dy.view(), bias.as_deref())?;
+        let unscaled = applied.unscaled(&device, &weight, dy.view(), None)?;
+        let d_product = unscaled.as_ref().unwrap_or(&dy).view();
+        weight_gradient(&device, d_product, x, &weight)?;
+        let d_inner = applied.factor_gradients(&device, d_product, x, None)?;
         sink.accumulate_on_device::<E>(0, &device, tokens * input, |mut dx, add| {
-            product::input_gradient(&device, dx.reborrow(), dy.view(), operand(&weight, &weight.read()), add, None)?;
-            applied.add_input_gradient(&device, &d_inner, dx)
+            product::input_gradient(&device, dx.reborrow(), d_product, operand(&weight, &weight.read(), None), add, None)?;
+            applied.add_input_gradient(&device, &d_inner, dx, None)
         })?;
         sink.add_on_device(1, dy)
     }))
@@ -70,12 +73,14 @@ pub fn norm_linear<E: ModelElement>(
             norm_kernel::rms_norm(&device, x, None, norm.read().on_device(), eps, normed.view_mut(), inv_rms.view_mut())?;
         }
         let x = needs_input.then(|| normed.view());
-        weight_gradients(&device, dy.view(), x, &weight, bias.as_deref())?;
-        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        bias_gradient(&device, dy.view(), bias.as_deref())?;
+        let dy = applied.unscaled(&device, &weight, dy.view(), None)?.unwrap_or(dy);
+        weight_gradient(&device, dy.view(), x, &weight)?;
+        let d_inner = applied.factor_gradients(&device, dy.view(), x, None)?;
         if sink.wants(0) || norm.trains() {
             // The normalised input is read no more: its buffer takes the gradient that flows into the norm.
-            product::input_gradient(&device, normed.view_mut(), dy.view(), operand(&weight, &weight.read()), false, None)?;
-            applied.add_input_gradient(&device, &d_inner, normed.view_mut())?;
+            product::input_gradient(&device, normed.view_mut(), dy.view(), operand(&weight, &weight.read(), None), false, None)?;
+            applied.add_input_gradient(&device, &d_inner, normed.view_mut(), None)?;
             drop(dy);
             rms_norm::backward(&device, sink, &norm, saved.cuda().view(), inv_rms.view(), normed.view())?;
         }
@@ -110,21 +115,23 @@ pub fn swiglu_linear<E: ModelElement>(
         } else {
             None
         };
-        let d_inner = applied.factor_gradients(&device, dy.view(), x)?;
+        let unscaled = applied.unscaled(&device, &weight, dy.view(), None)?;
+        let d_product = unscaled.as_ref().unwrap_or(&dy).view();
+        let d_inner = applied.factor_gradients(&device, d_product, x, None)?;
         let mut d_activation = gradient::<E>(&device, tokens * inter)?;
-        product::input_gradient(&device, d_activation.view_mut(), dy.view(), operand(&weight, &weight.read()), false, None)?;
-        applied.add_input_gradient(&device, &d_inner, d_activation.view_mut())?;
+        product::input_gradient(&device, d_activation.view_mut(), d_product, operand(&weight, &weight.read(), None), false, None)?;
+        applied.add_input_gradient(&device, &d_inner, d_activation.view_mut(), None)?;
         let mut d_gate_up = gradient::<E>(&device, tokens * width)?;
         let place = swiglu::Gradient::Beside { gate_up: saved.cuda().view(), d_gate_up: d_gate_up.view_mut() };
         swiglu::swiglu_backward(&device, place, inter, d_activation.view(), Some(activation.view_mut()))?;
         drop(d_activation);
-        weight_gradients(&device, dy.view(), Some(activation.view()), &weight, None)?;
+        weight_gradient(&device, d_product, Some(activation.view()), &weight)?;
         sink.add_on_device(0, d_gate_up)?;
         sink.add_on_device(1, dy)
     }))
 }
 
-/// The product itself, and the low-rank parts of the weight that were added.
+/// The product itself, and the low-rank parts of the weight that took part.
 pub fn product<E: ModelElement>(
     device: &Arc<Device>,
     x: View<E>,
@@ -136,26 +143,22 @@ pub fn product<E: ModelElement>(
     let mut y = activation::<E>(device, tokens * weight.rows())?;
     let bias = bias.map(|bias| bias.read());
     let bias = bias.as_ref().map(|bias| bias.on_device());
-    let residual = residual.map_or(Residual::None, |residual| Residual::Other(residual.cuda()));
-    product::forward(device, y.view_mut(), x, operand(weight, &weight.read()), bias, residual, None)?;
-    let applied = Applied::forward(device, weight, &mut y, x)?;
+    let applied = Applied::product(device, weight, y.view_mut(), x, bias, residual.map(Tensor::cuda), None)?;
     Ok((y, applied))
 }
 
-/// Adds `dyᵀ x` and the column sums of `dy` to the gradients of those parameters that train.
+/// Adds `dyᵀ x` to the gradient of the weight, if it trains.
 ///
-/// - `x`: needed if the weight trains
-pub fn weight_gradients<E: ModelElement>(
-    device: &Arc<Device>,
-    dy: View<E>,
-    x: Option<View<E>>,
-    weight: &Parameter<E>,
-    bias: Option<&Parameter<E>>,
-) -> Result<()> {
+/// - `x`: needed then
+pub fn weight_gradient<E: ModelElement>(device: &Arc<Device>, dy: View<E>, x: Option<View<E>>, weight: &Parameter<E>) -> Result<()> {
     weight.accumulate_on_device(|dw, add| {
         let x = x.expect("a weight that trains has its input");
         product::weight_gradient(device, dw, dy, x, (weight.rows(), weight.columns()), add, None)
-    })?;
+    })
+}
+
+/// Adds the column sums of `dy` to the gradient of a bias that trains.
+fn bias_gradient<E: ModelElement>(device: &Arc<Device>, dy: View<E>, bias: Option<&Parameter<E>>) -> Result<()> {
     let Some(bias) = bias else { return Ok(()) };
     bias.accumulate_on_device(|sums, add| {
         let mut parts = scratch::<f32>(device, column_norms::parts_len(dy.len() / bias.rows(), bias.rows()))?;

@@ -1,14 +1,14 @@
 //! The loss head on a GPU; see tensor/logprobs.rs. Log-probabilities and entropies come to the host, where scripts make losses
 //! of them: `score` waits for the device. Cross entropy does not: its value is fetched when somebody reads it.
 
-use super::linear::weight_gradients;
-use super::{GRADIENTS, activation, gradient, operand, scratch};
+use super::head::{backward, logits_of};
+use super::low_rank::Applied;
+use super::{GRADIENTS, activation, gradient, scratch};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::logprobs::{self as kernel, EntropyGradient, Place};
 use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
-use crate::kernels::cuda::product::{self, Residual};
 use crate::kernels::cuda::sample::{self, Change, Draw, Likely, change};
 use crate::kernels::cuda::{elements, embedding::embed};
 use crate::tensor::autograd::{Node, Sink};
@@ -100,11 +100,11 @@ impl<E: ModelElement> Targets<E> {
         let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
         for range in self.chunks() {
             let (x, labels) = (self.x(&range), self.labels.part(range.clone()));
-            let logits = chunk_logits(device, x, head, 1.0)?;
+            let (logits, applied) = chunk_logits(device, x, head, 1.0)?;
             kernel::logprobs(device, logits.view(), labels, lse.part_mut(range.clone()), logprobs.part_mut(range.clone()), None)?;
             let upstream = Upstream { lse: lse.part(range.clone()), coefficients: coefficients.part(range.clone()), entropy: None };
             let d_part = wants_rows.then(|| d_rows.part_mut(range.start * self.hidden..range.end * self.hidden));
-            chunk_backward(device, x, logits, labels, upstream, head, d_part)?;
+            chunk_backward(device, x, logits, labels, upstream, (head, &applied), d_part)?;
         }
         Ok((logprobs, d_rows))
     }
@@ -123,18 +123,21 @@ impl<E: ModelElement> Targets<E> {
     }
 }
 
-/// The logits of some rows, divided by the temperature.
-fn chunk_logits<E: ModelElement>(device: &Arc<Device>, x: View<E>, head: &Parameter<E>, temperature: f32) -> Result<DeviceBuffer<f32>> {
+/// The logits of some rows, divided by the temperature, and the low-rank parts of the head.
+fn chunk_logits<E: ModelElement>(
+    device: &Arc<Device>,
+    x: View<E>,
+    head: &Parameter<E>,
+    temperature: f32,
+) -> Result<(DeviceBuffer<f32>, Applied<E>)> {
     let vocab = head.rows();
-    let rows = x.len() / head.columns();
-    let mut logits = scratch::<f32>(device, rows * vocab)?;
-    product::forward(device, logits.view_mut(), x, operand(head, &head.read()), None, Residual::None, None)?;
-    if temperature == 1.0 || rows == 0 {
-        return Ok(logits);
+    let (logits, applied) = logits_of(device, x, head)?;
+    if temperature == 1.0 || logits.is_empty() {
+        return Ok((logits, applied));
     }
-    let mut scaled = scratch::<f32>(device, rows * vocab)?;
+    let mut scaled = scratch::<f32>(device, logits.len())?;
     elements::take_columns(device, logits.view(), vocab, 0..vocab, temperature.recip(), scaled.view_mut())?;
-    Ok(scaled)
+    Ok((scaled, applied))
 }
 
 /// What the derivative of the loss is in each row's numbers: minus its log-probability, and its entropy.
@@ -152,17 +155,14 @@ fn chunk_backward<E: ModelElement>(
     logits: DeviceBuffer<f32>,
     labels: View<i32>,
     upstream: Upstream,
-    head: &Parameter<E>,
+    (head, applied): (&Parameter<E>, &Applied<E>),
     d_rows: Option<ViewMut<E>>,
 ) -> Result<()> {
     let mut d_logits = gradient::<E>(device, logits.len())?;
     let place = Place::Rounded { logits: logits.view(), gradient: d_logits.view_mut() };
     kernel::gradient(device, place, labels, upstream.lse, upstream.coefficients, upstream.entropy)?;
     drop(logits);
-    if let Some(d_rows) = d_rows {
-        product::input_gradient(device, d_rows, d_logits.view(), operand(head, &head.read()), false, None)?;
-    }
-    weight_gradients(device, d_logits.view(), Some(x), head, None)
+    backward(device, d_logits.view(), Some(x), head, applied, d_rows.map(|d_rows| (d_rows, false)))
 }
 
 /// Sum of minus log-probabilities, in f64.
@@ -182,21 +182,21 @@ pub fn cross_entropy<E: ModelElement>(
     let targets = Arc::new(Targets::new("cross_entropy", device, x, labels, head.rows())?.0);
     let data = {
         let (device, targets, head, extra) = (device.clone(), targets.clone(), head.clone(), extra.clone());
-        let seen = head.version();
+        let seen = head.versions();
         Data::deferred(move || {
-            head.check_version(seen, "cross_entropy")?;
+            head.check_versions(&seen, "cross_entropy")?;
             let (mut lse, mut logprobs) = (scratch::<f32>(&device, targets.count())?, scratch::<f32>(&device, targets.count())?);
             for range in targets.chunks() {
-                let logits = chunk_logits(&device, targets.x(&range), &head, 1.0)?;
+                let (logits, _) = chunk_logits(&device, targets.x(&range), &head, 1.0)?;
                 let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
                 kernel::logprobs(&device, logits.view(), targets.labels.part(range), lse, logprobs, None)?;
             }
             Ok(scalar(sum_of(&logprobs)?, normalizer, extra.value()?))
         })
     };
-    let (value, device, head, seen) = (data.clone(), device.clone(), head.clone(), head.version());
-    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], head.trains(), move |upstream: Buffer<f32>, sink| {
-        head.check_version(seen, "cross_entropy")?;
+    let (value, device, head, trains, seen) = (data.clone(), device.clone(), head.clone(), head.learns(), head.versions());
+    let loss = Tensor::from_operation([], data, &[x.node(), extra_node], trains, move |upstream: Buffer<f32>, sink| {
+        head.check_versions(&seen, "cross_entropy")?;
         let coefficients = DeviceBuffer::copy_of(&device, GRADIENTS, &vec![upstream[0] / normalizer; targets.count()])?;
         let (logprobs, d_rows) = targets.differentiate(&device, &head, coefficients.view(), sink.wants(0))?;
         let coefficient = extra.coefficient();
@@ -259,7 +259,7 @@ pub fn score<E: ModelElement>(
     let mut lse = activation::<f32>(device, count)?;
     let (mut logprobs, mut entropies) = (activation::<f32>(device, count)?, activation::<f32>(device, count)?);
     for range in targets.chunks() {
-        let logits = chunk_logits(device, targets.x(&range), head, temperature)?;
+        let (logits, _) = chunk_logits(device, targets.x(&range), head, temperature)?;
         let entropies = (score == Score::Entropy).then(|| entropies.part_mut(range.clone()));
         let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
         kernel::logprobs(device, logits.view(), targets.labels.part(range), lse, logprobs, entropies)?;
@@ -268,9 +268,9 @@ pub fn score<E: ModelElement>(
     drop(logprobs);
     let mut y = Buffer::zeroed(targets.tokens);
     rows.iter().zip(values.iter()).for_each(|(row, value)| y[*row as usize] = *value);
-    let (device, head, seen) = (device.clone(), head.clone(), head.version());
-    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], head.trains(), move |dy: Buffer<f32>, sink| {
-        head.check_version(seen, op)?;
+    let (device, head, trains, seen) = (device.clone(), head.clone(), head.learns(), head.versions());
+    Ok(Tensor::from_operation([targets.tokens], Data::ready(y), &[x.node()], trains, move |dy: Buffer<f32>, sink| {
+        head.check_versions(&seen, op)?;
         let wants_rows = sink.wants(0);
         let mut d_rows = gradient::<E>(&device, if wants_rows { count * targets.hidden } else { 0 })?;
         let plain: Vec<f32> = rows.iter().map(|row| dy[*row as usize] / temperature).collect();
@@ -278,12 +278,12 @@ pub fn score<E: ModelElement>(
         let (plain, minus) = (DeviceBuffer::copy_of(&device, GRADIENTS, &plain)?, DeviceBuffer::copy_of(&device, GRADIENTS, &minus)?);
         for range in targets.chunks() {
             let (x, labels) = (targets.x(&range), targets.labels.part(range.clone()));
-            let logits = chunk_logits(&device, x, &head, temperature)?;
+            let (logits, applied) = chunk_logits(&device, x, &head, temperature)?;
             let entropy = (score == Score::Entropy)
                 .then(|| EntropyGradient { entropy: entropies.part(range.clone()), coefficients: plain.part(range.clone()) });
             let upstream = Upstream { lse: lse.part(range.clone()), coefficients: minus.part(range.clone()), entropy };
             let d_part = wants_rows.then(|| d_rows.part_mut(range.start * targets.hidden..range.end * targets.hidden));
-            chunk_backward(&device, x, logits, labels, upstream, &head, d_part)?;
+            chunk_backward(&device, x, logits, labels, upstream, (&head, &applied), d_part)?;
         }
         targets.give_rows(&device, sink, d_rows)
     }))

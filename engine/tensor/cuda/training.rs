@@ -161,7 +161,7 @@ struct Captured {
     /// What it leaves: `[labelled]`.
     logprobs: DeviceBuffer<f32>,
     /// Where the weights and the gradients of those that train lay, whose addresses it holds.
-    places: Vec<(u64, Option<u64>)>,
+    places: Vec<[Option<u64>; 3]>,
     /// Which of those that train it gives a gradient.
     gives: Vec<bool>,
 }
@@ -333,8 +333,11 @@ impl<E: ModelElement> Parameter<E> {
         self.gradients.fetch_add(1, Relaxed);
     }
 
-    /// The addresses of the weight, and of where gradients are kept, which they are not while it is frozen.
-    fn places(&self) -> (u64, Option<u64>) {
-        (self.read().on_device().address(), self.keeper().as_ref().map(Keeper::address))
+    /// The addresses of the weight, of its remainder, which lengths of rows are read with, and of where gradients are kept, which they
+    /// are not while it is frozen.
+    fn places(&self) -> [Option<u64>; 3] {
+        let value = self.read();
+        let rest = value.cuda.as_ref().and_then(|cuda| cuda.remainder.as_ref()).map(|rest| rest.view().address());
+        [Some(value.on_device().address()), rest, self.keeper().as_ref().map(Keeper::address)]
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cuda::device::Device;
+use crate::kernels::cuda::int8::Int8Weight;
 use crate::kernels::cuda::memory::DeviceBuffer;
 use crate::tensor::ModelElement;
 use crate::tensor::place::downloaded;
@@ -13,21 +14,30 @@ pub const WEIGHTS: &str = "weights";
 pub const REMAINDERS: &str = "remainders of masters";
 pub const GRADIENTS: &str = "gradients of weights";
 
-/// `rows * columns` elements, and what completes each to its f32 master.
+/// `rows * columns` elements, and what completes each to its f32 master; or integers in place of both.
 pub struct DeviceValue<E: ModelElement> {
     pub weight: DeviceBuffer<E>,
     pub remainder: Option<DeviceBuffer<i16>>,
+    /// In place of `weight`, which is empty then.
+    pub int8: Option<Int8Weight>,
 }
 
 impl<E: ModelElement> DeviceValue<E> {
     /// Errors: [`crate::error::Error::Device`] if the device has no room, here and below.
     pub fn zeros(device: &Arc<Device>, len: usize) -> Result<Self> {
-        Ok(Self { weight: DeviceBuffer::zeroed(device, WEIGHTS, len)?, remainder: None })
+        Ok(Self { weight: DeviceBuffer::zeroed(device, WEIGHTS, len)?, remainder: None, int8: None })
+    }
+
+    /// As [`DeviceValue::zeros`], integers.
+    pub fn zeros_int8(device: &Arc<Device>, rows: usize, columns: usize) -> Result<Self> {
+        let int8 = Some(Int8Weight::zeroed(device, WEIGHTS, rows, columns)?);
+        Ok(Self { int8, ..Self::zeros(device, 0)? })
     }
 
     pub fn try_clone(&self) -> Result<Self> {
         let remainder = self.remainder.as_ref().map(DeviceBuffer::try_clone).transpose()?;
-        Ok(Self { weight: self.weight.try_clone()?, remainder })
+        let int8 = self.int8.as_ref().map(Int8Weight::try_clone).transpose()?;
+        Ok(Self { weight: self.weight.try_clone()?, remainder, int8 })
     }
 
     /// The remainders, zero if there were none.
@@ -38,8 +48,12 @@ impl<E: ModelElement> DeviceValue<E> {
         Ok(self.remainder.as_mut().expect("it was made above"))
     }
 
-    /// Copies elements from `start` on as f32: masters where they exist.
+    /// Copies elements from `start` on as f32: masters where they exist. Of integers whole rows, here and below.
     pub fn read_masters(&self, start: usize, masters: &mut [f32]) -> Result<()> {
+        if let Some(int8) = &self.int8 {
+            let (first, count) = (start / int8.inputs(), masters.len() / int8.inputs());
+            return int8.read_rows(first..first + count, masters);
+        }
         let mut narrow = Buffer::<E>::scratch(masters.len());
         self.read_weight(start, &mut narrow)?;
         match &self.remainder {
@@ -67,6 +81,10 @@ impl<E: ModelElement> DeviceValue<E> {
 
     /// Sets elements from `start` on; bf16 keeps the rest as remainder if `split_master` asks for one or one is there already.
     pub fn write_masters(&mut self, start: usize, values: &[f32], split_master: bool) -> Result<()> {
+        if let Some(int8) = &mut self.int8 {
+            let (first, count) = (start / int8.inputs(), values.len() / int8.inputs());
+            return int8.write_rows(first..first + count, values);
+        }
         let mut narrow = Buffer::<E>::scratch(values.len());
         if E::HAS_REMAINDER && (split_master || self.remainder.is_some()) {
             let mut rest = Buffer::<E>::scratch(values.len());
@@ -112,6 +130,7 @@ impl<E: ModelElement> DeviceValue<E> {
 
     /// Bytes of both.
     pub fn bytes(&self) -> usize {
-        self.weight.len() * size_of::<E>() + self.remainder.as_ref().map_or(0, DeviceBuffer::len) * 2
+        let int8 = self.int8.as_ref().map_or(0, Int8Weight::bytes);
+        int8 + self.weight.len() * size_of::<E>() + self.remainder.as_ref().map_or(0, DeviceBuffer::len) * 2
     }
 }
