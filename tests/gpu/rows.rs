@@ -190,7 +190,7 @@ fn logprobs_agree<E: Float>(rows: usize, vocab: usize) {
     for ((name, got), want) in ["lse", "logprob", "entropy", "gradient"].iter().zip(&got.0).zip([&lse, &logprob, &entropy, &plain]) {
         assert_close(name, got, want, 3e-6);
     }
-    assert_close("gradient with entropy", &got.1, &bent, tolerance::<E>(3e-6, 8e-3));
+    assert_close("gradient with entropy", &got.1, bent, tolerance::<E>(3e-6, 8e-3));
 }
 
 #[test]
