@@ -16,8 +16,6 @@ struct Parameter {
     i64 bf16_moments;
 };
 
-__device__ __forceinline__ float join(bf16 weight, short rest) { return __uint_as_float(((u32)weight.bits << 16) + (u32)(int)rest); }
-__device__ __forceinline__ float join(float weight, short) { return weight; }
 __device__ __forceinline__ void split(float master, bf16& weight, short& rest) {
     u32 bits = __float_as_uint(master);
     weight = bf16{(u16)((bits + 0x8000) >> 16)};

@@ -13,9 +13,7 @@ constexpr int THREADS = 256;
 // Rows that a block computes at once, and terms of the rank that it holds.
 constexpr int ROWS = 8, RANKS = 64;
 
-// The f32 master of a weight, given what completes a bf16 one to it (tensor/parameter.rs); as in adamw.cu.
-__device__ __forceinline__ float join(bf16 weight, short rest) { return __uint_as_float(((u32)weight.bits << 16) + (u32)(int)rest); }
-__device__ __forceinline__ float join(float weight, short) { return weight; }
+// The f32 master of a weight; `rest` is null where it has no remainders.
 __device__ __forceinline__ float master(const E* values, const short* rest, i64 i) { return join(values[i], rest ? rest[i] : (short)0); }
 
 // A length by another; rows of zeros stay so.

@@ -88,6 +88,9 @@ template <> __device__ __forceinline__ float from_float<float>(float v) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float v) { return bf16{(u16)pack_bf16(v, 0.0f)}; }
 // v rounded to T and widened again.
 template <class T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
+// The f32 master of a weight, of which a bf16 one lacks `rest` (kernels/cpu/adamw.rs).
+__device__ __forceinline__ float join(bf16 weight, short rest) { return __uint_as_float(((u32)weight.bits << 16) + (u32)(int)rest); }
+__device__ __forceinline__ float join(float weight, short) { return weight; }
 
 // N elements that are read and written at once.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack {
