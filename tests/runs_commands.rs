@@ -267,7 +267,7 @@ fn two_runs_are_compared_to_the_bit() {
 
     // Another script of the same name.
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/resumable.lua");
-    let changed = std::fs::read_to_string(&script).unwrap().replace("lr = 1e-3 }", "lr = 2e-3 }");
+    let changed = std::fs::read_to_string(&script).unwrap().replace("lr = 1e-3,", "lr = 2e-3,");
     let hash = blake3::hash(changed.as_bytes()).to_hex()[..32].to_string();
     let folder = place.folder("r", &c);
     let list = std::fs::read_to_string(folder.join("code/g0.json")).unwrap();
@@ -275,7 +275,10 @@ fn two_runs_are_compared_to_the_bit() {
     std::fs::write(folder.join("code/objects").join(&hash), &changed).unwrap();
     std::fs::write(folder.join("code/g0.json"), list.replace(&old, &hash)).unwrap();
     let printed = place.printed(&["runs", "diff", &a, &c, "--runs", "r"]);
-    assert!(printed.contains("-    local optim = run:optimizer(\"adamw\", model, { lr = 1e-3 })\n+    local optim"), "{printed}");
+    assert!(
+        printed.contains("-    local optim = run:optimizer(\"adamw\", model, { lr = 1e-3, moments = \"bf16\" })\n+    local optim"),
+        "{printed}"
+    );
 }
 
 #[test]
