@@ -3,7 +3,8 @@
 ---
 --- A batch here is any table with, for each token, `mask` (1 where the policy sampled it), `sequence` (i32, which rollout it
 --- belongs to, counted over the whole update), and `logprobs` (under the policy that sampled it; if left out, the policy of
---- this moment). `rollouts`, if it is there, is how many the update has. Below, rho_t = exp(log p - log p_old), A the advantage of the token's rollout, |o_i| its sampled tokens.
+--- this moment). `rollouts`, if it is there, is how many the update has. Below, rho_t = exp(log p - log p_old), A the advantage of
+--- the token's rollout, |o_i| its sampled tokens.
 
 local tensor = require("engine").tensor
 local std_options = require "std.options"
