@@ -50,6 +50,7 @@ impl Form for Amx {
                     b: b.as_ptr().cast(),
                     b_unit: 2 * COLUMNS,
                     b_panel: 0,
+                    columns: COLUMNS,
                     c: c.as_mut_ptr(),
                     c_row: stride,
                     c_panel: 0,

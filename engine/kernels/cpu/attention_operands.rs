@@ -2,6 +2,8 @@
 //! order in which the tile reads them. Knows no sums.
 
 use super::attention_tile::{BLOCK, COLUMNS, Form};
+#[cfg(target_arch = "x86_64")]
+use super::{isa::Isa, pack_256};
 use crate::kernels::element::Float;
 
 /// Words of `count` elements along the reduction.
@@ -51,7 +53,7 @@ impl<'a, E: Float> HeadRows<'a, E> {
             if index >= self.count {
                 out.fill(0.0);
             } else {
-                self.row_words::<F>(index, out.iter_mut());
+                self.row_words::<F>(index, 0, out.iter_mut());
             }
         }
     }
@@ -60,24 +62,68 @@ impl<'a, E: Float> HeadRows<'a, E> {
     /// rows are zero.
     #[inline(always)]
     pub fn pack_transposed<F: Form>(&self, out: &mut [f32]) {
-        for (panel, out) in out.chunks_exact_mut(words::<F>(self.head_dim) * COLUMNS).enumerate() {
+        let depth = words::<F>(self.head_dim);
+        for (panel, out) in out.chunks_exact_mut(depth * COLUMNS).enumerate() {
+            let first = panel * COLUMNS;
+            #[cfg(target_arch = "x86_64")]
+            let done = if Isa::best() >= Isa::Avx2 {
+                // SAFETY: the processor has AVX2; `out` is a whole panel.
+                unsafe { self.turn_rows::<F>(first, out) }
+            } else {
+                0
+            };
+            #[cfg(not(target_arch = "x86_64"))]
+            let done = 0;
             for lane in 0..COLUMNS {
-                let (index, out) = (panel * COLUMNS + lane, out[lane..].iter_mut().step_by(COLUMNS));
-                if index >= self.count {
+                let out = out[done * COLUMNS..].chunks_exact_mut(COLUMNS).map(|words| &mut words[lane]);
+                if first + lane >= self.count {
                     out.for_each(|word| *word = 0.0);
                 } else {
-                    self.row_words::<F>(index, out);
+                    self.row_words::<F>(first + lane, done, out);
                 }
             }
         }
     }
 
+    /// Writes the first words, a multiple of 8, of 32 rows from `first` as a panel `[words(head_dim), 32]`; returns how many.
+    ///
+    /// # Safety
+    /// The processor has AVX2; `out` holds a whole panel.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    unsafe fn turn_rows<F: Form>(&self, first: usize, out: &mut [f32]) -> usize {
+        use std::arch::x86_64::*;
+        let whole = words::<F>(self.head_dim) / 8 * 8;
+        for k in (0..whole).step_by(8) {
+            for lane in (0..COLUMNS).step_by(8) {
+                let mut square = [_mm256_setzero_si256(); 8];
+                for (i, slot) in square.iter_mut().enumerate().take(self.count.saturating_sub(first + lane)) {
+                    let row = self.row(first + lane + i);
+                    // SAFETY: a word is an element, or two of 2 bytes that lie as they do in it; words `k` to `k + 7` are in the row.
+                    *slot = unsafe {
+                        if size_of::<E>() == 2 && !F::PAIRS {
+                            _mm256_castps_si256(pack_256::widened(_mm_loadu_si128(row.as_ptr().add(k).cast())))
+                        } else {
+                            _mm256_loadu_si256(row.as_ptr().cast::<f32>().add(k).cast())
+                        }
+                    };
+                }
+                for (i, column) in pack_256::transposed(square).into_iter().enumerate() {
+                    // SAFETY: 8 lanes from `lane` of word `k + i` lie inside the panel.
+                    unsafe { _mm256_storeu_si256(out.as_mut_ptr().add((k + i) * COLUMNS + lane).cast(), column) };
+                }
+            }
+        }
+        whole
+    }
+
+    /// The words of a row from `from` on.
     #[inline(always)]
-    fn row_words<'b, F: Form>(&self, index: usize, out: impl Iterator<Item = &'b mut f32>) {
+    fn row_words<'b, F: Form>(&self, index: usize, from: usize, out: impl Iterator<Item = &'b mut f32>) {
         if F::PAIRS {
-            out.zip(self.row(index).chunks_exact(2)).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
+            out.zip(self.row(index)[2 * from..].chunks_exact(2)).for_each(|(out, pair)| *out = word::<F, E>(pair[0], pair[1]));
         } else {
-            out.zip(self.row(index)).for_each(|(out, x)| *out = x.to_f32());
+            out.zip(&self.row(index)[from..]).for_each(|(out, x)| *out = x.to_f32());
         }
     }
 

@@ -183,7 +183,7 @@ pub(super) fn check<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &[f3
 
 /// The tile as plain loops over parts small enough for 16 registers of 8 floats.
 #[inline(always)]
-fn multiply_plain<const STEP: usize, const FUSED: bool>(a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
+fn multiply_plain<const STEP: usize>(a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
     const PART_ROWS: usize = 4;
     const PART_COLUMNS: usize = 16;
     check::<STEP>(a, b, depth, c, stride);
@@ -203,7 +203,7 @@ fn multiply_plain<const STEP: usize, const FUSED: bool>(a: Left, b: &[f32], dept
                 for (r, sums) in sums.iter_mut().enumerate() {
                     let x = a.words[(row + r) * a.row + k * STEP];
                     for (sum, y) in sums.iter_mut().zip(y) {
-                        *sum = if FUSED { x.mul_add(*y, *sum) } else { x * y + *sum };
+                        *sum += x * y;
                     }
                 }
             }
@@ -218,7 +218,7 @@ impl Form for Plain {
     const PAIRS: bool = false;
 
     fn multiply<const STEP: usize>(self, a: Left, b: &[f32], depth: usize, c: &mut [f32], stride: usize, start: Start) {
-        multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
+        multiply_plain::<STEP>(a, b, depth, c, stride, start);
     }
 
     fn enter(self, work: impl FnOnce()) {
@@ -243,7 +243,7 @@ macro_rules! form {
                     unsafe { tile::<STEP>(a, b, depth, c, stride, start) }
                 }
                 #[cfg(not(target_arch = "x86_64"))]
-                multiply_plain::<STEP, false>(a, b, depth, c, stride, start);
+                multiply_plain::<STEP>(a, b, depth, c, stride, start);
             }
 
             #[inline(always)]
@@ -451,7 +451,108 @@ form!(
     }
 );
 
-form!(Fused256, false, "avx2,fma", |a, b, depth, c, stride, start| { multiply_plain::<STEP, true>(a, b, depth, c, stride, start) }, {});
+form!(
+    Fused256,
+    false,
+    "avx2,fma",
+    |a, b, depth, c, stride, start| {
+        check::<STEP>(a, b, depth, c, stride);
+        // SAFETY: `check` holds that the tile's operands lie within their slices; these parts make up the tile.
+        unsafe {
+            part_256::<STEP, 6, 2>(a, b, depth, c, stride, start, 0, 0);
+            part_256::<STEP, 6, 2>(a, b, depth, c, stride, start, 0, 16);
+            part_256::<STEP, 2, 4>(a, b, depth, c, stride, start, 6, 0);
+        }
+    },
+    {
+        #[cfg(target_arch = "x86_64")]
+        #[inline(always)]
+        fn multiply_rows(
+            self,
+            rows: usize,
+            a: Left,
+            b: &[f32],
+            b_panel: usize,
+            panels: usize,
+            depth: usize,
+            c: &mut [f32],
+            stride: usize,
+            start: Start,
+        ) {
+            for panel in 0..panels {
+                let (b, c) = (&b[panel * b_panel..], &mut c[panel * COLUMNS..]);
+                check::<1>(a, b, depth, c, stride);
+                // SAFETY: the token exists, so `Choice::at` saw a processor with AVX2 and FMA; `check` holds that the tile's
+                // operands lie within their slices, and these are parts of the tile.
+                unsafe {
+                    match rows {
+                        1 => part_256::<1, 1, 4>(a, b, depth, c, stride, start, 0, 0),
+                        2 => part_256::<1, 2, 4>(a, b, depth, c, stride, start, 0, 0),
+                        3 | 4 => {
+                            part_256::<1, 4, 2>(a, b, depth, c, stride, start, 0, 0);
+                            part_256::<1, 4, 2>(a, b, depth, c, stride, start, 0, 16);
+                        }
+                        _ => self.multiply::<1>(a, b, depth, c, stride, start),
+                    };
+                }
+            }
+        }
+    }
+);
+
+/// `PART` rows from `row` and `VECTORS` vectors of 8 columns from `column` of a tile: 8 sums hide how long one takes, 12
+/// are what 16 registers have room for.
+///
+/// # Safety
+/// The processor has AVX2 and FMA, and the rows and columns lie in the tile, whose operands are as [`check`] holds.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+#[allow(clippy::too_many_arguments, reason = "those of multiply, and the part")]
+unsafe fn part_256<const STEP: usize, const PART: usize, const VECTORS: usize>(
+    a: Left,
+    b: &[f32],
+    depth: usize,
+    c: &mut [f32],
+    stride: usize,
+    start: Start,
+    row: usize,
+    column: usize,
+) {
+    use std::arch::x86_64::*;
+    let (step, mut a) = (a.row, a.words.as_ptr().wrapping_add(row * a.row));
+    let (mut b, c) = (b.as_ptr().wrapping_add(column), c.as_mut_ptr().wrapping_add(row * stride + column));
+    let mut sums = [[_mm256_setzero_ps(); VECTORS]; PART];
+    // SAFETY: the caller's promise; `c` is borrowed mutably and nothing else aliases it.
+    unsafe {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            for (v, sum) in sums.iter_mut().enumerate() {
+                let present = || _mm256_loadu_ps(c.add(r * stride + v * 8));
+                match start {
+                    Start::Zero => {}
+                    Start::Keep => *sum = present(),
+                    Start::Scaled(factors) => *sum = _mm256_mul_ps(present(), _mm256_set1_ps(factors[row + r])),
+                }
+            }
+        }
+        for _ in 0..depth {
+            let mut y = [_mm256_setzero_ps(); VECTORS];
+            y.iter_mut().enumerate().for_each(|(v, y)| *y = _mm256_loadu_ps(b.add(v * 8)));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*a.add(r * step));
+                for (sum, y) in sums.iter_mut().zip(y) {
+                    *sum = _mm256_fmadd_ps(x, y, *sum);
+                }
+            }
+            a = a.wrapping_add(STEP);
+            b = b.wrapping_add(COLUMNS);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                _mm256_storeu_ps(c.add(r * stride + v * 8), *sum);
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -11,7 +11,7 @@ use super::epilogue::{finish_forward, finish_gradient, streams};
 use super::isa::{Isa, isa};
 use super::product::{AMX_BLOCK_BYTES, Carry, Finish, Panels, Product, amx_slab_units};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS_MAX, TileElement};
+use super::tile::{PANEL_COLUMNS, TILE_ROWS_MAX, TileElement};
 use super::{pack, panels};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
@@ -125,7 +125,7 @@ fn forward_as<E: TileElement, O: Float>(
 /// - `dy`: `[m, outputs]`
 /// - `add`: add to `dx` (in f32, rounded once) instead of overwriting it
 pub fn input_gradient<E: TileElement, O: Float>(dx: &mut [O], dy: &[E], weight: Weight<E>, add: bool) {
-    let few_rows = if E::layout(isa()) == Layout::UNITS { FEW_ROWS } else { 2 * FEW_ROWS };
+    let few_rows = if E::layout(isa()).is_for_vectors() { FEW_ROWS } else { 2 * FEW_ROWS };
     input_gradient_as(isa(), dx, dy, weight, add, SLAB_BYTES, few_rows);
 }
 
@@ -154,7 +154,7 @@ fn input_gradient_as<E: TileElement, O: Float>(
     // Outputs, the reduction index, are taken a slab at a time: as many as fit, in whole panels.
     let panel_bytes = transposed_bytes / if few { 32 } else { columns };
     let mut slab_panels = (panel_bytes / (PANEL_COLUMNS * PANEL_COLUMNS * size_of::<E>())).max(1);
-    if few && E::layout(isa) != Layout::UNITS {
+    if few && !E::layout(isa).is_for_vectors() {
         // All rows of the slab meet each panel, and AMX waits for them unless they lie in the second cache.
         let layout = E::layout(isa);
         let most = amx_slab_units(layout, true).min(AMX_BLOCK_BYTES / (layout.unit_bytes * count)).max(PANEL_COLUMNS);
@@ -302,7 +302,7 @@ vectorised! {
     }
 }
 
-/// Packs columns `taken` of `rows` into tiles, as the form's [`Layout`] says.
+/// Packs columns `taken` of `rows` into tiles, as the form's layout says.
 pub(super) fn pack_rows<E: TileElement>(isa: Isa, values: &Rows<E>, taken: Range<usize>, rows: Range<usize>, out: &mut [E]) {
     let layout = E::layout(isa);
     let row_len = layout.row_len::<E>(E::units(taken.len()));

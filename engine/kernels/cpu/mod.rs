@@ -28,6 +28,8 @@ pub mod low_rank;
 pub mod norm;
 pub mod online_merge;
 pub mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_256;
 pub mod panels;
 mod product;
 pub mod rms_norm;

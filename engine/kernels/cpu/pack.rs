@@ -1,20 +1,12 @@
 //! Rearranges operands for the tile product: rows into packed tiles, columns of tokens into tiles and panels, and weight
 //! panels into those of the transposed weight. Copies only; nothing is computed.
 
-use super::isa::{Isa, isa};
-#[cfg(target_arch = "x86_64")]
-use super::split_f32;
+use super::isa::Isa;
 use super::tile::{Layout, PANEL_COLUMNS, TILE_ROWS, TILE_ROWS_MAX, TileElement};
 #[cfg(target_arch = "x86_64")]
+use super::{pack_256, split_f32};
+#[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
-
-/// Packs `rows` (1 to 12, of equal length) as one tile, for [`TileProduct`](super::tile::TileProduct): unit by unit, the
-/// rows' units side by side. The last unit of a bf16 row of odd length is filled with a zero.
-///
-/// - `out`: `units * rows * UNIT` elements
-pub fn tile_of_rows<E: TileElement>(rows: &[&[E]], out: &mut [E]) {
-    tile_of_rows_as(isa().min(Isa::Avx512Bf16), rows, out);
-}
 
 /// Packs `rows`, of equal length, as one tile for products in form `isa`, which the processor must have.
 pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut [E]) {
@@ -24,10 +16,11 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
     assert_eq!(out.len(), layout.row_len::<E>(E::units(k)) * count, "a packed tile of {count} rows of {k}");
     #[cfg(target_arch = "x86_64")]
     if layout.is_split() {
-        let mut values: [&[f32]; TILE_ROWS_MAX] = [&[]; TILE_ROWS_MAX];
-        values.iter_mut().zip(rows).for_each(|(values, row)| *values = bytemuck::cast_slice(row));
         // SAFETY: a form that splits has AVX-512 F and BW; the length of `out` is asserted above.
-        return unsafe { split_f32::tile_of_rows(&values[..count], bytemuck::cast_slice_mut(out)) };
+        return unsafe { split_f32::tile_of_rows(&cast_rows(rows)[..count], bytemuck::cast_slice_mut(out)) };
+    }
+    if layout == Layout::WIDE {
+        return tile_of_widened_rows(rows, bytemuck::cast_slice_mut(out));
     }
     if layout != Layout::UNITS {
         return tile_in_groups(rows, out);
@@ -43,6 +36,9 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
         // SAFETY: the processor has AVX-512 (`isa`); the rows hold `full_units` units each, and `out` at least
         // `full_units * count`, by the assertions.
         done = unsafe { tile_of_rows_avx512(rows, full_units, out) };
+    } else if isa == Isa::Avx2 && count > 1 {
+        // SAFETY: the processor has AVX2 (`isa`), where only f32 lies in units; the rows are of one length.
+        done = unsafe { pack_256::tile_of_rows(&cast_rows(rows)[..count], bytemuck::cast_slice_mut(out)) };
     }
     let _ = isa;
     for u in done..E::units(k) {
@@ -51,6 +47,29 @@ pub(super) fn tile_of_rows_as<E: TileElement>(isa: Isa, rows: &[&[E]], out: &mut
             for (i, value) in unit.iter_mut().enumerate() {
                 *value = row.get(u * E::UNIT + i).copied().unwrap_or_default();
             }
+        }
+    }
+}
+
+/// Rows as rows of the type they are known to have.
+fn cast_rows<'a, E: TileElement, F: TileElement>(rows: &[&'a [E]]) -> [&'a [F]; TILE_ROWS_MAX] {
+    let mut cast: [&[F]; TILE_ROWS_MAX] = [&[]; TILE_ROWS_MAX];
+    cast.iter_mut().zip(rows).for_each(|(cast, row)| *cast = bytemuck::cast_slice(row));
+    cast
+}
+
+/// Packs rows of bf16 pair by pair, as f32; without AVX2 there is no such layout in use.
+fn tile_of_widened_rows<E: TileElement>(rows: &[&[E]], out: &mut [f32]) {
+    let (count, units) = (rows.len(), E::units(rows[0].len()));
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if Isa::best() >= Isa::Avx2 {
+        // SAFETY: the processor has AVX2; the rows, of bf16, are of one length.
+        done = unsafe { pack_256::tile_of_widened_rows(&cast_rows(rows)[..count], out) };
+    }
+    for (u, unit) in out.chunks_exact_mut(2 * count).enumerate().take(units).skip(done) {
+        for (pair, row) in unit.as_chunks_mut::<2>().0.iter_mut().zip(rows) {
+            *pair = std::array::from_fn(|i| row.get(2 * u + i).map_or(0.0, |value| value.to_f32()));
         }
     }
 }
@@ -158,6 +177,15 @@ pub(super) fn transposed_block<E: TileElement>(isa: Isa, block: &[E], height: us
         unsafe { transposed_block_avx512(block, out) };
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx2 {
+        let (block, out) = (bytemuck::cast_slice(block), bytemuck::cast_slice_mut(out));
+        // SAFETY: the processor has AVX2 (`isa`); the lengths are asserted above.
+        unsafe {
+            if E::UNIT == 1 { pack_256::transposed_block::<false>(block, out) } else { pack_256::transposed_block::<true>(block, out) }
+        };
+        return;
+    }
     let _ = isa;
     for column in 0..PANEL_COLUMNS {
         for row in 0..PANEL_COLUMNS {
@@ -223,6 +251,9 @@ pub(super) fn tiles_of_columns<'a, E: TileElement>(isa: Isa, token: impl Fn(usiz
     if layout == Layout::UNITS {
         return columns_of_tokens::<E, TILE_ROWS>(isa, token, count, width, false, out);
     }
+    if layout == Layout::WIDE {
+        return widened_columns_of_tokens(token, count, width, bytemuck::cast_slice_mut(out));
+    }
     let row_len = layout.row_len::<E>(E::units(count));
     assert_eq!(out.len(), width * row_len, "{width} packed rows of {count}");
     for from in (0..count).step_by(GROUP) {
@@ -251,6 +282,36 @@ pub(super) fn tiles_of_columns<'a, E: TileElement>(isa: Isa, token: impl Fn(usiz
             }
             for (j, row) in group.chunks_exact_mut(GROUP).enumerate() {
                 row.iter_mut().zip(&rows).for_each(|(value, token)| *value = token.get(left + j).copied().unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// As [`columns_of_tokens`] into tiles of 12 columns, for bf16 that is packed as f32.
+fn widened_columns_of_tokens<'a, E: TileElement>(token: impl Fn(usize) -> &'a [E], count: usize, width: usize, out: &mut [f32]) {
+    const GROUP: usize = 16;
+    let units = E::units(count);
+    for from in (0..units).step_by(GROUP) {
+        let group = GROUP.min(units - from);
+        let mut rows: [[&[E]; 2]; GROUP] = [[&[]; 2]; GROUP];
+        for (i, row) in rows.as_flattened_mut().iter_mut().enumerate().take((2 * group).min(count - 2 * from)) {
+            *row = token(2 * from + i);
+            assert_eq!(row.len(), width, "values of a token");
+        }
+        for left in (0..width).step_by(TILE_ROWS) {
+            let columns = TILE_ROWS.min(width - left);
+            let tile = &mut out[(left * units + from * columns) * 2..][..group * columns * 2];
+            for (unit, [even, odd]) in tile.chunks_exact_mut(2 * columns).zip(&rows) {
+                #[cfg(target_arch = "x86_64")]
+                if columns == TILE_ROWS && !odd.is_empty() && Isa::best() >= Isa::Avx2 {
+                    let [even, odd] = [even, odd].map(|row| bytemuck::cast_slice(row)[left..].first_chunk().expect("a full tile"));
+                    // SAFETY: the processor has AVX2.
+                    unsafe { pack_256::widened_columns(even, odd, unit.first_chunk_mut().expect("a full tile")) };
+                    continue;
+                }
+                for (j, pair) in unit.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                    *pair = [even, odd].map(|row| row.get(left + j).map_or(0.0, |value| value.to_f32()));
+                }
             }
         }
     }
@@ -388,13 +449,21 @@ mod tests {
             if layout.is_split() {
                 continue; // split_f32.rs tests how split values lie.
             }
-            let group = layout.units * E::UNIT;
+            let (group, is_wide) = (layout.units * E::UNIT, layout == Layout::WIDE);
             for count in 1..=layout.rows {
                 for k in [1, 2, 15, 33, 64, 101, 160] {
                     let rows: Vec<Vec<E>> = (0..count).map(|r| (0..k).map(|i| value(r * 31 + i)).collect()).collect();
                     let rows: Vec<&[E]> = rows.iter().map(Vec::as_slice).collect();
                     let mut out = vec![value::<E>(7); layout.row_len::<E>(E::units(k)) * count];
                     tile_of_rows_as(isa, &rows, &mut out);
+                    let wide: Vec<E>;
+                    let out = if is_wide {
+                        wide = bytemuck::cast_slice::<E, f32>(&out).iter().map(|value| E::from_f32(*value)).collect();
+                        &wide
+                    } else {
+                        &out
+                    };
+                    assert_eq!(out.len(), E::units(k).div_ceil(layout.units) * layout.units * E::UNIT * count);
                     for (at, got) in out.iter().enumerate() {
                         let (g, r, i) = (at / group / count, at / group % count, at % group);
                         assert_eq!(*got, rows[r].get(g * group + i).copied().unwrap_or_default(), "{isa:?} {count} x {k} at {at}");

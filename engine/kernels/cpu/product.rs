@@ -7,7 +7,7 @@ use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::split_product;
 use super::threads::{Shared, parallel, parallel_ranges, threads};
-use super::tile::{AHEAD_UNITS, Layout, PANEL_COLUMNS, TileArgs, TileElement};
+use super::tile::{AHEAD_UNITS, Layout, PANEL_COLUMNS, TileArgs, TileElement, strip_columns};
 use crate::kernels::buffer::Buffer;
 use std::ops::Range;
 
@@ -85,7 +85,7 @@ impl<E: TileElement> Product<'_, E> {
             return;
         }
         let threads = threads();
-        let block_tiles = if layout == Layout::UNITS {
+        let block_tiles = if layout.is_for_vectors() {
             BLOCK_TILES
         } else {
             (AMX_BLOCK_BYTES / (self.slab(carry.is_some()) * layout.unit_bytes * layout.rows)).max(1)
@@ -127,7 +127,7 @@ impl<E: TileElement> Product<'_, E> {
     /// Units of the reduction that many rows go through before the next: all, or on AMX equal parts of whole groups.
     fn slab(&self, is_carried: bool) -> usize {
         let layout = E::layout(self.isa);
-        if layout == Layout::UNITS {
+        if layout.is_for_vectors() {
             return self.units.max(1);
         }
         let groups = self.units.div_ceil(layout.units).max(1);
@@ -147,7 +147,7 @@ impl<E: TileElement> Product<'_, E> {
         let slabs = self.units.div_ceil(slab).max(1);
         let step = if carry.is_some() {
             1
-        } else if E::layout(self.isa) == Layout::UNITS || is_made {
+        } else if E::layout(self.isa).is_for_vectors() || is_made {
             E::layout(self.isa).panels_abreast(rows.len())
         } else {
             AMX_PANELS
@@ -213,27 +213,34 @@ fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usiz
     }
     let (b_unit, b_panel, c_panel) = (PANEL_COLUMNS * E::UNIT, units * PANEL_COLUMNS * E::UNIT, rows * PANEL_COLUMNS);
     let abreast = layout.panels_abreast(rows);
-    // One tile meets each panel once, so nothing is gained by cutting its reduction.
-    let block = if rows <= layout.rows { part.len().max(1) } else { BLOCK_UNITS };
-    let tiles = rows.div_ceil(layout.rows);
+    let (tiles, strip) = (rows.div_ceil(layout.rows), strip_columns(isa, rows));
+    let strips = PANEL_COLUMNS / strip;
+    // One tile meets each panel once, so nothing is gained by cutting its reduction, unless the panel is taken in strips.
+    let is_single = tiles * strips == 1;
+    let block = if is_single { part.len().max(1) } else { BLOCK_UNITS * strips };
+    let unit_bytes = b_unit * size_of::<E>();
     for p in (0..panels).step_by(abreast) {
         for from in (part.start..part.end.max(part.start + 1)).step_by(block) {
-            for top in (0..rows).step_by(layout.rows) {
+            for (number, (strip_number, tile)) in (0..strips).flat_map(|strip| (0..tiles).map(move |tile| (strip, tile))).enumerate() {
+                let (left, top) = (strip_number * strip, tile * layout.rows);
                 let height = layout.rows.min(rows - top);
                 let at = b.as_ptr().wrapping_add(p * b_panel + from * b_unit);
                 // One tile asks for what it comes to next; of many, each for its share of the next block.
-                let (ahead, ahead_unit) = match tiles {
-                    1 => (at.wrapping_add(AHEAD_UNITS * b_unit), b_unit),
-                    _ => (at.wrapping_add(block * b_unit + top / layout.rows * block * (b_unit / tiles)), b_unit / tiles),
+                let (ahead, ahead_unit) = if is_single {
+                    (at.wrapping_add(AHEAD_UNITS * b_unit), unit_bytes)
+                } else {
+                    let share = unit_bytes / (tiles * strips);
+                    (at.wrapping_add(block * b_unit).wrapping_byte_add(number * block * share), share)
                 };
                 let args = TileArgs {
                     a: a.as_ptr().wrapping_add(top * row_len + from / layout.units * height * group_len),
                     a_row: group_len,
                     a_unit: height * group_len,
-                    b: at,
+                    b: at.wrapping_add(left * E::UNIT),
                     b_unit,
                     b_panel,
-                    c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS),
+                    columns: strip,
+                    c: sums.as_mut_ptr().wrapping_add(p * c_panel + top * PANEL_COLUMNS + left),
                     c_row: PANEL_COLUMNS,
                     c_panel,
                     units: block.min(part.end - from),

@@ -35,7 +35,7 @@ impl TileElement for f32 {
                 Isa::Portable => {}
             }
             let _ = isa;
-            tile_in_pieces!(rows, panels, args, 8, 4, 1, portable, [1, 2, 3, 4]);
+            tile_in_pieces!(rows, panels, args, 8, 4, 1, [1 => portable::<1>, 2 => portable::<2>, 3 => portable::<3>, 4 => portable::<4>]);
         }
     }
 }
@@ -98,7 +98,7 @@ unsafe fn side_by_side<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<
             add_rows!(ROWS, a, columns, sums, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
             a = a.wrapping_add(a_unit);
             b = b.wrapping_add(b_unit);
-            ahead = ahead.wrapping_add(ahead_unit);
+            ahead = ahead.wrapping_byte_add(ahead_unit);
         }
         for (r, row) in sums.iter().enumerate().take(ROWS) {
             for (v, sum) in row.iter().enumerate() {
@@ -109,7 +109,7 @@ unsafe fn side_by_side<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<
 }
 
 #[cfg(target_arch = "x86_64")]
-tile_avx2!(avx2, avx2_piece, f32, |sum, a, b| _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), sum));
+tile_avx2!(avx2, avx2_piece, f32, [0 => |at: *const f32| _mm256_loadu_ps(at)]);
 
 /// `ROWS` rows and 8 columns.
 ///

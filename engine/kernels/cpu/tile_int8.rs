@@ -81,6 +81,7 @@ pub(super) fn tile(form: Form, planes: usize, a: &[u8], panel: &[i8], sums: &mut
                             b: panel,
                             b_unit: columns * TOGETHER,
                             b_panel: 0,
+                            columns,
                             c: to.cast(),
                             c_row: columns,
                             c_panel: 0,
