@@ -235,6 +235,15 @@ pub(super) const fn strip_columns(isa: Isa, rows: usize) -> usize {
     if matches!(isa, Isa::Avx2) && rows > 3 { PANEL_COLUMNS / 2 } else { PANEL_COLUMNS }
 }
 
+/// Where a piece of a tile lies: what is not as in the [`TileArgs`] of the tile.
+pub(super) struct Piece<E> {
+    pub(super) a: *const E,
+    pub(super) b: *const E,
+    pub(super) c: *mut f32,
+    pub(super) ahead: *const E,
+    pub(super) ahead_unit: usize,
+}
+
 /// Cuts a tile of `$rows` rows into pieces of at most `$most` rows, as equal as they can be, and `$width` columns, for forms with
 /// fewer or narrower registers. `$piece` computes one of `$count` rows.
 macro_rules! tile_in_pieces {
@@ -246,16 +255,15 @@ macro_rules! tile_in_pieces {
                 for top in (0..$rows).step_by(step) {
                     // Each piece asks for its share of what lies ahead.
                     let (number, ahead_unit) = (left / $width + top / step * ($args.columns / $width), $args.ahead_unit / pieces);
-                    let piece = TileArgs {
+                    let at = Piece {
                         a: $args.a.wrapping_add(top * $args.a_row),
                         b: $args.b.wrapping_add(panel * $args.b_panel + left * $unit),
                         c: $args.c.wrapping_add(panel * $args.c_panel + top * $args.c_row + left),
                         ahead: $args.ahead.wrapping_add(panel * $args.b_panel).wrapping_byte_add(number * $args.units * ahead_unit),
                         ahead_unit,
-                        ..*$args
                     };
                     match ($rows - top).min(step) {
-                        $($count => $piece(&piece),)*
+                        $($count => $piece(at, $args),)*
                         rows => unreachable!("a piece of {rows} rows"),
                     }
                 }
@@ -273,9 +281,10 @@ macro_rules! tile_avx2 {
         /// # Safety
         /// As [`TileElement::tile`], for `8 * VECTORS` columns.
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn $piece<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<$element>) {
+        unsafe fn $piece<const ROWS: usize, const VECTORS: usize>(piece: Piece<$element>, args: &TileArgs<$element>) {
             const UNIT: usize = <$element as TileElement>::UNIT;
-            let TileArgs { a, a_unit, b: mut bt, b_unit, c, c_row, units, mut ahead, ahead_unit, add, .. } = *args;
+            let Piece { a, b: mut bt, c, mut ahead, ahead_unit } = piece;
+            let TileArgs { a_unit, b_unit, c_row, units, add, .. } = *args;
             let (mut at, a_unit) = (a.cast::<f32>(), a_unit * size_of::<$element>() / 4);
             let mut sums = [[_mm256_setzero_ps(); VECTORS]; ROWS];
             // SAFETY: the caller vouches for every address: `units` units of `ROWS` rows of `a` and of `8 * VECTORS` columns

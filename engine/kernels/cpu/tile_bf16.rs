@@ -5,7 +5,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::isa::Isa;
-use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
+use super::tile::{Layout, PANEL_COLUMNS, Piece, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{for_rows, tile_avx2, tile_avx512};
 use half::bf16;
@@ -94,8 +94,9 @@ unsafe fn odd_of_pairs(at: *const bf16) -> __m256 {
 ///
 /// # Safety
 /// As [`TileElement::tile`], for 8 columns.
-unsafe fn portable<const ROWS: usize>(args: &TileArgs<bf16>) {
-    let TileArgs { a, a_row, a_unit, b, b_unit, c, c_row, units, add, .. } = *args;
+unsafe fn portable<const ROWS: usize>(piece: Piece<bf16>, args: &TileArgs<bf16>) {
+    let Piece { a, b, c, .. } = piece;
+    let TileArgs { a_row, a_unit, b_unit, c_row, units, add, .. } = *args;
     let mut sums = [[0.0f32; 8]; ROWS];
     // SAFETY: the caller vouches for `units` units of `ROWS` rows of `a`, of 8 columns of the panel, and 8 columns of
     // `c`. Arrays of bf16 ask no more alignment than bf16.

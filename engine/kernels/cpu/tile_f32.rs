@@ -3,7 +3,7 @@
 use super::isa::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::isa::f32_on_amx;
-use super::tile::{Layout, PANEL_COLUMNS, TileArgs, TileElement, tile_in_pieces};
+use super::tile::{Layout, PANEL_COLUMNS, Piece, TileArgs, TileElement, tile_in_pieces};
 #[cfg(target_arch = "x86_64")]
 use super::tile::{TILE_ROWS, for_rows, tile_avx2, tile_avx512};
 #[cfg(target_arch = "x86_64")]
@@ -115,8 +115,9 @@ tile_avx2!(avx2, avx2_piece, f32, [0 => |at: *const f32| _mm256_loadu_ps(at)]);
 ///
 /// # Safety
 /// As [`TileElement::tile`], for 8 columns.
-unsafe fn portable<const ROWS: usize>(args: &TileArgs<f32>) {
-    let TileArgs { a, a_row, a_unit, b, b_unit, c, c_row, units, add, .. } = *args;
+unsafe fn portable<const ROWS: usize>(piece: Piece<f32>, args: &TileArgs<f32>) {
+    let Piece { a, b, c, .. } = piece;
+    let TileArgs { a_row, a_unit, b_unit, c_row, units, add, .. } = *args;
     let mut sums = [[0.0f32; 8]; ROWS];
     // SAFETY: the caller vouches for `units` units of `ROWS` rows of `a`, of 8 columns of the panel, and 8 columns of `c`.
     unsafe {
