@@ -157,3 +157,40 @@ impl<'a, E: Float> HeadRows<'a, E> {
 pub fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(COLUMNS)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::attention_tile::{Pairs512, Plain};
+    use super::*;
+    use half::bf16;
+
+    /// Every word of turned rows is the one that its place asks for, on any processor: packing needs no instructions of the form.
+    fn check<F: Form, E: Float>() {
+        for head_dim in [2, 14, 16, 40, 64, 128] {
+            for count in [1, 7, 8, 33, 64] {
+                let stride = head_dim + 3;
+                let matrix: Vec<E> = (0..64 * stride).map(|i| E::from_f32((i * 7919 % 1013) as f32 / 500.0 - 1.0)).collect();
+                let (rows, depth) = (HeadRows::new(&matrix, stride, 0, count, 3, head_dim), words::<F>(head_dim));
+                let mut out = vec![f32::NAN; BLOCK * depth];
+                rows.pack_transposed::<F>(&mut out);
+                for (at, got) in out.iter().enumerate() {
+                    let (panel, k, lane) = (at / (depth * COLUMNS), at / COLUMNS % depth, at % COLUMNS);
+                    let index = panel * COLUMNS + lane;
+                    let want = match index < count {
+                        false => 0.0,
+                        true if F::PAIRS => word::<F, E>(rows.row(index)[2 * k], rows.row(index)[2 * k + 1]),
+                        true => rows.row(index)[k].to_f32(),
+                    };
+                    assert_eq!(got.to_bits(), want.to_bits(), "{} {head_dim} {count}: word {k} of row {index}", E::DTYPE);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn turned_rows_have_every_word_in_its_place() {
+        check::<Plain, f32>();
+        check::<Plain, bf16>();
+        check::<Pairs512, bf16>();
+    }
+}
