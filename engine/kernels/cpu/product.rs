@@ -250,8 +250,8 @@ fn multiply<E: TileElement>(isa: Isa, a: &[E], rows: usize, b: &[E], units: usiz
                 };
                 // SAFETY: the processor has `isa`. The tile's `units` from `from`, a multiple of a group, lie inside its
                 // `height` packed rows, whose last group is whole, and inside panels `p..`, of which there are at most
-                // `abreast`: the height's own limit when there is one tile, and 1 when there are more. Its sums lie
-                // inside `sums`. The lengths are asserted above.
+                // `abreast`: the height's own limit when there is one tile, and 1 when there are more. The strip's
+                // columns are some of the panel's, and its sums lie inside `sums`. The lengths are asserted above.
                 unsafe { E::tile(isa, height, abreast.min(panels - p), &args) }
             }
         }

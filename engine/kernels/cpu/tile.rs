@@ -336,8 +336,22 @@ macro_rules! tile_avx2 {
                 if args.columns == PANEL_COLUMNS {
                     tile_in_pieces!(rows, panels, args, 32, 3, UNIT, [1 => $piece::<1, 4>, 2 => $piece::<2, 4>, 3 => $piece::<3, 4>]);
                 } else {
-                    tile_in_pieces!(rows, panels, args, 16, 6, UNIT, [1 => $piece::<1, 2>,
-2 => $piece::<2, 2>, 3 => $piece::<3, 2>, 4 => $piece::<4, 2>, 5 => $piece::<5, 2>, 6 => $piece::<6, 2>]);
+                    tile_in_pieces!(
+                        rows,
+                        panels,
+                        args,
+                        16,
+                        6,
+                        UNIT,
+                        [
+                            1 => $piece::<1, 2>,
+                            2 => $piece::<2, 2>,
+                            3 => $piece::<3, 2>,
+                            4 => $piece::<4, 2>,
+                            5 => $piece::<5, 2>,
+                            6 => $piece::<6, 2>
+                        ]
+                    );
                 }
             }
         }
