@@ -6,6 +6,7 @@
 // - shared memory is filled with NaN before each block;
 // - an asynchronous copy lands when its group is waited for, not before;
 // - a product of a warpgroup reads its operands when its group is waited for, not before;
+// - a bulk copy lands when its barrier is waited for if threads run in ascending order, and at once if in descending order;
 // - while a stream is captured its work is kept, not done, and what a driver refuses then is refused: waiting for the stream, asking
 //   for memory or freeing it (unless the thread's mode is relaxed), loading a module, copies of pageable host memory;
 // - threads that can never meet end the launch with an error that says where they stand;
@@ -42,13 +43,21 @@ struct Place { Triple thread, block, block_size, grid_size; };
 struct Copy { void* to; const void* from; unsigned bytes, zeros; };
 // `rows`: the left operand's rows lane / 4 and lane / 4 + 8, if it came in registers.
 struct Product { float* d; int columns; unsigned long long a, b; int add, a_transposed, b_transposed, in_registers; float rows[2][16]; };
-enum State { READY, AT_BLOCK, AT_WARP, DONE };
+// A barrier of Hopper in 8 bytes of shared memory: arrivals of a phase, those that lack, bytes that lack times two, and the phase's parity.
+struct Barrier { short count, pending; int bytes_and_phase; };
+struct BulkCopy { Barrier* barrier; std::function<void()> land; int bytes; };
+// What a CUtensorMap holds: where a tensor of 2-byte elements lies, its sizes and strides, innermost first, and the box that is copied.
+struct TensorMap { unsigned long long address, dims[3], strides[2]; unsigned box[3]; };
+enum State { READY, AT_BLOCK, AT_WARP, AT_BARRIER, AT_NAMED, DONE };
 struct Fiber {
     void* sp;
     unsigned char* stack;
     Place place;
     State state;
     unsigned exchanges;
+    // What it waits for: a barrier's phase of this parity, or a named barrier of so many threads.
+    Barrier* barrier;
+    unsigned parity, name, name_count;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
     std::vector<Product> open_products;
@@ -65,6 +74,9 @@ static void (*entry)(void**);
 static void** entry_arguments;
 static std::string kernel_name, trouble;
 static std::atomic<bool> descending;
+// Of the block that runs: bulk copies that have not landed, and whether they land at once.
+static std::vector<BulkCopy> bulk_copies;
+static bool lands_at_once;
 static std::atomic<unsigned long long> launches, graph_launches;
 // Times that this thread had to wait for a stream.
 static thread_local unsigned long long waits;
@@ -96,6 +108,8 @@ emu_switch:
 #else
 #error "the emulator switches fibers by hand on x86-64 only"
 #endif
+
+extern "C" [[noreturn]] void emu_trap(const char* why);
 
 static void yield(State state) {
     current->state = state;
@@ -134,6 +148,27 @@ static void multiply(const Product& p) {
             sum += (p.in_registers ? p.rows[i % 4 / 2][step] : operand_element(p.a, p.a_transposed, row, step)) *
                 operand_element(p.b, p.b_transposed, column, step);
         p.d[i] = sum;
+    }
+}
+
+static bool has_passed(const Barrier* barrier, unsigned parity) { return (barrier->bytes_and_phase & 1) != (int)parity; }
+// Begins a barrier's next phase if nothing lacks in this one.
+static void complete(Barrier* barrier) {
+    if (barrier->pending != 0 || barrier->bytes_and_phase >> 1 != 0) return;
+    barrier->pending = barrier->count;
+    barrier->bytes_and_phase ^= 1;
+}
+// Lets the bulk copies of a barrier land.
+static void land(Barrier* barrier) {
+    for (size_t i = 0; i < bulk_copies.size();) {
+        if (bulk_copies[i].barrier != barrier) {
+            i++;
+            continue;
+        }
+        bulk_copies[i].land();
+        barrier->bytes_and_phase -= 2 * bulk_copies[i].bytes;
+        bulk_copies.erase(bulk_copies.begin() + i);
+        complete(barrier);
     }
 }
 
@@ -205,6 +240,41 @@ void emu_wgmma_wait(int left) {
         current->product_groups.erase(current->product_groups.begin());
     }
 }
+void emu_barrier_init(Barrier* barrier, unsigned count) { *barrier = {(short)count, (short)count, 0}; }
+void emu_barrier_arrive(Barrier* barrier, unsigned bytes) {
+    if (barrier->pending <= 0) emu_trap("a barrier with more arrivals than it counts");
+    barrier->pending--;
+    barrier->bytes_and_phase += 2 * (int)bytes;
+    complete(barrier);
+}
+void emu_barrier_wait(Barrier* barrier, unsigned parity) {
+    land(barrier);
+    if (has_passed(barrier, parity)) return;
+    current->barrier = barrier;
+    current->parity = parity;
+    yield(AT_BARRIER);
+}
+void emu_named_barrier(unsigned name, unsigned count) {
+    current->name = name;
+    current->name_count = count;
+    yield(AT_NAMED);
+}
+void emu_copy_tile(void* to, const void* map, Barrier* barrier, int x, int y, int z) {
+    const TensorMap& tensor = *(const TensorMap*)map;
+    if ((size_t)to % 1024 != 0) emu_trap("a bulk copy to a place that is not aligned to 1024 bytes");
+    auto copy = [=, tensor = tensor] {
+        for (unsigned line = 0; line < tensor.box[1]; line++)
+            for (unsigned i = 0; i < tensor.box[0]; i++) {
+                long column = x + (long)i, row = y + (long)line;
+                bool exists = column >= 0 && row >= 0 && z >= 0 && column < (long)tensor.dims[0] && row < (long)tensor.dims[1] && z < (long)tensor.dims[2];
+                unsigned short value = 0;
+                if (exists) memcpy(&value, (const char*)tensor.address + z * tensor.strides[1] + row * tensor.strides[0] + column * 2, 2);
+                memcpy((char*)to + line * 128 + (i / 8 ^ line % 8) * 16 + i % 8 * 2, &value, 2);
+            }
+    };
+    bulk_copies.push_back({barrier, copy, (int)(tensor.box[0] * tensor.box[1] * 2)});
+    if (lands_at_once) land(barrier);
+}
 void emu_trap(const char* why) {
     trouble = why;
     yield(DONE);
@@ -234,6 +304,20 @@ static bool release(unsigned count) {
     for (unsigned i = 0; i < count && all_at_block; i++) {
         if (fibers[i].state == AT_BLOCK) fibers[i].state = READY, any = true;
     }
+    for (unsigned i = 0; i < count; i++) {
+        Fiber& fiber = fibers[i];
+        if (fiber.state == AT_BARRIER) {
+            land(fiber.barrier);
+            if (has_passed(fiber.barrier, fiber.parity)) fiber.state = READY, any = true;
+        } else if (fiber.state == AT_NAMED) {
+            unsigned waiting = 0;
+            for (unsigned j = 0; j < count; j++) waiting += fibers[j].state == AT_NAMED && fibers[j].name == fiber.name;
+            if (waiting < fiber.name_count) continue;
+            for (unsigned j = 0; j < count; j++) {
+                if (fibers[j].state == AT_NAMED && fibers[j].name == fiber.name) fibers[j].state = READY, any = true;
+            }
+        }
+    }
     for (unsigned warp = 0; warp < count / 32; warp++) {
         bool all = true;
         for (unsigned lane = 0; lane < 32; lane++) all &= fibers[warp * 32 + lane].state == AT_WARP;
@@ -244,6 +328,8 @@ static bool release(unsigned count) {
 
 static Result run_block(unsigned count, bool from_the_end) {
     memset(shared_memory, 0xff, SHARED_BYTES);
+    bulk_copies.clear();
+    lands_at_once = from_the_end;
     for (unsigned i = 0; i < count; i++) start(fibers[i]);
     while (true) {
         bool ran = false, done = true;
@@ -258,12 +344,16 @@ static Result run_block(unsigned count, bool from_the_end) {
             }
             done &= fiber.state == DONE;
         }
+        if (done && !bulk_copies.empty()) {
+            trouble = "a block that ends before its bulk copies have landed";
+            return LAUNCH_FAILED;
+        }
         if (done) return SUCCESS;
         if (!release(count) && !ran) {
-            unsigned at[4] = {};
+            unsigned at[DONE + 1] = {};
             for (unsigned i = 0; i < count; i++) at[fibers[i].state]++;
             trouble = "threads that never meet: " + std::to_string(at[AT_BLOCK]) + " wait for the block, " + std::to_string(at[AT_WARP]) +
-                " for their warp, " + std::to_string(at[DONE]) + " have ended";
+                " for their warp, " + std::to_string(at[AT_BARRIER] + at[AT_NAMED]) + " for barriers of their own, " + std::to_string(at[DONE]) + " have ended";
             return LAUNCH_FAILED;
         }
     }
@@ -564,6 +654,19 @@ Result cuModuleGetFunction(Function** function, Module* module, const char* name
 Result cuFuncGetAttribute(int* value, int, Function*) { *value = 0; return SUCCESS; }
 Result cuFuncSetAttribute(Function*, int, int value) { return value <= (int)SHARED_BYTES ? SUCCESS : INVALID_VALUE; }
 
+// Only what the engine asks for: bf16, three dimensions, the 128-byte swizzle, zeros beyond the tensor.
+Result cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, void* address, const uint64_t* dims, const uint64_t* strides, const unsigned* box,
+    const unsigned* steps, int interleave, int swizzle, int, int fill) {
+    bool is_known = type == 9 && rank == 3 && interleave == 0 && swizzle == 3 && fill == 0 && (uint64_t)map % 64 == 0 && (uint64_t)address % 16 == 0;
+    bool fits = strides[0] % 16 == 0 && strides[1] % 16 == 0 && strides[0] < 1ull << 40 && strides[1] < 1ull << 40 && box[0] * 2 <= 128 && box[2] == 1;
+    for (int i = 0; i < 3; i++) fits &= steps[i] == 1 && box[i] >= 1 && box[i] <= 256 && dims[i] >= 1 && dims[i] <= 1ull << 32;
+    if (!is_known || !fits) return INVALID_VALUE;
+    *map = {(uint64_t)address, {dims[0], dims[1], dims[2]}, {strides[0], strides[1]}, {box[0], box[1], box[2]}};
+    return SUCCESS;
+}
+
+// An argument of a kernel that is captured or waits.
+struct alignas(128) Slot { unsigned char bytes[128]; };
 static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments) {
     std::lock_guard guard(mutex);
     if (is_lost_at("launch", LAUNCH_FAILED)) return SUCCESS;
@@ -596,11 +699,12 @@ Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz,
     Stream* stream, void** arguments, void**) {
     if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
         return INVALID_VALUE;
-    auto places = std::make_shared<std::vector<unsigned char>>(8 * 64);
-    int count = function->keep(arguments, places->data());
+    auto places = std::make_shared<std::vector<Slot>>(64);
+    int count = function->keep(arguments, places->data()->bytes);
+    places->resize(count);
     return on_stream(stream, [=] {
         std::vector<void*> kept;
-        for (int i = 0; i < count; i++) kept.push_back(places->data() + 8 * i);
+        for (int i = 0; i < count; i++) kept.push_back((*places)[i].bytes);
         return launch(function, gx, gy, gz, bx, kept.data());
     });
 }

@@ -15,6 +15,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __constant__ static const
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct uint3_ { unsigned x, y, z; };
@@ -41,6 +42,11 @@ void emu_wgmma(float* d, int columns, unsigned long long a, unsigned long long b
 void emu_wgmma_registers(float* d, int columns, const unsigned* a, unsigned long long b, int add, int b_transposed);
 void emu_wgmma_commit();
 void emu_wgmma_wait(int groups_left);
+void emu_barrier_init(void* barrier, unsigned count);
+void emu_barrier_arrive(void* barrier, unsigned bytes);
+void emu_barrier_wait(void* barrier, unsigned parity);
+void emu_named_barrier(unsigned name, unsigned count);
+void emu_copy_tile(void* to, const void* map, void* barrier, int x, int y, int z);
 [[noreturn]] void emu_trap(const char* why);
 }
 
@@ -151,10 +157,10 @@ template <class... A, size_t... I> static inline void emu_apply(void (*kernel)(A
 template <class... A> static inline void emu_call(void (*kernel)(A...), void** arguments) {
     emu_apply(kernel, arguments, std::index_sequence_for<A...>{});
 }
-// Copies the arguments of a launch that is captured, as many bytes of each as it has, to places of 8 bytes. How many they are.
+// Copies the arguments of a launch that is captured, as many bytes of each as it has, to places of 128 bytes. How many they are.
 template <class... A> static inline int emu_keep(void (*)(A...), void** arguments, unsigned char* places) {
     int count = 0;
-    ((std::memcpy(places + 8 * count, arguments[count], sizeof(A)), count++), ...);
-    static_assert(((sizeof(A) <= 8) && ...), "arguments of kernels have 8 bytes at most");
+    ((std::memcpy(places + 128 * count, arguments[count], sizeof(A)), count++), ...);
+    static_assert(((sizeof(A) <= 128) && ...), "arguments of kernels have 128 bytes at most");
     return count;
 }

@@ -1,10 +1,25 @@
-// Hopper's asynchronous products of a warpgroup (wgmma) behind functions. Operands are read from shared memory, in lines of 128
-// bytes with the 128-byte swizzle (product_tile.cuh). With EMULATED the functions are those of tests/emulator/shim.h.
-// Source: PTX ISA, asynchronous warpgroup level matrix instructions.
+// Hopper's asynchronous products of a warpgroup (wgmma), its bulk copies of tiles and their barriers behind functions. Operands lie in
+// shared memory in lines of 128 bytes with the 128-byte swizzle (product_tile.cuh), which is how bulk copies write them.
+// With EMULATED the functions are those of tests/emulator/shim.h.
+// Source: PTX ISA, asynchronous warpgroup level matrix instructions; mbarrier; cp.async.bulk.tensor.
 #pragma once
 #include "prelude.cuh"
 
+// A matrix in device memory that tiles are copied from: the driver's CUtensorMap, which tensor_map.rs makes.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
 #ifdef EMULATED
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) { emu_barrier_init(barrier, arrivals); }
+__device__ __forceinline__ void barrier_fence() {}
+__device__ __forceinline__ void barrier_arrive(u64* barrier) { emu_barrier_arrive(barrier, 0); }
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) { emu_barrier_arrive(barrier, bytes); }
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) { emu_barrier_wait(barrier, parity); }
+__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) { emu_copy_tile(to, &map, barrier, x, y, z); }
+template <int NAME, int THREADS> __device__ __forceinline__ void named_barrier() { emu_named_barrier(NAME, THREADS); }
+template <int REGISTERS> __device__ __forceinline__ void give_registers() {}
+template <int REGISTERS> __device__ __forceinline__ void take_registers() {}
 __device__ __forceinline__ u32 shared_address(const void* p) { return emu_shared_offset(p); }
 __device__ __forceinline__ void fence_async_proxy() {}
 __device__ __forceinline__ void wgmma_fence() {}
@@ -17,6 +32,38 @@ template <int N, int B_TRANSPOSED> __device__ __forceinline__ void wgmma_registe
     emu_wgmma_registers(&d[0][0], N, a, b, add, B_TRANSPOSED);
 }
 #else
+// A barrier in shared memory whose phases have so many arrivals each; phases have parity 0, 1, 0 ...
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Before the barrier of the block after which others use what was initialised.
+__device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives; the phase ends when so many bytes have been copied too.
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase of this parity; of a new barrier the phase before the first, of parity 1, has ended.
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra.uni done;\nbra.uni again;\ndone:\n}\n" ::"r"(
+                     shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+// Copies the map's box at element x of row y of matrix z, zeros where there is none. By one thread; lands in the barrier's phase.
+__device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
+                 "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+// A barrier of some of the block's threads; 0 is that of all.
+template <int NAME, int THREADS> __device__ __forceinline__ void named_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory"); }
+// A warpgroup that needs few registers leaves them to those that need many.
+template <int REGISTERS> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+template <int REGISTERS> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+
 // What was written to shared memory the ordinary way is seen by wgmma after this and a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -28,6 +75,16 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() { asm volatile(
 
 // d (+)= a b: 64 x 16 times 16 x N, by the 128 threads of a warpgroup. The registers of d are free again when it is waited for.
 template <int N, int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma;
+template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<64, A_TRANSPOSED, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[32], u64 a, u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+                     "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
+                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
+                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
+    }
+};
 template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<128, A_TRANSPOSED, B_TRANSPOSED> {
     static __device__ __forceinline__ void run(float (&d)[64], u64 a, u64 b, int add) {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -36,6 +93,18 @@ template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<128, A_TRANSPOSED, B_
                      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
                      "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
                      : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
+                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
+    }
+};
+template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<192, A_TRANSPOSED, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[96], u64 a, u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+                     "}, %96, %97, p, 1, 1, %99, %100;\n}\n"
+                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88)
                      : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
     }
 };
@@ -85,6 +154,15 @@ template <int N, int B_TRANSPOSED> __device__ __forceinline__ void wgmma_registe
     WgmmaRegisters<N, B_TRANSPOSED>::run(d, a, b, add);
 }
 #endif
+
+// Keeps the compiler from moving sums or what is done with them past this place. Without it before and after products it may find that
+// their registers are in use between them, and lets each wait for the one before.
+template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
+#ifndef EMULATED
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
 
 // Names an operand: its place, the distance of its blocks of 64 rows (if strided) and of its groups of 8 lines, in bytes.
 __device__ __forceinline__ u64 operand_descriptor(const void* place, u32 block_bytes, u32 group_bytes) {

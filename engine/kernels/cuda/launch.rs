@@ -3,6 +3,7 @@
 use super::device::{Device, Kernel};
 use super::memory::{View, ViewMut};
 use super::program::Variant;
+use super::tensor_map::TensorMap;
 use crate::error::Result;
 use bytemuck::Pod;
 use cudarc::driver::sys;
@@ -18,13 +19,15 @@ pub(super) struct Launch<'a> {
     /// The driver reads as many bytes of each as the kernel's parameter has; machines with GPUs are little-endian.
     values: [u64; ARGUMENTS_MAX],
     count: usize,
+    /// Arguments larger than that: where they are among all.
+    maps: Vec<(usize, sys::CUtensorMap)>,
 }
 
 impl<'a> Launch<'a> {
     /// Of kernel `name` of a program. Errors as [`Device::kernel`].
     pub fn new(device: &'a Device, op: &'static str, variant: Variant, name: &'static str) -> Result<Self> {
         device.enter(op)?;
-        Ok(Self { device, op, kernel: device.kernel(op, variant, name)?, values: [0; ARGUMENTS_MAX], count: 0 })
+        Ok(Self { device, op, kernel: device.kernel(op, variant, name)?, values: [0; ARGUMENTS_MAX], count: 0, maps: Vec::new() })
     }
 
     fn push(mut self, value: u64) -> Self {
@@ -63,6 +66,12 @@ impl<'a> Launch<'a> {
             Some(view) => self.write(view),
             None => self.push(0),
         }
+    }
+
+    /// Matrices to read tiles of.
+    pub fn map(mut self, map: &TensorMap) -> Self {
+        self.maps.push((self.count, map.map));
+        self.push_address(0, map.ordinal)
     }
 
     /// A 32-bit integer.
@@ -108,6 +117,9 @@ impl<'a> Launch<'a> {
         let mut pointers = [std::ptr::null_mut(); ARGUMENTS_MAX];
         for (pointer, value) in pointers.iter_mut().zip(&mut self.values[..self.count]) {
             *pointer = std::ptr::from_mut(value).cast();
+        }
+        for (place, map) in &mut self.maps {
+            pointers[*place] = std::ptr::from_mut(map).cast();
         }
         // SAFETY: the caller's promise; the pointers lead to values that live until the driver has copied them.
         let code = unsafe {

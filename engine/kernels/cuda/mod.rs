@@ -29,3 +29,4 @@ pub mod rope;
 pub mod route;
 pub mod sample;
 pub mod swiglu;
+mod tensor_map;

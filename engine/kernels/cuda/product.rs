@@ -10,12 +10,24 @@ use super::device::Device;
 use super::launch::Launch;
 use super::memory::{View, ViewMut};
 use super::program::{Program, Variant};
+use super::tensor_map::{Matrices, TensorMap};
 use crate::error::Result;
 use crate::kernels::element::{Dtype, Float};
 
 /// Rows and columns of a tile of product_narrow.cu.
 const NARROW_ROWS: usize = 8;
 const NARROW_COLUMNS: usize = 8;
+
+/// Most rows for which there is nothing to gain from product_hopper.cu.
+const FEW_ROWS: usize = 128;
+
+/// Rows and columns of a tile of product_hopper.cu, and bytes of shared memory for its stages.
+const HOPPER_ROWS: usize = 128;
+const HOPPER_COLUMNS: [usize; 4] = [256, 192, 128, 64];
+const HOPPER_SHARED: usize = 224 * 1024;
+
+/// Steps of the sum, or rows, of a line of a tile in shared memory.
+const LINE: usize = 64;
 
 /// Most such tiles for each multiprocessor, which holds three at a time. Of more columns wider tiles read rows less often.
 const NARROW_TILES: usize = 5;
@@ -44,8 +56,6 @@ struct Product<'a, E: Float> {
     rows: usize,
     columns: usize,
     depth: usize,
-    a_stride: usize,
-    b_stride: usize,
     a_strided: bool,
     b_strided: bool,
     /// 0, or how groups.offsets is meant.
@@ -56,21 +66,79 @@ struct Product<'a, E: Float> {
 }
 
 impl<E: Float> Product<'_, E> {
-    fn run<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
+    /// Elements from one row of an operand to the next in memory.
+    fn strides(&self) -> (usize, usize) {
+        let stride = |strided: bool, across: usize| if strided { across } else { self.depth };
+        (stride(self.a_strided, self.rows), stride(self.b_strided, self.columns))
+    }
+
+    fn variant(&self, program: Program, out: Dtype, tile: Option<(usize, usize)>) -> Variant {
+        let variant = Variant::of::<E>(program)
+            .with("A_STRIDED", u32::from(self.a_strided))
+            .with("B_STRIDED", u32::from(self.b_strided))
+            .with("GROUPED", self.grouped);
+        let Some((rows, columns)) = tile else { return variant };
+        variant.with("OUT_F32", u32::from(out == Dtype::F32)).with("TILE_ROWS", rows as u32).with("TILE_COLUMNS", columns as u32)
+    }
+
+    /// Queues it, in the form for its number of rows.
+    fn run<O: Float>(self, device: &Device, out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
         if out.is_empty() {
             return Ok(());
         }
         let wide = E::DTYPE == Dtype::Bf16;
         assert!(wide || O::DTYPE == Dtype::F32, "{}: products of f32 are f32", self.op);
-        // (program, rows and columns of a tile, threads, shared bytes)
-        let hopper = device.capability == (9, 0);
-        let stage = |rows: usize, columns: usize| (rows + columns) * 64 * 2;
+        if wide && self.rows > FEW_ROWS && device.capability == (9, 0) {
+            let (a, b) = self.matrices();
+            if a.are_aligned(self.a.cast()) && b.are_aligned(self.b.cast()) {
+                return self.run_hopper(device, out, residual);
+            }
+        }
+        self.run_tiles(device, out, residual)
+    }
+
+    /// The operands as they lie in memory.
+    fn matrices(&self) -> (Matrices, Matrices) {
+        let groups = if self.grouped == 1 { self.b.len() / self.b_group } else { 1 };
+        let of = |strided: bool, across: usize, count: usize| match strided {
+            true => Matrices { count, rows: self.depth, columns: across },
+            false => Matrices { count, rows: across, columns: self.depth },
+        };
+        (of(self.a_strided, self.rows, 1), of(self.b_strided, self.columns, groups))
+    }
+
+    /// product_hopper.cu: one block a multiprocessor.
+    fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
+        let columns = hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors);
+        let stage = (HOPPER_ROWS + columns) * LINE * 2;
+        let stages = HOPPER_SHARED / stage;
+        let variant = self.variant(Program::ProductHopper, O::DTYPE, Some((HOPPER_ROWS, columns)));
+        let (a, b) = self.matrices();
+        // Of a strided operand blocks of 64 rows are copied one by one.
+        let tile = |strided: bool, rows: usize| if strided { LINE } else { rows };
+        let a = TensorMap::new(device, self.op, self.a.cast(), a, tile(self.a_strided, HOPPER_ROWS))?;
+        let b = TensorMap::new(device, self.op, self.b.cast(), b, tile(self.b_strided, columns))?;
+        let launch = Launch::new(device, self.op, variant, "product")?.map(&a).map(&b).write(&mut out);
+        let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
+        let groups = self.groups.map_or(1, |groups| groups.count());
+        let launch = launch.read_or_null(self.groups.map(|groups| groups.offsets)).int(groups).long(self.out_group);
+        let tiles = (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(columns) * if self.grouped == 2 { groups } else { 1 };
+        // SAFETY: the arguments are product's of product_hopper.cu, and the public functions below have checked sizes as `run_tiles`
+        // says. Bulk copies read nothing beyond the matrices. A block takes tiles until there are none, however many blocks there are.
+        unsafe { launch.run((tiles.min(device.multiprocessors), 1, 1), 384, stages * (stage + 16)) }
+    }
+
+    /// product.cu, product_narrow.cu or product_plain.cu: a block a tile.
+    fn run_tiles<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
+        let wide = E::DTYPE == Dtype::Bf16;
+        let stage = |rows: usize, columns: usize| (rows + columns) * LINE * 2;
         // A strided operand of few rows takes the room of 64.
         let few = if self.a_strided || self.b_strided { 64 } else { 16 };
         let narrow = !self.a_strided
             && !self.b_strided
             && self.grouped == 0
             && self.columns.div_ceil(NARROW_COLUMNS) <= NARROW_TILES * device.multiprocessors;
+        // (program, rows and columns of a tile, threads, shared bytes)
         let (program, tile_rows, tile_columns, threads, shared) = match (wide, self.rows) {
             (false, _) => (Program::ProductPlain, 64, 64, 256, 0),
             (true, ..=NARROW_ROWS) if narrow => (Program::ProductNarrow, NARROW_ROWS, NARROW_COLUMNS, 128, 8 * 16 * 256 * 2 + 16),
@@ -79,31 +147,14 @@ impl<E: Float> Product<'_, E> {
                 (Program::Product, 16, 32, 64, 8 * stage(few, few.max(32)))
             }
             (true, ..=16) => (Program::Product, 16, 64, 128, 6 * stage(few, 64)),
-            (true, ..=128) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
-            (true, _) if hopper && self.columns > 1024 => (Program::ProductHopper, 128, 256, 256, 4 * stage(128, 256)),
-            (true, _) if hopper => (Program::ProductHopper, 128, 128, 256, 4 * stage(128, 128)),
             (true, ..=256) => (Program::Product, 64, 64, 128, 4 * stage(64, 64)),
             (true, _) => (Program::Product, 128, 128, 128, 3 * stage(128, 128)),
         };
-        let mut variant = Variant::of::<E>(program)
-            .with("A_STRIDED", u32::from(self.a_strided))
-            .with("B_STRIDED", u32::from(self.b_strided))
-            .with("GROUPED", self.grouped);
-        if wide {
-            variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32));
-            variant = variant.with("TILE_ROWS", tile_rows as u32).with("TILE_COLUMNS", tile_columns as u32);
-        }
+        let variant = self.variant(program, O::DTYPE, wide.then_some((tile_rows, tile_columns)));
         let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
-        let launch = match residual {
-            Residual::None => launch.read_or_null::<O>(None),
-            Residual::Own => launch.read(out.view()),
-            Residual::Other(view) => {
-                assert!(view.len() == out.len(), "{}: a residual of {} for {}", self.op, view.len(), out.len());
-                launch.read(view)
-            }
-        };
-        let launch = launch.read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
-        let launch = launch.long(self.a_stride).long(self.b_stride).read_or_null(self.groups.map(|groups| groups.offsets));
+        let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
+        let (a_stride, b_stride) = self.strides();
+        let launch = launch.long(a_stride).long(b_stride).read_or_null(self.groups.map(|groups| groups.offsets));
         let launch = launch.long(self.b_group).long(self.out_group);
         let tiles = self.rows.div_ceil(tile_rows) * self.columns.div_ceil(tile_columns);
         let layers = self.groups.map_or(1, |groups| groups.count());
@@ -114,6 +165,16 @@ impl<E: Float> Product<'_, E> {
     }
 }
 
+/// Columns of a tile of product_hopper.cu: those with which the slowest multiprocessor has least to do. Wider tiles fetch less for a
+/// product, narrow ones leave fewer idle. The times, of no unit, are fitted to an H100's.
+fn hopper_columns(rows: usize, columns: usize, depth: usize, multiprocessors: usize) -> usize {
+    let cost = |width: usize| {
+        let tiles = rows.div_ceil(HOPPER_ROWS) * columns.div_ceil(width);
+        tiles.div_ceil(multiprocessors) * (depth.div_ceil(LINE) * 3 * (200 + width) + 8 * width + 1000)
+    };
+    HOPPER_COLUMNS.into_iter().min_by_key(|width| cost(*width)).expect("there are widths")
+}
+
 /// What is added to a product, in f32 before it is rounded.
 pub enum Residual<'a, O: Float> {
     None,
@@ -121,6 +182,20 @@ pub enum Residual<'a, O: Float> {
     Own,
     /// Something of the output's size.
     Other(View<'a, O>),
+}
+
+impl<O: Float> Residual<'_, O> {
+    /// The argument of a launch that writes `out`.
+    fn push<'l>(self, op: &str, launch: Launch<'l>, out: &ViewMut<O>) -> Launch<'l> {
+        match self {
+            Self::None => launch.read_or_null::<O>(None),
+            Self::Own => launch.read(out.view()),
+            Self::Other(view) => {
+                assert!(view.len() == out.len(), "{op}: a residual of {} for {}", view.len(), out.len());
+                launch.read(view)
+            }
+        }
+    }
 }
 
 /// A weight `[outputs, inputs]` in rows, or one for each group, one after the other.
@@ -175,8 +250,6 @@ pub fn forward<E: Float, O: Float>(
         rows,
         columns: outputs,
         depth: inputs,
-        a_stride: inputs,
-        b_stride: inputs,
         a_strided: false,
         b_strided: false,
         grouped: u32::from(groups.is_some()),
@@ -212,8 +285,6 @@ pub fn input_gradient<E: Float, O: Float>(
         rows,
         columns: inputs,
         depth: outputs,
-        a_stride: outputs,
-        b_stride: inputs,
         a_strided: false,
         b_strided: true,
         grouped: u32::from(groups.is_some()),
@@ -251,8 +322,6 @@ pub fn weight_gradient<E: Float>(
         rows: outputs,
         columns: inputs,
         depth,
-        a_stride: outputs,
-        b_stride: inputs,
         a_strided: true,
         b_strided: true,
         grouped: if groups.is_some() { 2 } else { 0 },
