@@ -26,23 +26,31 @@ pub const IGNORE: i32 = -100;
 /// once over its gradient, so that a step of `q05x4` in f32 made 109 tokens/s with 96 rows and 129 with 384; on AMX these
 /// passes take longer than the products.
 const CHUNK_BYTES: usize = 384 << 20;
-/// The same on a device, where each chunk reads and writes the gradient of the head once more.
-const CHUNK_BYTES_ON_DEVICE: usize = 1 << 30;
+/// The same on a device, where each chunk reads and writes the gradient of the head once more: 4352 rows of Qwen's vocabulary, whose
+/// tiles are about one for each multiprocessor of a large GPU.
+const CHUNK_BYTES_ON_DEVICE: usize = 2560 << 20;
+/// Rows of a chunk on a device are whole tiles of its product.
+const TILE_ROWS_ON_DEVICE: usize = 128;
 
 /// Bytes of logits that [`logprobs`] keeps for its backward pass, whole chunks of them: with a small vocabulary, or few rows,
 /// one product with the head in four is spared.
 const KEPT_BYTES: usize = 128 << 20;
 
-/// Rows of a chunk, of `count` in all: as few chunks as fit, of about the same size, in whole tiles of the product, which have
-/// 12 or 32 rows; and a multiple of 32 is where the head's gradient may be cut without changing a bit.
+/// Rows of a chunk, of `count` in all, of which `most` fit: as few chunks as that gives, of about the same size, in whole tiles.
+fn even_rows(count: usize, most: usize, tile: usize) -> usize {
+    count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(tile).clamp(tile, most)
+}
+
+/// Rows of a chunk, of `count` in all, in whole tiles of the product, which have 12 or 32 rows; and a multiple of 32 is where the head's
+/// gradient may be cut without changing a bit.
 fn chunk_rows(vocab: usize, count: usize, chunk_bytes: usize) -> usize {
-    let most = (chunk_bytes / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016);
-    count.div_ceil(count.div_ceil(most).max(1)).next_multiple_of(96).clamp(96, most)
+    even_rows(count, (chunk_bytes / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016), 96)
 }
 
 /// Rows whose logits exist together on a device, of `count` in all.
 pub fn rows_on_device(vocab: usize, count: usize) -> usize {
-    chunk_rows(vocab, count, CHUNK_BYTES_ON_DEVICE)
+    let tiles = CHUNK_BYTES_ON_DEVICE / (4 * vocab.max(1)) / TILE_ROWS_ON_DEVICE;
+    even_rows(count, tiles.max(1) * TILE_ROWS_ON_DEVICE, TILE_ROWS_ON_DEVICE)
 }
 
 /// Log-probabilities of chosen tokens from logits that are there already: the bits of [`logprobs`] over the same rows.

@@ -55,24 +55,41 @@ extern "C" __global__ void logprobs(const float* logits, int vocab, const int* l
     }
 }
 
+// What one row's gradient needs.
+struct Row {
+    int label;
+    float lse, coefficient, bend, mean;
+
+    __device__ __forceinline__ float gradient(float logit, int i) const {
+        if (label < 0) return 0.0f;
+        float logprob = logit - lse, p = expf(logprob);
+        float value = i == label ? coefficient * expm1f(logprob) : coefficient * p;
+        return bend != 0.0f && p > 0.0f ? value - bend * (p * (logprob + mean)) : value;
+    }
+};
+
+template <int N> __device__ __forceinline__ void gradient_row(const float* logits, int vocab, const Row& row, E* out) {
+#pragma unroll 2
+    for (int i = threadIdx.x * N; i < vocab; i += blockDim.x * N) {
+        Pack<float, N> values = load<float, N>(logits + i);
+        Pack<E, N> gradients;
+#pragma unroll
+        for (int j = 0; j < N; j++) gradients.at[j] = from_float<E>(row.gradient(values.at[j], i + j));
+        store<E, N>(out + i, gradients);
+    }
+}
+
 // The loss's gradient in the logits: coefficient * (softmax - onehot(label)) - entropy_coefficient * p (ln p + entropy), to `out`
 // in its element type. `out` may be the logits themselves when that type is f32. The entropy's three arguments are null together.
 extern "C" __global__ void logprobs_gradient(const float* logits, int vocab, const int* labels, const float* logsumexp, const float* coefficients,
     const float* entropy, const float* entropy_coefficients, E* out) {
-    int row = blockIdx.x, label = labels[row];
-    if (label >= vocab) __trap();
-    logits += (i64)row * vocab, out += (i64)row * vocab;
-    float lse = logsumexp[row], coefficient = coefficients[row];
-    float bend = entropy ? entropy_coefficients[row] : 0.0f, mean = entropy ? entropy[row] : 0.0f;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < vocab; i += blockDim.x) {
-        float value = 0.0f;
-        if (label >= 0) {
-            float logprob = logits[i] - lse;
-            float p = expf(logprob);
-            value = i == label ? coefficient * expm1f(logprob) : coefficient * p;
-            if (entropy && p > 0.0f) value -= bend * (p * (logprob + mean));
-        }
-        out[i] = from_float<E>(value);
+    int at = blockIdx.x;
+    Row row{labels[at], logsumexp[at], coefficients[at], entropy ? entropy_coefficients[at] : 0.0f, entropy ? entropy[at] : 0.0f};
+    if (row.label >= vocab) __trap();
+    logits += (i64)at * vocab, out += (i64)at * vocab;
+    if (is_aligned(logits) && (u64)out % (4 * sizeof(E)) == 0 && vocab % 4 == 0) {
+        gradient_row<4>(logits, vocab, row, out);
+    } else {
+        gradient_row<1>(logits, vocab, row, out);
     }
 }

@@ -11,12 +11,23 @@ extern "C" __global__ void column_parts(const E* x, float* parts, int rows, int 
     parts[(i64)part * columns + column] = sum;
 }
 
+// Parts that a thread asks for before it adds the first: there are few threads, and they wait for memory alone.
+constexpr int AHEAD = 16;
+
 // sums (+)= the parts, in their order. A thread is a column.
 extern "C" __global__ void add_parts(const float* parts, float* sums, int count, int columns, int add) {
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     float sum = add ? sums[column] : 0.0f;
-    for (int part = 0; part < count; part++) sum += parts[(i64)part * columns + column];
+    for (int first = 0; first < count; first += AHEAD) {
+        float ahead[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) ahead[j] = first + j < count ? parts[(i64)(first + j) * columns + column] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (first + j < count) sum += ahead[j];
+        }
+    }
     sums[column] = sum;
 }
 

@@ -122,7 +122,8 @@ impl<E: Float> Product<'_, E> {
         let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
         let groups = self.groups.map_or(1, |groups| groups.count());
         let launch = launch.read_or_null(self.groups.map(|groups| groups.offsets)).int(groups).long(self.out_group);
-        let tiles = (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(columns) * if self.grouped == 2 { groups } else { 1 };
+        let tiles =
+            (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(columns) * if self.grouped == 2 { groups } else { 1 };
         // SAFETY: the arguments are product's of product_hopper.cu, and the public functions below have checked sizes as `run_tiles`
         // says. Bulk copies read nothing beyond the matrices. A block takes tiles until there are none, however many blocks there are.
         unsafe { launch.run((tiles.min(device.multiprocessors), 1, 1), 384, stages * (stage + 16)) }

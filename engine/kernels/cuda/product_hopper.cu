@@ -11,6 +11,9 @@ constexpr int A_ELEMENTS = tile_elements<TILE_ROWS, A_STRIDED>, B_ELEMENTS = til
 constexpr int STAGE_ELEMENTS = A_ELEMENTS + B_ELEMENTS;
 // As many as fit; the launcher counts them alike.
 constexpr int STAGES = 224 * 1024 / (2 * STAGE_ELEMENTS);
+#ifndef LAG
+#define LAG 2
+#endif
 
 // The tiles of a block, one after the other: `blocks` apart, groups in their order.
 struct Tiles {
@@ -207,7 +210,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     }
     take_registers<232>();
     int group_row = threadIdx.x / 128 * 64;
+    bool is_late = group_row > 0;
     while (tiles.advance()) {
+        // The second warpgroup stays some stages behind the first, and multiplies while that one writes.
+        if (is_late && tiles.stages() > LAG) barrier_wait(filled + LAG, 0);
+        is_late = false;
         float sums[TILE_COLUMNS / 2];
 #pragma unroll
         for (int i = 0; i < TILE_COLUMNS / 2; i++) sums[i] = 0.0f;

@@ -36,7 +36,11 @@ impl TensorMap {
     /// Tiles of `tile_rows` rows and 64 columns of `values`, `[count, rows, columns]`, which must be aligned.
     pub fn new(device: &Device, op: &'static str, values: View<bf16>, matrices: Matrices, tile_rows: usize) -> Result<Self> {
         let Matrices { count, rows, columns } = matrices;
-        assert!(values.len() == count * rows * columns && !values.is_empty(), "{op}: {} values for {count} of [{rows}, {columns}]", values.len());
+        assert!(
+            values.len() == count * rows * columns && !values.is_empty(),
+            "{op}: {} values for {count} of [{rows}, {columns}]",
+            values.len()
+        );
         assert!(matrices.are_aligned(values) && tile_rows <= 256, "{op}: a tensor map of rows of {columns}");
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         let dims = [columns as u64, rows as u64, count as u64];
