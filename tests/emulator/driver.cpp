@@ -42,12 +42,14 @@ struct Place { Triple thread, block, block_size, grid_size; };
 struct Copy { void* to; const void* from; unsigned bytes, zeros; };
 // `rows`: the left operand's rows lane / 4 and lane / 4 + 8, if it came in registers.
 struct Product { float* d; int columns; unsigned long long a, b; int add, a_transposed, b_transposed, in_registers; float rows[2][16]; };
-enum State { READY, AT_BLOCK, AT_WARP, DONE };
+enum State { READY, AT_BLOCK, AT_BARRIER, AT_WARP, DONE };
 struct Fiber {
     void* sp;
     unsigned char* stack;
     Place place;
     State state;
+    // The barrier that it waits at, and of how many threads that is.
+    int barrier, barrier_threads;
     unsigned exchanges;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
@@ -152,8 +154,14 @@ static void start(Fiber& fiber) {
 }
 
 extern "C" {
+void emu_trap(const char* why);
 Place* emu_place() { return &current->place; }
 void emu_syncthreads() { yield(AT_BLOCK); }
+void emu_barrier(int id, int threads) {
+    if (id < 1 || id > 15 || threads % 32 != 0) emu_trap("a barrier of no such number or threads");
+    current->barrier = id, current->barrier_threads = threads;
+    yield(AT_BARRIER);
+}
 void emu_syncwarp() { yield(AT_WARP); }
 void* emu_dynamic_shared() { return shared_memory; }
 const unsigned char* emu_warp_exchange(const void* own, size_t bytes) {
@@ -234,6 +242,13 @@ static bool release(unsigned count) {
     for (unsigned i = 0; i < count && all_at_block; i++) {
         if (fibers[i].state == AT_BLOCK) fibers[i].state = READY, any = true;
     }
+    for (int id = 1; id < 16; id++) {
+        int waiting = 0, threads = 0;
+        for (unsigned i = 0; i < count; i++)
+            if (fibers[i].state == AT_BARRIER && fibers[i].barrier == id) waiting++, threads = fibers[i].barrier_threads;
+        for (unsigned i = 0; i < count && waiting > 0 && waiting == threads; i++)
+            if (fibers[i].state == AT_BARRIER && fibers[i].barrier == id) fibers[i].state = READY, any = true;
+    }
     for (unsigned warp = 0; warp < count / 32; warp++) {
         bool all = true;
         for (unsigned lane = 0; lane < 32; lane++) all &= fibers[warp * 32 + lane].state == AT_WARP;
@@ -260,10 +275,10 @@ static Result run_block(unsigned count, bool from_the_end) {
         }
         if (done) return SUCCESS;
         if (!release(count) && !ran) {
-            unsigned at[4] = {};
+            unsigned at[5] = {};
             for (unsigned i = 0; i < count; i++) at[fibers[i].state]++;
-            trouble = "threads that never meet: " + std::to_string(at[AT_BLOCK]) + " wait for the block, " + std::to_string(at[AT_WARP]) +
-                " for their warp, " + std::to_string(at[DONE]) + " have ended";
+            trouble = "threads that never meet: " + std::to_string(at[AT_BLOCK]) + " wait for the block, " + std::to_string(at[AT_BARRIER]) +
+                " at another barrier, " + std::to_string(at[AT_WARP]) + " for their warp, " + std::to_string(at[DONE]) + " have ended";
             return LAUNCH_FAILED;
         }
     }

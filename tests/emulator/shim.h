@@ -29,6 +29,8 @@ extern "C" {
 struct EmuPlace { uint3_ thread, block, block_size, grid_size; };
 EmuPlace* emu_place();
 void emu_syncthreads();
+// bar.sync: waits until `threads` threads wait at barrier `id`.
+void emu_barrier(int id, int threads);
 // Gives `bytes` (at most 64) of this lane to its warp and waits for the others; the answer holds 64 bytes of each lane.
 const unsigned char* emu_warp_exchange(const void* own, size_t bytes);
 void emu_syncwarp();

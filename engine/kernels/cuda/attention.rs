@@ -5,6 +5,7 @@
 //! document's start; each span of 512 keys is summed from nothing and the spans are merged in order, so that decoding may
 //! compute spans side by side (paged.rs) and get the same bits.
 
+use super::attention_backward::HopperTiles;
 use super::device::Device;
 use super::launch::Launch;
 use super::memory::{DeviceBuffer, View, ViewMut};
@@ -40,9 +41,12 @@ pub struct Plan {
     pub(super) scale: f32,
     pub(super) window: usize,
     pub(super) rows: usize,
-    /// `[tiles, 4]` of queries for the forward step, and of 64 queries or keys for the backward step.
+    /// Of the backward step on Hopper, if there is such a kernel.
+    pub(super) hopper: Option<HopperTiles>,
+    /// `[tiles, 4]` of queries for the forward step, of queries and of keys for the backward step.
     pub(super) forward: DeviceBuffer<i32>,
-    pub(super) backward: DeviceBuffer<i32>,
+    pub(super) backward_queries: DeviceBuffer<i32>,
+    pub(super) backward_keys: DeviceBuffer<i32>,
     /// `[rows, 4]`, for the f32 kernels.
     pub(super) each_row: DeviceBuffer<i32>,
 }
@@ -62,6 +66,16 @@ fn on_hopper(device: &Device, head_dim: usize) -> bool {
 /// Queries of a tile of the forward step.
 fn tile_queries(device: &Device, head_dim: usize) -> usize {
     if on_hopper(device, head_dim) { 128 } else { 16 * atoms(head_dim) * THREADS / 32 }
+}
+
+/// Tiles of the backward step on Hopper, for the widths and devices that have it.
+fn hopper_tiles(device: &Device, head_dim: usize) -> Option<HopperTiles> {
+    (device.capability == (9, 0) && matches!(head_dim, 64 | 128)).then(|| HopperTiles::of(head_dim))
+}
+
+/// Queries and keys of a tile of the backward step.
+fn backward_tiles(hopper: Option<HopperTiles>) -> [usize; 2] {
+    hopper.map_or([BLOCK; 2], |tiles| [tiles.query_groups * BLOCK, tiles.key_groups * BLOCK])
 }
 
 /// Elements of a row of a tile in shared memory (`ROW` of attention_core.cuh).
@@ -84,13 +98,32 @@ impl Plan {
         Self::of_spans(device, heads, &documents(cu_seqlens), scale, window)
     }
 
+    /// [`Plan::packed`] with other tiles for the backward step on Hopper than those of the head width. Errors as there.
+    pub fn packed_with(
+        device: &Arc<Device>,
+        heads: Heads,
+        cu_seqlens: &[i32],
+        scale: f32,
+        window: Option<usize>,
+        hopper: Option<HopperTiles>,
+    ) -> Result<Self> {
+        let mut plan = Self::packed(device, heads, cu_seqlens, scale, window)?;
+        let (spans, [queries, keys]) = (documents(cu_seqlens), backward_tiles(hopper));
+        plan.hopper = hopper;
+        plan.backward_queries = upload(device, &tiles(&spans, queries))?;
+        plan.backward_keys = upload(device, &key_tiles(&spans, keys))?;
+        Ok(plan)
+    }
+
     /// Takes other documents in place, as many rows and tiles ([`tile_counts`]) of them: whatever reads the plan goes on.
     ///
     /// Errors: those of the device. Panics for other numbers of them.
     pub fn replace(&mut self, cu_seqlens: &[i32]) -> Result<()> {
         let (spans, queries) = (documents(cu_seqlens), tile_queries(self.forward.device(), self.heads.head_dim));
+        let [backward_queries, backward_keys] = backward_tiles(self.hopper);
         self.forward.upload(tiles(&spans, queries).as_flattened())?;
-        self.backward.upload(tiles(&spans, BLOCK).as_flattened())?;
+        self.backward_queries.upload(tiles(&spans, backward_queries).as_flattened())?;
+        self.backward_keys.upload(key_tiles(&spans, backward_keys).as_flattened())?;
         self.each_row.upload(each_row(&spans, self.rows).as_flattened())
     }
 
@@ -107,15 +140,18 @@ impl Plan {
             return Err(Error::argument(op, "window", "at least 1 token, or none", 0));
         }
         let rows = spans.iter().map(|span| span.row + span.count).max().unwrap_or(0);
-        let upload = |lines: Vec<[i32; 4]>| DeviceBuffer::copy_of(device, "attention plan", lines.as_flattened());
+        let hopper = hopper_tiles(device, heads.head_dim);
+        let [backward_queries, backward_keys] = backward_tiles(hopper);
         Ok(Self {
             heads,
             scale,
             window: window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)),
             rows,
-            forward: upload(tiles(spans, tile_queries(device, heads.head_dim)))?,
-            backward: upload(tiles(spans, BLOCK))?,
-            each_row: upload(each_row(spans, rows))?,
+            hopper,
+            forward: upload(device, &tiles(spans, tile_queries(device, heads.head_dim)))?,
+            backward_queries: upload(device, &tiles(spans, backward_queries))?,
+            backward_keys: upload(device, &key_tiles(spans, backward_keys))?,
+            each_row: upload(device, &each_row(spans, rows))?,
         })
     }
 
@@ -144,12 +180,17 @@ fn documents(cu_seqlens: &[i32]) -> Vec<Span> {
     cu_seqlens.windows(2).map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize }).collect()
 }
 
-/// Tiles of documents packed one after the other, for the forward and for the backward step.
+/// Tiles of documents packed one after the other: of queries for the forward step, of queries and of keys for the backward step.
 ///
 /// - `cu_seqlens`: borders of the documents, ascending
-pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 2] {
-    let of = |queries: usize| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(queries)).sum();
-    [of(tile_queries(device, heads.head_dim)), of(BLOCK)]
+pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 3] {
+    let of = |size: usize| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(size)).sum();
+    let [queries, keys] = backward_tiles(hopper_tiles(device, heads.head_dim));
+    [of(tile_queries(device, heads.head_dim)), of(queries), of(keys)]
+}
+
+fn upload(device: &Arc<Device>, lines: &[[i32; 4]]) -> Result<DeviceBuffer<i32>> {
+    DeviceBuffer::copy_of(device, "attention plan", lines.as_flattened())
 }
 
 /// A line for each of `rows` rows.
@@ -169,6 +210,13 @@ fn tiles(spans: &[Span], queries: usize) -> Vec<[i32; 4]> {
         .flat_map(|(index, span)| (0..span.count).step_by(queries).map(move |first| span.line(index, span.cached + first)))
         .collect();
     tiles.sort_by_key(|tile| std::cmp::Reverse(tile[2]));
+    tiles
+}
+
+/// Tiles of `keys` positions, those that most queries see first.
+fn key_tiles(spans: &[Span], keys: usize) -> Vec<[i32; 4]> {
+    let mut tiles = tiles(spans, keys);
+    tiles.sort_by_key(|tile| std::cmp::Reverse(tile[1] - tile[2]));
     tiles
 }
 
