@@ -41,8 +41,7 @@ pub struct Plan {
     pub(super) scale: f32,
     pub(super) window: usize,
     pub(super) rows: usize,
-    /// Of the backward step on Hopper, if there is such a kernel.
-    pub(super) hopper: Option<HopperTiles>,
+    pub(super) kernels: Kernels,
     /// `[tiles, 4]` of queries for the forward step, of queries and of keys for the backward step.
     pub(super) forward: DeviceBuffer<i32>,
     pub(super) backward_queries: DeviceBuffer<i32>,
@@ -57,25 +56,30 @@ fn atoms(head_dim: usize) -> usize {
     if (65..=128).contains(&head_dim) { 2 } else { 1 }
 }
 
-/// Whether attention_hopper.cu computes this width on this device. It could compute 64 too, but on an H200 8 documents of 1024
-/// take 0.114 ms with it and 0.104 ms with attention.cu; with 128 they take 0.246 and 0.316 ms.
-fn on_hopper(device: &Device, head_dim: usize) -> bool {
-    device.capability == (9, 0) && head_dim == 128
+/// Which of the bf16 kernels compute, where there is a choice. The forward step has the same bits with either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernels {
+    /// Whether attention_hopper.cu does.
+    pub forward_on_hopper: bool,
+    /// The tiles of attention_backward_hopper.cu, if it does.
+    pub backward: Option<HopperTiles>,
 }
 
-/// Queries of a tile of the forward step.
-fn tile_queries(device: &Device, head_dim: usize) -> usize {
-    if on_hopper(device, head_dim) { 128 } else { 16 * atoms(head_dim) * THREADS / 32 }
-}
+impl Kernels {
+    /// Those for a device and a head width. On an H200 8 documents of 1024 took the forward step 0.246 ms with attention_hopper.cu and
+    /// 0.316 with attention.cu at width 128, but 0.114 and 0.104 at 64; since then the former has two blocks a multiprocessor at
+    /// 64 and two thirds of its instructions, which was not measured yet.
+    pub fn of(device: &Device, head_dim: usize) -> Self {
+        let is_hopper = device.capability == (9, 0) && matches!(head_dim, 64 | 128);
+        Self { forward_on_hopper: is_hopper, backward: is_hopper.then(|| HopperTiles::of(head_dim)) }
+    }
 
-/// Tiles of the backward step on Hopper, for the widths and devices that have it.
-fn hopper_tiles(device: &Device, head_dim: usize) -> Option<HopperTiles> {
-    (device.capability == (9, 0) && matches!(head_dim, 64 | 128)).then(|| HopperTiles::of(head_dim))
-}
-
-/// Queries and keys of a tile of the backward step.
-fn backward_tiles(hopper: Option<HopperTiles>) -> [usize; 2] {
-    hopper.map_or([BLOCK; 2], |tiles| [tiles.query_groups * BLOCK, tiles.key_groups * BLOCK])
+    /// Queries of a tile of the forward step, queries and keys of one of the backward step.
+    fn tile_sizes(self, head_dim: usize) -> [usize; 3] {
+        let forward = if self.forward_on_hopper { 128 } else { 16 * atoms(head_dim) * THREADS / 32 };
+        let [queries, keys] = self.backward.map_or([BLOCK; 2], |tiles| [tiles.query_groups * BLOCK, tiles.key_groups * BLOCK]);
+        [forward, queries, keys]
+    }
 }
 
 /// Elements of a row of a tile in shared memory (`ROW` of attention_core.cuh).
@@ -98,18 +102,19 @@ impl Plan {
         Self::of_spans(device, heads, &documents(cu_seqlens), scale, window)
     }
 
-    /// [`Plan::packed`] with other tiles for the backward step on Hopper than those of the head width. Errors as there.
+    /// [`Plan::packed`] with kernels of the caller's choice, for tests and measurements. Errors as there.
     pub fn packed_with(
         device: &Arc<Device>,
         heads: Heads,
         cu_seqlens: &[i32],
         scale: f32,
         window: Option<usize>,
-        hopper: Option<HopperTiles>,
+        kernels: Kernels,
     ) -> Result<Self> {
         let mut plan = Self::packed(device, heads, cu_seqlens, scale, window)?;
-        let (spans, [queries, keys]) = (documents(cu_seqlens), backward_tiles(hopper));
-        plan.hopper = hopper;
+        let (spans, [forward, queries, keys]) = (documents(cu_seqlens), kernels.tile_sizes(heads.head_dim));
+        plan.kernels = kernels;
+        plan.forward = upload(device, &tiles(&spans, forward))?;
         plan.backward_queries = upload(device, &tiles(&spans, queries))?;
         plan.backward_keys = upload(device, &key_tiles(&spans, keys))?;
         Ok(plan)
@@ -119,11 +124,10 @@ impl Plan {
     ///
     /// Errors: those of the device. Panics for other numbers of them.
     pub fn replace(&mut self, cu_seqlens: &[i32]) -> Result<()> {
-        let (spans, queries) = (documents(cu_seqlens), tile_queries(self.forward.device(), self.heads.head_dim));
-        let [backward_queries, backward_keys] = backward_tiles(self.hopper);
-        self.forward.upload(tiles(&spans, queries).as_flattened())?;
-        self.backward_queries.upload(tiles(&spans, backward_queries).as_flattened())?;
-        self.backward_keys.upload(key_tiles(&spans, backward_keys).as_flattened())?;
+        let (spans, [forward, queries, keys]) = (documents(cu_seqlens), self.kernels.tile_sizes(self.heads.head_dim));
+        self.forward.upload(tiles(&spans, forward).as_flattened())?;
+        self.backward_queries.upload(tiles(&spans, queries).as_flattened())?;
+        self.backward_keys.upload(key_tiles(&spans, keys).as_flattened())?;
         self.each_row.upload(each_row(&spans, self.rows).as_flattened())
     }
 
@@ -140,17 +144,17 @@ impl Plan {
             return Err(Error::argument(op, "window", "at least 1 token, or none", 0));
         }
         let rows = spans.iter().map(|span| span.row + span.count).max().unwrap_or(0);
-        let hopper = hopper_tiles(device, heads.head_dim);
-        let [backward_queries, backward_keys] = backward_tiles(hopper);
+        let kernels = Kernels::of(device, heads.head_dim);
+        let [forward, queries, keys] = kernels.tile_sizes(heads.head_dim);
         Ok(Self {
             heads,
             scale,
             window: window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)),
             rows,
-            hopper,
-            forward: upload(device, &tiles(spans, tile_queries(device, heads.head_dim)))?,
-            backward_queries: upload(device, &tiles(spans, backward_queries))?,
-            backward_keys: upload(device, &key_tiles(spans, backward_keys))?,
+            kernels,
+            forward: upload(device, &tiles(spans, forward))?,
+            backward_queries: upload(device, &tiles(spans, queries))?,
+            backward_keys: upload(device, &key_tiles(spans, keys))?,
             each_row: upload(device, &each_row(spans, rows))?,
         })
     }
@@ -184,9 +188,8 @@ fn documents(cu_seqlens: &[i32]) -> Vec<Span> {
 ///
 /// - `cu_seqlens`: borders of the documents, ascending
 pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 3] {
-    let of = |size: usize| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(size)).sum();
-    let [queries, keys] = backward_tiles(hopper_tiles(device, heads.head_dim));
-    [of(tile_queries(device, heads.head_dim)), of(queries), of(keys)]
+    let sizes = Kernels::of(device, heads.head_dim).tile_sizes(heads.head_dim);
+    sizes.map(|size| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(size)).sum())
 }
 
 fn upload(device: &Arc<Device>, lines: &[[i32; 4]]) -> Result<DeviceBuffer<i32>> {
@@ -257,7 +260,7 @@ pub(super) fn run<E: Float>(
     }
     let Heads { heads, kv_heads, head_dim } = plan.heads;
     let plain = E::DTYPE == Dtype::F32;
-    let hopper = !plain && on_hopper(device, head_dim);
+    let hopper = !plain && plan.kernels.forward_on_hopper;
     let program = match (plain, hopper) {
         (true, _) => Program::AttentionPlain,
         (_, true) => Program::AttentionHopper,
@@ -283,7 +286,7 @@ pub(super) fn run<E: Float>(
         // SAFETY: as below. The shared memory holds 128 queries and four blocks of keys and of values.
         return unsafe { launch.run((plan.forward.len() / 4, heads, 1), 256, shared) };
     }
-    let shared = (tile_queries(device, head_dim) + 3 * BLOCK) * tile_row(head_dim) * 2;
+    let shared = (plan.kernels.tile_sizes(head_dim)[0] + 3 * BLOCK) * tile_row(head_dim) * 2;
     // SAFETY: the arguments are attention's in attention.cu. The plan's tiles lie within `rows` rows, which qkv, o and lse have;
     // rows beyond a document's end are neither read nor written. The shared memory holds a tile of queries and three of keys.
     unsafe { launch.run((plan.forward.len() / 4, heads, 1), THREADS, shared) }

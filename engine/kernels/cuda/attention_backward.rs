@@ -38,7 +38,7 @@ impl HopperTiles {
     /// Those for a head width of 64 or 128.
     pub fn of(head_dim: usize) -> Self {
         match head_dim {
-            64 => Self { query_groups: 3, query_blocks: 1, query_left: true, key_groups: 1, key_splits: 2, key_left: true },
+            64 => Self { query_groups: 2, query_blocks: 2, query_left: false, key_groups: 1, key_splits: 2, key_left: true },
             128 => Self { query_groups: 2, query_blocks: 1, query_left: true, key_groups: 2, key_splits: 1, key_left: false },
             _ => panic!("attention_backward_hopper.cu has no head width {head_dim}"),
         }
@@ -96,7 +96,7 @@ pub fn attention_backward<E: Float>(
         // SAFETY: as above, with a key head of a row, and queries from its position to its document's end.
         return unsafe { launch.run((items.div_ceil(PLAIN_WARPS), 1, 1), 32 * PLAIN_WARPS, 0) };
     }
-    if let Some(tiles) = plan.hopper {
+    if let Some(tiles) = plan.kernels.backward {
         return on_hopper(device, plan, tiles, d_o, saved, deltas, dqkv);
     }
     let launch = new("attention_deltas")?.read(d_o).read(o).write(&mut deltas).int(items);

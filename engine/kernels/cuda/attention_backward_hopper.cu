@@ -81,6 +81,17 @@ __device__ __forceinline__ void add_weighted(float (&sums)[DIM_ATOMS][4], const 
     for (int step = 0; step < 4; step++) wgmma_registers<DIM, 1>(sums, weights[step], further(rows, 16 * step * LINE), 1);
 }
 
+// Columns outside from..to of each of the thread's rows become zero.
+__device__ __forceinline__ void hide(float (&weights)[8][4], const int (&from)[2], const int (&to)[2]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int column = 8 * j + 2 * (lane_id() % 4) + e % 2;
+            if (column < from[e / 2] || column >= to[e / 2]) weights[j][e] = 0.0f;
+        }
+}
+
 __device__ __forceinline__ void write_rows(bf16* to, i64 stride, int first, int length, const float (&sums)[DIM_ATOMS][4], float by) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -171,6 +182,11 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         copy_async_commit();
         const bf16 *k_tile = stages + (block - begin) % STAGES * 2 * TILE, *v_tile = k_tile + TILE;
         int first_key = block * BLOCK;
+        if (first >= length || first_key >= first + 64 || first_key + BLOCK <= first - window + 1) {
+            // The warpgroup's queries see nothing of it.
+            wgmma_wait<0>();
+            continue;
+        }
         float scores[8][4], d_scores[8][4];
         wgmma_fence();
         queries.multiply(scores, k_tile);
@@ -185,14 +201,12 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
             for (int e = 0; e < 4; e++) scores[j][e] = fast_exp2(scores[j][e] * (scale * LOG2_E) - row_lse[e / 2]);
         // Whether some query of the warpgroup does not see the whole block, or does not exist.
         if (first_key + BLOCK > first + 1 || first_key < last - window + 1 || first + 64 > length) {
+            int position = first + warp_row + lane_id() / 4 - first_key;
+            int from[2] = {position - window + 1, position + 8 - window + 1}, to[2] = {position + 1, position + 9};
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int position = first + warp_row + e / 2 * 8 + lane_id() / 4, key = first_key + 8 * j + 2 * (lane_id() % 4) + e % 2;
-                    bool seen = key <= position && key > position - window && position < length;
-                    if (!seen) scores[j][e] = 0.0f;
-                }
+            for (int half = 0; half < 2; half++)
+                if (first_key + position + 8 * half >= length) to[half] = 0;
+            hide(scores, from, to);
         }
         wgmma_wait<0>();
         settle(d_scores);
@@ -292,6 +306,11 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         copy_async_commit();
         const bf16 *q_tile = stages + place * 2 * TILE, *d_tile = q_tile + TILE;
         const float *step_lse = numbers + place * 128, *step_deltas = step_lse + 64;
+        if (KEY_GROUPS > 1 && (first >= length || start + BLOCK <= first || start - window >= first + 63)) {
+            // They see nothing of the warpgroup's keys.
+            wgmma_wait<0>();
+            continue;
+        }
         // Rows are keys, columns are queries.
         float scores[8][4], d_scores[8][4];
         wgmma_fence();
@@ -309,14 +328,9 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         }
         // Whether some query does not see all keys of the warpgroup, or does not exist. Keys that do not exist have rows of their own.
         if (first + BLOCK > start + 1 || first < start + BLOCK - window || start + BLOCK > queries) {
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int key = first + warp_row + e / 2 * 8 + lane_id() / 4, position = start + 8 * j + 2 * (lane_id() % 4) + e % 2;
-                    bool seen = key <= position && key > position - window && position < queries;
-                    if (!seen) scores[j][e] = 0.0f;
-                }
+            int key = first + warp_row + lane_id() / 4 - start, left = queries - start;
+            int from[2] = {key, key + 8}, to[2] = {min(key + window, left), min(key + 8 + window, left)};
+            hide(scores, from, to);
         }
         u32 weights[4][4], d_weights[4][4];
 #pragma unroll
@@ -337,7 +351,9 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         wgmma_fence();
         add_weighted(dk, d_weights, q_tile);
         wgmma_commit();
+        // With 128 columns there are registers for what one of the two products reads.
         if (!KEYS_RUN_ON) wgmma_wait<0>();
+        if (KEYS_RUN_ON && HEAD_DIM == 128) wgmma_wait<1>();
     } while (++i < count);
     wgmma_wait<0>();
     settle(dk);

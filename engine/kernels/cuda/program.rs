@@ -151,7 +151,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
             let variant = |program, dtype| Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged);
             all.push(variant(Attention, wide).with("ATOMS", head_dim / 64));
             all.push(variant(AttentionPlain, plain));
-            if capability == (9, 0) && head_dim == 128 {
+            if capability == (9, 0) {
                 all.push(variant(AttentionHopper, wide));
             }
         }
