@@ -7,8 +7,8 @@ use perilune::error::Result;
 use perilune::kernels::cpu::adamw::AdamW;
 use perilune::kernels::cpu::heads::Heads;
 use perilune::kernels::cuda::adamw::{Parameter, adamw};
-use perilune::kernels::cuda::attention::{Cache, Plan, attention};
-use perilune::kernels::cuda::attention_backward::{Saved, attention_backward};
+use perilune::kernels::cuda::attention::{Cache, Kernels, Plan, attention};
+use perilune::kernels::cuda::attention_backward::{HopperTiles, Saved, attention_backward};
 use perilune::kernels::cuda::device::Device;
 use perilune::kernels::cuda::memory::DeviceBuffer;
 use perilune::kernels::cuda::norm::Table;
@@ -36,7 +36,8 @@ fn main() -> Result<()> {
     };
     println!("{}, compute capability {:?}, {} multiprocessors", device.name, device.capability, device.multiprocessors);
     let only = std::env::args().nth(1).filter(|word| !word.starts_with('-')).unwrap_or_default();
-    let groups: [(&str, Group); 4] = [("products", products), ("attention", attentions), ("decoding", decoding), ("rows", rows)];
+    let groups: [(&str, Group); 5] =
+        [("products", products), ("attention", attentions), ("kernels", kernels), ("decoding", decoding), ("rows", rows)];
     groups.iter().filter(|(name, _)| name.contains(&only)).try_for_each(|(_, group)| group(&device))
 }
 
@@ -105,25 +106,66 @@ fn products(device: &Arc<Device>) -> Result<()> {
     Ok(())
 }
 
+/// Shapes of attention: name, heads, documents, tokens of each.
+const ATTENTIONS: [(&str, Heads, usize, usize); 3] = [
+    ("0.5B 8 x 1024", Heads { heads: 14, kv_heads: 2, head_dim: 64 }, 8, 1024),
+    ("7B 8 x 1024", Heads { heads: 28, kv_heads: 4, head_dim: 128 }, 8, 1024),
+    ("7B 1 x 16384", Heads { heads: 28, kv_heads: 4, head_dim: 128 }, 1, 16_384),
+];
+
 fn attentions(device: &Arc<Device>) -> Result<()> {
-    for (name, heads, kv_heads, head_dim, documents, len) in
-        [("0.5B 8 x 1024", 14, 2, 64, 8, 1024), ("7B 8 x 1024", 28, 4, 128, 8, 1024), ("7B 1 x 16384", 28, 4, 128, 1, 16_384)]
-    {
-        let heads = Heads { heads, kv_heads, head_dim };
-        let (tokens, width) = (documents * len, heads.heads * head_dim);
-        let borders: Vec<i32> = (0..=documents).map(|d| (d * len) as i32).collect();
-        let plan = Plan::packed(device, heads, &borders, (head_dim as f32).powf(-0.5), None)?;
-        let (qkv, d_o) = (filled::<bf16>(device, tokens * heads.width())?, filled::<bf16>(device, tokens * width)?);
-        let (mut o, mut lse) = (scratch::<bf16>(device, tokens * width)?, scratch::<f32>(device, tokens * heads.heads)?);
-        // Two products of half a square each.
-        let flops = documents as f64 * 2.0 * (len * len) as f64 * width as f64;
-        let ms = median_ms(device, || attention(device, &plan, qkv.view(), o.view_mut(), lse.view_mut()))?;
-        report_flops(&format!("attention {name}, head_dim {head_dim}"), ms, flops);
-        let (mut deltas, mut dqkv) = (scratch::<f32>(device, lse.len())?, scratch::<bf16>(device, qkv.len())?);
-        let saved = Saved { qkv: qkv.view(), o: o.view(), lse: lse.view() };
-        let ms = median_ms(device, || attention_backward(device, &plan, d_o.view(), saved, deltas.view_mut(), dqkv.view_mut()))?;
-        report_flops(&format!("attention {name} backward"), ms, 2.5 * flops);
+    for (name, heads, documents, len) in ATTENTIONS {
+        let kernels = Kernels::of(device, heads.head_dim);
+        attention_both_ways(device, &format!("attention {name}, head_dim {}", heads.head_dim), heads, (documents, len), kernels)?;
     }
+    Ok(())
+}
+
+/// Attention by other kernels of Hopper than those that are taken.
+fn kernels(device: &Arc<Device>) -> Result<()> {
+    if device.capability != (9, 0) {
+        return Ok(());
+    }
+    for (name, heads, documents, len) in ATTENTIONS {
+        let taken = HopperTiles::of(heads.head_dim);
+        let queries = |query_groups, query_blocks, query_left| HopperTiles { query_groups, query_blocks, query_left, ..taken };
+        let keys = |key_groups, key_splits, key_left| HopperTiles { key_groups, key_splits, key_left, ..taken };
+        let tiles = match heads.head_dim {
+            64 => vec![
+                taken,
+                queries(3, 1, true),
+                queries(2, 1, true),
+                queries(4, 1, false),
+                keys(1, 2, false),
+                keys(1, 3, false),
+                keys(2, 1, true),
+            ],
+            _ => vec![taken, queries(2, 1, false), queries(3, 1, false), keys(1, 2, false)],
+        };
+        let hopper = tiles.into_iter().map(|tiles| Kernels { forward_on_hopper: true, backward: Some(tiles) });
+        for kernels in hopper.chain([Kernels { forward_on_hopper: false, backward: None }]) {
+            println!("{name}: {kernels:?}");
+            attention_both_ways(device, name, heads, (documents, len), kernels)?;
+        }
+    }
+    Ok(())
+}
+
+fn attention_both_ways(device: &Arc<Device>, name: &str, heads: Heads, lens: (usize, usize), kernels: Kernels) -> Result<()> {
+    let (documents, len) = lens;
+    let (tokens, width) = (documents * len, heads.heads * heads.head_dim);
+    let borders: Vec<i32> = (0..=documents).map(|d| (d * len) as i32).collect();
+    let plan = Plan::packed_with(device, heads, &borders, (heads.head_dim as f32).powf(-0.5), None, kernels)?;
+    let (qkv, d_o) = (filled::<bf16>(device, tokens * heads.width())?, filled::<bf16>(device, tokens * width)?);
+    let (mut o, mut lse) = (scratch::<bf16>(device, tokens * width)?, scratch::<f32>(device, tokens * heads.heads)?);
+    // Two products of half a square each.
+    let flops = documents as f64 * 2.0 * (len * len) as f64 * width as f64;
+    let ms = median_ms(device, || attention(device, &plan, qkv.view(), o.view_mut(), lse.view_mut()))?;
+    report_flops(name, ms, flops);
+    let (mut deltas, mut dqkv) = (scratch::<f32>(device, lse.len())?, scratch::<bf16>(device, qkv.len())?);
+    let saved = Saved { qkv: qkv.view(), o: o.view(), lse: lse.view() };
+    let ms = median_ms(device, || attention_backward(device, &plan, d_o.view(), saved, deltas.view_mut(), dqkv.view_mut()))?;
+    report_flops(&format!("{name} backward"), ms, 2.5 * flops);
     Ok(())
 }
 

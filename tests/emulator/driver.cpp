@@ -55,9 +55,10 @@ struct Fiber {
     Place place;
     State state;
     unsigned exchanges;
-    // What it waits for: a barrier's phase of this parity, or a named barrier of so many threads.
+    // What it waits for: a barrier's phase of this parity, or a barrier with a number, of so many threads.
     Barrier* barrier;
-    unsigned parity, name, name_count;
+    unsigned parity;
+    int name, name_count;
     std::vector<Copy> open;
     std::vector<std::vector<Copy>> groups;
     std::vector<Product> open_products;
@@ -187,6 +188,7 @@ static void start(Fiber& fiber) {
 }
 
 extern "C" {
+void emu_trap(const char* why);
 Place* emu_place() { return &current->place; }
 void emu_syncthreads() { yield(AT_BLOCK); }
 void emu_syncwarp() { yield(AT_WARP); }
@@ -254,7 +256,7 @@ void emu_barrier_wait(Barrier* barrier, unsigned parity) {
     current->parity = parity;
     yield(AT_BARRIER);
 }
-void emu_named_barrier(unsigned name, unsigned count) {
+void emu_barrier(int name, int count) {
     current->name = name;
     current->name_count = count;
     yield(AT_NAMED);
@@ -310,7 +312,7 @@ static bool release(unsigned count) {
             land(fiber.barrier);
             if (has_passed(fiber.barrier, fiber.parity)) fiber.state = READY, any = true;
         } else if (fiber.state == AT_NAMED) {
-            unsigned waiting = 0;
+            int waiting = 0;
             for (unsigned j = 0; j < count; j++) waiting += fibers[j].state == AT_NAMED && fibers[j].name == fiber.name;
             if (waiting < fiber.name_count) continue;
             for (unsigned j = 0; j < count; j++) {

@@ -30,6 +30,8 @@ extern "C" {
 struct EmuPlace { uint3_ thread, block, block_size, grid_size; };
 EmuPlace* emu_place();
 void emu_syncthreads();
+// bar.sync: waits until `threads` threads wait at barrier `id`.
+void emu_barrier(int id, int threads);
 // Gives `bytes` (at most 64) of this lane to its warp and waits for the others; the answer holds 64 bytes of each lane.
 const unsigned char* emu_warp_exchange(const void* own, size_t bytes);
 void emu_syncwarp();
@@ -45,7 +47,6 @@ void emu_wgmma_wait(int groups_left);
 void emu_barrier_init(void* barrier, unsigned count);
 void emu_barrier_arrive(void* barrier, unsigned bytes);
 void emu_barrier_wait(void* barrier, unsigned parity);
-void emu_named_barrier(unsigned name, unsigned count);
 void emu_copy_tile(void* to, const void* map, void* barrier, int x, int y, int z);
 [[noreturn]] void emu_trap(const char* why);
 }

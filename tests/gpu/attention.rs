@@ -3,8 +3,8 @@
 use crate::{assert_close, assert_same, bench, tolerance, uniform};
 use half::bf16;
 use perilune::kernels::cpu::{self, heads::Heads};
-use perilune::kernels::cuda::attention::{Plan, attention};
-use perilune::kernels::cuda::attention_backward::{Saved, attention_backward};
+use perilune::kernels::cuda::attention::{Kernels, Plan, attention};
+use perilune::kernels::cuda::attention_backward::{HopperTiles, Saved, attention_backward};
 use perilune::kernels::element::Float;
 
 pub fn borders(lens: &[usize]) -> Vec<i32> {
@@ -23,10 +23,25 @@ pub fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
 type Results<E> = (Vec<E>, Vec<f32>, Vec<E>);
 
 fn on_device<E: Float>(heads: Heads, cu_seqlens: &[i32], window: Option<usize>, qkv: &[E], d_o: &[E]) -> Results<E> {
+    on_device_with(heads, cu_seqlens, window, None, qkv, d_o)
+}
+
+/// [`on_device`], perhaps with other kernels than those of the device.
+fn on_device_with<E: Float>(
+    heads: Heads,
+    cu_seqlens: &[i32],
+    window: Option<usize>,
+    kernels: Option<Kernels>,
+    qkv: &[E],
+    d_o: &[E],
+) -> Results<E> {
     let bench = bench().unwrap();
     let scale = (heads.head_dim as f32).powf(-0.5);
     bench.run(|device| {
-        let plan = Plan::packed(device, heads, cu_seqlens, scale, window).unwrap();
+        let plan = match kernels {
+            None => Plan::packed(device, heads, cu_seqlens, scale, window).unwrap(),
+            Some(kernels) => Plan::packed_with(device, heads, cu_seqlens, scale, window, kernels).unwrap(),
+        };
         let (qkv, d_o) = (bench.upload(qkv), bench.upload(d_o));
         let rows = d_o.len() / (heads.heads * heads.head_dim);
         let (mut o, mut lse) = (bench.poisoned::<E>(d_o.len()), bench.poisoned::<f32>(rows * heads.heads));
@@ -39,6 +54,10 @@ fn on_device<E: Float>(heads: Heads, cu_seqlens: &[i32], window: Option<usize>, 
 }
 
 fn attention_agrees<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>) {
+    attention_agrees_with::<E>(heads, lens, window, None);
+}
+
+fn attention_agrees_with<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>, kernels: Option<Kernels>) {
     if bench().is_none() {
         return;
     }
@@ -49,8 +68,8 @@ fn attention_agrees<E: Float>(heads: Heads, lens: &[usize], window: Option<usize
     let (mut o, mut lse, mut dqkv) = (d_o.clone(), vec![0.0; tokens * heads.heads], qkv.clone());
     cpu::attention::attention(&settings, &qkv, &mut o, &mut lse).unwrap();
     cpu::attention_backward::attention_backward(&settings, &d_o, &qkv, &o, &lse, &mut dqkv).unwrap();
-    let got = on_device(heads, &cu_seqlens, window, &qkv, &d_o);
-    let what = format!("{heads:?} {lens:?} {window:?}");
+    let got = on_device_with(heads, &cu_seqlens, window, kernels, &qkv, &d_o);
+    let what = format!("{heads:?} {lens:?} {window:?} {kernels:?}");
     // In bf16 both round the probabilities, but relative to other maxima: some units of 2^-9 on values around 1.
     assert_close(&format!("lse {what}"), &got.1, &lse, tolerance::<E>(3e-6, 1e-5));
     assert_close(&format!("o {what}"), &got.0, &o, tolerance::<E>(3e-6, 1.2e-2));
@@ -87,6 +106,56 @@ fn attention_agrees_in_bf16() {
 }
 
 #[test]
+fn attention_agrees_where_hopper_has_kernels() {
+    // Lengths around tiles of 64, 128 and 192; groups of 1 and 7; windows that end inside a tile, at its border, and cover all.
+    let cases: [(Heads, &[usize], Option<usize>); 7] = [
+        (heads(7, 1, 64), &[1, 0, 70], None),
+        (heads(2, 2, 64), &[193, 64, 5], None),
+        (heads(2, 1, 64), &[200, 128], Some(64)),
+        (heads(1, 1, 64), &[260], Some(70)),
+        (heads(2, 2, 128), &[129, 3], None),
+        (heads(7, 1, 128), &[66], None),
+        (heads(2, 1, 128), &[150, 64], Some(1)),
+    ];
+    for (heads, lens, window) in cases {
+        attention_agrees::<bf16>(heads, lens, window);
+    }
+}
+
+#[test]
+fn attention_agrees_with_other_kernels() {
+    if bench().is_none_or(|bench| bench.device.capability != (9, 0)) {
+        return;
+    }
+    let with = |tiles| Some(Kernels { forward_on_hopper: true, backward: Some(tiles) });
+    let threes = HopperTiles { query_groups: 3, query_blocks: 1, query_left: true, key_groups: 1, key_splits: 3, key_left: false };
+    let wide = HopperTiles { query_groups: 1, query_blocks: 1, query_left: true, key_groups: 2, key_splits: 2, key_left: true };
+    attention_agrees_with::<bf16>(heads(3, 1, 64), &[135, 1], None, with(threes));
+    attention_agrees_with::<bf16>(heads(2, 1, 64), &[135, 1], Some(67), with(wide));
+    let split = HopperTiles { key_groups: 1, key_splits: 2, key_left: false, ..HopperTiles::of(128) };
+    attention_agrees_with::<bf16>(heads(1, 1, 128), &[135, 1], None, with(split));
+    // Those of other devices.
+    attention_agrees_with::<bf16>(heads(2, 1, 64), &[70, 1], None, Some(Kernels { forward_on_hopper: false, backward: None }));
+}
+
+#[test]
+fn wgmma_and_mma_give_the_same_bits() {
+    if bench().is_none_or(|bench| bench.device.capability != (9, 0)) {
+        return;
+    }
+    for (heads, len) in [(heads(1, 1, 64), 580), (heads(1, 1, 128), 140)] {
+        let (qkv, d_o) = (uniform::<bf16>(1, len * heads.width()), uniform::<bf16>(2, len * heads.heads * heads.head_dim));
+        let [wgmma, mma] = [true, false].map(|forward_on_hopper| {
+            let kernels = Kernels { forward_on_hopper, backward: Some(HopperTiles::of(heads.head_dim)) };
+            on_device_with(heads, &[0, len as i32], None, Some(kernels), &qkv, &d_o)
+        });
+        assert_same("o", &wgmma.0, &mma.0);
+        assert_same("lse", &wgmma.1, &mma.1);
+        assert_same("dqkv", &wgmma.2, &mma.2);
+    }
+}
+
+#[test]
 fn attention_over_several_spans_agrees() {
     // 512 keys are a span: the sums of three meet here, and a window ends in the middle of one.
     attention_agrees::<bf16>(heads(1, 1, 16), &[1100], None);
@@ -117,5 +186,7 @@ fn a_document_has_the_same_bits_alone() {
         }
     }
     check::<bf16>(heads(2, 1, 16), &[3, 130, 64]);
+    check::<bf16>(heads(2, 1, 64), &[3, 130, 64]);
+    check::<bf16>(heads(2, 1, 128), &[70, 3]);
     check::<f32>(heads(2, 1, 16), &[3, 40]);
 }

@@ -5,6 +5,7 @@
 //! document's start; each span of 512 keys is summed from nothing and the spans are merged in order, so that decoding may
 //! compute spans side by side (paged.rs) and get the same bits.
 
+use super::attention_backward::HopperTiles;
 use super::device::Device;
 use super::launch::Launch;
 use super::memory::{DeviceBuffer, View, ViewMut};
@@ -40,9 +41,11 @@ pub struct Plan {
     pub(super) scale: f32,
     pub(super) window: usize,
     pub(super) rows: usize,
-    /// `[tiles, 4]` of queries for the forward step, and of 64 queries or keys for the backward step.
+    pub(super) kernels: Kernels,
+    /// `[tiles, 4]` of queries for the forward step, of queries and of keys for the backward step.
     pub(super) forward: DeviceBuffer<i32>,
-    pub(super) backward: DeviceBuffer<i32>,
+    pub(super) backward_queries: DeviceBuffer<i32>,
+    pub(super) backward_keys: DeviceBuffer<i32>,
     /// `[rows, 4]`, for the f32 kernels.
     pub(super) each_row: DeviceBuffer<i32>,
 }
@@ -53,15 +56,30 @@ fn atoms(head_dim: usize) -> usize {
     if (65..=128).contains(&head_dim) { 2 } else { 1 }
 }
 
-/// Whether attention_hopper.cu computes this width on this device. It could compute 64 too, but on an H200 8 documents of 1024
-/// take 0.114 ms with it and 0.104 ms with attention.cu; with 128 they take 0.246 and 0.316 ms.
-fn on_hopper(device: &Device, head_dim: usize) -> bool {
-    device.capability == (9, 0) && head_dim == 128
+/// Which of the bf16 kernels compute, where there is a choice. The forward step has the same bits with either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernels {
+    /// Whether attention_hopper.cu does.
+    pub forward_on_hopper: bool,
+    /// The tiles of attention_backward_hopper.cu, if it does.
+    pub backward: Option<HopperTiles>,
 }
 
-/// Queries of a tile of the forward step.
-fn tile_queries(device: &Device, head_dim: usize) -> usize {
-    if on_hopper(device, head_dim) { 128 } else { 16 * atoms(head_dim) * THREADS / 32 }
+impl Kernels {
+    /// Those for a device and a head width. On an H200 8 documents of 1024 took the forward step 0.246 ms with attention_hopper.cu and
+    /// 0.316 with attention.cu at width 128, but 0.114 and 0.104 at 64; since then the former has two blocks a multiprocessor at
+    /// 64 and two thirds of its instructions, which was not measured yet.
+    pub fn of(device: &Device, head_dim: usize) -> Self {
+        let is_hopper = device.capability == (9, 0) && matches!(head_dim, 64 | 128);
+        Self { forward_on_hopper: is_hopper, backward: is_hopper.then(|| HopperTiles::of(head_dim)) }
+    }
+
+    /// Queries of a tile of the forward step, queries and keys of one of the backward step.
+    fn tile_sizes(self, head_dim: usize) -> [usize; 3] {
+        let forward = if self.forward_on_hopper { 128 } else { 16 * atoms(head_dim) * THREADS / 32 };
+        let [queries, keys] = self.backward.map_or([BLOCK; 2], |tiles| [tiles.query_groups * BLOCK, tiles.key_groups * BLOCK]);
+        [forward, queries, keys]
+    }
 }
 
 /// Elements of a row of a tile in shared memory (`ROW` of attention_core.cuh).
@@ -84,13 +102,32 @@ impl Plan {
         Self::of_spans(device, heads, &documents(cu_seqlens), scale, window)
     }
 
+    /// [`Plan::packed`] with kernels of the caller's choice, for tests and measurements. Errors as there.
+    pub fn packed_with(
+        device: &Arc<Device>,
+        heads: Heads,
+        cu_seqlens: &[i32],
+        scale: f32,
+        window: Option<usize>,
+        kernels: Kernels,
+    ) -> Result<Self> {
+        let mut plan = Self::packed(device, heads, cu_seqlens, scale, window)?;
+        let (spans, [forward, queries, keys]) = (documents(cu_seqlens), kernels.tile_sizes(heads.head_dim));
+        plan.kernels = kernels;
+        plan.forward = upload(device, &tiles(&spans, forward))?;
+        plan.backward_queries = upload(device, &tiles(&spans, queries))?;
+        plan.backward_keys = upload(device, &key_tiles(&spans, keys))?;
+        Ok(plan)
+    }
+
     /// Takes other documents in place, as many rows and tiles ([`tile_counts`]) of them: whatever reads the plan goes on.
     ///
     /// Errors: those of the device. Panics for other numbers of them.
     pub fn replace(&mut self, cu_seqlens: &[i32]) -> Result<()> {
-        let (spans, queries) = (documents(cu_seqlens), tile_queries(self.forward.device(), self.heads.head_dim));
-        self.forward.upload(tiles(&spans, queries).as_flattened())?;
-        self.backward.upload(tiles(&spans, BLOCK).as_flattened())?;
+        let (spans, [forward, queries, keys]) = (documents(cu_seqlens), self.kernels.tile_sizes(self.heads.head_dim));
+        self.forward.upload(tiles(&spans, forward).as_flattened())?;
+        self.backward_queries.upload(tiles(&spans, queries).as_flattened())?;
+        self.backward_keys.upload(key_tiles(&spans, keys).as_flattened())?;
         self.each_row.upload(each_row(&spans, self.rows).as_flattened())
     }
 
@@ -107,15 +144,18 @@ impl Plan {
             return Err(Error::argument(op, "window", "at least 1 token, or none", 0));
         }
         let rows = spans.iter().map(|span| span.row + span.count).max().unwrap_or(0);
-        let upload = |lines: Vec<[i32; 4]>| DeviceBuffer::copy_of(device, "attention plan", lines.as_flattened());
+        let kernels = Kernels::of(device, heads.head_dim);
+        let [forward, queries, keys] = kernels.tile_sizes(heads.head_dim);
         Ok(Self {
             heads,
             scale,
             window: window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW)),
             rows,
-            forward: upload(tiles(spans, tile_queries(device, heads.head_dim)))?,
-            backward: upload(tiles(spans, BLOCK))?,
-            each_row: upload(each_row(spans, rows))?,
+            kernels,
+            forward: upload(device, &tiles(spans, forward))?,
+            backward_queries: upload(device, &tiles(spans, queries))?,
+            backward_keys: upload(device, &key_tiles(spans, keys))?,
+            each_row: upload(device, &each_row(spans, rows))?,
         })
     }
 
@@ -144,12 +184,16 @@ fn documents(cu_seqlens: &[i32]) -> Vec<Span> {
     cu_seqlens.windows(2).map(|pair| Span { row: pair[0] as usize, cached: 0, count: (pair[1] - pair[0]) as usize }).collect()
 }
 
-/// Tiles of documents packed one after the other, for the forward and for the backward step.
+/// Tiles of documents packed one after the other: of queries for the forward step, of queries and of keys for the backward step.
 ///
 /// - `cu_seqlens`: borders of the documents, ascending
-pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 2] {
-    let of = |queries: usize| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(queries)).sum();
-    [of(tile_queries(device, heads.head_dim)), of(BLOCK)]
+pub fn tile_counts(device: &Device, heads: Heads, cu_seqlens: &[i32]) -> [usize; 3] {
+    let sizes = Kernels::of(device, heads.head_dim).tile_sizes(heads.head_dim);
+    sizes.map(|size| documents(cu_seqlens).iter().map(|span| span.count.div_ceil(size)).sum())
+}
+
+fn upload(device: &Arc<Device>, lines: &[[i32; 4]]) -> Result<DeviceBuffer<i32>> {
+    DeviceBuffer::copy_of(device, "attention plan", lines.as_flattened())
 }
 
 /// A line for each of `rows` rows.
@@ -169,6 +213,13 @@ fn tiles(spans: &[Span], queries: usize) -> Vec<[i32; 4]> {
         .flat_map(|(index, span)| (0..span.count).step_by(queries).map(move |first| span.line(index, span.cached + first)))
         .collect();
     tiles.sort_by_key(|tile| std::cmp::Reverse(tile[2]));
+    tiles
+}
+
+/// Tiles of `keys` positions, those that most queries see first.
+fn key_tiles(spans: &[Span], keys: usize) -> Vec<[i32; 4]> {
+    let mut tiles = tiles(spans, keys);
+    tiles.sort_by_key(|tile| std::cmp::Reverse(tile[1] - tile[2]));
     tiles
 }
 
@@ -209,7 +260,7 @@ pub(super) fn run<E: Float>(
     }
     let Heads { heads, kv_heads, head_dim } = plan.heads;
     let plain = E::DTYPE == Dtype::F32;
-    let hopper = !plain && on_hopper(device, head_dim);
+    let hopper = !plain && plan.kernels.forward_on_hopper;
     let program = match (plain, hopper) {
         (true, _) => Program::AttentionPlain,
         (_, true) => Program::AttentionHopper,
@@ -235,7 +286,7 @@ pub(super) fn run<E: Float>(
         // SAFETY: as below. The shared memory holds 128 queries and four blocks of keys and of values.
         return unsafe { launch.run((plan.forward.len() / 4, heads, 1), 256, shared) };
     }
-    let shared = (tile_queries(device, head_dim) + 3 * BLOCK) * tile_row(head_dim) * 2;
+    let shared = (plan.kernels.tile_sizes(head_dim)[0] + 3 * BLOCK) * tile_row(head_dim) * 2;
     // SAFETY: the arguments are attention's in attention.cu. The plan's tiles lie within `rows` rows, which qkv, o and lse have;
     // rows beyond a document's end are neither read nor written. The shared memory holds a tile of queries and three of keys.
     unsafe { launch.run((plan.forward.len() / 4, heads, 1), THREADS, shared) }

@@ -1,5 +1,6 @@
-//! Launchers of the derivative of attention: attention_backward.cu in bf16, attention_plain.cu in f32. Three kernels: a number
-//! for each query, the queries' gradients, the keys' and values'.
+//! Launchers of the derivative of attention: attention_backward.cu and attention_backward_hopper.cu in bf16, attention_plain.cu in
+//! f32. Three kernels: a number for each query, the queries' gradients, the keys' and values'; on Hopper the first is part of
+//! the second.
 
 use super::attention::{BLOCK, PLAIN_WARPS, Plan, THREADS, tile_row};
 use super::device::Device;
@@ -16,6 +17,39 @@ pub struct Saved<'a, E: Float> {
     pub qkv: View<'a, E>,
     pub o: View<'a, E>,
     pub lse: View<'a, f32>,
+}
+
+/// How attention_backward_hopper.cu divides its work. The order of sums depends on it, so it may depend on nothing but the heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HopperTiles {
+    /// Warpgroups of a block of queries, with 64 queries each, and such blocks that a multiprocessor has registers for.
+    pub query_groups: usize,
+    pub query_blocks: usize,
+    /// Whether queries and gradients of outputs are kept in registers.
+    pub query_left: bool,
+    /// Warpgroups with 64 keys each that read the same queries, and how many parts of the queries there are.
+    pub key_groups: usize,
+    pub key_splits: usize,
+    /// Whether keys and values are kept in registers.
+    pub key_left: bool,
+}
+
+impl HopperTiles {
+    /// Those for a head width of 64 or 128.
+    pub fn of(head_dim: usize) -> Self {
+        match head_dim {
+            64 => Self { query_groups: 2, query_blocks: 2, query_left: false, key_groups: 1, key_splits: 2, key_left: true },
+            128 => Self { query_groups: 2, query_blocks: 1, query_left: true, key_groups: 2, key_splits: 1, key_left: false },
+            _ => panic!("attention_backward_hopper.cu has no head width {head_dim}"),
+        }
+    }
+
+    pub(super) fn variant(self, head_dim: usize) -> Variant {
+        let variant = Variant::new(Program::AttentionBackwardHopper, Dtype::Bf16).with("HEAD_DIM", head_dim as u32);
+        let variant = variant.with("QUERY_GROUPS", self.query_groups as u32).with("QUERY_BLOCKS", self.query_blocks as u32);
+        let variant = variant.with("KEY_GROUPS", self.key_groups as u32).with("KEY_SPLITS", self.key_splits as u32);
+        variant.with("QUERY_LEFT", u32::from(self.query_left)).with("KEY_LEFT", u32::from(self.key_left))
+    }
 }
 
 /// Gradient of [`super::attention::attention`] with respect to `qkv`.
@@ -62,18 +96,57 @@ pub fn attention_backward<E: Float>(
         // SAFETY: as above, with a key head of a row, and queries from its position to its document's end.
         return unsafe { launch.run((items.div_ceil(PLAIN_WARPS), 1, 1), 32 * PLAIN_WARPS, 0) };
     }
+    if let Some(tiles) = plan.kernels.backward {
+        return on_hopper(device, plan, tiles, d_o, saved, deltas, dqkv);
+    }
     let launch = new("attention_deltas")?.read(d_o).read(o).write(&mut deltas).int(items);
     // SAFETY: the arguments are attention_deltas's; a warp is one of `items` heads of rows.
     unsafe { launch.run((items.div_ceil(THREADS / 32), 1, 1), THREADS, 0)? };
-    let tiles = plan.backward.len() / 4;
     let shared = 6 * BLOCK * tile_row(head_dim) * 2;
-    for (name, across, extra) in [("attention_backward_queries", heads, 0), ("attention_backward_keys", kv_heads, 4 * BLOCK * 4)] {
-        let launch = new(name)?.read(d_o).read(qkv).read(lse).read(deltas.view()).write(&mut dqkv).read(plan.backward.view());
+    let kernels = [
+        ("attention_backward_queries", &plan.backward_queries, heads, 0),
+        ("attention_backward_keys", &plan.backward_keys, kv_heads, 4 * BLOCK * 4),
+    ];
+    for (name, tiles, across, extra) in kernels {
+        let launch = new(name)?.read(d_o).read(qkv).read(lse).read(deltas.view()).write(&mut dqkv).read(tiles.view());
         let launch = launch.int(heads).int(kv_heads).float(plan.scale).int(plan.window);
         // SAFETY: both kernels of attention_backward.cu have these arguments. The plan's tiles lie within its rows, which all
         // operands have, and each tile's block writes its own rows and head of dqkv. The shared memory holds six tiles, and in
         // the second kernel two times lse and delta of 64 queries.
-        unsafe { launch.run((tiles, across, 1), THREADS, shared + extra)? };
+        unsafe { launch.run((tiles.len() / 4, across, 1), THREADS, shared + extra)? };
     }
     Ok(())
+}
+
+fn on_hopper<E: Float>(
+    device: &Device,
+    plan: &Plan,
+    tiles: HopperTiles,
+    d_o: View<E>,
+    saved: Saved<E>,
+    mut deltas: ViewMut<f32>,
+    mut dqkv: ViewMut<E>,
+) -> Result<()> {
+    let op = "attention_backward";
+    let Heads { heads, kv_heads, head_dim } = plan.heads;
+    let Saved { qkv, o, lse } = saved;
+    let aligned = [d_o.address, qkv.address, o.address].iter().all(|at| at.is_multiple_of(16));
+    assert!(aligned, "{op}: operands are not aligned to 16 bytes");
+    let new = |name| Launch::new(device, op, tiles.variant(head_dim), name);
+    let tile = BLOCK * head_dim * 2;
+    let HopperTiles { query_groups, key_groups, key_splits, .. } = tiles;
+    let launch = new("attention_backward_queries")?.read(d_o).read(qkv).read(o).read(lse).write(&mut deltas).write(&mut dqkv);
+    let launch = launch.read(plan.backward_queries.view()).int(heads).int(kv_heads).float(plan.scale).int(plan.window);
+    let blocks = plan.backward_queries.len() / 4 * heads;
+    // SAFETY: the arguments are the kernel's in attention_backward_hopper.cu. The plan's tiles lie within its rows, which all
+    // operands have; a tile's block writes the deltas and the columns of dqkv of its own rows and head. The shared memory holds
+    // queries and gradients of each warpgroup, and three pairs of keys and values.
+    unsafe { launch.run((blocks, 1, 1), 128 * query_groups, (2 * query_groups + 6) * tile)? };
+    let launch = new("attention_backward_keys")?.read(d_o).read(qkv).read(lse).read(deltas.view()).write(&mut dqkv);
+    let launch = launch.read(plan.backward_keys.view()).int(heads).int(kv_heads).float(plan.scale).int(plan.window);
+    let blocks = plan.backward_keys.len() / 4 * kv_heads;
+    let shared = (2 * key_groups + 6 * key_splits) * tile + key_splits * 3 * 2 * BLOCK * 4;
+    // SAFETY: as above, with rows of keys. The shared memory holds keys and values of the tile, and for each part of the queries
+    // three pairs of queries and gradients with their lse and deltas.
+    unsafe { launch.run((blocks, 1, 1), 128 * key_groups * key_splits, shared) }
 }

@@ -96,13 +96,10 @@ __device__ __forceinline__ void softmax_block(float (&scores)[8][4], const int (
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) top = scores[j][2 * half + e] > top ? scores[j][2 * half + e] : top;
-        float other = __shfl_xor_sync(~0u, top, 1);
-        top = other > top ? other : top;
-        other = __shfl_xor_sync(~0u, top, 2);
-        top = other > top ? other : top;
-        top *= scale;
-        top = maximum[half] > top ? maximum[half] : top;
+            for (int e = 0; e < 2; e++) top = fmaxf(top, scores[j][2 * half + e]);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        top = fmaxf(top * scale, maximum[half]);
         bool empty = top == -INFINITE;
         float base = empty ? 0.0f : top;
         factor[half] = empty ? 1.0f : fast_exp2(maximum[half] - base);

@@ -20,12 +20,12 @@ __device__ __forceinline__ void load_lines(bf16* tile, const bf16* base, i64 str
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int block = 0; block < DIM_BLOCKS; block++) {
-            bool exists = line + 32 * half < count;
-            copy_async16(to + block * BLOCK_ELEMENTS + half * 32 * LINE, exists ? from + half * 32 * stride + block * 64 : base, exists);
+            // What does not exist is not read, wherever it would be.
+            copy_async16(to + block * BLOCK_ELEMENTS + half * 32 * LINE, from + half * 32 * stride + block * 64, line + 32 * half < count);
         }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const bf16* qkv, bf16* o, float* lse, const int* tiles, int heads, int kv_heads,
+extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM == 64 ? 2 : 1) attention(const bf16* qkv, bf16* o, float* lse, const int* tiles, int heads, int kv_heads,
     float scale, int window, const bf16* k_cache, const bf16* v_cache, const int* block_table, int table_width) {
     DYNAMIC_SHARED(memory);
     bf16* q_tiles = (bf16*)memory;
@@ -110,17 +110,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const bf16* q
     u32 weights[BLOCK / 16][4];
     auto start_scores = [&](int block) {
         const bf16* k_tile = k_tiles + (block - begin) % STAGES * STAGE_ELEMENTS;
+        u64 keys = describe<false>(k_tile, 0, 0);
         wgmma_fence();
+        wgmma_registers_rows<true>(scores, queries[0], keys);
 #pragma unroll
-        for (int step = 0; step < DIM_STEPS; step++)
-            wgmma_registers<BLOCK, 0>(scores, queries[step], describe<false>(k_tile + step / 4 * BLOCK_ELEMENTS, 0, step % 4 * 16), step > 0);
+        for (int step = 1; step < DIM_STEPS; step++)
+            wgmma_registers_rows<false>(scores, queries[step], further(keys, step / 4 * BLOCK_ELEMENTS + step % 4 * 16));
         wgmma_commit();
     };
     auto start_sums = [&](int block) {
         const bf16* v_tile = v_tiles + (block - begin) % STAGES * STAGE_ELEMENTS;
+        u64 values = describe<true>(v_tile, 0, 0);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < BLOCK / 16; step++) wgmma_registers<DIM, 1>(sums, weights[step], describe<true>(v_tile, 0, 16 * step), 1);
+        for (int step = 0; step < BLOCK / 16; step++) wgmma_registers<DIM, 1>(sums, weights[step], further(values, 16 * step * LINE), 1);
         wgmma_commit();
     };
     auto softmax = [&](int block) {
@@ -167,10 +170,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const bf16* q
                 for (int e = 0; e < 4; e++) earlier[j * 4 + e] = sums[j][e], sums[j][e] = 0.0f;
             has_earlier = true;
         }
+        // Maxima seldom change, and a factor of 1 changes no bit.
+        if (__ballot_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-        for (int j = 0; j < DIM_ATOMS; j++)
+            for (int j = 0; j < DIM_ATOMS; j++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) sums[j][e] = __fmul_rn(sums[j][e], factor[e / 2]);
+                for (int e = 0; e < 4; e++) sums[j][e] = __fmul_rn(sums[j][e], factor[e / 2]);
+        }
         round_weights();
     }
     start_sums(end - 1);

@@ -17,7 +17,6 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier) { emu_barrier_arriv
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) { emu_barrier_arrive(barrier, bytes); }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) { emu_barrier_wait(barrier, parity); }
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) { emu_copy_tile(to, &map, barrier, x, y, z); }
-template <int NAME, int THREADS> __device__ __forceinline__ void named_barrier() { emu_named_barrier(NAME, THREADS); }
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {}
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {}
 __device__ __forceinline__ u32 shared_address(const void* p) { return emu_shared_offset(p); }
@@ -58,8 +57,6 @@ __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* b
                  "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
-// A barrier of some of the block's threads; 0 is that of all.
-template <int NAME, int THREADS> __device__ __forceinline__ void named_barrier() { asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory"); }
 // A warpgroup that needs few registers leaves them to those that need many.
 template <int REGISTERS> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 template <int REGISTERS> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
@@ -174,4 +171,60 @@ __device__ __forceinline__ u64 operand_descriptor(const void* place, u32 block_b
 template <bool STRIDED> __device__ __forceinline__ u64 describe(const bf16* tile, int row, int step) {
     if (STRIDED) return operand_descriptor(tile + row / 64 * BLOCK_ELEMENTS + step * LINE, BLOCK_ELEMENTS * 2, 8 * LINE * 2);
     return operand_descriptor(tile + row * LINE + step, 16, 8 * LINE * 2);
+}
+
+// What attention's derivative needs besides: products of 64 columns that start a sum or whose operands both lie in rows in shared
+// memory, barriers of some warpgroups, copies of single numbers. A product that starts a sum does not name what its registers held:
+// zeros written there while another product is in flight would make the assembler let the products run one by one.
+#ifdef EMULATED
+template <bool STARTS> __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], u64 a, u64 b) { emu_wgmma(&d[0][0], 64, a, b, !STARTS, 0, 0); }
+template <bool STARTS> __device__ __forceinline__ void wgmma_registers_rows(float (&d)[8][4], const u32 (&a)[4], u64 b) {
+    emu_wgmma_registers(&d[0][0], 64, a, b, !STARTS, 0);
+}
+template <int N> __device__ __forceinline__ void settle(float (&)[N][4]) {}
+__device__ __forceinline__ void barrier(int id, int threads) { emu_barrier(id, threads); }
+__device__ __forceinline__ void copy_async4(void* to, const void* from) { emu_copy_async(to, from, 4, 0); }
+#else
+#define FOUR_NEW(d) "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+#define THIRTY_TWO(d) FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])
+#define THIRTY_TWO_NEW(d) \
+    FOUR_NEW(d[0]), FOUR_NEW(d[1]), FOUR_NEW(d[2]), FOUR_NEW(d[3]), FOUR_NEW(d[4]), FOUR_NEW(d[5]), FOUR_NEW(d[6]), FOUR_NEW(d[7])
+#define WGMMA_64 \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+
+// d = a b, or d += a b: 64 x 16 times 16 x 64.
+template <bool STARTS> __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], u64 a, u64 b) {
+    if (STARTS) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n" WGMMA_64 "%32, %33, p, 1, 1, 0, 0;\n}\n" : THIRTY_TWO_NEW(d) : "l"(a), "l"(b));
+    } else {
+        asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n" WGMMA_64 "%32, %33, p, 1, 1, 0, 0;\n}\n" : THIRTY_TWO(d) : "l"(a), "l"(b));
+    }
+}
+template <bool STARTS> __device__ __forceinline__ void wgmma_registers_rows(float (&d)[8][4], const u32 (&a)[4], u64 b) {
+    if (STARTS) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n" WGMMA_64 "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+                     : THIRTY_TWO_NEW(d)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+        asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n" WGMMA_64 "{%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}\n"
+                     : THIRTY_TWO(d)
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+}
+// Sums that were waited for: what reads them stays behind the wait.
+template <int N> __device__ __forceinline__ void settle(float (&d)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) asm volatile("" : FOUR(d[j])::"memory");
+}
+// Barrier `id`, 1 to 15, of so many threads: whole warps.
+__device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// 4 bytes to shared memory, as copy_async16.
+__device__ __forceinline__ void copy_async4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+#endif
+// An operand that lies so many elements, whole 16 bytes, further on: an addition, where describe would compute it anew.
+__device__ __forceinline__ u64 further(u64 descriptor, int elements) {
+    return (descriptor >> 32 << 32) | ((u32)descriptor + (u32)(elements / 8));
 }

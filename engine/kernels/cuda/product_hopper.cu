@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
                     if (i / 8 % 64 >= lines) *(uint4*)(a_tile + i * 8) = make_uint4(0, 0, 0, 0);
                 }
                 fence_async_proxy();
-                named_barrier<1, 128 * MULTIPLIERS>();
+                barrier(1, 128 * MULTIPLIERS);
             }
 #endif
             wgmma_hold(sums);

@@ -19,6 +19,8 @@ pub enum Program {
     Attention,
     AttentionBackward,
     /// For compute capability 9.0 alone.
+    AttentionBackwardHopper,
+    /// For compute capability 9.0 alone.
     AttentionHopper,
     AttentionPaged,
     AttentionPlain,
@@ -49,6 +51,7 @@ impl Program {
             Self::Adamw => ("adamw.cu", include_str!("adamw.cu")),
             Self::Attention => ("attention.cu", include_str!("attention.cu")),
             Self::AttentionBackward => ("attention_backward.cu", include_str!("attention_backward.cu")),
+            Self::AttentionBackwardHopper => ("attention_backward_hopper.cu", include_str!("attention_backward_hopper.cu")),
             Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
@@ -89,7 +92,7 @@ impl Program {
 }
 
 /// Most macros of a variant.
-const MACROS_MAX: usize = 7;
+const MACROS_MAX: usize = 8;
 
 /// A program with the values of its macros.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -148,9 +151,12 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
             let variant = |program, dtype| Variant::new(program, dtype).with("HEAD_DIM", head_dim).with("PAGED", paged);
             all.push(variant(Attention, wide).with("ATOMS", head_dim / 64));
             all.push(variant(AttentionPlain, plain));
-            if capability == (9, 0) && head_dim == 128 {
+            if capability == (9, 0) {
                 all.push(variant(AttentionHopper, wide));
             }
+        }
+        if capability == (9, 0) {
+            all.push(super::attention_backward::HopperTiles::of(head_dim as usize).variant(head_dim as usize));
         }
         all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
     }

@@ -32,8 +32,8 @@ pub struct Shape {
     tokens: usize,
     /// Tokens with a label.
     labelled: usize,
-    /// Tiles of the documents, forward and backward.
-    tiles: [usize; 2],
+    /// Tiles of the documents: forward, and of queries and of keys backward.
+    tiles: [usize; 3],
     /// Whether layers are computed again in the backward pass.
     recompute: bool,
 }
