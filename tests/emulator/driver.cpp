@@ -188,7 +188,6 @@ static void start(Fiber& fiber) {
 }
 
 extern "C" {
-void emu_trap(const char* why);
 Place* emu_place() { return &current->place; }
 void emu_syncthreads() { yield(AT_BLOCK); }
 void emu_syncwarp() { yield(AT_WARP); }
@@ -257,6 +256,7 @@ void emu_barrier_wait(Barrier* barrier, unsigned parity) {
     yield(AT_BARRIER);
 }
 void emu_barrier(int name, int count) {
+    if (name < 1 || name > 15 || count % 32 != 0) emu_trap("a barrier of no such number or threads");
     current->name = name;
     current->name_count = count;
     yield(AT_NAMED);
