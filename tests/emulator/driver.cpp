@@ -53,6 +53,8 @@ struct Fiber {
     std::vector<std::vector<Copy>> groups;
     std::vector<Product> open_products;
     std::vector<std::vector<Product>> product_groups;
+    // Whether it has waited for the kernel in front of its own.
+    bool waited;
 };
 
 static std::recursive_mutex mutex;
@@ -64,6 +66,9 @@ static unsigned char* shared_memory;
 static void (*entry)(void**);
 static void** entry_arguments;
 static std::string kernel_name, trouble;
+// What the kernels of a graph read before they waited for those in front of them, of those that need not wait: place and size.
+typedef std::map<const void*, unsigned> Early;
+static Early* early;
 static std::atomic<bool> descending;
 static std::atomic<unsigned long long> launches, graph_launches;
 // Times that this thread had to wait for a stream.
@@ -149,6 +154,7 @@ static void start(Fiber& fiber) {
     fiber.groups.clear();
     fiber.open_products.clear();
     fiber.product_groups.clear();
+    fiber.waited = false;
 }
 
 extern "C" {
@@ -164,7 +170,11 @@ const unsigned char* emu_warp_exchange(const void* own, size_t bytes) {
     yield(AT_WARP);
     return half;
 }
-void emu_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) { current->open.push_back({to, from, bytes, zeros}); }
+void emu_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) {
+    current->open.push_back({to, from, bytes, zeros});
+    if (early && !current->waited && bytes > 0) (*early)[from] = bytes;
+}
+void emu_wait_for_earlier() { current->waited = true; }
 void emu_copy_commit() {
     current->groups.push_back(current->open);
     current->open.clear();
@@ -273,7 +283,11 @@ struct Module { void* library; };
 struct Function { void (*entry)(void**); int (*keep)(void**, unsigned char*); std::string name; };
 // What was captured, in order: each does its work.
 typedef std::vector<std::function<Result()>> Graph;
-struct Executable { std::shared_ptr<Graph> graph; };
+struct Executable {
+    std::shared_ptr<Graph> graph;
+    // From the launch before.
+    std::shared_ptr<Early> early;
+};
 struct Stream {
     bool capturing = false, invalid = false;
     int mode = 0;
@@ -457,16 +471,35 @@ Result cuThreadExchangeStreamCaptureMode(int* mode) {
     return SUCCESS;
 }
 Result cuGraphInstantiateWithFlags(Executable** executable, Graph* graph, unsigned long long) {
-    *executable = new Executable{std::make_shared<Graph>(*graph)};
+    *executable = new Executable{std::make_shared<Graph>(*graph), std::make_shared<Early>()};
     return SUCCESS;
 }
 Result cuGraphLaunch(Executable* executable, Stream* stream) {
     if (stream->capturing) return CAPTURE_UNSUPPORTED;
     graph_launches++;
-    return on_stream(stream, [graph = executable->graph] {
+    return on_stream(stream, [graph = executable->graph, known = executable->early] {
+        // What kernels read before they wait must be the same from the beginning of the graph to its end.
+        auto contents = [&] {
+            std::string bytes;
+            for (auto& [from, count] : *known) bytes.append((const char*)from, count);
+            return std::hash<std::string>()(bytes);
+        };
+        size_t before = contents();
+        Early found;
+        early = &found;
         for (auto& work : *graph) {
-            if (Result result = work(); result != SUCCESS) return result;
+            Result result = work();
+            if (result != SUCCESS) {
+                early = nullptr;
+                return result;
+            }
         }
+        early = nullptr;
+        if (contents() != before) {
+            fprintf(stderr, "emulator: a kernel of a graph reads what the graph writes before it has waited for that\n");
+            return (Result)LAUNCH_FAILED;
+        }
+        *known = found;
         return (Result)SUCCESS;
     });
 }
@@ -564,8 +597,15 @@ Result cuModuleGetFunction(Function** function, Module* module, const char* name
 Result cuFuncGetAttribute(int* value, int, Function*) { *value = 0; return SUCCESS; }
 Result cuFuncSetAttribute(Function*, int, int value) { return value <= (int)SHARED_BYTES ? SUCCESS : INVALID_VALUE; }
 
-static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments) {
+// `overlaps`: the kernel may begin before the one in front has ended, so each of its threads must wait for that one.
+static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments, bool overlaps) {
     std::lock_guard guard(mutex);
+    Early* of_graph = early;
+    if (!overlaps) early = nullptr;
+    struct Restore {
+        Early* before;
+        ~Restore() { early = before; }
+    } restore{of_graph};
     if (is_lost_at("launch", LAUNCH_FAILED)) return SUCCESS;
     if (!shared_memory) shared_memory = (unsigned char*)aligned_alloc(1024, 256 * 1024);
     while (fibers.size() < bx) {
@@ -584,7 +624,11 @@ static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, 
         for (unsigned y = 0; y < gy; y++)
             for (unsigned x = 0; x < gx; x++) {
                 for (unsigned t = 0; t < bx; t++) fibers[t].place = {{t, 0, 0}, {x, y, z}, {bx, 1, 1}, {gx, gy, gz}};
-                if (run_block(bx, from_the_end) != SUCCESS) {
+                Result ran = run_block(bx, from_the_end);
+                for (unsigned t = 0; t < bx && overlaps && ran == SUCCESS; t++) {
+                    if (!fibers[t].waited) trouble = "thread " + std::to_string(t) + " never waits for the kernel in front", ran = LAUNCH_FAILED;
+                }
+                if (ran != SUCCESS) {
                     fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u): %s\n", kernel_name.c_str(), x, y, z, trouble.c_str());
                     return LAUNCH_FAILED;
                 }
@@ -592,16 +636,31 @@ static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, 
     return SUCCESS;
 }
 
-Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-    Stream* stream, void** arguments, void**) {
+static Result ask(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, Stream* stream, void** arguments, bool overlaps) {
+    auto [gx, gy, gz] = grid;
+    auto [bx, by, bz] = block;
     if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
         return INVALID_VALUE;
     auto places = std::make_shared<std::vector<unsigned char>>(8 * 64);
     int count = function->keep(arguments, places->data());
-    return on_stream(stream, [=] {
+    return on_stream(stream, [=, gx = gx, gy = gy, gz = gz, bx = bx] {
         std::vector<void*> kept;
         for (int i = 0; i < count; i++) kept.push_back(places->data() + 8 * i);
-        return launch(function, gx, gy, gz, bx, kept.data());
+        return launch(function, gx, gy, gz, bx, kept.data(), overlaps);
     });
+}
+Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+    Stream* stream, void** arguments, void**) {
+    return ask(function, {gx, gy, gz}, {bx, by, bz}, shared, stream, arguments, false);
+}
+struct Attribute { unsigned id; char pad[4]; union { int on; char bytes[64]; }; };
+struct Config { unsigned grid[3], block[3], shared; Stream* stream; const Attribute* attributes; unsigned count; };
+Result cuLaunchKernelEx(const Config* config, Function* function, void** arguments, void**) {
+    bool overlaps = false;
+    for (unsigned i = 0; i < config->count; i++) {
+        if (config->attributes[i].id != 6) return INVALID_VALUE;  // programmatic stream serialization
+        overlaps |= config->attributes[i].on != 0;
+    }
+    return ask(function, config->grid, config->block, config->shared, config->stream, arguments, overlaps);
 }
 }

@@ -14,6 +14,7 @@ constexpr int SCORE_ROW = BLOCK + 4;
 extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_table,
     int table_width, const int* lengths, float* parts, float* maxima, float* part_sums, int heads, int kv_heads, float scale, int window,
     bf16* o, float* lse) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* q_tile = (bf16*)memory;
     bf16* k_tiles = q_tile + 16 * ROW;
@@ -147,6 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_spans(const bf16* q
 // o: [sequences][heads][HEAD_DIM]; lse: [sequences][heads]. A block is a head of a sequence; one without keys gives zeros.
 extern "C" __global__ void decode_merge(const float* parts, const float* maxima, const float* part_sums, const int* lengths, bf16* o, float* lse,
     int heads, int spans, int window) {
+    wait_for_earlier();
     int sequence = blockIdx.x / heads, length = lengths[sequence];
     int begin = max(length - window, 0) / BLOCK / (SPAN / BLOCK), end = (length + SPAN - 1) / SPAN;
     i64 place = (i64)blockIdx.x * spans;

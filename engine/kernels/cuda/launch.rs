@@ -1,6 +1,7 @@
 //! One launch of a kernel: its arguments in the order of its signature, then its grid. Sizes are the launchers' to check.
 
 use super::device::{Device, Kernel};
+use super::graph::overlaps;
 use super::memory::{View, ViewMut};
 use super::program::Variant;
 use crate::error::Result;
@@ -18,13 +19,26 @@ pub(super) struct Launch<'a> {
     /// The driver reads as many bytes of each as the kernel's parameter has; machines with GPUs are little-endian.
     values: [u64; ARGUMENTS_MAX],
     count: usize,
+    /// Whether the kernel calls `wait_for_earlier` of prelude.cuh.
+    waits: bool,
 }
 
 impl<'a> Launch<'a> {
     /// Of kernel `name` of a program. Errors as [`Device::kernel`].
     pub fn new(device: &'a Device, op: &'static str, variant: Variant, name: &'static str) -> Result<Self> {
         device.enter(op)?;
-        Ok(Self { device, op, kernel: device.kernel(op, variant, name)?, values: [0; ARGUMENTS_MAX], count: 0 })
+        Ok(Self { device, op, kernel: device.kernel(op, variant, name)?, values: [0; ARGUMENTS_MAX], count: 0, waits: false })
+    }
+
+    /// Lets the kernel begin before the one in front of it has ended, where a graph allows that ([`overlaps`]): each of its threads
+    /// must call `wait_for_earlier` of prelude.cuh.
+    pub fn overlapping(self) -> Self {
+        self.overlapping_if(true)
+    }
+
+    /// [`Launch::overlapping`] if that is so.
+    pub fn overlapping_if(self, waits: bool) -> Self {
+        Self { waits, ..self }
     }
 
     fn push(mut self, value: u64) -> Self {
@@ -108,6 +122,26 @@ impl<'a> Launch<'a> {
         let mut pointers = [std::ptr::null_mut(); ARGUMENTS_MAX];
         for (pointer, value) in pointers.iter_mut().zip(&mut self.values[..self.count]) {
             *pointer = std::ptr::from_mut(value).cast();
+        }
+        if self.waits && overlaps(self.device) {
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: threads as u32,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared_bytes as u32,
+                hStream: self.device.stream(),
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            // SAFETY: as below; the attribute and the configuration live as long as the call.
+            let code = unsafe { sys::cuLaunchKernelEx(&config, self.kernel.0, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+            return self.device.check(self.op, "cuLaunchKernelEx", code);
         }
         // SAFETY: the caller's promise; the pointers lead to values that live until the driver has copied them.
         let code = unsafe {

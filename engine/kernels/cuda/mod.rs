@@ -23,6 +23,7 @@ pub mod norm;
 pub mod paged;
 pub mod pool;
 pub mod product;
+pub mod product_few;
 pub mod program;
 pub mod rms_norm;
 pub mod rope;

@@ -58,7 +58,7 @@ pub fn append<E: Float>(
         return Ok(());
     }
     assert_aligned::<E>(op, half, &[qkv.address, turned.address, keys.address, values.address]);
-    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "append")?;
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "append")?.overlapping();
     let launch = launch.read(qkv).read(cos).read(sin).read(slots).write(&mut turned).write(&mut keys).write(&mut values);
     let launch = launch.int(heads.heads).int(heads.kv_heads).int(half);
     // SAFETY: the arguments are append's. A block reads its row and writes its row's queries and its slot, which the caller vouches for.
@@ -145,7 +145,7 @@ pub fn decode<E: Float>(
     let spans = length_max.div_ceil(SPAN);
     let shared = (16 + 3 * BLOCK) * tile_row(heads.head_dim) * 2 + 16 * (BLOCK + 4) * 4;
     let across = heads.kv_heads * heads.group().div_ceil(16);
-    let new = |name| Launch::new(device, op, variant::<E>(program::<E>(), heads), name);
+    let new = |name| Ok(Launch::new(device, op, variant::<E>(program::<E>(), heads), name)?.overlapping());
     let spans_of = || -> Result<Launch> {
         let launch = new("decode_spans")?.read(qkv).read(cache.keys).read(cache.values).read(cache.block_table).int(cache.table_width);
         Ok(launch.read(lengths))

@@ -9,6 +9,7 @@
 use super::device::Device;
 use super::launch::Launch;
 use super::memory::{View, ViewMut};
+use super::product_few::{self, Form};
 use super::program::{Program, Variant};
 use crate::error::Result;
 use crate::kernels::element::{Dtype, Float};
@@ -93,7 +94,8 @@ impl<E: Float> Product<'_, E> {
             variant = variant.with("OUT_F32", u32::from(O::DTYPE == Dtype::F32));
             variant = variant.with("TILE_ROWS", tile_rows as u32).with("TILE_COLUMNS", tile_columns as u32);
         }
-        let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
+        let overlaps = matches!(variant.program, Program::Product | Program::ProductNarrow);
+        let launch = Launch::new(device, self.op, variant, "product")?.overlapping_if(overlaps).read(self.a).read(self.b).write(&mut out);
         let launch = match residual {
             Residual::None => launch.read_or_null::<O>(None),
             Residual::Own => launch.read(out.view()),
@@ -167,6 +169,9 @@ pub fn forward<E: Float, O: Float>(
     let rows = y.len() / outputs;
     assert!(x.len() == rows * inputs, "{op}: x has {} values for [{rows}, {inputs}]", x.len());
     assert!(bias.is_none_or(|bias| bias.len() == count * outputs), "{op}: a bias of {outputs}");
+    if groups.is_none() && Form::PLAIN.fits(device, rows, x, &weight) {
+        return product_few::forward(device, Form::PLAIN, y, x, None, weight, bias, residual);
+    }
     let product = Product {
         op,
         a: x,

@@ -5,11 +5,12 @@ use crate::kernels::element::{Dtype, Float};
 use std::sync::Arc;
 
 /// What all sources include.
-pub const HEADERS: [(&str, &str); 4] = [
+pub const HEADERS: [(&str, &str); 5] = [
     ("prelude.cuh", include_str!("prelude.cuh")),
     ("attention_core.cuh", include_str!("attention_core.cuh")),
     ("hopper.cuh", include_str!("hopper.cuh")),
     ("product_tile.cuh", include_str!("product_tile.cuh")),
+    ("rms_norm.cuh", include_str!("rms_norm.cuh")),
 ];
 
 /// A source file.
@@ -29,6 +30,7 @@ pub enum Program {
     Logprobs,
     Norm,
     Product,
+    ProductFew,
     /// For compute capability 9.0 alone.
     ProductHopper,
     ProductNarrow,
@@ -59,6 +61,7 @@ impl Program {
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
+            Self::ProductFew => ("product_few.cu", include_str!("product_few.cu")),
             Self::ProductHopper => ("product_hopper.cu", include_str!("product_hopper.cu")),
             Self::ProductNarrow => ("product_narrow.cu", include_str!("product_narrow.cu")),
             Self::ProductPlain => ("product_plain.cu", include_str!("product_plain.cu")),
@@ -142,6 +145,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     }
     all.push(Variant::new(Sample, plain));
     all.extend([plain, wide].into_iter().flat_map(super::int8::variants));
+    all.extend(super::product_few::variants());
     all.extend([(plain, 1), (wide, 0), (wide, 1)].map(|(dtype, out)| Variant::new(Dora, dtype).with("OUT_F32", out)));
     for head_dim in [64, 128] {
         for paged in [0, 1] {

@@ -1,6 +1,6 @@
 // RMS normalisation of rows, with the sum of the residual stream before it. A block is a row, and how many threads it has
 // depends on the row's length alone. See rms_norm.rs.
-#include "prelude.cuh"
+#include "rms_norm.cuh"
 
 template <int N>
 __device__ void forward_row(const E* x, const E* residual, E* sum, const E* weight, float eps, E* y, float* inv_rms, int hidden) {
@@ -13,24 +13,23 @@ __device__ void forward_row(const E* x, const E* residual, E* sum, const E* weig
             for (int i = 0; i < N; i++) pack.at[i] = from_float<E>(to_float(pack.at[i]) + to_float(other.at[i]));
             store<E, N>(sum + c, pack);
         }
-#pragma unroll
-        for (int i = 0; i < N; i++) squares += to_float(pack.at[i]) * to_float(pack.at[i]);
+        add_squares(squares, pack);
     }
     squares = block_sum(squares);
-    float scale = 1.0f / sqrtf(squares / (float)hidden + eps);
+    float scale = inverse_rms(squares, eps, hidden);
     if (threadIdx.x == 0) *inv_rms = scale;
     // A thread reads only what it wrote.
     const E* source = residual ? sum : x;
     for (int c = threadIdx.x * N; c < hidden; c += blockDim.x * N) {
         Pack<E, N> pack = load<E, N>(source + c), w = load<E, N>(weight + c);
-#pragma unroll
-        for (int i = 0; i < N; i++) pack.at[i] = from_float<E>(to_float(w.at[i]) * rounded<E>(to_float(pack.at[i]) * scale));
+        normalise(pack, w, scale);
         store<E, N>(y + c, pack);
     }
 }
 
 // sum = x + residual if there is one; y = norm(sum or x) * weight.
 extern "C" __global__ void rms_norm(const E* x, const E* residual, E* sum, const E* weight, float eps, E* y, float* inv_rms, int hidden) {
+    wait_for_earlier();
     i64 start = (i64)blockIdx.x * hidden;
     x += start, y += start, inv_rms += blockIdx.x;
     if (residual) residual += start, sum += start;

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::element::Float;
 
 /// Threads of a row: a function of its length alone, since the shape of the sum follows from it.
-fn threads(hidden: usize) -> usize {
+pub(super) fn threads(hidden: usize) -> usize {
     hidden.div_ceil(8).next_multiple_of(32).clamp(32, 512)
 }
 
@@ -42,7 +42,7 @@ pub fn rms_norm<E: Float>(
         return Ok(());
     }
     assert_aligned::<E>("rms_norm", hidden, &[x.address, weight.address, y.address]);
-    let launch = Launch::new(device, "rms_norm", Variant::of::<E>(Program::RmsNorm), "rms_norm")?.read(x);
+    let launch = Launch::new(device, "rms_norm", Variant::of::<E>(Program::RmsNorm), "rms_norm")?.overlapping().read(x);
     let launch = match residual {
         Some(Residual { residual, mut sum }) => {
             assert!(residual.len() == x.len() && sum.len() == x.len(), "rms_norm: a residual of {}", residual.len());

@@ -27,7 +27,7 @@ pub fn rope_tables<E: Float>(
     if cos.is_empty() {
         return Ok(());
     }
-    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope_tables")?;
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope_tables")?.overlapping();
     let count = cos.len();
     let launch = launch.read(inv_freq).float(attention_scaling).read(positions).write(&mut cos).write(&mut sin).long(count).int(half);
     // SAFETY: the arguments are rope_tables's; threads stride over `count` angles, which both tables have.

@@ -6,16 +6,14 @@ template <int N> __device__ void forward(const E* gate_up, E* act, i64 count, in
         const E* gates = gate_up + i / inter * 2 * inter + i % inter;
         Pack<E, N> gate = load<E, N>(gates), up = load<E, N>(gates + inter);
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            float g = to_float(gate.at[j]);
-            gate.at[j] = from_float<E>(g * sigmoid(g) * to_float(up.at[j]));
-        }
+        for (int j = 0; j < N; j++) gate.at[j] = gated(gate.at[j], up.at[j]);
         store<E, N>(act + i, gate);
     }
 }
 
 // act = silu(gate) * up; count: elements of act.
 extern "C" __global__ void swiglu(const E* gate_up, E* act, i64 count, int inter) {
+    wait_for_earlier();
     if (inter % WIDE == 0) {
         forward<WIDE>(gate_up, act, count, inter);
     } else {

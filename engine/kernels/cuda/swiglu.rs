@@ -16,7 +16,7 @@ pub fn swiglu<E: Float>(device: &Device, gate_up: View<E>, inter: usize, mut act
         return Ok(());
     }
     assert_aligned::<E>("swiglu", inter, &[gate_up.address, act.address]);
-    let launch = Launch::new(device, "swiglu", Variant::of::<E>(Program::Swiglu), "swiglu")?;
+    let launch = Launch::new(device, "swiglu", Variant::of::<E>(Program::Swiglu), "swiglu")?.overlapping();
     let count = act.len();
     let launch = launch.read(gate_up).write(&mut act).long(count).int(inter);
     // SAFETY: the arguments are swiglu's; threads stride over the elements of act, and gate_up has twice as many.

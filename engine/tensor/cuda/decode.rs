@@ -148,7 +148,7 @@ impl CapturedStep {
             return Ok(Arc::new(compute(&self.operands)?));
         }
         if self.graph.is_none() {
-            let (graph, logits) = Graph::capture(&self.memory, "generate", || compute(&self.operands))?;
+            let (graph, logits) = Graph::capture_overlapping(&self.memory, "generate", || compute(&self.operands))?;
             self.graph = Some((graph, Arc::new(logits)));
         }
         let (graph, logits) = self.graph.as_ref().expect("it was captured above");
