@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
+pub mod attention_step;
 pub mod behind;
 pub mod compile;
 pub mod device;

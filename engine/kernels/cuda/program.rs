@@ -5,9 +5,10 @@ use crate::kernels::element::{Dtype, Float};
 use std::sync::Arc;
 
 /// What all sources include.
-pub const HEADERS: [(&str, &str); 5] = [
+pub const HEADERS: [(&str, &str); 6] = [
     ("prelude.cuh", include_str!("prelude.cuh")),
     ("attention_core.cuh", include_str!("attention_core.cuh")),
+    ("attention_decode.cuh", include_str!("attention_decode.cuh")),
     ("hopper.cuh", include_str!("hopper.cuh")),
     ("product_tile.cuh", include_str!("product_tile.cuh")),
     ("rms_norm.cuh", include_str!("rms_norm.cuh")),
@@ -23,6 +24,7 @@ pub enum Program {
     AttentionHopper,
     AttentionPaged,
     AttentionPlain,
+    AttentionStep,
     Dora,
     Elements,
     Embedding,
@@ -54,6 +56,7 @@ impl Program {
             Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
+            Self::AttentionStep => ("attention_step.cu", include_str!("attention_step.cu")),
             Self::Dora => ("dora.cu", include_str!("dora.cu")),
             Self::Elements => ("elements.cu", include_str!("elements.cu")),
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
@@ -156,7 +159,9 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
                 all.push(variant(AttentionHopper, wide));
             }
         }
-        all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
+        all.extend(
+            [AttentionBackward, AttentionPaged, AttentionStep].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)),
+        );
     }
     // (a strided, b strided, grouped): forward, gradient of the input, gradient of the weight.
     for (a, b, grouped) in [(0, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 1, 2)] {
