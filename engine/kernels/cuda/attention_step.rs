@@ -29,8 +29,8 @@ pub struct Step<'a> {
 /// Bytes of shared memory: 16 queries, a ring of blocks of keys and values, the new key and value, a tile of scores.
 fn shared_bytes(head_dim: usize) -> usize {
     let ring = match head_dim.next_multiple_of(16) {
-        ..=64 => 8,
-        ..=128 => 5,
+        0..=64 => 8,
+        65..=128 => 5,
         _ => 3,
     };
     (16 + 2 * ring * BLOCK + 2) * tile_row(head_dim) * 2 + 16 * (BLOCK + 4) * 4

@@ -53,7 +53,7 @@ impl Form {
 
     /// Bytes of shared memory of a block: lines of columns and rows, that of the norm, 16 bytes of zeros.
     fn shared_bytes(self, rows: usize, inputs: usize) -> usize {
-        let line = (inputs.div_ceil(32) * 4 | 1) * 16;
+        let line = ((inputs.div_ceil(32) * 4) | 1) * 16;
         let columns = if self.gated { 2 * COLUMNS } else { COLUMNS };
         (columns + rows + usize::from(self.normed)) * line + 16
     }
