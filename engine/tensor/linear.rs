@@ -57,6 +57,24 @@ pub fn linear<E: ModelElement>(
     }))
 }
 
+/// `silu(gate) * up` of `rms_norm(x) Wᵀ`, whose first half of columns are the gates, for [`linear`] to go on with: what [`norm_linear`] and
+/// the beginning of [`swiglu_linear`] give, by one kernel of a device. None where there is none, and where a backward pass may come.
+///
+/// - arguments as in [`norm_linear`]; returns `[tokens, out / 2]`
+///
+/// Errors: [`Error::Shape`] if the sizes do not fit.
+pub fn norm_swiglu<E: ModelElement>(
+    x: &Tensor<E, 2>,
+    norm: &Arc<Parameter<E>>,
+    eps: f32,
+    weight: &Arc<Parameter<E>>,
+) -> Result<Option<Tensor<E, 2>>> {
+    let Some(device) = x.device() else { return Ok(None) };
+    check_weight("norm_linear", x, weight)?;
+    check_vector("norm_linear", "norm", x.shape()[1], norm)?;
+    cuda::norm_swiglu(device, x, norm, eps, weight)
+}
+
 /// `rms_norm(x) Wᵀ (+ bias)`: the input half of attention and of the MLP.
 ///
 /// - `x`: `[tokens, hidden]`; `norm`: `[hidden]`; `weight`: `[out, hidden]` in panels; `bias`: `[out]`

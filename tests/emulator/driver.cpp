@@ -7,12 +7,15 @@
 // - an asynchronous copy lands when its group is waited for, not before;
 // - a product of a warpgroup reads its operands when its group is waited for, not before;
 // - a bulk copy lands when its barrier is waited for if threads run in ascending order, and at once if in descending order;
+// - a kernel that may begin before the one in front has ended must wait for that in each thread, and what it copies before must not be
+//   written by its graph;
 // - while a stream is captured its work is kept, not done, and what a driver refuses then is refused: waiting for the stream, asking
 //   for memory or freeing it (unless the thread's mode is relaxed), loading a module, copies of pageable host memory;
 // - threads that can never meet end the launch with an error that says where they stand;
 // - with EMULATOR_LOSES=launch:N or copy:N in the environment the device is lost at the N-th launch of a kernel, or copy to or from the
 //   host, with file:PATH at the first of both when there is such a file: waiting for it says so, and all calls after that;
 // - threads run in ascending or in descending order (emulator_set_order), so that a missing barrier shows.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <csignal>
@@ -63,6 +66,8 @@ struct Fiber {
     std::vector<std::vector<Copy>> groups;
     std::vector<Product> open_products;
     std::vector<std::vector<Product>> product_groups;
+    // Whether it has waited for the kernel in front of its own.
+    bool waited;
 };
 
 static std::recursive_mutex mutex;
@@ -74,6 +79,9 @@ static unsigned char* shared_memory;
 static void (*entry)(void**);
 static void** entry_arguments;
 static std::string kernel_name, trouble;
+// What the kernels of a graph read before they waited for those in front of them, of those that need not wait: place and size.
+typedef std::map<const void*, unsigned> Early;
+static Early* early;
 static std::atomic<bool> descending;
 // Of the block that runs: bulk copies that have not landed, and whether they land at once.
 static std::vector<BulkCopy> bulk_copies;
@@ -185,6 +193,7 @@ static void start(Fiber& fiber) {
     fiber.groups.clear();
     fiber.open_products.clear();
     fiber.product_groups.clear();
+    fiber.waited = false;
 }
 
 extern "C" {
@@ -200,7 +209,11 @@ const unsigned char* emu_warp_exchange(const void* own, size_t bytes) {
     yield(AT_WARP);
     return half;
 }
-void emu_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) { current->open.push_back({to, from, bytes, zeros}); }
+void emu_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) {
+    current->open.push_back({to, from, bytes, zeros});
+    if (early && !current->waited && bytes > 0) (*early)[from] = bytes;
+}
+void emu_wait_for_earlier() { current->waited = true; }
 void emu_copy_commit() {
     current->groups.push_back(current->open);
     current->open.clear();
@@ -365,7 +378,11 @@ struct Module { void* library; };
 struct Function { void (*entry)(void**); int (*keep)(void**, unsigned char*); std::string name; };
 // What was captured, in order: each does its work.
 typedef std::vector<std::function<Result()>> Graph;
-struct Executable { std::shared_ptr<Graph> graph; };
+struct Executable {
+    std::shared_ptr<Graph> graph;
+    // From the launch before.
+    std::shared_ptr<Early> early;
+};
 struct Stream {
     bool capturing = false, invalid = false;
     int mode = 0;
@@ -549,16 +566,34 @@ Result cuThreadExchangeStreamCaptureMode(int* mode) {
     return SUCCESS;
 }
 Result cuGraphInstantiateWithFlags(Executable** executable, Graph* graph, unsigned long long) {
-    *executable = new Executable{std::make_shared<Graph>(*graph)};
+    *executable = new Executable{std::make_shared<Graph>(*graph), std::make_shared<Early>()};
     return SUCCESS;
 }
 Result cuGraphLaunch(Executable* executable, Stream* stream) {
     if (stream->capturing) return CAPTURE_UNSUPPORTED;
     graph_launches++;
-    return on_stream(stream, [graph = executable->graph] {
+    return on_stream(stream, [graph = executable->graph, known = executable->early] {
+        // What kernels read before they wait must be the same from the beginning of the graph to its end; as a rule they read in the same
+        // places at each launch.
+        std::map<const void*, std::string> before;
+        for (auto& [from, count] : *known) before[from] = std::string((const char*)from, count);
+        Early found;
+        early = &found;
         for (auto& work : *graph) {
-            if (Result result = work(); result != SUCCESS) return result;
+            Result result = work();
+            if (result != SUCCESS) {
+                early = nullptr;
+                return result;
+            }
         }
+        early = nullptr;
+        for (auto& [from, count] : found) {
+            auto same = before.find(from);
+            if (same == before.end() || memcmp(from, same->second.data(), std::min<size_t>(count, same->second.size())) == 0) continue;
+            fprintf(stderr, "emulator: a kernel of a graph reads what the graph writes before it has waited for that\n");
+            return (Result)LAUNCH_FAILED;
+        }
+        *known = found;
         return (Result)SUCCESS;
     });
 }
@@ -669,8 +704,15 @@ Result cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, void* add
 
 // An argument of a kernel that is captured or waits.
 struct alignas(128) Slot { unsigned char bytes[128]; };
-static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments) {
+// `overlaps`: the kernel may begin before the one in front has ended, so each of its threads must wait for that one.
+static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, void** arguments, bool overlaps) {
     std::lock_guard guard(mutex);
+    Early* of_graph = early;
+    if (!overlaps) early = nullptr;
+    struct Restore {
+        Early* before;
+        ~Restore() { early = before; }
+    } restore{of_graph};
     if (is_lost_at("launch", LAUNCH_FAILED)) return SUCCESS;
     if (!shared_memory) shared_memory = (unsigned char*)aligned_alloc(1024, 256 * 1024);
     while (fibers.size() < bx) {
@@ -689,7 +731,11 @@ static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, 
         for (unsigned y = 0; y < gy; y++)
             for (unsigned x = 0; x < gx; x++) {
                 for (unsigned t = 0; t < bx; t++) fibers[t].place = {{t, 0, 0}, {x, y, z}, {bx, 1, 1}, {gx, gy, gz}};
-                if (run_block(bx, from_the_end) != SUCCESS) {
+                Result ran = run_block(bx, from_the_end);
+                for (unsigned t = 0; t < bx && overlaps && ran == SUCCESS; t++) {
+                    if (!fibers[t].waited) trouble = "thread " + std::to_string(t) + " never waits for the kernel in front", ran = LAUNCH_FAILED;
+                }
+                if (ran != SUCCESS) {
                     fprintf(stderr, "emulator: kernel %s, block (%u, %u, %u): %s\n", kernel_name.c_str(), x, y, z, trouble.c_str());
                     return LAUNCH_FAILED;
                 }
@@ -697,17 +743,32 @@ static Result launch(Function* function, unsigned gx, unsigned gy, unsigned gz, 
     return SUCCESS;
 }
 
-Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-    Stream* stream, void** arguments, void**) {
+static Result ask(Function* function, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared, Stream* stream, void** arguments, bool overlaps) {
+    auto [gx, gy, gz] = grid;
+    auto [bx, by, bz] = block;
     if (by != 1 || bz != 1 || bx == 0 || bx > 1024 || bx % 32 != 0 || shared > SHARED_BYTES || gx == 0 || gy == 0 || gz == 0)
         return INVALID_VALUE;
     auto places = std::make_shared<std::vector<Slot>>(64);
     int count = function->keep(arguments, places->data()->bytes);
     places->resize(count);
-    return on_stream(stream, [=] {
+    return on_stream(stream, [=, gx = gx, gy = gy, gz = gz, bx = bx] {
         std::vector<void*> kept;
         for (int i = 0; i < count; i++) kept.push_back((*places)[i].bytes);
-        return launch(function, gx, gy, gz, bx, kept.data());
+        return launch(function, gx, gy, gz, bx, kept.data(), overlaps);
     });
+}
+Result cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+    Stream* stream, void** arguments, void**) {
+    return ask(function, {gx, gy, gz}, {bx, by, bz}, shared, stream, arguments, false);
+}
+struct Attribute { unsigned id; char pad[4]; union { int on; char bytes[64]; }; };
+struct Config { unsigned grid[3], block[3], shared; Stream* stream; const Attribute* attributes; unsigned count; };
+Result cuLaunchKernelEx(const Config* config, Function* function, void** arguments, void**) {
+    bool overlaps = false;
+    for (unsigned i = 0; i < config->count; i++) {
+        if (config->attributes[i].id != 6) return INVALID_VALUE;  // programmatic stream serialization
+        overlaps |= config->attributes[i].on != 0;
+    }
+    return ask(function, config->grid, config->block, config->shared, config->stream, arguments, overlaps);
 }
 }

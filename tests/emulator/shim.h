@@ -39,6 +39,7 @@ void* emu_dynamic_shared();
 void emu_copy_async(void* to, const void* from, unsigned bytes, unsigned zeros);
 void emu_copy_commit();
 void emu_copy_wait(int groups_left);
+void emu_wait_for_earlier();
 unsigned emu_shared_offset(const void* p);
 void emu_wgmma(float* d, int columns, unsigned long long a, unsigned long long b, int add, int a_transposed, int b_transposed);
 void emu_wgmma_registers(float* d, int columns, const unsigned* a, unsigned long long b, int add, int b_transposed);

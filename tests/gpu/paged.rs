@@ -5,6 +5,7 @@ use crate::{Bench, assert_same, bench, uniform};
 use half::bf16;
 use perilune::kernels::cpu::heads::Heads;
 use perilune::kernels::cuda::attention::{BLOCK, Cache, Plan, Span, attention};
+use perilune::kernels::cuda::attention_step::{self, Step};
 use perilune::kernels::cuda::memory::DeviceBuffer;
 use perilune::kernels::cuda::paged::{self, Decode};
 use perilune::kernels::element::Float;
@@ -98,6 +99,63 @@ fn decodes<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>, idle: 
     }
     assert_same("lse", &lse, &want_lse);
     assert_same("o", &o, &want_o);
+}
+
+/// The kernel of captured steps of few texts against those that it is made of.
+fn a_step_has_the_bits_of_its_parts(heads: Heads, lens: &[usize], window: Option<usize>) {
+    let Some(bench) = bench() else { return };
+    let (width, half) = (heads.width(), heads.head_dim / 2);
+    let mut pages = Pages::<bf16>::new(bench, heads, &lens.iter().map(|len| (*len).max(1)).collect::<Vec<_>>());
+    for (sequence, len) in lens.iter().enumerate().filter(|(_, len)| **len > 1) {
+        let earlier = uniform::<bf16>(sequence as u64, (len - 1) * width);
+        pages.append(bench, heads, sequence, Span { row: 0, cached: 0, count: len - 1 }, &earlier);
+    }
+    let slot = |(sequence, len): (usize, &usize)| match len {
+        0 => -1,
+        len => paged::slots(Span { row: 0, cached: len - 1, count: 1 }, &pages.table[sequence])[0],
+    };
+    let slots = bench.upload(&lens.iter().enumerate().map(slot).collect::<Vec<_>>());
+    let qkv = bench.upload(&uniform::<bf16>(50, lens.len() * width));
+    let (cos, sin) = (bench.upload(&uniform::<f32>(51, lens.len() * half)), bench.upload(&uniform::<f32>(52, lens.len() * half)));
+    let lengths = bench.upload(&lens.iter().map(|len| *len as i32).collect::<Vec<_>>());
+    let settings = Decode { heads, scale: SCALE, window, length_max: *lens.iter().max().unwrap() };
+    let run = |whole: bool| {
+        bench.run(|device| {
+            let copy = |from: &DeviceBuffer<bf16>| bench.upload(&from.to_vec().unwrap());
+            let (mut keys, mut values) = (copy(&pages.keys), copy(&pages.values));
+            let (mut o, mut lse) =
+                (bench.poisoned::<bf16>(lens.len() * heads.heads * heads.head_dim), bench.poisoned::<f32>(lens.len() * heads.heads));
+            let (block_table, table_width) = (pages.table_on_device.view(), pages.table[0].len());
+            if whole {
+                let (cos, sin, slots, lengths) = (cos.view(), sin.view(), slots.view(), lengths.view());
+                let step = Step { cos, sin, slots, block_table, table_width, lengths };
+                let (k, v) = (keys.view_mut(), values.view_mut());
+                attention_step::attend(device, settings, qkv.view(), step, k, v, o.view_mut(), lse.view_mut()).unwrap();
+            } else {
+                let mut turned = bench.poisoned::<bf16>(qkv.len());
+                let (k, v, angles) = (keys.view_mut(), values.view_mut(), (cos.view(), sin.view()));
+                paged::append(device, heads, qkv.view(), angles, slots.view(), turned.view_mut(), k, v).unwrap();
+                let cache = Cache { keys: keys.view(), values: values.view(), block_table, table_width };
+                paged::decode(device, settings, turned.view(), cache, lengths.view(), o.view_mut(), lse.view_mut()).unwrap();
+            }
+            // Bits, since places of the cache that nobody wrote are NaN.
+            let bits = |buffer: DeviceBuffer<bf16>| buffer.to_vec().unwrap().into_iter().map(bf16::to_bits).collect::<Vec<_>>();
+            (bits(o), lse.to_vec().unwrap(), bits(keys), bits(values))
+        })
+    };
+    assert!(run(true) == run(false), "{heads:?}, {lens:?}, {window:?}");
+}
+
+#[test]
+fn a_step_of_few_texts_has_the_bits_of_its_parts() {
+    // A new key that begins a block, one alone, an idle row.
+    a_step_has_the_bits_of_its_parts(heads(4, 2, 64), &[65, 1, 64, 0], None);
+    a_step_has_the_bits_of_its_parts(heads(3, 1, 10), &[70, 3, 90], Some(40));
+    // More heads than 16 rows of a tile.
+    a_step_has_the_bits_of_its_parts(heads(18, 1, 16), &[40], None);
+    // Two spans, of which the new key begins the second; more blocks than there is room for at once.
+    a_step_has_the_bits_of_its_parts(heads(1, 1, 16), &[513, 0, 600], Some(530));
+    a_step_has_the_bits_of_its_parts(heads(2, 1, 128), &[500], None);
 }
 
 fn decoding_has_the_bits_of_training<E: Float>(heads: Heads, lens: &[usize], window: Option<usize>) {

@@ -3,7 +3,10 @@
 use crate::{assert_close, assert_same, bench, tolerance, uniform};
 use half::bf16;
 use perilune::kernels::cpu::{gemm, panels, tile::TileElement};
+use perilune::kernels::cuda::memory::DeviceBuffer;
 use perilune::kernels::cuda::product::{self, Groups, Residual, Weight};
+use perilune::kernels::cuda::product_few::{self, Form, Norm};
+use perilune::kernels::cuda::{rms_norm, swiglu};
 use perilune::kernels::element::Float;
 
 /// A linear layer on the CPU: (y, dx, dw).
@@ -76,6 +79,65 @@ fn a_row_has_the_same_bits_in_every_tile() {
     // Up to 8 rows take a tile of 8, 16 one of 16, 40 that of 64, all of them that of 128 (Hopper's, on it).
     for range in [0..1, 5..6, 17..24, 250..266, 100..140, 269..270] {
         assert_same("y", &forward(&x[range.start * k..range.end * k]), &all[range.start * n..range.end * n]);
+    }
+}
+
+/// Products of up to 8 rows that normalise their rows and apply the gate, against the kernels that do one thing each.
+#[test]
+fn products_of_few_rows_have_the_bits_of_their_parts() {
+    let Some(bench) = bench() else { return };
+    // Rows that a norm sums by one warp and by several, whole slabs of the sum and not, several elements a thread; columns that end in a tile.
+    for (m, n, k) in [(1, 12, 40), (3, 20, 264), (8, 10, 1032), (2, 4, 4104), (5, 2, 8)] {
+        let (x, w, scale) = (uniform::<bf16>(1, m * k), uniform::<bf16>(2, 2 * n * k), uniform::<bf16>(3, k));
+        let (bias, residual, eps) = (uniform::<bf16>(4, 2 * n), uniform::<bf16>(5, m * 2 * n), 1e-6);
+        let (got, want) = bench.run(|device| {
+            let (w, scale, bias) = (bench.upload(&w), bench.upload(&scale), bench.upload(&bias));
+            let weight = Weight { values: w.view(), outputs: 2 * n, inputs: k };
+            // Of 17 rows, the first of which are those: they take another tile.
+            let many = [&x[..], &uniform::<bf16>(6, (17 - m) * k)].concat();
+            let (x, many) = (bench.upload(&x), bench.upload(&many));
+            let residuals = bench.upload(&[&residual[..], &uniform::<bf16>(7, (17 - m) * 2 * n)].concat());
+            let (mut normed, mut inv_rms) = (bench.poisoned::<bf16>(17 * k), bench.poisoned::<f32>(17));
+            rms_norm::rms_norm(device, many.view(), None, scale.view(), eps, normed.view_mut(), inv_rms.view_mut()).unwrap();
+            let (mut y, mut gate_up, mut plain) =
+                (bench.poisoned::<bf16>(17 * 2 * n), bench.poisoned::<bf16>(17 * 2 * n), bench.poisoned::<bf16>(17 * 2 * n));
+            product::forward(device, y.view_mut(), normed.view(), weight, Some(bias.view()), Residual::None, None).unwrap();
+            product::forward(device, gate_up.view_mut(), normed.view(), weight, None, Residual::None, None).unwrap();
+            product::forward(device, plain.view_mut(), many.view(), weight, None, Residual::Other(residuals.view()), None).unwrap();
+            let mut gated = bench.poisoned::<bf16>(17 * n);
+            swiglu::swiglu(device, gate_up.view(), n, gated.view_mut()).unwrap();
+            let first = |buffer: DeviceBuffer<bf16>, width: usize| buffer.to_vec().unwrap()[..m * width].to_vec();
+            let want = [first(y, 2 * n), first(plain, 2 * n), first(gated, n)];
+
+            let norm = Some(Norm { weight: scale.view(), eps });
+            let (mut y, mut plain, mut gated) =
+                (bench.poisoned::<bf16>(m * 2 * n), bench.poisoned::<bf16>(m * 2 * n), bench.poisoned::<bf16>(m * n));
+            let few = product_few::forward::<bf16, bf16>;
+            few(device, Form::NORMED, y.view_mut(), x.view(), norm, weight, Some(bias.view()), Residual::None).unwrap();
+            let residual = Residual::Other(residuals.part(..m * 2 * n));
+            few(device, Form::PLAIN, plain.view_mut(), x.view(), None, weight, None, residual).unwrap();
+            few(device, Form::GATED, gated.view_mut(), x.view(), norm, weight, None, Residual::None).unwrap();
+            ([y, plain, gated].map(|buffer| buffer.to_vec().unwrap()), want)
+        });
+        for ((what, got), want) in ["normed", "plain", "gated"].iter().zip(&got).zip(&want) {
+            assert_same(&format!("{what}, [{m}, {n}, {k}]"), got, want);
+        }
+    }
+}
+
+/// Sums whose weights are too long to be asked for at once: the tile of 8 rows with its ring of slabs.
+#[test]
+fn long_sums_of_few_rows_have_the_bits_of_many() {
+    let Some(bench) = bench() else { return };
+    for k in [14_600, 2_300] {
+        let (x, w) = (uniform::<bf16>(1, 17 * k), uniform::<bf16>(2, 10 * k));
+        let of = |rows: usize| {
+            let (x, w, mut y) = (bench.upload(&x[..rows * k]), bench.upload(&w), bench.poisoned::<f32>(rows * 10));
+            let weight = Weight { values: w.view(), outputs: 10, inputs: k };
+            product::forward(&bench.device, y.view_mut(), x.view(), weight, None, Residual::None, None).unwrap();
+            y.to_vec().unwrap()
+        };
+        assert_same("y", &of(3), &of(17)[..30]);
     }
 }
 

@@ -195,7 +195,8 @@ fn logprobs_agree<E: Float>(rows: usize, vocab: usize) {
 
 #[test]
 fn logprobs_and_their_gradients_agree() {
-    for (rows, vocab) in [(1, 12), (3, 33), (5, 1000), (4, 5000)] {
+    // Rows of one slice and of several.
+    for (rows, vocab) in [(1, 12), (3, 33), (5, 1000), (4, 5000), (2, 20_001)] {
         logprobs_agree::<f32>(rows, vocab);
         logprobs_agree::<bf16>(rows, vocab);
     }

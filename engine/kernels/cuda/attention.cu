@@ -12,6 +12,7 @@ constexpr int QUERIES = 16 * ATOMS * WARPS;
 // block_table is the document's. Rows before a document's first query are never read, so the first number may be negative.
 extern "C" __global__ void __launch_bounds__(THREADS) attention(const bf16* qkv, bf16* o, float* lse, const int* tiles, int heads, int kv_heads,
     float scale, int window, const bf16* k_cache, const bf16* v_cache, const int* block_table, int table_width) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* q_tile = (bf16*)memory;
     bf16* k_tiles = q_tile + QUERIES * ROW;

@@ -271,7 +271,7 @@ pub(super) fn run<E: Float>(
     assert!(plain || o.address.is_multiple_of(4), "{op}: o begins at an odd element");
     let sources = [Some(qkv.address), cache.map(|cache| cache.keys.address), cache.map(|cache| cache.values.address)];
     assert!(!hopper || sources.iter().flatten().all(|at| at.is_multiple_of(16)), "{op}: operands are not aligned to 16 bytes");
-    let launch = Launch::new(device, op, variant, "attention")?.read(qkv).write(&mut o).write(&mut lse);
+    let launch = Launch::new(device, op, variant, "attention")?.waiting().read(qkv).write(&mut o).write(&mut lse);
     let launch = if plain { launch.read(plan.each_row.view()).int(plan.rows * heads) } else { launch.read(plan.forward.view()) };
     let launch = launch.int(heads).int(kv_heads).float(plan.scale).int(plan.window);
     let launch = launch.read_or_null(cache.map(|cache| cache.keys)).read_or_null(cache.map(|cache| cache.values));

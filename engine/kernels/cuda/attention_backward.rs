@@ -132,7 +132,7 @@ fn on_hopper<E: Float>(
     let Saved { qkv, o, lse } = saved;
     let aligned = [d_o.address, qkv.address, o.address].iter().all(|at| at.is_multiple_of(16));
     assert!(aligned, "{op}: operands are not aligned to 16 bytes");
-    let new = |name| Launch::new(device, op, tiles.variant(head_dim), name);
+    let new = |name| Ok(Launch::new(device, op, tiles.variant(head_dim), name)?.waiting());
     let tile = BLOCK * head_dim * 2;
     let HopperTiles { query_groups, key_groups, key_splits, .. } = tiles;
     let launch = new("attention_backward_queries")?.read(d_o).read(qkv).read(o).read(lse).write(&mut deltas).write(&mut dqkv);

@@ -111,6 +111,7 @@ static_assert(QUERY_GROUPS <= 2 * (STAGES - 1), "the outputs lie where keys and 
 // tiles: [..][4] as in attention.cu, of 64 * QUERY_GROUPS queries; a block for each head of each.
 extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attention_backward_queries(const bf16* d_o, const bf16* qkv, const bf16* o,
     const float* lse, float* deltas, bf16* dqkv, const int* tiles, int heads, int kv_heads, float scale, int window) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* q_tiles = (bf16*)memory;
     bf16* d_tiles = q_tiles + QUERY_GROUPS * TILE;
@@ -236,6 +237,7 @@ static_assert((KEY_SPLITS - 1) * TEAM * DIM * 4 <= KEY_SPLITS * STAGES * 2 * TIL
 // with its queries from the first on. Team t takes steps t, t + KEY_SPLITS and so on, and the teams' sums are added in order.
 extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_keys(const bf16* d_o, const bf16* qkv, const float* lse,
     const float* deltas, bf16* dqkv, const int* tiles, int heads, int kv_heads, float scale, int window) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     int team = uniform(threadIdx.x / TEAM), thread = threadIdx.x % TEAM, group = uniform(thread / 128);
     bf16* k_tiles = (bf16*)memory;

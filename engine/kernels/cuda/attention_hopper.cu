@@ -27,6 +27,7 @@ __device__ __forceinline__ void load_lines(bf16* tile, const bf16* base, i64 str
 
 extern "C" __global__ void __launch_bounds__(THREADS, HEAD_DIM == 64 ? 2 : 1) attention(const bf16* qkv, bf16* o, float* lse, const int* tiles, int heads, int kv_heads,
     float scale, int window, const bf16* k_cache, const bf16* v_cache, const int* block_table, int table_width) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* q_tiles = (bf16*)memory;
     bf16* k_tiles = q_tiles + 2 * STAGE_ELEMENTS;

@@ -38,6 +38,7 @@ __device__ __forceinline__ void write(float* to, const float (&sums)[SHARE], flo
 // spans: [rows][4]: the row of the document's position 0, its keys, the row's position, its line of block_table.
 extern "C" __global__ void attention(const float* qkv, float* o, float* lse, const int* spans, int count, int heads, int kv_heads, float scale, int window,
     const float* k_cache, const float* v_cache, const int* block_table, int table_width) {
+    wait_for_earlier();
     int item = blockIdx.x * WARPS + warp_id();
     if (item >= count) return;
     int row = item / heads, head = item % heads, kv_head = head / (heads / kv_heads);

@@ -14,6 +14,7 @@ extern "C" __global__ void take_columns_of(const E* table, const int* ids, E* ou
 
 // out[t] = weight[ids[t]]. A block is a token.
 extern "C" __global__ void embed(const E* weight, const int* ids, E* out, int vocab, int hidden) {
+    wait_for_earlier();
     int id = ids[blockIdx.x];
     if (id < 0 || id >= vocab) __trap();
     const E* from = weight + (i64)id * hidden;

@@ -27,7 +27,7 @@ pub fn embed<E: Float>(device: &Device, weight: View<E>, hidden: usize, ids: Vie
     if ids.is_empty() {
         return Ok(());
     }
-    let launch = Launch::new(device, "embedding", Variant::of::<E>(Program::Embedding), "embed")?;
+    let launch = Launch::new(device, "embedding", Variant::of::<E>(Program::Embedding), "embed")?.waiting();
     let launch = launch.read(weight).read(ids).write(&mut out).int(vocab).int(hidden);
     // SAFETY: the arguments are embed's. Block t reads ids[t] and one row of the table, which it checks, and writes row t.
     unsafe { launch.run((ids.len(), 1, 1), threads(hidden), 0) }

@@ -23,11 +23,18 @@ pub(super) struct Capture {
     device: *const Device,
     pub stream: sys::CUstream,
     pub memory: u64,
+    overlaps: bool,
 }
 
 /// What this thread captures on `device`.
 pub(super) fn capture_on(device: &Device) -> Option<Capture> {
     CAPTURE.get().filter(|capture| std::ptr::eq(capture.device, device))
+}
+
+/// Whether kernels that this thread asks for may fetch what is constant before those in front of them have ended: in a captured graph of
+/// which that was said.
+pub(super) fn overlaps(device: &Device) -> bool {
+    capture_on(device).is_some_and(|capture| capture.overlaps) && device.overlaps_kernels()
 }
 
 /// Errors: [`Error::Device`] if this thread captures on `device`: `what` cannot be part of a graph.
@@ -75,9 +82,19 @@ impl Graph {
     ///
     /// Errors: those of `work`; [`Error::Device`] for anything in it that cannot be captured.
     pub fn capture<T>(memory: &Arc<Memory>, op: &'static str, work: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
+        Self::capture_as(memory, op, false, work)
+    }
+
+    /// As [`Graph::capture`], of work that writes no weight and nothing that it is given: its kernels may ask for these before the
+    /// kernels in front of them have ended.
+    pub fn capture_overlapping<T>(memory: &Arc<Memory>, op: &'static str, work: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
+        Self::capture_as(memory, op, true, work)
+    }
+
+    fn capture_as<T>(memory: &Arc<Memory>, op: &'static str, overlaps: bool, work: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
         let device = &*memory.device;
         assert!(CAPTURE.get().is_none(), "{op}: a capture inside a capture");
-        let mut capturing = Capturing::begin(device, op, memory.number)?;
+        let mut capturing = Capturing::begin(device, op, memory.number, overlaps)?;
         let worked = work();
         let graph = capturing.end();
         drop(capturing);
@@ -132,7 +149,7 @@ struct Capturing<'a> {
 }
 
 impl<'a> Capturing<'a> {
-    fn begin(device: &'a Device, op: &'static str, memory: u64) -> Result<Self> {
+    fn begin(device: &'a Device, op: &'static str, memory: u64, overlaps: bool) -> Result<Self> {
         device.enter(op)?;
         let mut stream = std::ptr::null_mut();
         // SAFETY: writes one handle to an exclusive place.
@@ -144,7 +161,7 @@ impl<'a> Capturing<'a> {
         // SAFETY: the stream is new and nobody else has it.
         device.check(op, "cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) })?;
         capturing.is_open = true;
-        CAPTURE.set(Some(Capture { device, stream, memory }));
+        CAPTURE.set(Some(Capture { device, stream, memory, overlaps }));
         Ok(capturing)
     }
 

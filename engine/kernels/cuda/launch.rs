@@ -1,6 +1,7 @@
 //! One launch of a kernel: its arguments in the order of its signature, then its grid. Sizes are the launchers' to check.
 
 use super::device::{Device, Kernel};
+use super::graph::overlaps;
 use super::memory::{View, ViewMut};
 use super::program::Variant;
 use super::tensor_map::TensorMap;
@@ -21,13 +22,43 @@ pub(super) struct Launch<'a> {
     count: usize,
     /// Arguments larger than that: where they are among all.
     maps: Vec<(usize, sys::CUtensorMap)>,
+    begins: Begins,
+}
+
+/// When a kernel may begin. Those that may before the one in front has ended call `wait_for_earlier` of prelude.cuh in each thread.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begins {
+    /// When the kernel in front has ended.
+    Afterwards,
+    /// Before that, as it waits before it touches anything.
+    Waiting,
+    /// Before that where a graph allows it ([`overlaps`]), as it asks for weights, or what a step was given, before it waits.
+    Fetching,
 }
 
 impl<'a> Launch<'a> {
     /// Of kernel `name` of a program. Errors as [`Device::kernel`].
     pub fn new(device: &'a Device, op: &'static str, variant: Variant, name: &'static str) -> Result<Self> {
         device.enter(op)?;
-        Ok(Self { device, op, kernel: device.kernel(op, variant, name)?, values: [0; ARGUMENTS_MAX], count: 0, maps: Vec::new() })
+        Ok(Self {
+            device,
+            op,
+            kernel: device.kernel(op, variant, name)?,
+            values: [0; ARGUMENTS_MAX],
+            count: 0,
+            maps: Vec::new(),
+            begins: Begins::Afterwards,
+        })
+    }
+
+    /// Lets the kernel begin before the one in front of it has ended: the first that each of its threads does is `wait_for_earlier`.
+    pub fn waiting(self) -> Self {
+        Self { begins: Begins::Waiting, ..self }
+    }
+
+    /// The same in a graph that allows it of a kernel that fetches what the graph does not write before it waits.
+    pub fn fetching(self) -> Self {
+        Self { begins: Begins::Fetching, ..self }
     }
 
     fn push(mut self, value: u64) -> Self {
@@ -120,6 +151,31 @@ impl<'a> Launch<'a> {
         }
         for (place, map) in &mut self.maps {
             pointers[*place] = std::ptr::from_mut(map).cast();
+        }
+        let begins_early = match self.begins {
+            Begins::Afterwards => false,
+            Begins::Waiting => self.device.overlaps_kernels(),
+            Begins::Fetching => overlaps(self.device),
+        };
+        if begins_early {
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            let value = sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+            let mut attribute = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: threads as u32,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared_bytes as u32,
+                hStream: self.device.stream(),
+                attrs: &mut attribute,
+                numAttrs: 1,
+            };
+            // SAFETY: as below; the attribute and the configuration live as long as the call.
+            let code = unsafe { sys::cuLaunchKernelEx(&config, self.kernel.0, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+            return self.device.check(self.op, "cuLaunchKernelEx", code);
         }
         // SAFETY: the caller's promise; the pointers lead to values that live until the driver has copied them.
         let code = unsafe {

@@ -1,33 +1,34 @@
-// Log-probabilities of labels and entropies of rows of logits, and their gradient. A block is a row. See logprobs.rs.
+// Log-probabilities of labels and entropies of rows of logits, and their gradient. See logprobs.rs.
 #include "prelude.cuh"
 
-// Logits that a thread asks for before it uses the first: a decoded token has one block, which waits for memory alone.
-constexpr int AHEAD = 8;
+// Logits of a slice of a row, which a block of THREADS threads walks over: a decoded token has one row, and needs many blocks.
+constexpr int SLICE = 8192, THREADS = 256;
+// Logits that a thread asks for before it uses the first.
+constexpr int AHEAD = 16;
 
-// lse, log-probability of the label and (if wanted) entropy of each row; rows with a negative label give 0.
-extern "C" __global__ void logprobs(const float* logits, int vocab, const int* labels, float* logsumexp, float* logprobs, float* entropy) {
-    int row = blockIdx.x, label = labels[row];
+// What is known of a slice: its largest logit; the sums of p = e^(logit - largest) and of p (logit - largest).
+struct Part {
+    double largest, sum, bend;
+};
+
+// parts: [rows][slices]. Rows with a negative label have none.
+extern "C" __global__ void __launch_bounds__(THREADS) logprobs_parts(const float* logits, int vocab, const int* labels, Part* parts) {
+    int row = blockIdx.y, label = labels[row], begin = blockIdx.x * SLICE, end = min(begin + SLICE, vocab);
     if (label >= vocab) __trap();
-    if (label < 0) {
-        if (threadIdx.x == 0) {
-            logsumexp[row] = 0.0f, logprobs[row] = 0.0f;
-            if (entropy) entropy[row] = 0.0f;
-        }
-        return;
-    }
+    if (label < 0) return;
     logits += (i64)row * vocab;
-    // Each thread keeps its own maximum, so that the row is read once.
+    // Each thread keeps its own maximum, so that the slice is read once.
     float largest = -INFINITE, sum = 0.0f, weighted = 0.0f;
-    for (int first = threadIdx.x; first < vocab; first += AHEAD * blockDim.x) {
+    for (int first = begin + threadIdx.x; first < end; first += AHEAD * THREADS) {
         float ahead[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            int i = first + j * blockDim.x;
-            ahead[j] = i < vocab ? logits[i] : -INFINITE;
+            int i = first + j * THREADS;
+            ahead[j] = i < end ? logits[i] : -INFINITE;
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            if (first + j * (int)blockDim.x >= vocab) break;
+            if (first + j * THREADS >= end) break;
             float logit = ahead[j];
             if (logit > largest) {
                 float factor = expf(largest - logit);
@@ -45,12 +46,41 @@ extern "C" __global__ void logprobs(const float* logits, int vocab, const int* l
     float top = block_max(largest);
     float factor = sum > 0.0f ? expf(largest - top) : 0.0f;
     double sums = block_sum(sum == sum ? (double)(factor * sum) : (double)sum);
-    double bends = 0.0;
-    if (entropy) bends = block_sum(sum > 0.0f ? (double)factor * ((double)weighted + (double)sum * (double)(largest - top)) : 0.0);
+    double bend = block_sum(sum > 0.0f ? (double)factor * ((double)weighted + (double)sum * (double)(largest - top)) : 0.0);
+    if (threadIdx.x == 0) parts[(i64)row * gridDim.x + blockIdx.x] = Part{(double)top, sums, bend};
+}
+
+// lse, log-probability of the label and (if wanted) entropy of each row; rows with a negative label give 0. A warp is a row, slices in
+// their order.
+extern "C" __global__ void __launch_bounds__(32) logprobs(const float* logits, int vocab, const int* labels, const Part* parts, int slices, float* logsumexp,
+    float* logprobs, float* entropy) {
+    int row = blockIdx.x, label = labels[row];
+    if (label < 0) {
+        if (threadIdx.x == 0) {
+            logsumexp[row] = 0.0f, logprobs[row] = 0.0f;
+            if (entropy) entropy[row] = 0.0f;
+        }
+        return;
+    }
+    parts += (i64)row * slices;
+    float own = -INFINITE;
+    for (int i = threadIdx.x; i < slices; i += 32) own = max(own, (float)parts[i].largest);
+    double top = (double)warp_max(own), sums = 0.0, bends = 0.0;
+    for (int i = threadIdx.x; i < slices; i += 32) {
+        Part part = parts[i];
+        if (part.sum > 0.0) {
+            double below = part.largest - top, factor = exp(below);
+            sums += factor * part.sum;
+            bends += factor * (part.bend + part.sum * below);
+        } else if (part.sum != part.sum) {
+            sums = part.sum;
+        }
+    }
+    sums = warp_sum(sums), bends = warp_sum(bends);
     if (threadIdx.x == 0) {
         double log_sum = log(sums);
-        logsumexp[row] = (float)((double)top + log_sum);
-        logprobs[row] = (float)((double)logits[label] - (double)top - log_sum);
+        logsumexp[row] = (float)(top + log_sum);
+        logprobs[row] = (float)((double)logits[(i64)row * vocab + label] - top - log_sum);
         if (entropy) entropy[row] = (float)(log_sum - bends / sums);
     }
 }

@@ -3,12 +3,23 @@
 
 use super::device::Device;
 use super::launch::Launch;
-use super::memory::{View, ViewMut};
+use super::memory::{DeviceBuffer, View, ViewMut};
 use super::program::{Program, Variant};
 use crate::error::Result;
 use crate::kernels::element::Float;
+use std::sync::Arc;
 
-/// Threads of a row: the same for every vocabulary, so that the order of sums depends on its size alone.
+/// Logits of a slice of a row, which a block has, and threads of that (`SLICE`, `THREADS` of logprobs.cu): the same for every vocabulary
+/// and every number of rows, so that the order of sums depends on the vocabulary's size alone.
+const SLICE: usize = 8192;
+const SLICE_THREADS: usize = 256;
+/// Words of 8 bytes that are known of a slice.
+const PART: usize = 3;
+
+/// Most rows of one launch.
+const ROWS_MAX: usize = 65_535;
+
+/// Threads of a row of the gradient.
 const THREADS: usize = 512;
 
 /// Per row: the logarithm of the sum of exponentials, the log-probability of the label, and the entropy if asked.
@@ -16,7 +27,7 @@ const THREADS: usize = 512;
 /// - `logits`: `[rows, vocab]`, f32; `labels`: `[rows]`, below `vocab` (else the device is lost); negative rows give 0
 /// - `logsumexp`, `logprobs`: `[rows]`, natural logarithm; `entropy`: `[rows]`, in nats
 pub fn logprobs(
-    device: &Device,
+    device: &Arc<Device>,
     logits: View<f32>,
     labels: View<i32>,
     mut logsumexp: ViewMut<f32>,
@@ -29,11 +40,23 @@ pub fn logprobs(
     if rows == 0 {
         return Ok(());
     }
-    let launch = Launch::new(device, "logprobs", Variant::of::<f32>(Program::Logprobs), "logprobs")?;
-    let launch = launch.read(logits).int(vocab).read(labels);
+    let slices = vocab.div_ceil(SLICE);
+    let mut parts = DeviceBuffer::<f64>::scratch(device, "scratch", rows * slices * PART)?;
+    let new = |name| Launch::new(device, "logprobs", Variant::of::<f32>(Program::Logprobs), name);
+    // A grid has at most 65,535 rows.
+    for first in (0..rows).step_by(ROWS_MAX) {
+        let count = (rows - first).min(ROWS_MAX);
+        let mut own = parts.part_mut(first * slices * PART..(first + count) * slices * PART);
+        let launch = new("logprobs_parts")?.read(logits.part(first * vocab..(first + count) * vocab)).int(vocab);
+        let launch = launch.read(labels.part(first..first + count)).write(&mut own);
+        // SAFETY: the arguments are logprobs_parts's. A block reads its slice of its row, and writes what is known of it.
+        unsafe { launch.run((slices, count, 1), SLICE_THREADS, 0)? };
+    }
+    let launch = new("logprobs")?.read(logits).int(vocab).read(labels).read(parts.view()).int(slices);
     let launch = launch.write(&mut logsumexp).write(&mut logprobs).write_or_null(entropy.as_mut());
-    // SAFETY: the arguments are logprobs's. A block stays in its row.
-    unsafe { launch.run((rows, 1, 1), THREADS, 0) }
+    // SAFETY: the arguments are logprobs's. A block stays in its row, whose label the kernel before has looked at, and reads the slices of
+    // a row that has a label, all written by that kernel.
+    unsafe { launch.run((rows, 1, 1), 32, 0) }
 }
 
 /// Gradient of the entropies, for [`gradient`].

@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
+pub mod attention_step;
 pub mod behind;
 pub mod compile;
 pub mod device;
@@ -23,6 +24,7 @@ pub mod norm;
 pub mod paged;
 pub mod pool;
 pub mod product;
+pub mod product_few;
 pub mod program;
 pub mod rms_norm;
 pub mod rope;

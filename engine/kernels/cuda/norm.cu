@@ -3,6 +3,7 @@
 
 // parts[p] = sum over the rows of part p, rows in their order. A thread is a column.
 extern "C" __global__ void column_parts(const E* x, float* parts, int rows, int columns, int part_rows) {
+    wait_for_earlier();
     int column = blockIdx.x * blockDim.x + threadIdx.x, part = blockIdx.y;
     if (column >= columns) return;
     int first = part * part_rows, end = min(rows, first + part_rows);
@@ -16,6 +17,7 @@ constexpr int AHEAD = 16;
 
 // sums (+)= the parts, in their order. A thread is a column.
 extern "C" __global__ void add_parts(const float* parts, float* sums, int count, int columns, int add) {
+    wait_for_earlier();
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= columns) return;
     float sum = add ? sums[column] : 0.0f;

@@ -36,7 +36,7 @@ pub fn column_sums<E: Float>(device: &Device, x: View<E>, mut parts: ViewMut<f32
     assert!(parts.len() == parts_len(rows, columns), "column sums: {} values of scratch", parts.len());
     if rows > 0 {
         let (part_rows, count) = self::parts(rows);
-        let launch = Launch::new(device, "column_sums", Variant::of::<E>(Program::Norm), "column_parts")?;
+        let launch = Launch::new(device, "column_sums", Variant::of::<E>(Program::Norm), "column_parts")?.waiting();
         let launch = launch.read(x).write(&mut parts).int(rows).int(columns).int(part_rows);
         // SAFETY: the arguments are column_parts's. A thread stays in its column and its part's rows, cut at `rows`.
         unsafe { launch.run((columns.div_ceil(128), count, 1), 128, 0)? };
@@ -47,7 +47,7 @@ pub fn column_sums<E: Float>(device: &Device, x: View<E>, mut parts: ViewMut<f32
 /// `sums (+)= the sum of the parts`, in their order.
 pub(super) fn add_parts(device: &Device, parts: View<f32>, mut sums: ViewMut<f32>, add: bool) -> Result<()> {
     let columns = sums.len();
-    let launch = Launch::new(device, "column_sums", Variant::of::<f32>(Program::Norm), "add_parts")?;
+    let launch = Launch::new(device, "column_sums", Variant::of::<f32>(Program::Norm), "add_parts")?.waiting();
     let launch = launch.read(parts).write(&mut sums).int(parts.len() / columns).int(columns).int(usize::from(add));
     // SAFETY: the arguments are add_parts's. A thread stays in its column of both.
     unsafe { launch.run((columns.div_ceil(128), 1, 1), 128, 0) }

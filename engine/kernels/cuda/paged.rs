@@ -58,14 +58,14 @@ pub fn append<E: Float>(
         return Ok(());
     }
     assert_aligned::<E>(op, half, &[qkv.address, turned.address, keys.address, values.address]);
-    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "append")?;
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "append")?.waiting();
     let launch = launch.read(qkv).read(cos).read(sin).read(slots).write(&mut turned).write(&mut keys).write(&mut values);
     let launch = launch.int(heads.heads).int(heads.kv_heads).int(half);
     // SAFETY: the arguments are append's. A block reads its row and writes its row's queries and its slot, which the caller vouches for.
     unsafe { launch.run((rows, 1, 1), 128, 0) }
 }
 
-fn check_caches(op: &'static str, heads: Heads, keys: usize, values: usize) -> Result<()> {
+pub(super) fn check_caches(op: &'static str, heads: Heads, keys: usize, values: usize) -> Result<()> {
     let block = BLOCK * heads.kv_heads * heads.head_dim;
     if keys != values || !keys.is_multiple_of(block) {
         let expected = format!("[blocks, 64, {}, {}]", heads.kv_heads, heads.head_dim);
@@ -128,7 +128,7 @@ pub fn decode<E: Float>(
     if rows == 0 {
         return Ok(());
     }
-    let window = window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW));
+    let window = window_of(window);
     if E::DTYPE == Dtype::F32 {
         // The f32 kernel takes one warp a query; it wants lines as of a plan, which only the lengths lack.
         let lines: Vec<i32> = (lengths_to_host(device, lengths)?.iter().enumerate())
@@ -145,7 +145,7 @@ pub fn decode<E: Float>(
     let spans = length_max.div_ceil(SPAN);
     let shared = (16 + 3 * BLOCK) * tile_row(heads.head_dim) * 2 + 16 * (BLOCK + 4) * 4;
     let across = heads.kv_heads * heads.group().div_ceil(16);
-    let new = |name| Launch::new(device, op, variant::<E>(program::<E>(), heads), name);
+    let new = |name| Ok(Launch::new(device, op, variant::<E>(program::<E>(), heads), name)?.waiting());
     let spans_of = || -> Result<Launch> {
         let launch = new("decode_spans")?.read(qkv).read(cache.keys).read(cache.values).read(cache.block_table).int(cache.table_width);
         Ok(launch.read(lengths))
@@ -156,19 +156,55 @@ pub fn decode<E: Float>(
         // SAFETY: as below, with results in place of parts: a block writes those of its heads and its sequence.
         return unsafe { launch.run((1, across, rows), THREADS, shared) };
     }
-    let (places, dim) = (rows * heads.heads * spans, heads.head_dim.next_multiple_of(16));
-    let mut parts = DeviceBuffer::<f32>::scratch(device, "attention spans", places * dim)?;
-    let mut maxima = DeviceBuffer::<f32>::scratch(device, "attention spans", places)?;
-    let mut sums = DeviceBuffer::<f32>::scratch(device, "attention spans", places)?;
-    let launch = spans_of()?.write(&mut parts.view_mut()).write(&mut maxima.view_mut()).write(&mut sums.view_mut());
+    let mut parts = Parts::new(device, heads, rows, spans)?;
+    let launch = spans_of()?.write(&mut parts.values.view_mut()).write(&mut parts.maxima.view_mut()).write(&mut parts.sums.view_mut());
     let launch = launch.int(heads.heads).int(heads.kv_heads).float(scale).int(window).read_or_null::<E>(None).read_or_null::<f32>(None);
     // SAFETY: the arguments are decode_spans's. A block writes the places of its span, its heads and its sequence; spans beyond
     // a sequence's keys return. The shared memory holds 16 queries, three tiles and a tile of scores.
     unsafe { launch.run((spans, across, rows), THREADS, shared)? };
-    let launch = new("decode_merge")?.read(parts.view()).read(maxima.view()).read(sums.view()).read(lengths);
-    let launch = launch.write(&mut o).write(&mut lse).int(heads.heads).int(spans).int(window);
-    // SAFETY: the arguments are decode_merge's. A block reads the spans that its sequence has, all written by the kernel before.
-    unsafe { launch.run((rows * heads.heads, 1, 1), 64, 0) }
+    parts.merge(device, heads, lengths, window, o, lse)
+}
+
+/// What kernels are told of a window, or of none.
+pub(super) fn window_of(window: Option<usize>) -> usize {
+    window.map_or(NO_WINDOW, |window| window.min(NO_WINDOW))
+}
+
+/// Sums of spans that are to be merged.
+pub(super) struct Parts {
+    rows: usize,
+    spans: usize,
+    /// `[rows, heads, spans, head_dim]`, in whole steps of mma.
+    pub values: DeviceBuffer<f32>,
+    /// `[rows, heads, spans]`
+    pub maxima: DeviceBuffer<f32>,
+    pub sums: DeviceBuffer<f32>,
+}
+
+impl Parts {
+    pub fn new(device: &Arc<Device>, heads: Heads, rows: usize, spans: usize) -> Result<Self> {
+        let (places, dim) = (rows * heads.heads * spans, heads.head_dim.next_multiple_of(16));
+        let new = |len| DeviceBuffer::<f32>::scratch(device, "attention spans", len);
+        Ok(Self { rows, spans, values: new(places * dim)?, maxima: new(places)?, sums: new(places)? })
+    }
+
+    /// Merges what a kernel has written to all spans that the texts have; sizes of `o`, `lse` and `lengths` as in [`decode`].
+    pub fn merge<E: Float>(
+        self,
+        device: &Device,
+        heads: Heads,
+        lengths: View<i32>,
+        window: usize,
+        mut o: ViewMut<E>,
+        mut lse: ViewMut<f32>,
+    ) -> Result<()> {
+        let Self { rows, spans, values, maxima, sums } = self;
+        let launch = Launch::new(device, "attention", variant::<E>(program::<E>(), heads), "decode_merge")?.waiting();
+        let launch = launch.read(values.view()).read(maxima.view()).read(sums.view()).read(lengths);
+        let launch = launch.write(&mut o).write(&mut lse).int(heads.heads).int(spans).int(window);
+        // SAFETY: the arguments are decode_merge's. A block reads the spans that its sequence has, all written by the kernel before.
+        unsafe { launch.run((rows * heads.heads, 1, 1), 64, 0) }
+    }
 }
 
 fn lengths_to_host(device: &Arc<Device>, lengths: View<i32>) -> Result<Vec<i32>> {

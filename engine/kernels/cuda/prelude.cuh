@@ -30,6 +30,7 @@ __device__ __forceinline__ void ldmatrix4_trans(u32 (&out)[4], const void* row) 
 __device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) { emu_copy_async(to, from, valid ? 16 : 0, valid ? 0 : 16); }
 __device__ __forceinline__ void copy_async_commit() { emu_copy_commit(); }
 template <int LEFT> __device__ __forceinline__ void copy_async_wait() { emu_copy_wait(LEFT); }
+__device__ __forceinline__ void wait_for_earlier() { emu_wait_for_earlier(); }
 #else
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
@@ -71,6 +72,15 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, bool va
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+// A kernel of a captured step of decoding may begin while the one before it still runs (launch.rs). Until it has called this, in each
+// thread, it reads nothing but weights and what the step was given, and writes nothing. Then the next one may begin, while this one
+// runs: so never more than two do. Without a kernel in front that still runs it does nothing.
+__device__ __forceinline__ void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 #endif
 
 // The same pointer, of which the compiler knows nothing.
@@ -147,3 +157,8 @@ __device__ __forceinline__ float block_max(float v) {
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// The gated activation, in f32, rounded once.
+template <class T> __device__ __forceinline__ T gated(T gate, T up) {
+    float g = to_float(gate);
+    return from_float<T>(g * sigmoid(g) * to_float(up));
+}

@@ -19,6 +19,7 @@ constexpr int A_ELEMENTS = tile_elements<TILE_ROWS, A_STRIDED>, B_ELEMENTS = til
 
 extern "C" __global__ void __launch_bounds__(THREADS, TILE_ROWS == 16 ? 3 : 2) product(const bf16* a, const bf16* b, Out* out, const Out* residual,
     const bf16* bias, int m, int n, int depth, i64 a_stride, i64 b_stride, const int* offsets, i64 b_group, i64 out_group) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* a_tiles = (bf16*)memory;
     bf16* b_tiles = a_tiles + STAGES * A_ELEMENTS;

@@ -9,6 +9,7 @@
 use super::device::Device;
 use super::launch::Launch;
 use super::memory::{View, ViewMut};
+use super::product_few::{self, Form};
 use super::program::{Program, Variant};
 use super::tensor_map::{Matrices, TensorMap};
 use crate::error::Result;
@@ -118,7 +119,7 @@ impl<E: Float> Product<'_, E> {
         let tile = |strided: bool, rows: usize| if strided { LINE } else { rows };
         let a = TensorMap::new(device, self.op, self.a.cast(), a, tile(self.a_strided, HOPPER_ROWS))?;
         let b = TensorMap::new(device, self.op, self.b.cast(), b, tile(self.b_strided, columns))?;
-        let launch = Launch::new(device, self.op, variant, "product")?.map(&a).map(&b).write(&mut out);
+        let launch = Launch::new(device, self.op, variant, "product")?.waiting().map(&a).map(&b).write(&mut out);
         let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
         let groups = self.groups.map_or(1, |groups| groups.count());
         let launch = launch.read_or_null(self.groups.map(|groups| groups.offsets)).int(groups).long(self.out_group);
@@ -152,7 +153,7 @@ impl<E: Float> Product<'_, E> {
             (true, _) => (Program::Product, 128, 128, 128, 3 * stage(128, 128)),
         };
         let variant = self.variant(program, O::DTYPE, wide.then_some((tile_rows, tile_columns)));
-        let launch = Launch::new(device, self.op, variant, "product")?.read(self.a).read(self.b).write(&mut out);
+        let launch = Launch::new(device, self.op, variant, "product")?.waiting().read(self.a).read(self.b).write(&mut out);
         let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
         let (a_stride, b_stride) = self.strides();
         let launch = launch.long(a_stride).long(b_stride).read_or_null(self.groups.map(|groups| groups.offsets));
@@ -243,6 +244,9 @@ pub fn forward<E: Float, O: Float>(
     let rows = y.len() / outputs;
     assert!(x.len() == rows * inputs, "{op}: x has {} values for [{rows}, {inputs}]", x.len());
     assert!(bias.is_none_or(|bias| bias.len() == count * outputs), "{op}: a bias of {outputs}");
+    if groups.is_none() && Form::PLAIN.fits(device, rows, x, &weight) {
+        return product_few::forward(device, Form::PLAIN, y, x, None, weight, bias, residual);
+    }
     let product = Product {
         op,
         a: x,

@@ -170,6 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
     }
     __syncthreads();
 
+    wait_for_earlier();
     Tiles tiles(offsets, m, n, depth, groups);
     // The stage that is next, and the parity of its phase.
     int stage = 0;

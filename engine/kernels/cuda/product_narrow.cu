@@ -37,6 +37,7 @@ __device__ __forceinline__ void fetch(bf16* stage, const bf16* a, const bf16* b,
 
 extern "C" __global__ void __launch_bounds__(32 * (1 + FETCHERS)) product(const bf16* a, const bf16* b, Out* out, const Out* residual,
     const bf16* bias, int m, int n, int depth, i64, i64, const int*, i64, i64) {
+    wait_for_earlier();
     DYNAMIC_SHARED(memory);
     bf16* stages = (bf16*)memory;
     // What rows that do not exist are read from.

@@ -18,6 +18,7 @@ template <bool STRIDED> __device__ __forceinline__ void load_tile(float (&tile)[
 
 extern "C" __global__ void __launch_bounds__(THREADS) product(const float* a, const float* b, Out* out, const Out* residual, const float* bias, int m, int n,
     int depth, i64 a_stride, i64 b_stride, const int* offsets, i64 b_group, i64 out_group) {
+    wait_for_earlier();
     __shared__ float a_tile[DEPTH][TILE + 4], b_tile[DEPTH][TILE + 4];
 #if GROUPED == 1
     int base = offsets[blockIdx.z];

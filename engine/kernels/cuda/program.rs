@@ -5,11 +5,13 @@ use crate::kernels::element::{Dtype, Float};
 use std::sync::Arc;
 
 /// What all sources include.
-pub const HEADERS: [(&str, &str); 4] = [
+pub const HEADERS: [(&str, &str); 6] = [
     ("prelude.cuh", include_str!("prelude.cuh")),
     ("attention_core.cuh", include_str!("attention_core.cuh")),
+    ("attention_decode.cuh", include_str!("attention_decode.cuh")),
     ("hopper.cuh", include_str!("hopper.cuh")),
     ("product_tile.cuh", include_str!("product_tile.cuh")),
+    ("rms_norm.cuh", include_str!("rms_norm.cuh")),
 ];
 
 /// A source file.
@@ -24,6 +26,7 @@ pub enum Program {
     AttentionHopper,
     AttentionPaged,
     AttentionPlain,
+    AttentionStep,
     Dora,
     Elements,
     Embedding,
@@ -31,6 +34,7 @@ pub enum Program {
     Logprobs,
     Norm,
     Product,
+    ProductFew,
     /// For compute capability 9.0 alone.
     ProductHopper,
     ProductNarrow,
@@ -55,6 +59,7 @@ impl Program {
             Self::AttentionHopper => ("attention_hopper.cu", include_str!("attention_hopper.cu")),
             Self::AttentionPaged => ("attention_paged.cu", include_str!("attention_paged.cu")),
             Self::AttentionPlain => ("attention_plain.cu", include_str!("attention_plain.cu")),
+            Self::AttentionStep => ("attention_step.cu", include_str!("attention_step.cu")),
             Self::Dora => ("dora.cu", include_str!("dora.cu")),
             Self::Elements => ("elements.cu", include_str!("elements.cu")),
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
@@ -62,6 +67,7 @@ impl Program {
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
+            Self::ProductFew => ("product_few.cu", include_str!("product_few.cu")),
             Self::ProductHopper => ("product_hopper.cu", include_str!("product_hopper.cu")),
             Self::ProductNarrow => ("product_narrow.cu", include_str!("product_narrow.cu")),
             Self::ProductPlain => ("product_plain.cu", include_str!("product_plain.cu")),
@@ -145,6 +151,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     }
     all.push(Variant::new(Sample, plain));
     all.extend([plain, wide].into_iter().flat_map(super::int8::variants));
+    all.extend(super::product_few::variants());
     all.extend([(plain, 1), (wide, 0), (wide, 1)].map(|(dtype, out)| Variant::new(Dora, dtype).with("OUT_F32", out)));
     for head_dim in [64, 128] {
         for paged in [0, 1] {
@@ -158,7 +165,9 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         if capability == (9, 0) {
             all.push(super::attention_backward::HopperTiles::of(head_dim as usize).variant(head_dim as usize));
         }
-        all.extend([AttentionBackward, AttentionPaged].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)));
+        all.extend(
+            [AttentionBackward, AttentionPaged, AttentionStep].map(|program| Variant::new(program, wide).with("HEAD_DIM", head_dim)),
+        );
     }
     // (a strided, b strided, grouped): forward, gradient of the input, gradient of the weight.
     for (a, b, grouped) in [(0, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 1, 2)] {

@@ -1,6 +1,6 @@
 // RMS normalisation of rows, with the sum of the residual stream before it. A block is a row, and how many threads it has
 // depends on the row's length alone. See rms_norm.rs.
-#include "prelude.cuh"
+#include "rms_norm.cuh"
 
 template <int N>
 __device__ void forward_row(const E* x, const E* residual, E* sum, const E* weight, float eps, E* y, float* inv_rms, int hidden) {
@@ -13,24 +13,23 @@ __device__ void forward_row(const E* x, const E* residual, E* sum, const E* weig
             for (int i = 0; i < N; i++) pack.at[i] = from_float<E>(to_float(pack.at[i]) + to_float(other.at[i]));
             store<E, N>(sum + c, pack);
         }
-#pragma unroll
-        for (int i = 0; i < N; i++) squares += to_float(pack.at[i]) * to_float(pack.at[i]);
+        add_squares(squares, pack);
     }
     squares = block_sum(squares);
-    float scale = 1.0f / sqrtf(squares / (float)hidden + eps);
+    float scale = inverse_rms(squares, eps, hidden);
     if (threadIdx.x == 0) *inv_rms = scale;
     // A thread reads only what it wrote.
     const E* source = residual ? sum : x;
     for (int c = threadIdx.x * N; c < hidden; c += blockDim.x * N) {
         Pack<E, N> pack = load<E, N>(source + c), w = load<E, N>(weight + c);
-#pragma unroll
-        for (int i = 0; i < N; i++) pack.at[i] = from_float<E>(to_float(w.at[i]) * rounded<E>(to_float(pack.at[i]) * scale));
+        normalise(pack, w, scale);
         store<E, N>(y + c, pack);
     }
 }
 
 // sum = x + residual if there is one; y = norm(sum or x) * weight.
 extern "C" __global__ void rms_norm(const E* x, const E* residual, E* sum, const E* weight, float eps, E* y, float* inv_rms, int hidden) {
+    wait_for_earlier();
     i64 start = (i64)blockIdx.x * hidden;
     x += start, y += start, inv_rms += blockIdx.x;
     if (residual) residual += start, sum += start;
@@ -63,6 +62,7 @@ template <int N> __device__ void backward_row(const E* x, const E* weight, float
 
 // dx (+)= inv_rms * (dy * weight - x * mean(dy * weight * x) * inv_rms^2).
 extern "C" __global__ void rms_norm_backward(const E* x, const E* weight, const float* inv_rms, const E* dy, E* dx, int add, int hidden) {
+    wait_for_earlier();
     i64 start = (i64)blockIdx.x * hidden;
     float scale = inv_rms[blockIdx.x];
     if (hidden % WIDE == 0) {
@@ -74,6 +74,7 @@ extern "C" __global__ void rms_norm_backward(const E* x, const E* weight, const 
 
 // parts[p] = sum over the rows of part p of dy * u, rows in their order. A thread is a column.
 extern "C" __global__ void rms_norm_weight_parts(const E* x, const float* inv_rms, const E* dy, float* parts, int tokens, int hidden, int part_rows) {
+    wait_for_earlier();
     int column = blockIdx.x * blockDim.x + threadIdx.x, part = blockIdx.y;
     if (column >= hidden) return;
     int first = part * part_rows, end = min(tokens, first + part_rows);

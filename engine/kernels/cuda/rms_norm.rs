@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::element::Float;
 
 /// Threads of a row: a function of its length alone, since the shape of the sum follows from it.
-fn threads(hidden: usize) -> usize {
+pub(super) fn threads(hidden: usize) -> usize {
     hidden.div_ceil(8).next_multiple_of(32).clamp(32, 512)
 }
 
@@ -42,7 +42,7 @@ pub fn rms_norm<E: Float>(
         return Ok(());
     }
     assert_aligned::<E>("rms_norm", hidden, &[x.address, weight.address, y.address]);
-    let launch = Launch::new(device, "rms_norm", Variant::of::<E>(Program::RmsNorm), "rms_norm")?.read(x);
+    let launch = Launch::new(device, "rms_norm", Variant::of::<E>(Program::RmsNorm), "rms_norm")?.waiting().read(x);
     let launch = match residual {
         Some(Residual { residual, mut sum }) => {
             assert!(residual.len() == x.len() && sum.len() == x.len(), "rms_norm: a residual of {}", residual.len());
@@ -78,7 +78,7 @@ pub fn rms_norm_backward<E: Float>(
         return Ok(());
     }
     assert_aligned::<E>("rms_norm_backward", hidden, &[x.address, weight.address, dy.address, dx.address]);
-    let launch = Launch::new(device, "rms_norm_backward", Variant::of::<E>(Program::RmsNorm), "rms_norm_backward")?;
+    let launch = Launch::new(device, "rms_norm_backward", Variant::of::<E>(Program::RmsNorm), "rms_norm_backward")?.waiting();
     let launch = launch.read(x).read(weight).read(inv_rms).read(dy).write(&mut dx).int(usize::from(add)).int(hidden);
     // SAFETY: the arguments are rms_norm_backward's. Block t stays in row t of each.
     unsafe { launch.run((tokens, 1, 1), threads(hidden), 0) }
@@ -103,7 +103,7 @@ pub fn rms_norm_weight_gradient<E: Float>(
         return Ok(());
     }
     let (part_rows, count) = norm::parts(tokens);
-    let launch = Launch::new(device, "rms_norm_backward", Variant::of::<E>(Program::RmsNorm), "rms_norm_weight_parts")?;
+    let launch = Launch::new(device, "rms_norm_backward", Variant::of::<E>(Program::RmsNorm), "rms_norm_weight_parts")?.waiting();
     let launch = launch.read(x).read(inv_rms).read(dy).write(&mut parts).int(tokens).int(hidden).int(part_rows);
     // SAFETY: the arguments are rms_norm_weight_parts's. A thread stays in its column and its part's rows, cut at `tokens`.
     unsafe { launch.run((hidden.div_ceil(128), count, 1), 128, 0)? };

@@ -4,6 +4,7 @@
 
 // A thread is an angle: cos and sin of inv_freq[i] * positions[t], times scaling, rounded to E.
 extern "C" __global__ void rope_tables(const float* inv_freq, float scaling, const int* positions, float* cosines, float* sines, i64 count, int half) {
+    wait_for_earlier();
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
         float angle = inv_freq[i % half] * (float)positions[i / half];
         cosines[i] = rounded<E>(cosf(angle) * scaling);
@@ -34,6 +35,7 @@ template <int N> __device__ void turn_row(E* row, const float* cosines, const fl
 
 // Turns the first `heads` heads of each row of `width` elements. A block is a row. direction: 1, or -1 for gradients.
 extern "C" __global__ void rope(E* qkv, const float* cosines, const float* sines, float direction, int width, int heads, int half) {
+    wait_for_earlier();
     E* row = qkv + (i64)blockIdx.x * width;
     cosines += (i64)blockIdx.x * half, sines += (i64)blockIdx.x * half;
     if (half % WIDE == 0 && width % WIDE == 0) {
@@ -63,6 +65,7 @@ template <int N> __device__ void append_row(const E* row, const float* cosines, 
 // (block * 64 + place in the block) of the caches; a negative one is no place. A block is a row.
 extern "C" __global__ void append(const E* qkv, const float* cosines, const float* sines, const int* slots, E* turned, E* k_cache, E* v_cache, int heads,
     int kv_heads, int half) {
+    wait_for_earlier();
     i64 start = (i64)blockIdx.x * (heads + 2 * kv_heads) * 2 * half, slot = slots[blockIdx.x], place = slot * kv_heads * 2 * half;
     cosines += (i64)blockIdx.x * half, sines += (i64)blockIdx.x * half;
     E* keys = slot < 0 ? nullptr : k_cache + place;

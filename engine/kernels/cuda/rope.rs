@@ -27,7 +27,7 @@ pub fn rope_tables<E: Float>(
     if cos.is_empty() {
         return Ok(());
     }
-    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope_tables")?;
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope_tables")?.waiting();
     let count = cos.len();
     let launch = launch.read(inv_freq).float(attention_scaling).read(positions).write(&mut cos).write(&mut sin).long(count).int(half);
     // SAFETY: the arguments are rope_tables's; threads stride over `count` angles, which both tables have.
@@ -75,7 +75,7 @@ fn turn<E: Float>(
     }
     let turned = heads.heads + heads.kv_heads;
     assert_aligned::<E>(op, half, &[qkv.address]);
-    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope")?;
+    let launch = Launch::new(device, op, Variant::of::<E>(Program::Rope), "rope")?.waiting();
     let launch = launch.write(&mut qkv).read(cos).read(sin).float(direction).int(heads.width()).int(turned).int(half);
     // SAFETY: the arguments are rope's. Block t stays in row t; the heads it turns are within a row's width.
     unsafe { launch.run((tokens, 1, 1), 128, 0) }

@@ -6,16 +6,14 @@ template <int N> __device__ void forward(const E* gate_up, E* act, i64 count, in
         const E* gates = gate_up + i / inter * 2 * inter + i % inter;
         Pack<E, N> gate = load<E, N>(gates), up = load<E, N>(gates + inter);
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            float g = to_float(gate.at[j]);
-            gate.at[j] = from_float<E>(g * sigmoid(g) * to_float(up.at[j]));
-        }
+        for (int j = 0; j < N; j++) gate.at[j] = gated(gate.at[j], up.at[j]);
         store<E, N>(act + i, gate);
     }
 }
 
 // act = silu(gate) * up; count: elements of act.
 extern "C" __global__ void swiglu(const E* gate_up, E* act, i64 count, int inter) {
+    wait_for_earlier();
     if (inter % WIDE == 0) {
         forward<WIDE>(gate_up, act, count, inter);
     } else {
@@ -42,6 +40,7 @@ template <int N> __device__ void backward(const E* gate_up, const E* d_act, E* d
 
 // d_gate_up may be gate_up. act may be null; else it gets the forward step's bits.
 extern "C" __global__ void swiglu_backward(const E* gate_up, const E* d_act, E* d_gate_up, E* act, i64 count, int inter) {
+    wait_for_earlier();
     if (inter % WIDE == 0) {
         backward<WIDE>(gate_up, d_act, d_gate_up, act, count, inter);
     } else {

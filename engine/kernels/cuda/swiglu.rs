@@ -16,7 +16,7 @@ pub fn swiglu<E: Float>(device: &Device, gate_up: View<E>, inter: usize, mut act
         return Ok(());
     }
     assert_aligned::<E>("swiglu", inter, &[gate_up.address, act.address]);
-    let launch = Launch::new(device, "swiglu", Variant::of::<E>(Program::Swiglu), "swiglu")?;
+    let launch = Launch::new(device, "swiglu", Variant::of::<E>(Program::Swiglu), "swiglu")?.waiting();
     let count = act.len();
     let launch = launch.read(gate_up).write(&mut act).long(count).int(inter);
     // SAFETY: the arguments are swiglu's; threads stride over the elements of act, and gate_up has twice as many.
@@ -54,7 +54,7 @@ pub fn swiglu_backward<E: Float>(
     }
     let act_address = act.as_ref().map_or(0, |act| act.address);
     assert_aligned::<E>("swiglu_backward", inter, &[out.address, d_act.address, act_address, source.map_or(0, |source| source.address)]);
-    let launch = Launch::new(device, "swiglu_backward", Variant::of::<E>(Program::Swiglu), "swiglu_backward")?;
+    let launch = Launch::new(device, "swiglu_backward", Variant::of::<E>(Program::Swiglu), "swiglu_backward")?.waiting();
     let launch = match source {
         Some(source) => launch.read(source),
         None => launch.read(out.view()),

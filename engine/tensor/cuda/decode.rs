@@ -9,9 +9,10 @@ use super::paged_attention::{DeviceBlocks, turn_and_append};
 use super::{activation, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::attention::{Cache, Span as Place};
+use crate::kernels::cuda::attention_step::{self, Step};
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::graph::{Graph, Memory};
-use crate::kernels::cuda::memory::{DeviceBuffer, View};
+use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::cuda::paged::{self, Decode, SPAN};
 use crate::tensor::attention::{Heads, Rope};
 use crate::tensor::paged_attention::{BLOCK_POSITIONS, Span};
@@ -107,14 +108,22 @@ impl Operands {
     ) -> Result<Tensor<E, 2>> {
         let device = self.numbers.device();
         let Shape { rows, width } = self.shape;
-        let turned = turn_and_append(device, qkv, heads, tables, self.column(2), cache, layer)?;
         let mixed_width = heads.heads * heads.head_dim;
         let (mut mixed, mut lse) = (activation::<E>(device, rows * mixed_width)?, scratch::<f32>(device, rows * heads.heads)?);
+        let settings = Decode { heads, scale: heads.scale(), window, length_max: width * BLOCK_POSITIONS };
+        let whole = |mixed| Ok(Tensor::from_operation_on_device([rows, mixed_width], mixed, &[], false, |_, _| Ok(())));
+        if attention_step::fits::<E>(device, heads, rows) {
+            let (cos, sin, slots, lengths) = (tables.cos.view(), tables.sin.view(), self.column(2), self.column(3));
+            let step = Step { cos, sin, slots, block_table: self.numbers.part(4 * rows..), table_width: width, lengths };
+            let [keys, values] = cache.layer_mut(layer).map(ViewMut::cast);
+            attention_step::attend(device, settings, qkv.cuda(), step, keys, values, mixed.view_mut(), lse.view_mut())?;
+            return whole(mixed);
+        }
+        let turned = turn_and_append(device, qkv, heads, tables, self.column(2), cache, layer)?;
         let [keys, values] = cache.layer(layer);
         let cached = Cache { keys: keys.cast(), values: values.cast(), block_table: self.numbers.part(4 * rows..), table_width: width };
-        let settings = Decode { heads, scale: heads.scale(), window, length_max: width * BLOCK_POSITIONS };
         paged::decode(device, settings, turned.view(), cached, self.column(3), mixed.view_mut(), lse.view_mut())?;
-        Ok(Tensor::from_operation_on_device([rows, mixed_width], mixed, &[], false, |_, _| Ok(())))
+        whole(mixed)
     }
 }
 
@@ -148,7 +157,7 @@ impl CapturedStep {
             return Ok(Arc::new(compute(&self.operands)?));
         }
         if self.graph.is_none() {
-            let (graph, logits) = Graph::capture(&self.memory, "generate", || compute(&self.operands))?;
+            let (graph, logits) = Graph::capture_overlapping(&self.memory, "generate", || compute(&self.operands))?;
             self.graph = Some((graph, Arc::new(logits)));
         }
         let (graph, logits) = self.graph.as_ref().expect("it was captured above");

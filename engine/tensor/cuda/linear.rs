@@ -5,8 +5,10 @@ use super::{activation, gradient, operand, rms_norm, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
-use crate::kernels::cuda::product;
+use crate::kernels::cuda::product::{self, Residual};
+use crate::kernels::cuda::product_few::{self, Form, Norm};
 use crate::kernels::cuda::{norm as column_norms, rms_norm as norm_kernel, swiglu};
+use crate::tensor::autograd::is_recording;
 use crate::tensor::parameter::Parameter;
 use crate::tensor::{ModelElement, Tensor};
 use std::sync::Arc;
@@ -53,6 +55,9 @@ pub fn norm_linear<E: ModelElement>(
     weight: &Arc<Parameter<E>>,
     bias: Option<&Arc<Parameter<E>>>,
 ) -> Result<Tensor<E, 2>> {
+    if let Some(y) = few_rows(device, x, norm, eps, weight, bias, Form::NORMED)? {
+        return Ok(y);
+    }
     let [tokens, hidden] = x.shape();
     let mut inv_rms = activation::<f32>(device, tokens)?;
     let mut normed = scratch::<E>(device, tokens * hidden)?;
@@ -86,6 +91,48 @@ pub fn norm_linear<E: ModelElement>(
         }
         Ok(())
     }))
+}
+
+/// As [`crate::tensor::linear::norm_swiglu`].
+pub fn norm_swiglu<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    norm: &Parameter<E>,
+    eps: f32,
+    gate_up: &Parameter<E>,
+) -> Result<Option<Tensor<E, 2>>> {
+    few_rows(device, x, norm, eps, gate_up, None, Form::GATED)
+}
+
+/// The product of normalised rows by one kernel: of few rows, by which nobody differentiates, with a weight alone. None for others.
+fn few_rows<E: ModelElement>(
+    device: &Arc<Device>,
+    x: &Tensor<E, 2>,
+    norm: &Parameter<E>,
+    eps: f32,
+    weight: &Parameter<E>,
+    bias: Option<&Arc<Parameter<E>>>,
+    form: Form,
+) -> Result<Option<Tensor<E, 2>>> {
+    let tokens = x.shape()[0];
+    if is_recording() || tokens > product_few::ROWS_MAX || !weight.adapters().is_empty() {
+        return Ok(None);
+    }
+    let value = weight.read();
+    if value.cuda.as_ref().is_none_or(|cuda| cuda.int8.is_some()) {
+        return Ok(None);
+    }
+    let operand = operand(weight, &value, None);
+    if !form.fits(device, tokens, x.cuda(), &operand) {
+        return Ok(None);
+    }
+    let outputs = if form.gated { weight.rows() / 2 } else { weight.rows() };
+    let mut y = activation::<E>(device, tokens * outputs)?;
+    let (norm, bias) = (norm.read(), bias.map(|bias| bias.read()));
+    let by = Norm { weight: norm.on_device(), eps };
+    let bias = bias.as_ref().map(|bias| bias.on_device());
+    product_few::forward(device, form, y.view_mut(), x.cuda(), Some(by), operand, bias, Residual::None)?;
+    Ok(Some(Tensor::from_operation_on_device([tokens, outputs], y, &[], false, |_, _| Ok(()))))
 }
 
 /// As [`crate::tensor::linear::swiglu_linear`].

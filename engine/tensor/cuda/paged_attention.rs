@@ -7,7 +7,7 @@ use super::{activation, scratch};
 use crate::error::Result;
 use crate::kernels::cuda::attention::{Cache, Plan, Span as PlanSpan};
 use crate::kernels::cuda::device::Device;
-use crate::kernels::cuda::memory::{DeviceBuffer, View};
+use crate::kernels::cuda::memory::{DeviceBuffer, View, ViewMut};
 use crate::kernels::cuda::paged::{self, Decode};
 use crate::kernels::element::Dtype;
 use crate::tensor::attention::Heads;
@@ -84,6 +84,11 @@ impl DeviceBlocks {
     /// Keys and values of a layer.
     pub(super) fn layer(&self, layer: usize) -> [View<'_, u8>; 2] {
         self.layers[layer].each_ref().map(DeviceBuffer::view)
+    }
+
+    /// The same, to be written.
+    pub(super) fn layer_mut(&mut self, layer: usize) -> [ViewMut<'_, u8>; 2] {
+        self.layers[layer].each_mut().map(DeviceBuffer::view_mut)
     }
 
     /// Makes block `to` a copy of block `from`.
