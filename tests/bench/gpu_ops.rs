@@ -128,19 +128,11 @@ fn kernels(device: &Arc<Device>) -> Result<()> {
     }
     for (name, heads, documents, len) in ATTENTIONS {
         let taken = HopperTiles::of(heads.head_dim);
-        let queries = |query_groups, query_blocks, query_left| HopperTiles { query_groups, query_blocks, query_left, ..taken };
-        let keys = |key_groups, key_splits, key_left| HopperTiles { key_groups, key_splits, key_left, ..taken };
+        let queries = |query_groups, query_blocks| HopperTiles { query_groups, query_blocks, ..taken };
+        let keys = |key_groups, key_splits| HopperTiles { key_groups, key_splits, ..taken };
         let tiles = match heads.head_dim {
-            64 => vec![
-                taken,
-                queries(3, 1, true),
-                queries(2, 1, true),
-                queries(4, 1, false),
-                keys(1, 2, false),
-                keys(1, 3, false),
-                keys(2, 1, true),
-            ],
-            _ => vec![taken, queries(2, 1, false), queries(3, 1, false), keys(1, 2, false)],
+            64 => vec![taken, queries(3, 1), queries(4, 1), keys(1, 2), keys(2, 1)],
+            _ => vec![taken, queries(2, 1), keys(1, 2)],
         };
         let hopper = tiles.into_iter().map(|tiles| Kernels { forward_on_hopper: true, backward: Some(tiles) });
         for kernels in hopper.chain([Kernels { forward_on_hopper: false, backward: None }]) {

@@ -128,11 +128,11 @@ fn attention_agrees_with_other_kernels() {
         return;
     }
     let with = |tiles| Some(Kernels { forward_on_hopper: true, backward: Some(tiles) });
-    let threes = HopperTiles { query_groups: 3, query_blocks: 1, query_left: true, key_groups: 1, key_splits: 3, key_left: false };
-    let wide = HopperTiles { query_groups: 1, query_blocks: 1, query_left: true, key_groups: 2, key_splits: 2, key_left: true };
+    let threes = HopperTiles { query_groups: 3, query_blocks: 1, key_groups: 1, key_splits: 3 };
+    let wide = HopperTiles { query_groups: 1, query_blocks: 1, key_groups: 2, key_splits: 2 };
     attention_agrees_with::<bf16>(heads(3, 1, 64), &[135, 1], None, with(threes));
     attention_agrees_with::<bf16>(heads(2, 1, 64), &[135, 1], Some(67), with(wide));
-    let split = HopperTiles { key_groups: 1, key_splits: 2, key_left: false, ..HopperTiles::of(128) };
+    let split = HopperTiles { key_groups: 1, key_splits: 2, ..HopperTiles::of(128) };
     attention_agrees_with::<bf16>(heads(1, 1, 128), &[135, 1], None, with(split));
     // Those of other devices.
     attention_agrees_with::<bf16>(heads(2, 1, 64), &[70, 1], None, Some(Kernels { forward_on_hopper: false, backward: None }));

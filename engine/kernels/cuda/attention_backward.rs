@@ -25,21 +25,17 @@ pub struct HopperTiles {
     /// Warpgroups of a block of queries, with 64 queries each, and such blocks that a multiprocessor has registers for.
     pub query_groups: usize,
     pub query_blocks: usize,
-    /// Whether queries and gradients of outputs are kept in registers.
-    pub query_left: bool,
     /// Warpgroups with 64 keys each that read the same queries, and how many parts of the queries there are.
     pub key_groups: usize,
     pub key_splits: usize,
-    /// Whether keys and values are kept in registers.
-    pub key_left: bool,
 }
 
 impl HopperTiles {
     /// Those for a head width of 64 or 128.
     pub fn of(head_dim: usize) -> Self {
         match head_dim {
-            64 => Self { query_groups: 2, query_blocks: 2, query_left: false, key_groups: 1, key_splits: 2, key_left: true },
-            128 => Self { query_groups: 2, query_blocks: 1, query_left: true, key_groups: 2, key_splits: 1, key_left: false },
+            64 => Self { query_groups: 2, query_blocks: 2, key_groups: 1, key_splits: 3 },
+            128 => Self { query_groups: 3, query_blocks: 1, key_groups: 2, key_splits: 1 },
             _ => panic!("attention_backward_hopper.cu has no head width {head_dim}"),
         }
     }
@@ -47,8 +43,7 @@ impl HopperTiles {
     pub(super) fn variant(self, head_dim: usize) -> Variant {
         let variant = Variant::new(Program::AttentionBackwardHopper, Dtype::Bf16).with("HEAD_DIM", head_dim as u32);
         let variant = variant.with("QUERY_GROUPS", self.query_groups as u32).with("QUERY_BLOCKS", self.query_blocks as u32);
-        let variant = variant.with("KEY_GROUPS", self.key_groups as u32).with("KEY_SPLITS", self.key_splits as u32);
-        variant.with("QUERY_LEFT", u32::from(self.query_left)).with("KEY_LEFT", u32::from(self.key_left))
+        variant.with("KEY_GROUPS", self.key_groups as u32).with("KEY_SPLITS", self.key_splits as u32)
     }
 }
 

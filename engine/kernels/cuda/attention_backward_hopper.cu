@@ -4,7 +4,7 @@
 // See attention_backward.rs. Source: Shah et al., arXiv 2407.08608, section 3.
 // Macros: HEAD_DIM. QUERY_GROUPS: warpgroups of a block of queries, 64 queries each. QUERY_BLOCKS: such blocks of a multiprocessor.
 // KEY_GROUPS: warpgroups with 64 keys each that share the queries of their steps; KEY_SPLITS: how many times over, each with a part
-// of the steps. QUERY_LEFT, KEY_LEFT: whether the left operands that stay are kept in registers.
+// of the steps.
 #include "attention_core.cuh"
 #include "hopper.cuh"
 
@@ -41,38 +41,16 @@ __device__ __forceinline__ void left_lines(u32 (&out)[4], const bf16* tile, int 
     ldmatrix4(out, tile + step / 4 * BLOCK_ELEMENTS + line * LINE + (chunk ^ (line & 7)) * 8);
 }
 
-// 64 rows that are multiplied from the left in each step: in registers, or where they lie.
-template <bool REGISTERS> struct Left;
-template <> struct Left<true> {
-    u32 operands[DIM_STEPS][4];
-
-    __device__ __forceinline__ Left(const bf16* tile, int row) {
+// sums = the 64 rows of `left` times those of `right`, over DIM.
+__device__ __forceinline__ void multiply(float (&sums)[8][4], const bf16* left, const bf16* right) {
+    u64 rows = describe<false>(left, 0, 0), columns = describe<false>(right, 0, 0);
+    wgmma_rows<true>(sums, rows, columns);
 #pragma unroll
-        for (int step = 0; step < DIM_STEPS; step++) left_lines(operands[step], tile, row, step);
+    for (int step = 1; step < DIM_STEPS; step++) {
+        int by = step / 4 * BLOCK_ELEMENTS + step % 4 * 16;
+        wgmma_rows<false>(sums, further(rows, by), further(columns, by));
     }
-    // sums = the rows times those of `right`, over DIM.
-    __device__ __forceinline__ void multiply(float (&sums)[8][4], const bf16* right) {
-        u64 rows = describe<false>(right, 0, 0);
-        wgmma_registers_rows<true>(sums, operands[0], rows);
-#pragma unroll
-        for (int step = 1; step < DIM_STEPS; step++)
-            wgmma_registers_rows<false>(sums, operands[step], further(rows, step / 4 * BLOCK_ELEMENTS + step % 4 * 16));
-    }
-};
-template <> struct Left<false> {
-    u64 tile;
-
-    __device__ __forceinline__ Left(const bf16* tile, int) : tile(describe<false>(tile, 0, 0)) {}
-    __device__ __forceinline__ void multiply(float (&sums)[8][4], const bf16* right) {
-        u64 rows = describe<false>(right, 0, 0);
-        wgmma_rows<true>(sums, tile, rows);
-#pragma unroll
-        for (int step = 1; step < DIM_STEPS; step++) {
-            int by = step / 4 * BLOCK_ELEMENTS + step % 4 * 16;
-            wgmma_rows<false>(sums, further(tile, by), further(rows, by));
-        }
-    }
-};
+}
 
 // sums += weights (64 x 64) times the 64 rows of `tile`.
 __device__ __forceinline__ void add_weighted(float (&sums)[DIM_ATOMS][4], const u32 (&weights)[4][4], const bf16* tile) {
@@ -104,8 +82,6 @@ __device__ __forceinline__ void write_rows(bf16* to, i64 stride, int first, int 
 }
 
 constexpr int QUERY_THREADS = 128 * QUERY_GROUPS;
-// Whether the last product of a step may run on into the next: where it may, its operands need registers of their own.
-constexpr bool QUERIES_RUN_ON = QUERY_THREADS * QUERY_BLOCKS <= (HEAD_DIM == 64 ? 384 : 256);
 static_assert(QUERY_GROUPS <= 2 * (STAGES - 1), "the outputs lie where keys and values come later");
 
 // tiles: [..][4] as in attention.cu, of 64 * QUERY_GROUPS queries; a block for each head of each.
@@ -164,7 +140,6 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         row_delta[half] = row_sum(row_delta[half]);
         if (position < length && lane_id() % 4 == 0) deltas[at] = row_delta[half];
     }
-    Left<QUERY_LEFT> queries(q_tile, warp_row), d_rows(d_tile, warp_row);
 
     float sums[DIM_ATOMS][4];
 #pragma unroll
@@ -185,14 +160,13 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         int first_key = block * BLOCK;
         if (first >= length || first_key >= first + 64 || first_key + BLOCK <= first - window + 1) {
             // The warpgroup's queries see nothing of it.
-            wgmma_wait<0>();
             continue;
         }
         float scores[8][4], d_scores[8][4];
         wgmma_fence();
-        queries.multiply(scores, k_tile);
+        multiply(scores, q_tile, k_tile);
         wgmma_commit();
-        d_rows.multiply(d_scores, v_tile);
+        multiply(d_scores, d_tile, v_tile);
         wgmma_commit();
         wgmma_wait<1>();
         settle(scores);
@@ -221,16 +195,15 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         wgmma_fence();
         add_weighted(sums, weights, k_tile);
         wgmma_commit();
-        if (!QUERIES_RUN_ON) wgmma_wait<0>();
+        // Not later: the assembler gives registers that a product in flight reads to the next step.
+        wgmma_wait<0>();
     } while (++block < end);
-    wgmma_wait<0>();
     settle(sums);
     copy_async_wait<0>();
     write_rows(dqkv + document * width + head * HEAD_DIM, width, first + warp_row, length, sums, scale);
 }
 
 constexpr int TEAM = 128 * KEY_GROUPS, KEY_THREADS = TEAM * KEY_SPLITS;
-constexpr bool KEYS_RUN_ON = KEY_THREADS <= 256;
 static_assert((KEY_SPLITS - 1) * TEAM * DIM * 4 <= KEY_SPLITS * STAGES * 2 * TILE * 2, "sums of teams meet where queries were");
 
 // tiles: [..][4], of 64 * KEY_GROUPS keys; a block for each key head of each. Its steps are the heads of the group in their order, each
@@ -287,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
     __syncthreads();
 
     int warp_row = warp_id() % 4 * 16;
-    Left<KEY_LEFT> keys(k_tiles + group * TILE, warp_row), values(v_tiles + group * TILE, warp_row);
+    const bf16 *k_tile = k_tiles + group * TILE, *v_tile = v_tiles + group * TILE;
     float dk[DIM_ATOMS][4], dv[DIM_ATOMS][4];
 #pragma unroll
     for (int j = 0; j < DIM_ATOMS; j++)
@@ -310,15 +283,14 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         const float *step_lse = numbers + place * 128, *step_deltas = step_lse + 64;
         if (KEY_GROUPS > 1 && (first >= length || start + BLOCK <= first || start - window >= first + 63)) {
             // They see nothing of the warpgroup's keys.
-            wgmma_wait<0>();
             continue;
         }
         // Rows are keys, columns are queries.
         float scores[8][4], d_scores[8][4];
         wgmma_fence();
-        keys.multiply(scores, q_tile);
+        multiply(scores, k_tile, q_tile);
         wgmma_commit();
-        values.multiply(d_scores, d_tile);
+        multiply(d_scores, v_tile, d_tile);
         wgmma_commit();
         wgmma_wait<1>();
         settle(scores);
@@ -353,11 +325,9 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         wgmma_fence();
         add_weighted(dk, d_weights, q_tile);
         wgmma_commit();
-        // With 128 columns there are registers for what one of the two products reads.
-        if (!KEYS_RUN_ON) wgmma_wait<0>();
-        if (KEYS_RUN_ON && HEAD_DIM == 128) wgmma_wait<1>();
+        // Not later, as above.
+        wgmma_wait<0>();
     } while (++i < count);
-    wgmma_wait<0>();
     settle(dk);
     settle(dv);
     copy_async_wait<0>();
