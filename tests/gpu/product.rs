@@ -59,8 +59,9 @@ fn linear_layers_agree() {
     // The tile of 128 rows; few columns, since the emulator pays for each.
     linear_agrees::<bf16>(264, 136, 40);
     linear_agrees::<bf16>(40, 264, 24);
-    // More columns than 1024, for which Hopper has a wider tile.
+    // Widths for which Hopper has wider tiles, one of which is no whole number of blocks of 64.
     linear_agrees::<bf16>(130, 1032, 24);
+    linear_agrees::<bf16>(129, 224, 224);
 }
 
 #[test]

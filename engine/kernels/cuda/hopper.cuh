@@ -105,6 +105,19 @@ template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<192, A_TRANSPOSED, B_
                      : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
     }
 };
+template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<224, A_TRANSPOSED, B_TRANSPOSED> {
+    static __device__ __forceinline__ void run(float (&d)[112], u64 a, u64 b, int add) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %114, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 {"
+                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+                     "}, %112, %113, p, 1, 1, %115, %116;\n}\n"
+                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88), EIGHT(d, 96), EIGHT(d, 104)
+                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
+    }
+};
 template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<256, A_TRANSPOSED, B_TRANSPOSED> {
     static __device__ __forceinline__ void run(float (&d)[128], u64 a, u64 b, int add) {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"

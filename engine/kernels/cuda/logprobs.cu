@@ -26,21 +26,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) logprobs_parts(const float
             int i = first + j * THREADS;
             ahead[j] = i < end ? logits[i] : -INFINITE;
         }
+        // One change of the maximum for all of them.
+        float highest = largest;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) highest = fmaxf(highest, ahead[j]);
+        if (highest > largest) {
+            float factor = expf(largest - highest);
+            if (sum > 0.0f) weighted = factor * (weighted + sum * (largest - highest));
+            sum *= factor;
+            largest = highest;
+        }
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) {
-            if (first + j * THREADS >= end) break;
-            float logit = ahead[j];
-            if (logit > largest) {
-                float factor = expf(largest - logit);
-                if (sum > 0.0f) weighted = factor * (weighted + sum * (largest - logit));
-                sum *= factor;
-                largest = logit;
-            }
-            float power = logit == -INFINITE ? 0.0f : expf(logit - largest);
+            // What is not a number makes the sum none, and the row's results must show it.
+            float below = ahead[j] - largest, power = ahead[j] == -INFINITE ? 0.0f : expf(below);
             sum += power;
-            if (power > 0.0f) weighted += power * (logit - largest);
-            // Not a number: the row's results must show it.
-            if (logit != logit) sum = logit;
+            if (power > 0.0f) weighted += power * below;
         }
     }
     float top = block_max(largest);

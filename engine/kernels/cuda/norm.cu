@@ -12,24 +12,26 @@ extern "C" __global__ void column_parts(const E* x, float* parts, int rows, int 
     parts[(i64)part * columns + column] = sum;
 }
 
-// Parts that a thread asks for before it adds the first: there are few threads, and they wait for memory alone.
-constexpr int AHEAD = 16;
+// Columns of a block of add_parts, and segments of the parts, whose sums are added in their order.
+constexpr int COLUMNS = 32, SEGMENTS = 16;
 
-// sums (+)= the parts, in their order. A thread is a column.
-extern "C" __global__ void add_parts(const float* parts, float* sums, int count, int columns, int add) {
+// sums (+)= the parts. A thread is a column of a segment.
+extern "C" __global__ void __launch_bounds__(COLUMNS * SEGMENTS) add_parts(const float* parts, float* sums, int count, int columns, int add) {
     wait_for_earlier();
-    int column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= columns) return;
-    float sum = add ? sums[column] : 0.0f;
-    for (int first = 0; first < count; first += AHEAD) {
-        float ahead[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) ahead[j] = first + j < count ? parts[(i64)(first + j) * columns + column] : 0.0f;
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            if (first + j < count) sum += ahead[j];
-        }
+    __shared__ float segments[SEGMENTS][COLUMNS];
+    int within = threadIdx.x % COLUMNS, segment = threadIdx.x / COLUMNS, column = blockIdx.x * COLUMNS + within;
+    int length = (count + SEGMENTS - 1) / SEGMENTS, first = segment * length, end = min(count, first + length);
+    float sum = 0.0f;
+    if (column < columns) {
+#pragma unroll 4
+        for (int part = first; part < end; part++) sum += parts[(i64)part * columns + column];
     }
+    segments[segment][within] = sum;
+    __syncthreads();
+    if (segment > 0 || column >= columns) return;
+    sum = add ? sums[column] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < SEGMENTS; i++) sum += segments[i][within];
     sums[column] = sum;
 }
 

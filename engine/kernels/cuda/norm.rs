@@ -44,13 +44,13 @@ pub fn column_sums<E: Float>(device: &Device, x: View<E>, mut parts: ViewMut<f32
     add_parts(device, parts.view(), sums.reborrow(), add)
 }
 
-/// `sums (+)= the sum of the parts`, in their order.
+/// `sums (+)= the sum of the parts`, in an order that depends on their number alone.
 pub(super) fn add_parts(device: &Device, parts: View<f32>, mut sums: ViewMut<f32>, add: bool) -> Result<()> {
     let columns = sums.len();
     let launch = Launch::new(device, "column_sums", Variant::of::<f32>(Program::Norm), "add_parts")?.waiting();
     let launch = launch.read(parts).write(&mut sums).int(parts.len() / columns).int(columns).int(usize::from(add));
-    // SAFETY: the arguments are add_parts's. A thread stays in its column of both.
-    unsafe { launch.run((columns.div_ceil(128), 1, 1), 128, 0) }
+    // SAFETY: the arguments are add_parts's. A thread stays in its column of both, of 32 a block.
+    unsafe { launch.run((columns.div_ceil(32), 1, 1), 512, 0) }
 }
 
 /// A list of tensors on the device, kept while the same tensors come again, as in every step of a run.

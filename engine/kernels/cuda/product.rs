@@ -24,7 +24,7 @@ const FEW_ROWS: usize = 128;
 
 /// Rows and columns of a tile of product_hopper.cu, and bytes of shared memory for its stages.
 const HOPPER_ROWS: usize = 128;
-const HOPPER_COLUMNS: [usize; 4] = [256, 192, 128, 64];
+const HOPPER_COLUMNS: [usize; 5] = [256, 224, 192, 128, 64];
 const HOPPER_SHARED: usize = 224 * 1024;
 
 /// Steps of the sum, or rows, of a line of a tile in shared memory.
@@ -111,7 +111,8 @@ impl<E: Float> Product<'_, E> {
     /// product_hopper.cu: one block a multiprocessor.
     fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
         let columns = hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors);
-        let stage = (HOPPER_ROWS + columns) * LINE * 2;
+        // Strided, rows come in blocks of 64.
+        let stage = (HOPPER_ROWS + if self.b_strided { columns.next_multiple_of(LINE) } else { columns }) * LINE * 2;
         let stages = HOPPER_SHARED / stage;
         let variant = self.variant(Program::ProductHopper, O::DTYPE, Some((HOPPER_ROWS, columns)));
         let (a, b) = self.matrices();

@@ -76,7 +76,7 @@ __device__ __forceinline__ void exchange(u32 (&w)[4]) {
 // of one. What is added is asked for before it is needed.
 template <bool HAS_RESIDUAL> __device__ __forceinline__ void write_chunks(const float (&sums)[TILE_COLUMNS / 2], Out* out, const Out* residual, int row, int m, int n, int left) {
     constexpr int WORDS = sizeof(Out) / 2, TOGETHER = 4 / WORDS, GROUPS = TILE_COLUMNS / 8 / TOGETHER;
-    constexpr int BATCH = GROUPS % 8 == 0 ? 8 : GROUPS % 6 == 0 ? 6 : GROUPS;
+    constexpr int BATCH = GROUPS % 8 == 0 ? 8 : GROUPS % 7 == 0 ? 7 : GROUPS % 6 == 0 ? 6 : GROUPS;
     int quad = lane_id() % 4;
     left += WORDS == 1 ? 8 * quad : quad % 2 * 8 + quad / 2 * 4;
 #pragma unroll
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
                 }
                 if (B_STRIDED) {
 #pragma unroll
-                    for (int block = 0; block < TILE_COLUMNS / 64; block++)
+                    for (int block = 0; block < (TILE_COLUMNS + 63) / 64; block++)
                         copy_tile(b_tile + block * BLOCK_ELEMENTS, b, filled + stage, tiles.left + 64 * block, k, layer);
                 } else {
                     copy_tile(b_tile, b, filled + stage, k, tiles.left, layer);

@@ -177,7 +177,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         let tiled = |program, rows, columns| product(program).with("TILE_ROWS", rows).with("TILE_COLUMNS", columns);
         all.extend([(16, 32), (16, 64), (64, 64), (128, 128)].map(|(rows, columns)| tiled(Product, rows, columns)));
         if capability == (9, 0) {
-            all.extend([64, 128, 192, 256].map(|columns| tiled(ProductHopper, 128, columns)));
+            all.extend([64, 128, 192, 224, 256].map(|columns| tiled(ProductHopper, 128, columns)));
         }
         if (a, b, grouped) == (0, 0, 0) {
             all.push(tiled(ProductNarrow, 8, 8));
