@@ -1,7 +1,7 @@
-// Hopper's asynchronous products of a warpgroup (wgmma), its bulk copies of tiles and their barriers behind functions. Operands lie in
+// Hopper's asynchronous products of a warpgroup (wgmma), its bulk copies and their barriers behind functions. Operands lie in
 // shared memory in lines of 128 bytes with the 128-byte swizzle (product_tile.cuh), which is how bulk copies write them.
 // With EMULATED the functions are those of tests/emulator/shim.h.
-// Source: PTX ISA, asynchronous warpgroup level matrix instructions; mbarrier; cp.async.bulk.tensor.
+// Source: PTX ISA, asynchronous warpgroup level matrix instructions; mbarrier; cp.async.bulk; cp.async.bulk.tensor.
 #pragma once
 #include "prelude.cuh"
 
@@ -17,6 +17,7 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier) { emu_barrier_arriv
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) { emu_barrier_arrive(barrier, bytes); }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) { emu_barrier_wait(barrier, parity); }
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) { emu_copy_tile(to, &map, barrier, x, y, z); }
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) { emu_copy_bulk(to, from, barrier, bytes); }
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {}
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {}
 __device__ __forceinline__ u32 shared_address(const void* p) { return emu_shared_offset(p); }
@@ -55,6 +56,12 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
                  "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+// Copies so many bytes; they and both addresses are whole 16. By one thread; lands in the barrier's phase.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 // A warpgroup that needs few registers leaves them to those that need many.
