@@ -13,6 +13,7 @@ struct alignas(64) TensorMap {
 #ifdef EMULATED
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) { emu_barrier_init(barrier, arrivals); }
 __device__ __forceinline__ void barrier_fence() {}
+__device__ __forceinline__ bool elected() { return lane_id() == 0; }
 __device__ __forceinline__ void barrier_arrive(u64* barrier) { emu_barrier_arrive(barrier, 0); }
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) { emu_barrier_arrive(barrier, bytes); }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) { emu_barrier_wait(barrier, parity); }
@@ -40,6 +41,12 @@ __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Whether this is the one thread of a warp, all of which asks, that speaks for it: of such a one the compiler knows that it is one.
+__device__ __forceinline__ bool elected() {
+    u32 is;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(is));
+    return is != 0;
 }
 // Arrives; the phase ends when so many bytes have been copied too.
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {

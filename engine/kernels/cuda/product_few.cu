@@ -111,25 +111,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) product_few(const bf16* x,
     int left = blockIdx.x * 8 * MULTIPLIERS, warp = __shfl_sync(~0u, warp_id(), 0), lane = lane_id();
 
     // A phase of each, which ends when all warps have said what they copy and all of it is there.
-    if ((int)threadIdx.x < slabs) barrier_init(&barriers[threadIdx.x], WARPS), barrier_fence();
+    if (warp == 0 && elected()) {
+#pragma unroll 1
+        for (int slab = 0; slab < slabs; slab++) barrier_init(&barriers[slab], WARPS);
+        barrier_fence();
+    }
+    __syncwarp();
     int beyond = depth + lane * 8;
+#pragma unroll 1
     for (int line = warp; beyond < groups * GROUP && line < ALL_LINES + m; line += WARPS)
         store<bf16, 8>(columns + line * line_elements + beyond, Pack<bf16, 8>{});
     __syncthreads();
     // A warp copies every fourth line, the first slab of them all first. Lines beyond the last column are not read for any other.
-    if (lane == 0) {
+    if (elected()) {
+        const bf16* from[ALL_LINES / WARPS];
+        bool exists[ALL_LINES / WARPS];
+        int lines = 0;
+#pragma unroll
+        for (int i = 0; i < ALL_LINES / WARPS; i++) {
+            int line = i * WARPS + warp, column = left + line / LINES * 8 + line % 8;
+            from[i] = b + (i64)(column + (line % LINES < 8 ? 0 : n)) * depth;
+            exists[i] = column < n;
+            lines += exists[i];
+        }
+        bf16* to = columns + warp * line_elements;
 #pragma unroll 1
         for (int slab = 0; slab < slabs; slab++) {
-            int start = slab * SLAB, bytes = min(SLAB, depth - start) * 2, lines = 0;
-#pragma unroll
-            for (int line = 0; line < ALL_LINES; line += WARPS) lines += left + (line + warp) / LINES * 8 + (line + warp) % 8 < n;
+            int bytes = min(SLAB, depth - slab * SLAB) * 2;
             barrier_expect(&barriers[slab], lines * bytes);
 #pragma unroll
-            for (int of = 0; of < ALL_LINES; of += WARPS) {
-                int line = of + warp, column = left + line / LINES * 8 + line % 8;
-                const bf16* from = b + (i64)(column + (line % LINES < 8 ? 0 : n)) * depth + start;
-                if (column < n) copy_bulk(columns + line * line_elements + start, from, bytes, &barriers[slab]);
+            for (int i = 0; i < ALL_LINES / WARPS; i++) {
+                if (exists[i]) copy_bulk(to + i * WARPS * line_elements, from[i], bytes, &barriers[slab]);
+                from[i] += SLAB;
             }
+            to += SLAB;
         }
     }
     __syncwarp();
