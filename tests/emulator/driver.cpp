@@ -290,6 +290,12 @@ void emu_copy_tile(void* to, const void* map, Barrier* barrier, int x, int y, in
     bulk_copies.push_back({barrier, copy, (int)(tensor.box[0] * tensor.box[1] * 2)});
     if (lands_at_once) land(barrier);
 }
+void emu_copy_bulk(void* to, const void* from, Barrier* barrier, unsigned bytes) {
+    if ((size_t)to % 16 != 0 || (size_t)from % 16 != 0 || bytes % 16 != 0 || bytes == 0) emu_trap("a bulk copy of what is not whole 16 bytes");
+    if (early && !current->waited) (*early)[from] = bytes;
+    bulk_copies.push_back({barrier, [=] { memcpy(to, from, bytes); }, (int)bytes});
+    if (lands_at_once) land(barrier);
+}
 void emu_trap(const char* why) {
     trouble = why;
     yield(DONE);

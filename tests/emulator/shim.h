@@ -49,6 +49,7 @@ void emu_barrier_init(void* barrier, unsigned count);
 void emu_barrier_arrive(void* barrier, unsigned bytes);
 void emu_barrier_wait(void* barrier, unsigned parity);
 void emu_copy_tile(void* to, const void* map, void* barrier, int x, int y, int z);
+void emu_copy_bulk(void* to, const void* from, void* barrier, unsigned bytes);
 [[noreturn]] void emu_trap(const char* why);
 }
 

@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_step(const bf16* qk
     bf16* v_tiles = k_tiles + RING * TILE_ELEMENTS;
     // The new key and its value.
     bf16* fresh = v_tiles + RING * TILE_ELEMENTS;
-    float* score_tile = (float*)(fresh + 2 * ROW);
+    float* score_tiles = (float*)(fresh + 2 * ROW);
 
     int span = blockIdx.x, spans = gridDim.x, group = heads / kv_heads, groups = (group + 15) / 16;
     int kv_head = blockIdx.y / groups, first_head = kv_head * group + blockIdx.y % groups * 16;
@@ -91,22 +91,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_step(const bf16* qk
         if (is_key && keeps) store<bf16, N>(k_cache + kept + i, a), store<bf16, N>(k_cache + kept + i + HALF, b);
     }
 
+    auto place = [&](int block) { return (block - begin) % RING * TILE_ELEMENTS; };
+    auto scores = [&](int block) { return score_tiles + (block - begin) % 2 * 16 * SCORE_ROW; };
+    // After a wait for the block's copies: lets all threads see them, and what was written before.
+    auto meet = [&](int block) {
+        __syncthreads();
+        if (block != newest) return;
+        bf16* k_row = k_tiles + place(block) + (length - 1) % BLOCK * ROW;
+        bf16* v_row = v_tiles + place(block) + (length - 1) % BLOCK * ROW;
+        for (int i = threadIdx.x; i < DIM; i += THREADS) k_row[i] = fresh[i], v_row[i] = fresh[ROW + i];
+        __syncthreads();
+    };
     Sums sums;
     sums.clear();
+    copy_async_wait<RING - 1>();
+    meet(begin);
+    score_keys(q_tile, k_tiles + place(begin), scores(begin));
+    // The scores of a block are computed while those of the one before it are used.
     for (int block = begin; block < end; block++) {
-        copy_async_wait<RING - 1>();
-        __syncthreads();
-        int place = (block - begin) % RING * TILE_ELEMENTS;
-        bf16* k_tile = k_tiles + place;
-        bf16* v_tile = v_tiles + place;
-        if (block == newest) {
-            int row = (length - 1) % BLOCK * ROW;
-            for (int i = threadIdx.x; i < DIM; i += THREADS) k_tile[row + i] = fresh[i], v_tile[row + i] = fresh[ROW + i];
-            __syncthreads();
-        }
-        score_keys(q_tile, k_tile, score_tile);
-        __syncthreads();
-        sums.add_block(score_tile, v_tile, block * BLOCK, length, window, scale);
+        bool has_next = block + 1 < end;
+        copy_async_wait<RING - 2>();
+        meet(has_next ? block + 1 : -1);
+        sums.add_block(scores(block), v_tiles + place(block), block * BLOCK, length, window, scale);
+        if (has_next) score_keys(q_tile, k_tiles + place(block + 1), scores(block + 1));
         if (block + RING < end) __syncthreads();
         load_block(block + RING);
     }

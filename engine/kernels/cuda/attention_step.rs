@@ -26,14 +26,14 @@ pub struct Step<'a> {
     pub lengths: View<'a, i32>,
 }
 
-/// Bytes of shared memory: 16 queries, a ring of blocks of keys and values, the new key and value, a tile of scores.
+/// Bytes of shared memory: 16 queries, a ring of blocks of keys and values, the new key and value, two tiles of scores.
 fn shared_bytes(head_dim: usize) -> usize {
     let ring = match head_dim.next_multiple_of(16) {
         0..=64 => 8,
         65..=128 => 5,
         _ => 3,
     };
-    (16 + 2 * ring * BLOCK + 2) * tile_row(head_dim) * 2 + 16 * (BLOCK + 4) * 4
+    (16 + 2 * ring * BLOCK + 2) * tile_row(head_dim) * 2 + 2 * 16 * (BLOCK + 4) * 4
 }
 
 /// Whether the kernel takes a step of so many texts.

@@ -1,7 +1,7 @@
-// Hopper's asynchronous products of a warpgroup (wgmma), its bulk copies of tiles and their barriers behind functions. Operands lie in
+// Hopper's asynchronous products of a warpgroup (wgmma), its bulk copies and their barriers behind functions. Operands lie in
 // shared memory in lines of 128 bytes with the 128-byte swizzle (product_tile.cuh), which is how bulk copies write them.
 // With EMULATED the functions are those of tests/emulator/shim.h.
-// Source: PTX ISA, asynchronous warpgroup level matrix instructions; mbarrier; cp.async.bulk.tensor.
+// Source: PTX ISA, asynchronous warpgroup level matrix instructions; mbarrier; cp.async.bulk; cp.async.bulk.tensor.
 #pragma once
 #include "prelude.cuh"
 
@@ -13,10 +13,12 @@ struct alignas(64) TensorMap {
 #ifdef EMULATED
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) { emu_barrier_init(barrier, arrivals); }
 __device__ __forceinline__ void barrier_fence() {}
+__device__ __forceinline__ bool elected() { return lane_id() == 0; }
 __device__ __forceinline__ void barrier_arrive(u64* barrier) { emu_barrier_arrive(barrier, 0); }
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) { emu_barrier_arrive(barrier, bytes); }
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) { emu_barrier_wait(barrier, parity); }
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) { emu_copy_tile(to, &map, barrier, x, y, z); }
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) { emu_copy_bulk(to, from, barrier, bytes); }
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {}
 template <int REGISTERS> __device__ __forceinline__ void take_registers() {}
 __device__ __forceinline__ u32 shared_address(const void* p) { return emu_shared_offset(p); }
@@ -40,6 +42,12 @@ __device__ __forceinline__ void barrier_fence() { asm volatile("fence.mbarrier_i
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// Whether this is the one thread of a warp, all of which asks, that speaks for it: of such a one the compiler knows that it is one.
+__device__ __forceinline__ bool elected() {
+    u32 is;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(is));
+    return is != 0;
+}
 // Arrives; the phase ends when so many bytes have been copied too.
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -55,6 +63,12 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 __device__ __forceinline__ void copy_tile(void* to, const TensorMap& map, u64* barrier, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
                  "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+// Copies so many bytes; they and both addresses are whole 16. By one thread; lands in the barrier's phase.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 // A warpgroup that needs few registers leaves them to those that need many.

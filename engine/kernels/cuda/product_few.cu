@@ -1,182 +1,234 @@
 // A product of up to 8 rows with a weight whose share of each multiprocessor fits its shared memory, as decoding has them: the sums of
-// product.cu, bit for bit. An element is one chain of mma as long as the sum is, so all else stands aside: a block has 8 columns, all
-// of them are asked for at once, before the rows are there, and one warp multiplies what has come without waiting for another. The
-// rows may be normalised here, as rms_norm.cu does it, and gates may meet what they gate. See product_few.rs.
+// product.cu, bit for bit. An element is one chain of mma as long as the sum is, so all else stands aside: a block has few columns, all
+// of them are asked for at once by bulk copies, before the rows are there, and a warp multiplies what has come without waiting for
+// another. The rows may be normalised here, as rms_norm.cu does it, and gates may meet what they gate. See product_few.rs.
+// From compute capability 9.0 on.
 //
-// Macros: OUT_F32: the element of out and residual. NORMED: rows are normalised first. GATED: b has n columns that are gates, then n that
-// they gate, and out = silu(gate) * up.
+// Macros: OUT_F32: the element of out and residual. NORM_WARPS: if not 0, rows are normalised first, and rms_norm.cu has so many warps for
+// it. GATED: b has n columns that are gates, then n that they gate, and out = silu(gate) * up. MULTIPLIERS: warps that multiply, 8 columns each.
 #include "product_tile.cuh"
 #include "rms_norm.cuh"
+#include "hopper.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS;
-constexpr int CHAINS = GATED ? 2 : 1, LINES = 8 * CHAINS;
-// Steps of the sum between two loads of operands, and between two waits at the least: a warp's copy of a line.
-constexpr int STEP = 32, SLAB = 256;
-// Groups of copies that are waited for one after the other.
-constexpr int GROUPS = 8;
+// Lines of the weight that a warp multiplies: those of its columns, and if they are gates, after them those of what they gate.
+constexpr int LINES = GATED ? 16 : 8, ALL_LINES = LINES * MULTIPLIERS;
+// Steps of the sum whose operands are loaded ahead, of which a warp holds two lots; steps that are waited for at once.
+constexpr int LOT = 64, GROUP = 2 * LOT, SLAB = 512;
 
-// The operands of STEP steps.
+// The operands of LOT steps: 16 lines of the weight, 8 rows.
 struct Fragments {
-    u32 rows[4], columns[CHAINS][4];
+    u32 lines[LOT / 16][4], rows[LOT / 32][4];
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) product_few(const bf16* x, const bf16* norm, float eps, int norm_threads, const bf16* b, Out* out,
+#if NORM_WARPS > 0
+// Normalises row `warp` and every fourth after it, in registers, to shared memory. A warp stands for all warps of rms_norm.cu, since the
+// shape of the sum follows from them.
+struct Norm {
+    // Elements that rms_norm.cu takes at once; if it ever takes more than these of a row, it has all warps that it may have.
+    static constexpr int STRIDE = NORM_WARPS * 256;
+    static constexpr bool IS_LONG = NORM_WARPS == 16;
+    // Whether there is room for the next row while this one is normalised.
+    static constexpr bool LOOKS_AHEAD = NORM_WARPS <= 8;
+    // Words, since the compiler keeps each 16 bits in a register of their own.
+    typedef Pack<u32, 4> Row[NORM_WARPS];
+
+    int depth;
+    Row weights;
+
+    __device__ __forceinline__ Norm(const bf16* norm, int m, int depth) : depth(depth) { take(weights, norm, warp_id() < m); }
+
+    // An element of a thread of warp w of rms_norm.cu, the first of its first eight.
+    static __device__ __forceinline__ int place(int w) { return (32 * w + lane_id()) * 8; }
+    __device__ __forceinline__ void take(Row& to, const bf16* row, bool exists) const {
+#pragma unroll
+        for (int w = 0; w < NORM_WARPS; w++) {
+            to[w] = {};
+            if (exists && place(w) < depth) to[w] = load<u32, 4>((const u32*)(row + place(w)));
+        }
+    }
+    static __device__ __forceinline__ Pack<bf16, 8> elements(const Pack<u32, 4>& words) {
+        Pack<bf16, 8> pack;
+#pragma unroll
+        for (int i = 0; i < 8; i++) pack.at[i].bits = (u16)(words.at[i / 2] >> (i % 2 * 16));
+        return pack;
+    }
+    __device__ __forceinline__ void run(bf16* rows, int line_elements, const bf16* x, const bf16* norm, float eps, int m) const {
+        Row next;
+        if (LOOKS_AHEAD) take(next, x + (i64)warp_id() * depth, warp_id() < m);
+#pragma unroll 1
+        for (int r = warp_id(); r < m; r += WARPS) {
+            const bf16* row = x + (i64)r * depth;
+            bf16* to = rows + r * line_elements;
+            Row values;
+#pragma unroll
+            for (int w = 0; w < NORM_WARPS && LOOKS_AHEAD; w++) values[w] = next[w];
+            take(LOOKS_AHEAD ? next : values, row + (i64)(LOOKS_AHEAD ? WARPS * depth : 0), !LOOKS_AHEAD || r + WARPS < m);
+            // Of 16 warps, of which those that do not exist add nothing.
+            float parts[16] = {};
+#pragma unroll
+            for (int w = 0; w < NORM_WARPS; w++) {
+                add_squares(parts[w], elements(values[w]));
+#pragma unroll 1
+                for (int c = place(w) + STRIDE; IS_LONG && c < depth; c += STRIDE) add_squares(parts[w], load<bf16, 8>(row + c));
+            }
+#pragma unroll
+            for (int by = 16; by > 0; by /= 2)
+#pragma unroll
+                for (int w = 0; w < NORM_WARPS; w++) parts[w] += __shfl_xor_sync(~0u, parts[w], by);
+#pragma unroll
+            for (int by = 8; by > 0; by /= 2)
+#pragma unroll
+                for (int w = 0; w < 8; w++)
+                    if (w < by) parts[w] += parts[w + by];
+            float scale = inverse_rms(parts[0], eps, depth);
+#pragma unroll
+            for (int w = 0; w < NORM_WARPS; w++) {
+                if (place(w) >= depth) continue;
+                Pack<bf16, 8> pack = elements(values[w]);
+                normalise(pack, elements(weights[w]), scale);
+                store<bf16, 8>(to + place(w), pack);
+#pragma unroll 1
+                for (int c = place(w) + STRIDE; IS_LONG && c < depth; c += STRIDE) {
+                    Pack<bf16, 8> pack = load<bf16, 8>(row + c);
+                    normalise(pack, load<bf16, 8>(norm + c), scale);
+                    store<bf16, 8>(to + c, pack);
+                }
+            }
+        }
+    }
+};
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) product_few(const bf16* x, const bf16* norm, float eps, const bf16* b, Out* out,
     const Out* residual, const bf16* bias, int m, int n, int depth) {
     DYNAMIC_SHARED(memory);
     // Lines lie an odd number of 16-byte chunks apart, so that eight of them meet different banks; what is beyond `depth` is zero.
-    int steps = (depth + STEP - 1) / STEP, chunks = steps * (STEP / 8), line_elements = (chunks | 1) * 8;
-    bf16* columns = (bf16*)memory;
-    bf16* rows = columns + LINES * line_elements;
-    bf16* norm_row = rows + m * line_elements;
-    // What rows that do not exist are read from.
-    bf16* zeros = NORMED ? norm_row + line_elements : norm_row;
-    int left = blockIdx.x * 8, warp = warp_id(), lane = lane_id();
-    int slabs = (depth + SLAB - 1) / SLAB, slabs_of_group = (slabs + GROUPS - 1) / GROUPS;
+    int groups = (depth + GROUP - 1) / GROUP, line_elements = groups * GROUP + 8, slabs = (depth + SLAB - 1) / SLAB;
+    u64* barriers = (u64*)memory;
+    bf16* columns = (bf16*)(memory + (slabs + 1) / 2 * 16);
+    bf16* rows = columns + ALL_LINES * line_elements;
+    int left = blockIdx.x * 8 * MULTIPLIERS, warp = __shfl_sync(~0u, warp_id(), 0), lane = lane_id();
 
-    if (warp == 0) {
-        for (int group = 0; group < GROUPS; group++) {
-            int end = min((group + 1) * slabs_of_group, slabs);
-            for (int slab = group * slabs_of_group; slab < end; slab++) {
-                int chunk = slab * (SLAB / 8) + lane;
-                if (chunk >= chunks) continue;
-                const bf16* from = b + (i64)left * depth + chunk * 8;
-                bf16* to = columns + chunk * 8;
+    // A phase of each, which ends when all warps have said what they copy and all of it is there.
+    if (warp == 0 && elected()) {
+#pragma unroll 1
+        for (int slab = 0; slab < slabs; slab++) barrier_init(&barriers[slab], WARPS);
+        barrier_fence();
+    }
+    __syncwarp();
+    int beyond = depth + lane * 8;
+#pragma unroll 1
+    for (int line = warp; beyond < groups * GROUP && line < ALL_LINES + m; line += WARPS)
+        store<bf16, 8>(columns + line * line_elements + beyond, Pack<bf16, 8>{});
+    __syncthreads();
+    // A warp copies every fourth line, the first slab of them all first. Lines beyond the last column are not read for any other.
+    if (elected()) {
+        const bf16* from[ALL_LINES / WARPS];
+        bool exists[ALL_LINES / WARPS];
+        int lines = 0;
 #pragma unroll
-                for (int line = 0; line < LINES; line++) {
-                    bool exists = chunk * 8 < depth && left + line % 8 < n;
-                    const bf16* at = from + (i64)(line % 8 + (line < 8 ? 0 : n)) * depth;
-                    copy_async16(to + line * line_elements, exists ? at : b, exists);
-                }
+        for (int i = 0; i < ALL_LINES / WARPS; i++) {
+            int line = i * WARPS + warp, column = left + line / LINES * 8 + line % 8;
+            from[i] = b + (i64)(column + (line % LINES < 8 ? 0 : n)) * depth;
+            exists[i] = column < n;
+            lines += exists[i];
+        }
+        bf16* to = columns + warp * line_elements;
+#pragma unroll 1
+        for (int slab = 0; slab < slabs; slab++) {
+            int bytes = min(SLAB, depth - slab * SLAB) * 2;
+            barrier_expect(&barriers[slab], lines * bytes);
+#pragma unroll
+            for (int i = 0; i < ALL_LINES / WARPS; i++) {
+                if (exists[i]) copy_bulk(to + i * WARPS * line_elements, from[i], bytes, &barriers[slab]);
+                from[i] += SLAB;
             }
-            copy_async_commit();
+            to += SLAB;
         }
-    } else if (NORMED) {
-        for (int c = (threadIdx.x - 32) * 8; c < depth; c += (THREADS - 32) * 8) store<bf16, 8>(norm_row + c, load<bf16, 8>(norm + c));
     }
-    if (threadIdx.x < 4) ((u32*)zeros)[threadIdx.x] = 0;
-    int row = lane / 4, column = left + 2 * (lane % 4);
-    bool writes = warp == 0 && row < m && column < n;
-    float shift[2] = {0.0f, 0.0f};
-    if (bias && writes) shift[0] = to_float(bias[column]), shift[1] = to_float(bias[column + 1]);
+    __syncwarp();
+    // This thread's sums: a column, two rows of it, and the same of what it gates.
+    int column = left + warp * 8 + lane / 4, row = 2 * (lane % 4);
+    bool writes[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) writes[e] = warp < MULTIPLIERS && column < n && row + e < m;
+    // Widened at the end: until then nobody waits for them.
+    bf16 shift = {};
+    Out old[2] = {};
+    if (!GATED && bias && writes[0]) shift = bias[column];
 
+#if NORM_WARPS > 0
+    Norm norms(norm, m, depth);
     wait_for_earlier();
-    // All that a thread takes of the rows is asked for before the first of it is used.
-    for (int r = 0, i = threadIdx.x; r < m;) {
-        constexpr int AHEAD = 8;
-        Pack<bf16, 8> ahead[AHEAD];
-        int to[AHEAD];
+    norms.run(rows, line_elements, x, norm, eps, m);
+#else
+    wait_for_earlier();
+#pragma unroll 1
+    for (int r = 0; r < m; r++) {
+        constexpr int AT_ONCE = 4, HOP = THREADS * 8;
+#pragma unroll 1
+        for (int first = threadIdx.x * 8; first < depth; first += AT_ONCE * HOP) {
+            bf16* to = rows + r * line_elements + first;
+            const bf16* from = x + (i64)r * depth + first;
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            while (i >= chunks) i -= chunks, r++;
-            to[j] = r < m ? r * line_elements + i * 8 : -1;
-            ahead[j] = {};
-            if (r < m && i * 8 < depth) ahead[j] = load<bf16, 8>(x + (i64)r * depth + i * 8);
-            i += THREADS;
-        }
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++)
-            if (to[j] >= 0) store<bf16, 8>(rows + to[j], ahead[j]);
-        while (i >= chunks) i -= chunks, r++;
-    }
-    Pack<Out, 2> old = {};
-    if (residual && writes) old = load<Out, 2>(residual + (i64)row * n + column);
-    __syncthreads();
-#if NORMED
-    // A warp takes a row and stands for as many threads as rms_norm.cu has, since the shape of the sum follows from them.
-    for (int r = WARPS - 1 - warp; r < m; r += WARPS) {
-        bf16* values = rows + r * line_elements;
-        float parts = 0.0f;
-#pragma unroll 4
-        for (int w = 0; w < norm_threads / 32; w++) {
-            float squares = 0.0f;
-            for (int c = (32 * w + lane) * 8; c < depth; c += norm_threads * 8) add_squares(squares, load<bf16, 8>(values + c));
-            squares = warp_sum(squares);
-            if (lane == w) parts = squares;
-        }
-        float scale = inverse_rms(warp_sum(parts), eps, depth);
-#pragma unroll 4
-        for (int c = lane * 8; c < depth; c += 256) {
-            Pack<bf16, 8> pack = load<bf16, 8>(values + c);
-            normalise(pack, load<bf16, 8>(norm_row + c), scale);
-            store<bf16, 8>(values + c, pack);
+            for (int i = 0; i < AT_ONCE; i++)
+                if (first + i * HOP < depth) copy_async16(to + i * HOP, from + i * HOP, true);
         }
     }
-    __syncthreads();
+    copy_async_commit();
 #endif
-    if (warp > 0) return;
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+        if (!GATED && residual && writes[e]) old[e] = residual[(i64)(row + e) * n + column];
+    if (NORM_WARPS == 0) copy_async_wait<0>();
+    __syncthreads();
+    if (warp >= MULTIPLIERS) return;
 
-    float sums[CHAINS][4];
-#pragma unroll
-    for (int chain = 0; chain < CHAINS; chain++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) sums[chain][e] = 0.0f;
-    int line = lane % 8, matrix = lane / 8;
-    const bf16* column_line = columns + line * line_elements + matrix * 8;
-    const bf16* row_line = line < m ? rows + line * line_elements + matrix * 8 : zeros;
-    int hop = line < m ? STEP : 0;
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    // The lines are the left operand, twice the same where there are 8 of them; the rows the right one, where those that do not exist are
+    // any. An element is made of its own line and row alone.
+    int of_eight = lane % 8, matrix = lane / 8;
+    const bf16* line_at = columns + (warp * LINES + (GATED ? matrix % 2 * 8 : 0) + of_eight) * line_elements + matrix / 2 * 8;
+    const bf16* row_at = rows + min(of_eight, m - 1) * line_elements + matrix * 8;
     auto fetch = [&](Fragments& to, int step) {
-        ldmatrix4(to.rows, row_line + step * hop);
 #pragma unroll
-        for (int chain = 0; chain < CHAINS; chain++) ldmatrix4(to.columns[chain], column_line + chain * 8 * line_elements + step * STEP);
+        for (int i = 0; i < LOT / 32; i++) {
+            ldmatrix4(to.rows[i], row_at + step + 32 * i);
+            ldmatrix4(to.lines[2 * i], line_at + step + 32 * i);
+            ldmatrix4(to.lines[2 * i + 1], line_at + step + 32 * i + 16);
+        }
     };
-    // Rows of 32 steps: 8 that exist, or may, and 8 that never do.
     auto multiply = [&](const Fragments& by) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 left_operand[4] = {by.rows[2 * half], 0, by.rows[2 * half + 1], 0};
-#pragma unroll
-            for (int chain = 0; chain < CHAINS; chain++) {
-                u32 right_operand[2] = {by.columns[chain][2 * half], by.columns[chain][2 * half + 1]};
-                mma_bf16(sums[chain], left_operand, right_operand);
-            }
+        for (int i = 0; i < LOT / 16; i++) {
+            u32 right_operand[2] = {by.rows[i / 2][i % 2 * 2], by.rows[i / 2][i % 2 * 2 + 1]};
+            mma_bf16(sums, by.lines[i], right_operand);
         }
     };
-    // Operands are loaded a step ahead of their products, across groups, too.
-    Fragments now, next;
-    copy_async_wait<GROUPS - 1>();
-    __syncwarp();
-    fetch(now, 0);
-    int step = 0;
-    auto run = [&](int group) {
-        int end = min((group + 1) * slabs_of_group * (SLAB / STEP), steps);
-#pragma unroll 4
-        for (; step + 1 < end; step++) {
-            fetch(next, step + 1);
-            multiply(now);
-            now = next;
-        }
-    };
-    auto cross = [&] {
-        __syncwarp();
-        if (step + 1 >= steps) return;
-        fetch(next, step + 1);
-        multiply(now);
-        now = next;
-        step++;
-    };
-    run(0), copy_async_wait<6>(), cross();
-    run(1), copy_async_wait<5>(), cross();
-    run(2), copy_async_wait<4>(), cross();
-    run(3), copy_async_wait<3>(), cross();
-    run(4), copy_async_wait<2>(), cross();
-    run(5), copy_async_wait<1>(), cross();
-    run(6), copy_async_wait<0>(), cross();
-    run(7);
-    multiply(now);
-    static_assert(GROUPS == 8, "as many waits as groups");
+    Fragments even, odd;
+    barrier_wait(&barriers[0], 0);
+    fetch(even, 0);
+#pragma unroll 1
+    for (int group = 1; group < groups; group++) {
+        fetch(odd, LOT);
+        multiply(even);
+        if (group % (SLAB / GROUP) == 0) barrier_wait(&barriers[group / (SLAB / GROUP)], 0);
+        line_at += GROUP, row_at += GROUP;
+        fetch(even, 0);
+        multiply(odd);
+    }
+    fetch(odd, LOT);
+    multiply(even);
+    multiply(odd);
 
-    if (!writes) return;
-    Pack<Out, 2> pack;
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-#if GATED
-        pack.at[e] = gated(from_float<Out>(sums[0][e]), from_float<Out>(sums[1][e]));
-#else
-        float value = sums[0][e];
-        if (bias) value += shift[e];
-        if (residual) value += to_float(old.at[e]);
-        pack.at[e] = from_float<Out>(value);
-#endif
+        if (!writes[e]) continue;
+        i64 at = (i64)(row + e) * n + column;
+        float value = sums[e];
+        if (bias) value += to_float(shift);
+        if (residual) value += to_float(old[e]);
+        out[at] = GATED ? gated(from_float<Out>(sums[e]), from_float<Out>(sums[2 + e])) : from_float<Out>(value);
     }
-    store<Out, 2>(out + (i64)row * n + column, pack);
 }

@@ -34,6 +34,7 @@ pub enum Program {
     Logprobs,
     Norm,
     Product,
+    /// From compute capability 9.0 on.
     ProductFew,
     /// For compute capability 9.0 alone.
     ProductHopper,
@@ -151,7 +152,9 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     }
     all.push(Variant::new(Sample, plain));
     all.extend([plain, wide].into_iter().flat_map(super::int8::variants));
-    all.extend(super::product_few::variants());
+    if capability >= (9, 0) {
+        all.extend(super::product_few::variants());
+    }
     all.extend([(plain, 1), (wide, 0), (wide, 1)].map(|(dtype, out)| Variant::new(Dora, dtype).with("OUT_F32", out)));
     for head_dim in [64, 128] {
         for paged in [0, 1] {
