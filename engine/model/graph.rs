@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::tensor::attention::{Documents, Heads, Rope, attention};
 use crate::tensor::embedding::embedding;
 use crate::tensor::experts::{Expert, Experts, Routing, mixture, routing};
-use crate::tensor::linear::{linear, mlp, norm_linear, swiglu_linear};
+use crate::tensor::linear::{linear, norm_linear, norm_swiglu, swiglu_linear};
 use crate::tensor::paged_attention::{KvBlocks, Span, Texts, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
@@ -286,8 +286,12 @@ impl<E: ModelElement> Layer<E> {
     }
 
     fn dense(&self, x: &Tensor<E, 2>, eps: f32) -> Result<Tensor<E, 2>> {
-        let Mlp::Dense(weights) = &self.mlp else { unreachable!("the caller looked") };
-        mlp(x, &self.post_norm, eps, &weights.gate_up, &weights.down)
+        let Mlp::Dense(mlp) = &self.mlp else { unreachable!("the caller looked") };
+        if let Some(activation) = norm_swiglu(x, &self.post_norm, eps, &mlp.gate_up)? {
+            return linear(&activation, &mlp.down, None, Some(x));
+        }
+        let gate_up = norm_linear(x, &self.post_norm, eps, &mlp.gate_up, None)?;
+        swiglu_linear(&gate_up, &mlp.down, Some(x))
     }
 }
 

@@ -27,9 +27,6 @@ const HOPPER_ROWS: usize = 128;
 const HOPPER_COLUMNS: [usize; 5] = [256, 224, 192, 128, 64];
 const HOPPER_SHARED: usize = 224 * 1024;
 
-/// Columns of gates in a tile that has gates and their ups.
-const GATED_COLUMNS: usize = 128;
-
 /// Steps of the sum, or rows, of a line of a tile in shared memory.
 const LINE: usize = 64;
 
@@ -48,15 +45,6 @@ impl Groups<'_> {
         assert!(self.offsets.len() > 1, "groups: offsets of {} values", self.offsets.len());
         self.offsets.len() - 1
     }
-}
-
-/// What a product has to do with SwiGLU, as product_hopper.cu numbers it.
-#[derive(Clone, Copy)]
-enum Swiglu {
-    /// It is of gates and ups.
-    Forward = 1,
-    /// It is the gradient of the activation.
-    Backward = 2,
 }
 
 /// What a product is of, in the words of product.cu.
@@ -135,51 +123,36 @@ impl<'a, E: Float> Product<'a, E> {
 
     /// The operands as they lie in memory.
     fn matrices(&self) -> (Matrices, Matrices) {
-        // Weights one after the other: of groups, or of gates and ups.
-        let groups = self.b.len() / (self.columns * self.depth).max(1);
+        let groups = if self.grouped == 1 { self.b.len() / self.b_group } else { 1 };
         let of = |strided: bool, across: usize, count: usize| match strided {
             true => Matrices { count, rows: self.depth, columns: across },
             false => Matrices { count, rows: across, columns: self.depth },
         };
-        (of(self.a_strided, self.rows, 1), of(self.b_strided, self.columns, groups.max(1)))
+        (of(self.a_strided, self.rows, 1), of(self.b_strided, self.columns, groups))
     }
 
     /// product_hopper.cu: one block a multiprocessor.
     ///
-    /// - `swiglu`: what the product has to do with it, and the activation, to be written
-    fn run_hopper<O: Float>(
-        self,
-        device: &Device,
-        mut out: ViewMut<O>,
-        residual: Residual<O>,
-        mut swiglu: Option<(Swiglu, ViewMut<O>)>,
-    ) -> Result<()> {
-        let columns = match swiglu {
-            Some((Swiglu::Forward, _)) => 2 * GATED_COLUMNS,
-            _ => hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors),
-        };
-        // Columns from one tile to the next.
-        let apart = if matches!(swiglu, Some((Swiglu::Forward, _))) { GATED_COLUMNS } else { columns };
+    /// - `act`: the product is the gradient of this activation, to be written, `out` that of gate and up, which `residual` is
+    fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>, mut act: Option<ViewMut<O>>) -> Result<()> {
+        let columns = hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors);
         // Strided, rows come in blocks of 64.
         let stage = (HOPPER_ROWS + if self.b_strided { columns.next_multiple_of(LINE) } else { columns }) * LINE * 2;
         let stages = HOPPER_SHARED / stage;
         let variant = self.variant(Program::ProductHopper, O::DTYPE, Some((HOPPER_ROWS, columns)));
-        let variant = match swiglu {
-            None => variant,
-            Some((swiglu, _)) => variant.with("SWIGLU", swiglu as u32),
-        };
+        let variant = if act.is_some() { variant.with("SWIGLU", 1) } else { variant };
         let (a, b) = self.matrices();
         // Of a strided operand blocks of 64 rows are copied one by one.
         let tile = |strided: bool, rows: usize| if strided { LINE } else { rows };
         let a = TensorMap::new(device, self.op, self.a.cast(), a, tile(self.a_strided, HOPPER_ROWS))?;
-        let b = TensorMap::new(device, self.op, self.b.cast(), b, tile(self.b_strided, apart))?;
+        let b = TensorMap::new(device, self.op, self.b.cast(), b, tile(self.b_strided, columns))?;
         let launch = Launch::new(device, self.op, variant, "product")?.waiting().map(&a).map(&b).write(&mut out);
         let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
         let groups = self.groups.map_or(1, |groups| groups.count());
         let launch = launch.read_or_null(self.groups.map(|groups| groups.offsets)).int(groups).long(self.out_group);
-        let launch = launch.write_or_null(swiglu.as_mut().map(|(_, act)| act));
+        let launch = launch.write_or_null(act.as_mut());
         let tiles =
-            (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(apart) * if self.grouped == 2 { groups } else { 1 };
+            (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(columns) * if self.grouped == 2 { groups } else { 1 };
         // SAFETY: the arguments are product's of product_hopper.cu, and the public functions below have checked sizes as `run_tiles`
         // says, as `swiglu_gradient` has. Bulk copies read nothing beyond the matrices. A block takes tiles until there are none, however many blocks there are.
         unsafe { launch.run((tiles.min(device.multiprocessors), 1, 1), 384, stages * (stage + 16)) }
@@ -320,40 +293,6 @@ pub fn forward<E: Float, O: Float>(
     product.run(device, y, residual)
 }
 
-/// [`forward`] of a weight of gates and ups, with what [`super::swiglu::swiglu`] makes of it. Returns false, and does nothing, where no
-/// kernel does both.
-///
-/// - `gate_up`: `[m, outputs]`, gates first; `act`: `[m, outputs / 2]`; `x`: `[m, inputs]`
-pub fn swiglu_forward<E: Float>(device: &Device, gate_up: ViewMut<E>, act: ViewMut<E>, x: View<E>, weight: Weight<E>) -> Result<bool> {
-    let op = "linear";
-    let len = weight.check(op, 1);
-    let Weight { values, outputs, inputs } = weight;
-    assert!(outputs.is_multiple_of(2) && 2 * act.len() == gate_up.len(), "{op}: an activation of {} of {outputs} columns", act.len());
-    let rows = gate_up.len() / outputs;
-    assert!(gate_up.len() == rows * outputs && x.len() == rows * inputs, "{op}: x has {} values for [{rows}, {inputs}]", x.len());
-    let product = Product {
-        op,
-        a: x,
-        b: values,
-        bias: None,
-        rows,
-        columns: outputs / 2,
-        depth: inputs,
-        a_strided: false,
-        b_strided: false,
-        grouped: 0,
-        groups: None,
-        b_group: len / 2,
-        out_group: 0,
-    };
-    let aligned = [gate_up.address, act.address].iter().all(|at| at.is_multiple_of(16)) && product.columns.is_multiple_of(8);
-    if !aligned || !product.is_for_hopper(device) {
-        return Ok(false);
-    }
-    product.run_hopper(device, gate_up, Residual::None, Some((Swiglu::Forward, act)))?;
-    Ok(true)
-}
-
 /// `dx = dy W`, or `dx += dy W`: the gradient of the layer's input.
 ///
 /// - `dx`: `[m, inputs]`, E or f32; `dy`: `[m, outputs]`
@@ -396,7 +335,7 @@ pub fn swiglu_gradient<E: Float>(
     if !aligned || !product.is_for_hopper(device) {
         return Ok(false);
     }
-    product.run_hopper(device, d_gate_up, Residual::Other(gate_up), Some((Swiglu::Backward, act)))?;
+    product.run_hopper(device, d_gate_up, Residual::Other(gate_up), Some(act))?;
     Ok(true)
 }
 

@@ -2,17 +2,11 @@
 // at a time. One warp copies tiles ahead by bulk copies, two warpgroups multiply, 64 rows each; blocks stay and take one tile after
 // the other, so that copies for the next tile go on while the last one is written. See product.rs.
 //
-// Macros: as product.cu, with TILE_ROWS 128 and TILE_COLUMNS 64 to 256. SWIGLU: 1, the product is of gates
-// and ups, whose weights are one after the other, and the activation is written too; 2, it is the activation's gradient, of which that of
-// gates and ups is written.
+// Macros: as product.cu, with TILE_ROWS 128 and TILE_COLUMNS 64 to 256. SWIGLU: the product is the gradient of an activation, of which
+// that of gate and up is written.
 #include "product_tile.cuh"
 #include "hopper.cuh"
 
-#ifndef SWIGLU
-#define SWIGLU 0
-#endif
-// Columns from one tile to the next: half a tile is gates, the other half their ups.
-constexpr int TILE_STEP = SWIGLU == 1 ? TILE_COLUMNS / 2 : TILE_COLUMNS;
 constexpr int MULTIPLIERS = 2, THREADS = 128 * (1 + MULTIPLIERS);
 constexpr int A_ELEMENTS = tile_elements<TILE_ROWS, A_STRIDED>, B_ELEMENTS = tile_elements<TILE_COLUMNS, B_STRIDED>;
 constexpr int STAGE_ELEMENTS = A_ELEMENTS + B_ELEMENTS;
@@ -44,7 +38,7 @@ struct Tiles {
     }
     // Moves to the block's next tile, or says that there is none.
     __device__ __forceinline__ bool advance() {
-        int columns = (n + TILE_STEP - 1) / TILE_STEP, tiles;
+        int columns = (n + TILE_COLUMNS - 1) / TILE_COLUMNS, tiles;
         while (next - before >= (tiles = (rows + TILE_ROWS - 1) / TILE_ROWS * columns)) {
             if (++group >= groups) return false;
             before += tiles;
@@ -53,7 +47,7 @@ struct Tiles {
         // Blocks that run together take 8 rows of tiles and few columns, which the cache holds.
         int place = next - before, first = place / (8 * columns) * 8, height = min((rows + TILE_ROWS - 1) / TILE_ROWS - first, 8);
         int within = place - first * columns;
-        top = (first + within % height) * TILE_ROWS, left = within / height * TILE_STEP;
+        top = (first + within % height) * TILE_ROWS, left = within / height * TILE_COLUMNS;
         next += gridDim.x;
         return true;
     }
@@ -161,17 +155,11 @@ __device__ __forceinline__ void write_sums(float (&sums)[TILE_COLUMNS / 2], Out*
         }
 }
 
-// Words of the sums of four chunks of 8 columns from `chunk` on, rounded: of one chunk for each lane of four.
-__device__ __forceinline__ void chunk_words(u32 (&words)[4], const float (&sums)[TILE_COLUMNS / 2], int chunk, int half) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) words[j] = pack_bf16(sums[4 * (chunk + j) + 2 * half], sums[4 * (chunk + j) + 2 * half + 1]);
-    exchange(words);
-}
-__device__ __forceinline__ bf16 element(const u32 (&words)[4], int i) { return bf16{(u16)(words[i / 2] >> 16 * (i % 2))}; }
-
-#if SWIGLU == 1
-// Writes gates and ups, [m, 2 n], and the activation, [m, n]. Rows are whole chunks of 16 bytes.
-__device__ __forceinline__ void write_gated(const float (&sums)[TILE_COLUMNS / 2], Out* gate_up, const Out*, Out* act, int row, int m, int n, int left) {
+#if SWIGLU
+// Turns a thread's sums, the gradient of the activation, into that of gate and up, [m, 2 n], and writes the activation too. Rows are whole
+// chunks of 16 bytes.
+__device__ __forceinline__ void write_gated(const float (&sums)[TILE_COLUMNS / 2], Out* d_gate_up, const Out* gate_up, Out* act, int row, int m, int n, int left) {
+    constexpr int GROUPS = TILE_COLUMNS / 32, BATCH = 2;
     left += lane_id() % 4 * 8;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -179,48 +167,28 @@ __device__ __forceinline__ void write_gated(const float (&sums)[TILE_COLUMNS / 2
         // Columns of the row that exist from there on.
         int whole = row + 8 * half < m ? n - left : 0;
 #pragma unroll
-        for (int column = 0; column < TILE_STEP; column += 32) {
-            u32 gates[4], ups[4];
-            chunk_words(gates, sums, column / 8, half), chunk_words(ups, sums, TILE_STEP / 8 + column / 8, half);
-            if (column >= whole) continue;
-            Pack<Out, 8> acts;
+        for (int first = 0; first < GROUPS; first += BATCH) {
+            Pack<Out, 8> gates[BATCH], ups[BATCH];
 #pragma unroll
-            for (int j = 0; j < 8; j++) acts.at[j] = gated(element(gates, j), element(ups, j));
-            *(uint4*)(gate_up + at + column) = make_uint4(gates[0], gates[1], gates[2], gates[3]);
-            *(uint4*)(gate_up + at + n + column) = make_uint4(ups[0], ups[1], ups[2], ups[3]);
-            store<Out, 8>(act + act_at + column, acts);
-        }
-    }
-}
-#elif SWIGLU == 2
-// Turns a thread's sums, the gradient of the activation, into that of gates and ups, [m, 2 n], and writes the activation too. Rows are
-// whole chunks of 16 bytes.
-__device__ __forceinline__ void write_gated(const float (&sums)[TILE_COLUMNS / 2], Out* d_gate_up, const Out* gate_up, Out* act, int row, int m, int n, int left) {
-    // Chunks whose gates and ups are asked for before the first is used.
-    constexpr int CHUNKS = TILE_COLUMNS / 32, AHEAD = 2;
-    left += lane_id() % 4 * 8;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        i64 at = (i64)(row + 8 * half) * 2 * n + left, act_at = (i64)(row + 8 * half) * n + left;
-        int whole = row + 8 * half < m ? n - left : 0;
-#pragma unroll
-        for (int first = 0; first < CHUNKS; first += AHEAD) {
-            Pack<Out, 8> gates[AHEAD], ups[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD && first + i < CHUNKS; i++) {
+            for (int i = 0; i < BATCH && first + i < GROUPS; i++) {
                 int column = 32 * (first + i);
                 if (column >= whole) continue;
                 gates[i] = load<Out, 8>(gate_up + at + column), ups[i] = load<Out, 8>(gate_up + at + n + column);
             }
 #pragma unroll
-            for (int i = 0; i < AHEAD && first + i < CHUNKS; i++) {
+            for (int i = 0; i < BATCH && first + i < GROUPS; i++) {
                 int column = 32 * (first + i);
                 u32 words[4];
-                chunk_words(words, sums, column / 8, half);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int sum = 4 * (4 * (first + i) + j) + 2 * half;
+                    words[j] = pack_bf16(sums[sum], sums[sum + 1]);
+                }
+                exchange(words);
                 if (column >= whole) continue;
                 Pack<Out, 8> acts;
 #pragma unroll
-                for (int j = 0; j < 8; j++) gated_backward(gates[i].at[j], ups[i].at[j], element(words, j), acts.at[j]);
+                for (int j = 0; j < 8; j++) gated_backward(gates[i].at[j], ups[i].at[j], Out{(u16)(words[j / 2] >> 16 * (j % 2))}, acts.at[j]);
                 store<Out, 8>(d_gate_up + at + column, gates[i]), store<Out, 8>(d_gate_up + at + n + column, ups[i]);
                 store<Out, 8>(act + act_at + column, acts);
             }
@@ -278,7 +246,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
                         copy_tile(b_tile + block * BLOCK_ELEMENTS, b, filled + stage, tiles.left + 64 * block, k, layer);
                 } else {
                     copy_tile(b_tile, b, filled + stage, k, tiles.left, layer);
-                    if (SWIGLU == 1) copy_tile(b_tile + B_ELEMENTS / 2, b, filled + stage, k, tiles.left, 1);
                 }
                 step_on();
             }

@@ -182,9 +182,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         if capability == (9, 0) {
             let hopper = [64, 128, 192, 224, 256].map(|columns| tiled(ProductHopper, 128, columns));
             if (a, b, grouped) == (0, 1, 0) {
-                all.extend(hopper.clone().map(|variant| variant.with("SWIGLU", 2)));
-            } else if (a, b, grouped) == (0, 0, 0) {
-                all.push(tiled(ProductHopper, 128, 256).with("SWIGLU", 1));
+                all.extend(hopper.clone().map(|variant| variant.with("SWIGLU", 1)));
             }
             all.extend(hopper);
         }

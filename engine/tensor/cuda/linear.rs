@@ -58,36 +58,17 @@ pub fn norm_linear<E: ModelElement>(
     if let Some(y) = few_rows(device, x, norm, eps, weight, bias, Form::NORMED)? {
         return Ok(y);
     }
-    Ok(norm_product(device, x, (norm, eps), weight, bias, false)?.0)
-}
-
-/// `rms_norm(x) Wᵀ (+ bias)`, and if that is of gates and ups and one kernel does both, their activation.
-fn norm_product<E: ModelElement>(
-    device: &Arc<Device>,
-    x: &Tensor<E, 2>,
-    (norm, eps): (&Arc<Parameter<E>>, f32),
-    weight: &Arc<Parameter<E>>,
-    bias: Option<&Arc<Parameter<E>>>,
-    is_gated: bool,
-) -> Result<(Tensor<E, 2>, Option<DeviceBuffer<E>>)> {
     let [tokens, hidden] = x.shape();
     let mut inv_rms = activation::<f32>(device, tokens)?;
     let mut normed = scratch::<E>(device, tokens * hidden)?;
     norm_kernel::rms_norm(device, x.cuda(), None, norm.read().on_device(), eps, normed.view_mut(), inv_rms.view_mut())?;
-    let gated = if is_gated { gated_product(device, normed.view(), tokens, weight)? } else { None };
-    let (y, applied, activation) = match gated {
-        Some((y, activation)) => (y, Applied::none(weight), Some(activation)),
-        None => {
-            let (y, applied) = product(device, normed.view(), tokens, weight, bias, None)?;
-            (y, applied, None)
-        }
-    };
+    let (y, applied) = product(device, normed.view(), tokens, weight, bias, None)?;
     drop(normed);
     let (device, saved, norm, weight, bias) = (device.clone(), x.data().clone(), norm.clone(), weight.clone(), bias.cloned());
     let needs_input = weight.trains() || applied.trains();
     let trains = needs_input || norm.trains() || bias.as_ref().is_some_and(|bias| bias.trains());
     let (seen, norm_seen) = (weight.version(), norm.version());
-    let y = Tensor::from_operation_on_device([tokens, weight.rows()], y, &[x.node()], trains, move |dy, sink| {
+    Ok(Tensor::from_operation_on_device([tokens, weight.rows()], y, &[x.node()], trains, move |dy, sink| {
         weight.check_version(seen, "norm_linear")?;
         norm.check_version(norm_seen, "norm_linear")?;
         applied.check_versions("norm_linear")?;
@@ -109,40 +90,18 @@ fn norm_product<E: ModelElement>(
             rms_norm::backward(&device, sink, &norm, saved.cuda().view(), inv_rms.view(), normed.view())?;
         }
         Ok(())
-    });
-    Ok((y, activation))
+    }))
 }
 
-/// Gates and ups of normalised rows and their activation, by one kernel. None where none does both.
-fn gated_product<E: ModelElement>(
-    device: &Arc<Device>,
-    normed: View<E>,
-    tokens: usize,
-    weight: &Parameter<E>,
-) -> Result<Option<(DeviceBuffer<E>, DeviceBuffer<E>)>> {
-    let value = weight.read();
-    let is_plain = weight.adapters().is_empty() && value.cuda.as_ref().is_some_and(|cuda| cuda.int8.is_none());
-    if !is_plain {
-        return Ok(None);
-    }
-    let (mut y, mut act) = (activation::<E>(device, tokens * weight.rows())?, scratch::<E>(device, tokens * weight.rows() / 2)?);
-    let is_done = product::swiglu_forward(device, y.view_mut(), act.view_mut(), normed, operand(weight, &value, None))?;
-    Ok(is_done.then_some((y, act)))
-}
-
-/// As [`crate::tensor::linear::mlp`].
-pub fn mlp<E: ModelElement>(
+/// As [`crate::tensor::linear::norm_swiglu`].
+pub fn norm_swiglu<E: ModelElement>(
     device: &Arc<Device>,
     x: &Tensor<E, 2>,
-    norm: (&Arc<Parameter<E>>, f32),
-    gate_up: &Arc<Parameter<E>>,
-    down: &Arc<Parameter<E>>,
-) -> Result<Tensor<E, 2>> {
-    if let Some(activation) = few_rows(device, x, norm.0, norm.1, gate_up, None, Form::GATED)? {
-        return linear(device, &activation, down, None, Some(x));
-    }
-    let (gate_up, activation) = norm_product(device, x, norm, gate_up, None, true)?;
-    swiglu_product(device, &gate_up, activation, down, Some(x))
+    norm: &Parameter<E>,
+    eps: f32,
+    gate_up: &Parameter<E>,
+) -> Result<Option<Tensor<E, 2>>> {
+    few_rows(device, x, norm, eps, gate_up, None, Form::GATED)
 }
 
 /// The product of normalised rows by one kernel: of few rows, by which nobody differentiates, with a weight alone. None for others.
@@ -183,27 +142,10 @@ pub fn swiglu_linear<E: ModelElement>(
     weight: &Arc<Parameter<E>>,
     residual: Option<&Tensor<E, 2>>,
 ) -> Result<Tensor<E, 2>> {
-    swiglu_product(device, gate_up, None, weight, residual)
-}
-
-/// [`swiglu_linear`] of an activation that may be there already.
-fn swiglu_product<E: ModelElement>(
-    device: &Arc<Device>,
-    gate_up: &Tensor<E, 2>,
-    activation: Option<DeviceBuffer<E>>,
-    weight: &Arc<Parameter<E>>,
-    residual: Option<&Tensor<E, 2>>,
-) -> Result<Tensor<E, 2>> {
     let [tokens, width] = gate_up.shape();
     let inter = width / 2;
-    let activation = match activation {
-        Some(activation) => activation,
-        None => {
-            let mut activation = scratch::<E>(device, tokens * inter)?;
-            swiglu::swiglu(device, gate_up.cuda(), inter, activation.view_mut())?;
-            activation
-        }
-    };
+    let mut activation = scratch::<E>(device, tokens * inter)?;
+    swiglu::swiglu(device, gate_up.cuda(), inter, activation.view_mut())?;
     let (y, applied) = product(device, activation.view(), tokens, weight, None, residual)?;
     drop(activation);
     let (device, saved, weight) = (device.clone(), gate_up.data().clone(), weight.clone());

@@ -64,13 +64,6 @@ impl<E: ModelElement> Applied<E> {
         self.parts.iter().any(LowRank::trains)
     }
 
-    /// Of a weight that has no parts.
-    pub fn none(weight: &Parameter<E>) -> Self {
-        let parts = weight.adapters();
-        assert!(parts.is_empty(), "the weight has low-rank parts");
-        Self { parts, width: weight.rows(), inner: Vec::new(), scaling: None, versions: Vec::new() }
-    }
-
     /// Whether there are no parts.
     pub fn is_empty(&self) -> bool {
         self.parts.is_empty()
