@@ -168,33 +168,6 @@ fn sums_go_on_in_what_is_there() {
     assert_close("dw", &got.1, &dw.iter().map(|v| v + 2.0).collect::<Vec<_>>(), 1e-5);
 }
 
-#[test]
-fn the_gradient_of_an_activation_goes_through_it_with_the_same_bits() {
-    let Some(bench) = bench() else { return };
-    if bench.device.capability != (9, 0) {
-        return;
-    }
-    let (m, outputs, inter) = (131, 72, 264);
-    let (dy, w, gate_up) = (uniform::<bf16>(1, m * outputs), uniform::<bf16>(2, outputs * inter), uniform::<bf16>(3, m * 2 * inter));
-    let (dy, w, gate_up) = (bench.upload(&dy), bench.upload(&w), bench.upload(&gate_up));
-    let weight = Weight { values: w.view(), outputs, inputs: inter };
-    let together = bench.run(|device| {
-        let (mut d_gate_up, mut act) = (bench.poisoned::<bf16>(m * 2 * inter), bench.poisoned::<bf16>(m * inter));
-        assert!(product::swiglu_gradient(device, d_gate_up.view_mut(), act.view_mut(), gate_up.view(), dy.view(), weight).unwrap());
-        (d_gate_up.to_vec().unwrap(), act.to_vec().unwrap())
-    });
-    let apart = bench.run(|device| {
-        let (mut d_gate_up, mut act) = (bench.poisoned::<bf16>(m * 2 * inter), bench.poisoned::<bf16>(m * inter));
-        let mut d_act = bench.poisoned::<bf16>(m * inter);
-        product::input_gradient(device, d_act.view_mut(), dy.view(), weight, false, None).unwrap();
-        let place = swiglu::Gradient::Beside { gate_up: gate_up.view(), d_gate_up: d_gate_up.view_mut() };
-        swiglu::swiglu_backward(device, place, inter, d_act.view(), Some(act.view_mut())).unwrap();
-        (d_gate_up.to_vec().unwrap(), act.to_vec().unwrap())
-    });
-    assert_same("d_gate_up", &together.0, &apart.0);
-    assert_same("act", &together.1, &apart.1);
-}
-
 fn groups_agree<E: TileElement + Float>(offsets: &[i32], n: usize, k: usize) {
     let Some(bench) = bench() else { return };
     let (count, m) = (offsets.len() - 1, *offsets.last().unwrap() as usize);

@@ -162,10 +162,3 @@ template <class T> __device__ __forceinline__ T gated(T gate, T up) {
     float g = to_float(gate);
     return from_float<T>(g * sigmoid(g) * to_float(up));
 }
-// Its derivative: gate and up become what the gradient `d` is in them, act the activation. The same bits wherever it is compiled.
-template <class T> __device__ __forceinline__ void gated_backward(T& gate, T& up, T d, T& act) {
-    float g = to_float(gate), u = to_float(up), dj = to_float(d), s = sigmoid(g);
-    act = from_float<T>(g * s * u);
-    gate = from_float<T>(dj * u * s * __fmaf_rn(g, 1.0f - s, 1.0f));
-    up = from_float<T>(dj * g * s);
-}

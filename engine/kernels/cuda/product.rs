@@ -66,27 +66,7 @@ struct Product<'a, E: Float> {
     out_group: usize,
 }
 
-impl<'a, E: Float> Product<'a, E> {
-    /// `dy W`.
-    fn of_input_gradient(op: &'static str, dy: View<'a, E>, weight: Weight<'a, E>, groups: Option<Groups<'a>>) -> Self {
-        let Weight { values, outputs, inputs } = weight;
-        Self {
-            op,
-            a: dy,
-            b: values,
-            bias: None,
-            rows: dy.len() / outputs,
-            columns: inputs,
-            depth: outputs,
-            a_strided: false,
-            b_strided: true,
-            grouped: u32::from(groups.is_some()),
-            groups,
-            b_group: outputs * inputs,
-            out_group: 0,
-        }
-    }
-
+impl<E: Float> Product<'_, E> {
     /// Elements from one row of an operand to the next in memory.
     fn strides(&self) -> (usize, usize) {
         let stride = |strided: bool, across: usize| if strided { across } else { self.depth };
@@ -109,16 +89,13 @@ impl<'a, E: Float> Product<'a, E> {
         }
         let wide = E::DTYPE == Dtype::Bf16;
         assert!(wide || O::DTYPE == Dtype::F32, "{}: products of f32 are f32", self.op);
-        if self.is_for_hopper(device) { self.run_hopper(device, out, residual, None) } else { self.run_tiles(device, out, residual) }
-    }
-
-    /// Whether it has rows enough for product_hopper.cu, and operands that can be copied in bulk.
-    fn is_for_hopper(&self, device: &Device) -> bool {
-        if E::DTYPE != Dtype::Bf16 || self.rows <= FEW_ROWS || device.capability != (9, 0) {
-            return false;
+        if wide && self.rows > FEW_ROWS && device.capability == (9, 0) {
+            let (a, b) = self.matrices();
+            if a.are_aligned(self.a.cast()) && b.are_aligned(self.b.cast()) {
+                return self.run_hopper(device, out, residual);
+            }
         }
-        let (a, b) = self.matrices();
-        a.are_aligned(self.a.cast()) && b.are_aligned(self.b.cast())
+        self.run_tiles(device, out, residual)
     }
 
     /// The operands as they lie in memory.
@@ -132,15 +109,12 @@ impl<'a, E: Float> Product<'a, E> {
     }
 
     /// product_hopper.cu: one block a multiprocessor.
-    ///
-    /// - `act`: the product is the gradient of this activation, to be written, `out` that of gate and up, which `residual` is
-    fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>, mut act: Option<ViewMut<O>>) -> Result<()> {
+    fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
         let columns = hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors);
         // Strided, rows come in blocks of 64.
         let stage = (HOPPER_ROWS + if self.b_strided { columns.next_multiple_of(LINE) } else { columns }) * LINE * 2;
         let stages = HOPPER_SHARED / stage;
         let variant = self.variant(Program::ProductHopper, O::DTYPE, Some((HOPPER_ROWS, columns)));
-        let variant = if act.is_some() { variant.with("SWIGLU", 1) } else { variant };
         let (a, b) = self.matrices();
         // Of a strided operand blocks of 64 rows are copied one by one.
         let tile = |strided: bool, rows: usize| if strided { LINE } else { rows };
@@ -150,11 +124,10 @@ impl<'a, E: Float> Product<'a, E> {
         let launch = residual.push(self.op, launch, &out).read_or_null(self.bias).int(self.rows).int(self.columns).int(self.depth);
         let groups = self.groups.map_or(1, |groups| groups.count());
         let launch = launch.read_or_null(self.groups.map(|groups| groups.offsets)).int(groups).long(self.out_group);
-        let launch = launch.write_or_null(act.as_mut());
         let tiles =
             (self.rows.div_ceil(HOPPER_ROWS) + groups - 1) * self.columns.div_ceil(columns) * if self.grouped == 2 { groups } else { 1 };
         // SAFETY: the arguments are product's of product_hopper.cu, and the public functions below have checked sizes as `run_tiles`
-        // says, as `swiglu_gradient` has. Bulk copies read nothing beyond the matrices. A block takes tiles until there are none, however many blocks there are.
+        // says. Bulk copies read nothing beyond the matrices. A block takes tiles until there are none, however many blocks there are.
         unsafe { launch.run((tiles.min(device.multiprocessors), 1, 1), 384, stages * (stage + 16)) }
     }
 
@@ -305,38 +278,27 @@ pub fn input_gradient<E: Float, O: Float>(
     groups: Option<Groups>,
 ) -> Result<()> {
     let op = "linear_backward";
-    weight.check(op, groups.map_or(1, |groups| groups.count()));
-    let Weight { outputs, inputs, .. } = weight;
+    let len = weight.check(op, groups.map_or(1, |groups| groups.count()));
+    let Weight { values, outputs, inputs } = weight;
     assert!(dx.len().is_multiple_of(inputs), "{op}: dx has {} values, rows of {inputs}", dx.len());
     let rows = dx.len() / inputs;
     assert!(dy.len() == rows * outputs, "{op}: dy has {} values for [{rows}, {outputs}]", dy.len());
-    let product = Product::of_input_gradient(op, dy, weight, groups);
+    let product = Product {
+        op,
+        a: dy,
+        b: values,
+        bias: None,
+        rows,
+        columns: inputs,
+        depth: outputs,
+        a_strided: false,
+        b_strided: true,
+        grouped: u32::from(groups.is_some()),
+        groups,
+        b_group: len,
+        out_group: 0,
+    };
     product.run(device, dx, if add { Residual::Own } else { Residual::None })
-}
-
-/// `d_act = dy W`, of which only what [`super::swiglu::swiglu_backward`] makes of it is written. Returns false, and does nothing, where no
-/// kernel does both.
-///
-/// - `d_gate_up`, `gate_up`: `[m, 2 * inputs]`; `act`: `[m, inputs]`, written; `dy`: `[m, outputs]`
-pub fn swiglu_gradient<E: Float>(
-    device: &Device,
-    d_gate_up: ViewMut<E>,
-    act: ViewMut<E>,
-    gate_up: View<E>,
-    dy: View<E>,
-    weight: Weight<E>,
-) -> Result<bool> {
-    let op = "swiglu_backward";
-    weight.check(op, 1);
-    let product = Product::of_input_gradient(op, dy, weight, None);
-    let len = product.rows * weight.inputs;
-    assert!(act.len() == len && gate_up.len() == 2 * len && d_gate_up.len() == 2 * len, "{op}: an activation of {} values", act.len());
-    let aligned = [d_gate_up.address, act.address, gate_up.address].iter().all(|at| at.is_multiple_of(16));
-    if !aligned || !product.is_for_hopper(device) {
-        return Ok(false);
-    }
-    product.run_hopper(device, d_gate_up, Residual::Other(gate_up), Some(act))?;
-    Ok(true)
 }
 
 /// `dW = dy^T x`, or `dW += dy^T x`, in f32: the gradient of the weight, tokens in their order.

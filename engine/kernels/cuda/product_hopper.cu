@@ -2,8 +2,7 @@
 // at a time. One warp copies tiles ahead by bulk copies, two warpgroups multiply, 64 rows each; blocks stay and take one tile after
 // the other, so that copies for the next tile go on while the last one is written. See product.rs.
 //
-// Macros: as product.cu, with TILE_ROWS 128 and TILE_COLUMNS 64 to 256. SWIGLU: the product is the gradient of an activation, of which
-// that of gate and up is written.
+// Macros: as product.cu, with TILE_ROWS 128 and TILE_COLUMNS 64 to 256.
 #include "product_tile.cuh"
 #include "hopper.cuh"
 
@@ -155,50 +154,8 @@ __device__ __forceinline__ void write_sums(float (&sums)[TILE_COLUMNS / 2], Out*
         }
 }
 
-#if SWIGLU
-// Turns a thread's sums, the gradient of the activation, into that of gate and up, [m, 2 n], and writes the activation too. Rows are whole
-// chunks of 16 bytes.
-__device__ __forceinline__ void write_gated(const float (&sums)[TILE_COLUMNS / 2], Out* d_gate_up, const Out* gate_up, Out* act, int row, int m, int n, int left) {
-    constexpr int GROUPS = TILE_COLUMNS / 32, BATCH = 2;
-    left += lane_id() % 4 * 8;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        i64 at = (i64)(row + 8 * half) * 2 * n + left, act_at = (i64)(row + 8 * half) * n + left;
-        // Columns of the row that exist from there on.
-        int whole = row + 8 * half < m ? n - left : 0;
-#pragma unroll
-        for (int first = 0; first < GROUPS; first += BATCH) {
-            Pack<Out, 8> gates[BATCH], ups[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH && first + i < GROUPS; i++) {
-                int column = 32 * (first + i);
-                if (column >= whole) continue;
-                gates[i] = load<Out, 8>(gate_up + at + column), ups[i] = load<Out, 8>(gate_up + at + n + column);
-            }
-#pragma unroll
-            for (int i = 0; i < BATCH && first + i < GROUPS; i++) {
-                int column = 32 * (first + i);
-                u32 words[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    int sum = 4 * (4 * (first + i) + j) + 2 * half;
-                    words[j] = pack_bf16(sums[sum], sums[sum + 1]);
-                }
-                exchange(words);
-                if (column >= whole) continue;
-                Pack<Out, 8> acts;
-#pragma unroll
-                for (int j = 0; j < 8; j++) gated_backward(gates[i].at[j], ups[i].at[j], Out{(u16)(words[j / 2] >> 16 * (j % 2))}, acts.at[j]);
-                store<Out, 8>(d_gate_up + at + column, gates[i]), store<Out, 8>(d_gate_up + at + n + column, ups[i]);
-                store<Out, 8>(act + act_at + column, acts);
-            }
-        }
-    }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, Out* out,
-    const Out* residual, const bf16* bias, int m, int n, int depth, const int* offsets, int groups, i64 out_group, Out* act) {
+    const Out* residual, const bf16* bias, int m, int n, int depth, const int* offsets, int groups, i64 out_group) {
     DYNAMIC_SHARED(memory);
     bf16* stages = (bf16*)memory;
     u64* filled = (u64*)(stages + STAGES * STAGE_ELEMENTS);
@@ -298,11 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) product(const __grid_co
         i64 base = GROUPED == 1 ? (i64)tiles.base * n : GROUPED == 2 ? tiles.group * out_group : 0;
         const bf16* own_bias = bias ? bias + (GROUPED == 1 ? (i64)tiles.group * n : 0) : bias;
         int row = tiles.top + group_row + warp_id() % 4 * 16 + lane_id() / 4;
-#if SWIGLU
-        write_gated(sums, out, residual, act, row, tiles.rows, n, tiles.left);
-#else
         write_sums(sums, out + base, residual ? residual + base : residual, own_bias, row, tiles.rows, n, tiles.left);
-#endif
         __syncwarp();
     }
 }

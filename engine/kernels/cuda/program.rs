@@ -99,7 +99,7 @@ impl Program {
 }
 
 /// Most macros of a variant.
-const MACROS_MAX: usize = 8;
+const MACROS_MAX: usize = 7;
 
 /// A program with the values of its macros.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -180,11 +180,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
         let tiled = |program, rows, columns| product(program).with("TILE_ROWS", rows).with("TILE_COLUMNS", columns);
         all.extend([(16, 32), (16, 64), (64, 64), (128, 128)].map(|(rows, columns)| tiled(Product, rows, columns)));
         if capability == (9, 0) {
-            let hopper = [64, 128, 192, 224, 256].map(|columns| tiled(ProductHopper, 128, columns));
-            if (a, b, grouped) == (0, 1, 0) {
-                all.extend(hopper.clone().map(|variant| variant.with("SWIGLU", 1)));
-            }
-            all.extend(hopper);
+            all.extend([64, 128, 192, 224, 256].map(|columns| tiled(ProductHopper, 128, columns)));
         }
         if (a, b, grouped) == (0, 0, 0) {
             all.push(tiled(ProductNarrow, 8, 8));

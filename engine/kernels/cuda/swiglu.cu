@@ -26,7 +26,12 @@ template <int N> __device__ void backward(const E* gate_up, const E* d_act, E* d
         i64 at = i / inter * 2 * inter + i % inter;
         Pack<E, N> gate = load<E, N>(gate_up + at), up = load<E, N>(gate_up + at + inter), d = load<E, N>(d_act + i), out;
 #pragma unroll
-        for (int j = 0; j < N; j++) gated_backward(gate.at[j], up.at[j], d.at[j], out.at[j]);
+        for (int j = 0; j < N; j++) {
+            float g = to_float(gate.at[j]), u = to_float(up.at[j]), dj = to_float(d.at[j]), s = sigmoid(g);
+            out.at[j] = from_float<E>(g * s * u);
+            gate.at[j] = from_float<E>(dj * u * s * (1.0f + g * (1.0f - s)));
+            up.at[j] = from_float<E>(dj * g * s);
+        }
         store<E, N>(d_gate_up + at, gate);
         store<E, N>(d_gate_up + at + inter, up);
         if (act) store<E, N>(act + i, out);

@@ -165,24 +165,13 @@ pub fn swiglu_linear<E: ModelElement>(
         let unscaled = applied.unscaled(&device, &weight, dy.view(), None)?;
         let d_product = unscaled.as_ref().unwrap_or(&dy).view();
         let d_inner = applied.factor_gradients(&device, d_product, x, None)?;
+        let mut d_activation = gradient::<E>(&device, tokens * inter)?;
+        product::input_gradient(&device, d_activation.view_mut(), d_product, operand(&weight, &weight.read(), None), false, None)?;
+        applied.add_input_gradient(&device, &d_inner, d_activation.view_mut(), None)?;
         let mut d_gate_up = gradient::<E>(&device, tokens * width)?;
-        let gate_up = saved.cuda().view();
-        let is_done = applied.is_empty()
-            && product::swiglu_gradient(
-                &device,
-                d_gate_up.view_mut(),
-                activation.view_mut(),
-                gate_up,
-                d_product,
-                operand(&weight, &weight.read(), None),
-            )?;
-        if !is_done {
-            let mut d_activation = gradient::<E>(&device, tokens * inter)?;
-            product::input_gradient(&device, d_activation.view_mut(), d_product, operand(&weight, &weight.read(), None), false, None)?;
-            applied.add_input_gradient(&device, &d_inner, d_activation.view_mut(), None)?;
-            let place = swiglu::Gradient::Beside { gate_up, d_gate_up: d_gate_up.view_mut() };
-            swiglu::swiglu_backward(&device, place, inter, d_activation.view(), Some(activation.view_mut()))?;
-        }
+        let place = swiglu::Gradient::Beside { gate_up: saved.cuda().view(), d_gate_up: d_gate_up.view_mut() };
+        swiglu::swiglu_backward(&device, place, inter, d_activation.view(), Some(activation.view_mut()))?;
+        drop(d_activation);
         weight_gradient(&device, d_product, Some(activation.view()), &weight)?;
         sink.add_on_device(0, d_gate_up)?;
         sink.add_on_device(1, dy)

@@ -64,11 +64,6 @@ impl<E: ModelElement> Applied<E> {
         self.parts.iter().any(LowRank::trains)
     }
 
-    /// Whether there are no parts.
-    pub fn is_empty(&self) -> bool {
-        self.parts.is_empty()
-    }
-
     /// Errors: as [`Parameter::check_version`], for every parameter.
     pub fn check_versions(&self, op: &'static str) -> Result<()> {
         let parameters = self.parts.iter().flat_map(LowRank::parameters);
