@@ -39,7 +39,7 @@ fn shared_bytes(head_dim: usize) -> usize {
 /// Whether the kernel takes a step of so many texts.
 pub fn fits<E: Float>(device: &Device, heads: Heads, rows: usize) -> bool {
     let fits = shared_bytes(heads.head_dim) <= device.shared_bytes_max && heads.head_dim.is_multiple_of(2);
-    E::DTYPE == Dtype::Bf16 && rows <= ROWS_MAX && fits && !device.is_without("step")
+    E::DTYPE == Dtype::Bf16 && rows <= ROWS_MAX && fits
 }
 
 /// Turns queries and keys of each row of `qkv`, keeps keys and values in the cache and attends, one query a text.

@@ -208,15 +208,9 @@ impl Device {
         Ok(elapsed)
     }
 
-    /// Whether `PERILUNE_CUDA_WITHOUT`, a list with commas, names a way of working: to compare both in one place.
-    pub(super) fn is_without(&self, way: &str) -> bool {
-        static WITHOUT: OnceLock<String> = OnceLock::new();
-        WITHOUT.get_or_init(|| std::env::var("PERILUNE_CUDA_WITHOUT").unwrap_or_default()).split(',').any(|name| name == way)
-    }
-
     /// Whether a kernel may begin before the one in front of it has ended: on Hopper and later, with a driver that captures that.
     pub(super) fn overlaps_kernels(&self) -> bool {
-        self.capability >= (9, 0) && self.driver_version >= 12_030 && !self.is_without("overlap")
+        self.capability >= (9, 0) && self.driver_version >= 12_030
     }
 
     /// For what kernels are compiled.

@@ -72,9 +72,9 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, bool va
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
-// A kernel of a captured step of decoding may begin while the one before it still runs (launch.rs). Until it has called this, in each
-// thread, it reads nothing but weights and what the step was given, and writes nothing. Then the next one may begin, while this one
-// runs: so never more than two do. Without a kernel in front that still runs it does nothing.
+// A kernel that is launched so may begin while the one before it still runs (launch.rs). Until it has called this, in each thread, it
+// touches nothing; in a captured step of decoding it may read weights and what the step was given. Then the next one may begin, while
+// this one runs: so never more than two do. Without a kernel in front that still runs it does nothing.
 __device__ __forceinline__ void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -110,7 +110,7 @@ impl<E: Float> Product<'_, E> {
 
     /// product_hopper.cu: one block a multiprocessor.
     fn run_hopper<O: Float>(self, device: &Device, mut out: ViewMut<O>, residual: Residual<O>) -> Result<()> {
-        let columns = hopper_columns(self.rows, self.columns, self.depth, device.multiprocessors);
+        let columns = hopper_columns((self.rows, self.columns, self.depth), self.b_strided, device.multiprocessors);
         // Strided, rows come in blocks of 64.
         let stage = (HOPPER_ROWS + if self.b_strided { columns.next_multiple_of(LINE) } else { columns }) * LINE * 2;
         let stages = HOPPER_SHARED / stage;
@@ -170,10 +170,12 @@ impl<E: Float> Product<'_, E> {
 
 /// Columns of a tile of product_hopper.cu: those with which the slowest multiprocessor has least to do. Wider tiles fetch less for a
 /// product, narrow ones leave fewer idle. The times, of no unit, are fitted to an H100's.
-fn hopper_columns(rows: usize, columns: usize, depth: usize, multiprocessors: usize) -> usize {
+fn hopper_columns((rows, columns, depth): (usize, usize, usize), strided: bool, multiprocessors: usize) -> usize {
     let cost = |width: usize| {
         let tiles = rows.div_ceil(HOPPER_ROWS) * columns.div_ceil(width);
-        tiles.div_ceil(multiprocessors) * (depth.div_ceil(LINE) * 3 * (200 + width) + 8 * width + 1000)
+        // Strided columns are fetched in blocks of 64.
+        let fetched = if strided { width.next_multiple_of(LINE) } else { width };
+        tiles.div_ceil(multiprocessors) * (depth.div_ceil(LINE) * 3 * (200 + fetched) + 8 * fetched + 1000)
     };
     HOPPER_COLUMNS.into_iter().min_by_key(|width| cost(*width)).expect("there are widths")
 }

@@ -76,7 +76,7 @@ impl Form {
 
     /// Whether the device has bulk copies, from Hopper on.
     pub fn exists(device: &Device) -> bool {
-        device.capability >= (9, 0) && !device.is_without("few")
+        device.capability >= (9, 0)
     }
 
     /// Whether the kernel takes a product of this form.
