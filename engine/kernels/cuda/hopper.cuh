@@ -84,67 +84,33 @@ template <int LEFT> __device__ __forceinline__ void wgmma_wait() { asm volatile(
 #define EIGHT(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 
-// d (+)= a b: 64 x 16 times 16 x N, by the 128 threads of a warpgroup. The registers of d are free again when it is waited for.
+#define REGISTERS_0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define REGISTERS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define REGISTERS_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define REGISTERS_112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define THIRTY_TWO_FROM(i) EIGHT(d, i), EIGHT(d, i + 8), EIGHT(d, i + 16), EIGHT(d, i + 24)
+#define SIXTEEN_FROM(i) EIGHT(d, i), EIGHT(d, i + 8)
+
+// d (+)= a b: 64 x 16 times 16 x N, by the 128 threads of a warpgroup. The registers of d are free again when it is waited for. The
+// numbers are those of the operands behind the registers of d: a, b, add and whether a and b are transposed.
 template <int N, int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma;
-template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<64, A_TRANSPOSED, B_TRANSPOSED> {
-    static __device__ __forceinline__ void run(float (&d)[32], u64 a, u64 b, int add) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-                     "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
-                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24)
-                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
-    }
-};
-template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<128, A_TRANSPOSED, B_TRANSPOSED> {
-    static __device__ __forceinline__ void run(float (&d)[64], u64 a, u64 b, int add) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-                     "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
-                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
-                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
-    }
-};
-template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<192, A_TRANSPOSED, B_TRANSPOSED> {
-    static __device__ __forceinline__ void run(float (&d)[96], u64 a, u64 b, int add) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-                     "}, %96, %97, p, 1, 1, %99, %100;\n}\n"
-                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88)
-                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
-    }
-};
-template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<224, A_TRANSPOSED, B_TRANSPOSED> {
-    static __device__ __forceinline__ void run(float (&d)[112], u64 a, u64 b, int add) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %114, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n224k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
-                     "}, %112, %113, p, 1, 1, %115, %116;\n}\n"
-                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88), EIGHT(d, 96), EIGHT(d, 104)
-                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
-    }
-};
-template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<256, A_TRANSPOSED, B_TRANSPOSED> {
-    static __device__ __forceinline__ void run(float (&d)[128], u64 a, u64 b, int add) {
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
-                     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-                     "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-                     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-                     "}, %128, %129, p, 1, 1, %131, %132;\n}\n"
-                     : EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56), EIGHT(d, 64), EIGHT(d, 72), EIGHT(d, 80), EIGHT(d, 88), EIGHT(d, 96), EIGHT(d, 104), EIGHT(d, 112), EIGHT(d, 120)
-                     : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED));
-    }
-};
+#define WGMMA(N, REGISTERS, A, B, ADD, A_T, B_T, ...) \
+    template <int A_TRANSPOSED, int B_TRANSPOSED> struct Wgmma<N, A_TRANSPOSED, B_TRANSPOSED> { \
+        static __device__ __forceinline__ void run(float (&d)[N / 2], u64 a, u64 b, int add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n" \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, %" #A ", %" #B ", p, 1, 1, %" #A_T ", %" #B_T ";\n}\n" \
+                         : __VA_ARGS__ \
+                         : "l"(a), "l"(b), "r"(add), "n"(A_TRANSPOSED), "n"(B_TRANSPOSED)); \
+        } \
+    };
+WGMMA(64, REGISTERS_0, 32, 33, 34, 35, 36, THIRTY_TWO_FROM(0))
+WGMMA(128, REGISTERS_0 REGISTERS_32, 64, 65, 66, 67, 68, THIRTY_TWO_FROM(0), THIRTY_TWO_FROM(32))
+WGMMA(192, REGISTERS_0 REGISTERS_32 REGISTERS_64, 96, 97, 98, 99, 100, THIRTY_TWO_FROM(0), THIRTY_TWO_FROM(32), THIRTY_TWO_FROM(64))
+WGMMA(224, REGISTERS_0 REGISTERS_32 REGISTERS_64 REGISTERS_96, 112, 113, 114, 115, 116, THIRTY_TWO_FROM(0), THIRTY_TWO_FROM(32),
+    THIRTY_TWO_FROM(64), SIXTEEN_FROM(96))
+WGMMA(256, REGISTERS_0 REGISTERS_32 REGISTERS_64 REGISTERS_96 REGISTERS_112, 128, 129, 130, 131, 132, THIRTY_TWO_FROM(0), THIRTY_TWO_FROM(32),
+    THIRTY_TWO_FROM(64), THIRTY_TWO_FROM(96))
 template <int N, int A_TRANSPOSED, int B_TRANSPOSED> __device__ __forceinline__ void wgmma(float (&d)[N / 2], u64 a, u64 b, int add) {
     Wgmma<N, A_TRANSPOSED, B_TRANSPOSED>::run(d, a, b, add);
 }
