@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         multiply(d_scores, d_tile, v_tile);
         wgmma_commit();
         wgmma_wait<1>();
-        settle(scores);
+        wgmma_hold(scores);
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
             hide(scores, from, to);
         }
         wgmma_wait<0>();
-        settle(d_scores);
+        wgmma_hold(d_scores);
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(QUERY_THREADS, QUERY_BLOCKS) attent
         // Not later: the assembler gives registers that a product in flight reads to the next step.
         wgmma_wait<0>();
     } while (++block < end);
-    settle(sums);
+    wgmma_hold(sums);
     copy_async_wait<0>();
     write_rows(dqkv + document * width + head * HEAD_DIM, width, first + warp_row, length, sums, scale);
 }
@@ -293,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         multiply(d_scores, v_tile, d_tile);
         wgmma_commit();
         wgmma_wait<1>();
-        settle(scores);
+        wgmma_hold(scores);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             Pack<float, 2> own = load<float, 2>(step_lse + 8 * j + 2 * (lane_id() % 4));
@@ -313,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         add_weighted(dv, weights, d_tile);
         wgmma_commit();
         wgmma_wait<1>();
-        settle(d_scores);
+        wgmma_hold(d_scores);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             Pack<float, 2> own = load<float, 2>(step_deltas + 8 * j + 2 * (lane_id() % 4));
@@ -328,8 +328,8 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, 1) attention_backward_
         // Not later, as above.
         wgmma_wait<0>();
     } while (++i < count);
-    settle(dk);
-    settle(dv);
+    wgmma_hold(dk);
+    wgmma_hold(dv);
     copy_async_wait<0>();
 
     if (KEY_SPLITS > 1) {

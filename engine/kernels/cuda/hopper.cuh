@@ -153,6 +153,12 @@ template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
+template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N][4]) {
+#ifndef EMULATED
+#pragma unroll
+    for (int j = 0; j < N; j++) asm volatile("" : FOUR(d[j])::"memory");
+#endif
+}
 
 // Names an operand: its place, the distance of its blocks of 64 rows (if strided) and of its groups of 8 lines, in bytes.
 __device__ __forceinline__ u64 operand_descriptor(const void* place, u32 block_bytes, u32 group_bytes) {
@@ -174,7 +180,6 @@ template <bool STARTS> __device__ __forceinline__ void wgmma_rows(float (&d)[8][
 template <bool STARTS> __device__ __forceinline__ void wgmma_registers_rows(float (&d)[8][4], const u32 (&a)[4], u64 b) {
     emu_wgmma_registers(&d[0][0], 64, a, b, !STARTS, 0);
 }
-template <int N> __device__ __forceinline__ void settle(float (&)[N][4]) {}
 __device__ __forceinline__ void barrier(int id, int threads) { emu_barrier(id, threads); }
 __device__ __forceinline__ void copy_async4(void* to, const void* from) { emu_copy_async(to, from, 4, 0); }
 #else
@@ -204,11 +209,6 @@ template <bool STARTS> __device__ __forceinline__ void wgmma_registers_rows(floa
                      : THIRTY_TWO(d)
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     }
-}
-// Sums that were waited for: what reads them stays behind the wait.
-template <int N> __device__ __forceinline__ void settle(float (&d)[N][4]) {
-#pragma unroll
-    for (int j = 0; j < N; j++) asm volatile("" : FOUR(d[j])::"memory");
 }
 // Barrier `id`, 1 to 15, of so many threads: whole warps.
 __device__ __forceinline__ void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

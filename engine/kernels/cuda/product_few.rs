@@ -1,6 +1,6 @@
-//! Launcher of product_few.cu: products of up to 8 rows whose weights fit the shared memory of all multiprocessors together, or nearly,
-//! so that all of a weight is asked for at once by bulk copies, from Hopper on. Rows may be normalised on their way, and gates meet what they gate. Decoding has such
-//! products; bits are those of product.rs, rms_norm.rs and swiglu.rs one after the other.
+//! Launcher of product_few.cu: products of up to 8 rows whose weights fit the shared memory of all multiprocessors together, or nearly, so
+//! that all of a weight is asked for at once by bulk copies, from Hopper on. Rows may be normalised on their way, and gates meet what they
+//! gate. Decoding has such products; bits are those of product.rs, rms_norm.rs and swiglu.rs one after the other.
 
 use super::device::Device;
 use super::launch::Launch;

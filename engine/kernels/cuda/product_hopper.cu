@@ -11,9 +11,8 @@ constexpr int A_ELEMENTS = tile_elements<TILE_ROWS, A_STRIDED>, B_ELEMENTS = til
 constexpr int STAGE_ELEMENTS = A_ELEMENTS + B_ELEMENTS;
 // As many as fit; the launcher counts them alike.
 constexpr int STAGES = 224 * 1024 / (2 * STAGE_ELEMENTS);
-#ifndef LAG
-#define LAG 2
-#endif
+// Stages that the second warpgroup stays behind the first.
+constexpr int LAG = 2;
 
 // The tiles of a block, one after the other: `blocks` apart, groups in their order.
 struct Tiles {
