@@ -13,10 +13,10 @@ return engine.workflow {
   name = "compare_trl",
   args = {
     kind = { "sft", choices = { "sft", "pack", "dpo", "grpo" } }, dtype = { "f32", choices = { "f32", "bf16" } },
-    model = engine.required "string", steps = 50, seconds = 45.0, lr = 1e-4,
+    model = engine.required "string", steps = 50, seconds = 45.0, lr = 1e-4, device = "cpu", answer = 64,
   },
   run = function(run, args)
-    local policy = run:model("policy", args.model, { dtype = args.dtype })
+    local policy = run:model("policy", args.model, { dtype = args.dtype, device = args.device })
     local optim = run:optimizer("adamw", policy, { lr = args.lr, betas = { 0.9, 0.999 }, weight_decay = 0, clip_norm = 1.0 })
     local data = engine.data.jsonl(("%s/%s.jsonl"):format(args.model, args.kind))
     local tokenizer = policy.tokenizer
@@ -54,7 +54,7 @@ return engine.workflow {
       for index = 1, batch.documents do count = count + positions[borders[index] + 1] end
       return count
     end
-    local reference = args.kind == "dpo" and run:model("reference", args.model, { dtype = args.dtype, frozen = true })
+    local reference = args.kind == "dpo" and run:model("reference", args.model, { dtype = args.dtype, device = args.device, frozen = true })
     function steps.dpo()
       local batch = data:take(8)
       local wanted = tensor.no_grad(function() return losses.sequence_sums(reference:logprobs(batch), batch) end)
@@ -66,9 +66,11 @@ return engine.workflow {
       local _, count = text:gsub("%d", "")
       return count + 0.01 * #text
     end
-    local generated, answers = 0, 0
+    local generated, answers, generation = 0, 0, 0.0
     function steps.grpo()
-      local rollouts = policy:generate(data:take(16), { n = 8, max_tokens = 64 })
+      local begin = run:now()
+      local rollouts = policy:generate(data:take(16), { n = 8, max_tokens = args.answer })
+      generation = generation + run:now() - begin
       local advantage = losses.group_advantage(rewards.score(rollouts, digits), 8)
       local total = 0.0
       for batch in rollouts:batches { tokens = 4096 } do
@@ -95,6 +97,7 @@ return engine.workflow {
       table.insert(result.tokens, math.type(tokens) and tokens or tokens and whole(tokens))
       if now - from > args.seconds and #result.times > 10 then break end
     end
+    result.generation_s = answers > 0 and generation / #result.times or nil
     result.mean_length = answers > 0 and generated / answers or nil
     result.peak_memory_bytes = memory_bytes()
     print("RESULT " .. json.encode(result))

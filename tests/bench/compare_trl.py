@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Fine-tuning with perilune against Hugging Face TRL, on this machine's CPU, in one run.
+"""Fine-tuning with perilune against Hugging Face TRL, on this machine's CPU or GPU, in one run.
 
     cargo build --release
     python tests/bench/compare_trl.py --tokenizer FOLDER --configs tiny --dtypes f32 bf16 --json result.json
+    python tests/bench/compare_trl.py --tokenizer FOLDER --configs 0.5B --dtypes bf16 --device cuda --kinds grpo --answer 256
 
-Needs torch, transformers, trl and datasets in the Python that runs it, and the folder of a Qwen2 tokenizer with at most 4096
-entries. Both sides begin with the same random weights and read the same records in the same order:
+Needs torch, transformers, trl and datasets in the Python that runs it, and the folder of a Qwen2 tokenizer with no more
+entries than the model has (tiny: 4096). On a GPU the weights of TRL's policy are bf16, its fastest form; perilune keeps f32 masters,
+gradients and moments. Both sides begin with the same random weights and read the same records in the same order:
 
     sft    conversations of several turns about sums, at most 256 tokens, every token learned; 8 a step
     pack   the same, packed to rows of 256 tokens with documents kept apart; 8 rows a step (TRL's "bfd")
     dpo    8 pairs a step, about 136 tokens an answer with its prompt, a reference that is run at each step, beta 0.1
-    grpo   16 prompts x 8 answers of at most 64 tokens at temperature 1, one update; reward: digits and length
+    grpo   16 prompts x 8 answers of at most 64 tokens (--answer) at temperature 1, one update; reward: digits and length
 
 AdamW with clipping at 1 and a constant rate. Contenders take turns, each in a process of its own. Losses of the first 50 steps
 of sft and dpo in f32 are compared one by one.
@@ -26,7 +28,8 @@ import sys
 import tempfile
 import time
 
-SHAPES = {"tiny": (4096, 256, 704, 4, 4, 2), "small": (8192, 512, 1408, 8, 8, 2)}
+# Vocabulary, hidden, intermediate, layers, heads, key-value heads.
+SHAPES = {"tiny": (4096, 256, 704, 4, 4, 2), "small": (8192, 512, 1408, 8, 8, 2), "0.5B": (151936, 896, 4864, 24, 14, 2)}
 LEARNING_RATE = {"sft": 3e-4, "pack": 3e-4, "dpo": 1e-4, "grpo": 1e-5}
 # Of TRL: steps to warm up, least and most of them that are measured.
 STEPS = {"sft": (2, 48, 48), "pack": (2, 6, 30), "dpo": (2, 48, 48), "grpo": (1, 2, 8)}
@@ -87,7 +90,7 @@ def peak_memory_bytes():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
-def run_trl(kind, dtype, folder, seconds):
+def run_trl(kind, dtype, folder, seconds, device, answer):
     """One TRL trainer, in this process; prints its figures as JSON."""
     import datasets
     import torch
@@ -96,7 +99,9 @@ def run_trl(kind, dtype, folder, seconds):
 
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    on_gpu = device != "cpu"
+    if not on_gpu:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     warm, least, most = STEPS[kind]
     ends, tokens = [], []
 
@@ -111,11 +116,14 @@ def run_trl(kind, dtype, folder, seconds):
                 control.should_training_stop = True
             return control
 
+    # On a GPU the logits of 128 answers would not fit: four micro-batches.
+    micro = 4 if on_gpu and kind == "grpo" else 1
     settings = dict(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=dtype == "bf16", max_steps=warm + most + 1, seed=0, gradient_checkpointing=False,
+        output_dir=tempfile.mkdtemp(), use_cpu=not on_gpu, bf16=dtype == "bf16", max_steps=warm + most + 1, seed=0, gradient_checkpointing=False,
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1, learning_rate=LEARNING_RATE[kind],
-        lr_scheduler_type="constant", per_device_train_batch_size=128 if kind == "grpo" else 8,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
+        lr_scheduler_type="constant", per_device_train_batch_size=128 // micro if kind == "grpo" else 8,
+        gradient_accumulation_steps=micro,
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu and dtype == "bf16" else "float32", "attn_implementation": "sdpa"})
     entries = transformers.AutoTokenizer.from_pretrained(folder)
     data = datasets.load_dataset("json", data_files=os.path.join(folder, f"{kind}.jsonl"), split="train", cache_dir=tempfile.mkdtemp())
 
@@ -136,7 +144,7 @@ def run_trl(kind, dtype, folder, seconds):
         def reward(completions, **_):
             texts = [completion[0]["content"] for completion in completions]
             return [sum(char.isdigit() for char in text) + 0.01 * len(text) for text in texts]
-        config = trl.GRPOConfig(num_generations=8, max_prompt_length=128, max_completion_length=64, temperature=1.0, beta=0.0, **settings)
+        config = trl.GRPOConfig(num_generations=8, max_completion_length=answer, temperature=1.0, beta=0.0, **settings)
         trainer = trl.GRPOTrainer(folder, reward_funcs=reward, args=config, **common)
     inner = trainer.training_step
 
@@ -153,7 +161,8 @@ def run_trl(kind, dtype, folder, seconds):
     trainer.train()
     times = [later - earlier for earlier, later in zip(ends, ends[1:])][warm:]
     history = trainer.state.log_history
-    report = {"step_s": statistics.median(times), "steps": len(times), "peak_memory_bytes": peak_memory_bytes(),
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
+    report = {"step_s": statistics.median(times), "steps": len(times), "peak_memory_bytes": peak,
               "loss": [entry["loss"] for entry in history if "loss" in entry],
               "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl)}}
     if tokens:
@@ -164,13 +173,13 @@ def run_trl(kind, dtype, folder, seconds):
     print("RESULT " + json.dumps(report))
 
 
-def run_perilune(binary, kind, dtype, folder, seconds):
+def run_perilune(binary, kind, dtype, folder, seconds, device, answer):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "compare_trl.lua")
     steps = {"sft": 50, "pack": 60, "dpo": 50, "grpo": 20}[kind]
     with tempfile.TemporaryDirectory() as runs:
         done = subprocess.run(
             [binary, "run", "--quiet", "--runs", runs, script, "--kind", kind, "--dtype", dtype, "--model", folder, "--steps", str(steps),
-             "--seconds", str(seconds), "--lr", str(LEARNING_RATE[kind])], capture_output=True, text=True)
+             "--seconds", str(seconds), "--lr", str(LEARNING_RATE[kind]), "--device", device, "--answer", str(answer)], capture_output=True, text=True)
     found = re.search(r"^RESULT (.*)$", done.stdout, re.M)
     if not found:
         raise SystemExit(f"perilune {kind} {dtype}: {done.stdout[-500:]}{done.stderr[-1500:]}")
@@ -192,35 +201,44 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=("f32", "bf16"), default=["f32"])
     parser.add_argument("--seconds", type=float, default=45, help="about how long a contender is measured")
     parser.add_argument("--threads", default="2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer of grpo")
     parser.add_argument("--json")
     parser.add_argument("--trl", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl:
-        return run_trl(args.trl[0], args.trl[1], args.trl[2], float(args.trl[3]))
+        return run_trl(args.trl[0], args.trl[1], args.trl[2], float(args.trl[3]), args.device, args.answer)
     results = {}
-    environment = dict(os.environ, OMP_NUM_THREADS=args.threads, MKL_NUM_THREADS=args.threads, PERILUNE_THREADS=args.threads,
-                       CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if args.device == "cpu":
+        environment |= dict(OMP_NUM_THREADS=args.threads, MKL_NUM_THREADS=args.threads, PERILUNE_THREADS=args.threads, CUDA_VISIBLE_DEVICES="")
     os.environ.update(environment)
     for config in args.configs:
         with tempfile.TemporaryDirectory() as folder:
             prepare(config, args.tokenizer, folder)
             for kind in args.kinds:
                 for dtype in args.dtypes:
-                    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--trl", kind, dtype, folder, str(args.seconds)],
+                    rest = ["--device", args.device, "--answer", str(args.answer)]
+                    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--trl", kind, dtype, folder, str(args.seconds), *rest],
                                           env=environment, capture_output=True, text=True)
                     found = re.search(r"^RESULT (.*)$", done.stdout, re.M)
                     if not found:
                         raise SystemExit(f"TRL {kind} {dtype}: {done.stderr[-1500:]}")
-                    peer, ours = json.loads(found[1]), run_perilune(args.binary, kind, dtype, folder, args.seconds)
+                    peer = json.loads(found[1])
+                    ours = run_perilune(args.binary, kind, dtype, folder, args.seconds, args.device, args.answer)
                     faster = peer["step_s"] / ours["step_s"] if kind == "grpo" else ours["tokens_per_s"] / peer["tokens_per_s"]
                     line = f"{config} {kind:<5}{dtype:<5}"
                     if kind == "grpo":
                         line += f"{60 / ours['step_s']:8.1f} steps/min against {60 / peer['step_s']:.1f}"
-                        line += f" (answers of {ours['mean_length']:.0f} and {peer['mean_length']:.0f} tokens)"
+                        line += f" (answers of {ours['mean_length']:.0f} and {peer['mean_length']:.0f} tokens,"
+                        line += f" made in {ours['generation_s'] / ours['step_s']:.2f} of ours)"
                     else:
                         line += f"{ours['tokens_per_s']:8.0f} tokens/s against {peer['tokens_per_s']:.0f}"
-                    memory = ours["peak_memory_bytes"] / peer["peak_memory_bytes"]
-                    line += f": {faster:.2f}x; memory {ours['peak_memory_bytes'] / 1e6:.0f} MB, {memory:.2f} of {peer['peak_memory_bytes'] / 1e6:.0f}"
+                    line += f": {faster:.2f}x"
+                    # A process's own memory says nothing about a GPU's.
+                    memory = ours["peak_memory_bytes"] / peer["peak_memory_bytes"] if args.device == "cpu" else None
+                    if memory:
+                        line += f"; memory {ours['peak_memory_bytes'] / 1e6:.0f} MB, {memory:.2f} of {peer['peak_memory_bytes'] / 1e6:.0f}"
                     if kind in ("sft", "dpo") and dtype == "f32":
                         far = max(abs(a - b) for a, b in zip(ours["loss"][:50], peer["loss"][:50]))
                         line += f"; losses of {min(50, len(peer['loss']))} steps within {far:.1e}"
