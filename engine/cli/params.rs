@@ -112,6 +112,8 @@ fn find(model: &str) -> Result<Config> {
 /// What a training step takes on a GPU, and whether it and serving fit the one at `place`.
 fn on_device(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, AdapterSize)>, place: &Place) -> (Value, String) {
     let tokens = args.context.saturating_mul(args.sequences);
+    // A GPU that is not there is taken for a large one.
+    let device_bytes = Some(place.device().map_or(u64::MAX, |device| device.memory_bytes as u64));
     let (mut report, mut lines) = (json!({ "tokens": tokens }), String::new());
     let fits = |bytes: u64| match place.device() {
         Some(device) if bytes > device.memory_bytes as u64 => format!(", more than {} has", device.name),
@@ -120,7 +122,7 @@ fn on_device(args: &ParamsArgs, config: &Config, adapter: Option<&(Lora, Adapter
     };
     for dtype in [Dtype::Bf16, Dtype::F32] {
         let trainable = adapter.map_or(sizes::parameters(config).total, |(_, size)| size.parameters);
-        let step = sizes::TrainingStep { dtype, tokens, trainable, moments: args.moments(), recompute: false };
+        let step = sizes::TrainingStep { dtype, tokens, trainable, moments: args.moments(), recompute: false, device_bytes };
         let parts = sizes::training_parts(config, &step);
         let total = parts.iter().fold(0, |total: u64, (_, bytes)| total.saturating_add(*bytes));
         let what = if adapter.is_some() { " of the adapter" } else { "" };

@@ -57,7 +57,14 @@ impl Model {
     }
 
     fn training_step(&self, tokens: usize, moments: Dtype) -> TrainingStep {
-        TrainingStep { dtype: self.dtype(), tokens, trainable: self.trainable() as u64, moments, recompute: self.recomputes() }
+        TrainingStep {
+            dtype: self.dtype(),
+            tokens,
+            trainable: self.trainable() as u64,
+            moments,
+            recompute: self.recomputes(),
+            device_bytes: self.place().device().map(|device| device.memory_bytes as u64),
+        }
     }
 
     /// What makes a step smaller, and has not been done.

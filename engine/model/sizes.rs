@@ -6,6 +6,7 @@ use super::config::Config;
 use super::lora::{EMBEDDING, Lora, module};
 use crate::error::Result;
 use crate::kernels::element::Dtype;
+use crate::tensor::logprobs::{rows_on_device, rows_on_host};
 
 /// The tensors of a checkpoint of `config`: names of the hub's layout, shapes `[out, in]`, in the order of the forward
 /// pass. A tied model has no `lm_head.weight`, one that scores has `score.weight` in its place.
@@ -197,6 +198,8 @@ pub struct TrainingStep {
     pub moments: Dtype,
     /// Whether layers are computed again in the backward pass.
     pub recompute: bool,
+    /// Memory of the device that computes it, which decides how many logits exist together; none on the host.
+    pub device_bytes: Option<u64>,
 }
 
 /// What is held at the height of a training step with AdamW, the largest first: names and bytes. Activations are those that
@@ -205,7 +208,11 @@ pub fn training_parts(config: &Config, step: &TrainingStep) -> Vec<(&'static str
     let (element, trainable) = (step.dtype.size() as u64, step.trainable);
     // A script may ask for any number of tokens, here as in `serve_bytes`.
     let activations = (step.tokens as u64).saturating_mul(activation_bytes_per_token(config, step));
-    let rows = step.tokens.min(crate::tensor::logprobs::rows_on_device(config.vocab, step.tokens)) as u64;
+    let chunk = match step.device_bytes {
+        Some(bytes) => rows_on_device(config.vocab, step.tokens, bytes),
+        None => rows_on_host(config.vocab, step.tokens),
+    };
+    let rows = step.tokens.min(chunk) as u64;
     let remainders = if step.dtype == Dtype::Bf16 { 2 * trainable } else { 0 };
     let mut parts = vec![
         ("moments of AdamW", 2 * step.moments.size() as u64 * trainable),
@@ -311,7 +318,7 @@ mod tests {
     }
 
     fn all(config: &Config, dtype: Dtype, tokens: usize) -> TrainingStep {
-        TrainingStep { dtype, tokens, trainable: parameters(config).total, moments: Dtype::F32, recompute: false }
+        TrainingStep { dtype, tokens, trainable: parameters(config).total, moments: Dtype::F32, recompute: false, device_bytes: None }
     }
 
     #[test]
@@ -333,6 +340,12 @@ mod tests {
         assert!(parts.contains(&("activations", 10 * (24 * 2 * 896 + layer))), "{parts:?}");
         let halved = training_parts(&config, &TrainingStep { moments: Dtype::Bf16, trainable: 1000, ..step });
         assert!(halved.contains(&("moments of AdamW", 4000)), "{halved:?}");
+        // Logits: the host has 576 rows of them together, a GPU of 80 GiB half of 8192, one of 16 GiB what a sixteenth of it holds.
+        let logits = |device_bytes| {
+            let parts = training_parts(&config, &TrainingStep { device_bytes, tokens: 8192, ..step });
+            parts.iter().find(|(part, _)| part.starts_with("logits")).unwrap().1 / (151_936 * 6)
+        };
+        assert_eq!([None, Some(80 << 30), Some(16 << 30)].map(logits), [576, 4096, 1664]);
         // Of 24 sparse layers only the attention is computed again; each keeps the input of its norm too.
         let mixture = preset("Qwen1.5-MoE-A2.7B").unwrap();
         let activations = |recompute| activation_bytes_per_token(&mixture, &TrainingStep { recompute, ..all(&mixture, Dtype::Bf16, 10) });

@@ -27,8 +27,9 @@ pub const IGNORE: i32 = -100;
 /// passes take longer than the products.
 const CHUNK_BYTES: usize = 384 << 20;
 /// The same on a device, where each chunk reads and writes the gradient of the head once more: 4352 rows of Qwen's vocabulary, whose
-/// tiles are about one for each multiprocessor of a large GPU.
-const CHUNK_BYTES_ON_DEVICE: usize = 2560 << 20;
+/// tiles are about one for each multiprocessor of a large GPU. A small device spends no more than its share on them.
+const CHUNK_BYTES_ON_DEVICE: u64 = 2560 << 20;
+const CHUNK_SHARE_ON_DEVICE: u64 = 16;
 /// Rows of a chunk on a device are whole tiles of its product.
 const TILE_ROWS_ON_DEVICE: usize = 128;
 
@@ -47,9 +48,17 @@ fn chunk_rows(vocab: usize, count: usize, chunk_bytes: usize) -> usize {
     even_rows(count, (chunk_bytes / (4 * vocab.max(1)) / 96 * 96).clamp(96, 2016), 96)
 }
 
+/// Rows whose logits exist together on the host, of `count` in all.
+pub fn rows_on_host(vocab: usize, count: usize) -> usize {
+    chunk_rows(vocab, count, CHUNK_BYTES)
+}
+
 /// Rows whose logits exist together on a device, of `count` in all.
-pub fn rows_on_device(vocab: usize, count: usize) -> usize {
-    let tiles = CHUNK_BYTES_ON_DEVICE / (4 * vocab.max(1)) / TILE_ROWS_ON_DEVICE;
+///
+/// - `memory_bytes`: all that the device has
+pub fn rows_on_device(vocab: usize, count: usize, memory_bytes: u64) -> usize {
+    let chunk_bytes = CHUNK_BYTES_ON_DEVICE.min(memory_bytes / CHUNK_SHARE_ON_DEVICE) as usize;
+    let tiles = chunk_bytes / (4 * vocab.max(1)) / TILE_ROWS_ON_DEVICE;
     even_rows(count, tiles.max(1) * TILE_ROWS_ON_DEVICE, TILE_ROWS_ON_DEVICE)
 }
 
@@ -162,7 +171,7 @@ fn chunk_logits<E: ModelElement>(x: &[E], head: &Parameter<E>, temperature: f32,
 /// Runs `visit` over chunks of labelled rows: their range, hidden states and labels.
 fn for_chunks<E: ModelElement>(targets: &Targets<E>, vocab: usize, mut visit: impl FnMut(std::ops::Range<usize>, &[E], &[i32])) {
     let count = targets.rows.len();
-    let size = chunk_rows(vocab, count, CHUNK_BYTES);
+    let size = rows_on_host(vocab, count);
     for start in (0..count).step_by(size) {
         let range = start..(start + size).min(count);
         visit(range.clone(), &targets.x()[range.start * targets.hidden..range.end * targets.hidden], &targets.labels[range]);

@@ -80,8 +80,8 @@ impl<E: ModelElement> Targets<E> {
     }
 
     /// Ranges of rows whose logits exist together.
-    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<E> {
-        let (count, size) = (self.count(), rows_on_device(self.vocab, self.count()));
+    fn chunks(&self, device: &Device) -> impl Iterator<Item = Range<usize>> + use<E> {
+        let (count, size) = (self.count(), rows_on_device(self.vocab, self.count(), device.memory_bytes as u64));
         (0..count).step_by(size).map(move |start| start..(start + size).min(count))
     }
 
@@ -98,7 +98,7 @@ impl<E: ModelElement> Targets<E> {
         let count = self.count();
         let mut d_rows = gradient::<E>(device, if wants_rows { count * self.hidden } else { 0 })?;
         let (mut lse, mut logprobs) = (scratch::<f32>(device, count)?, scratch::<f32>(device, count)?);
-        for range in self.chunks() {
+        for range in self.chunks(device) {
             let (x, labels) = (self.x(&range), self.labels.part(range.clone()));
             let (logits, applied) = chunk_logits(device, x, head, 1.0)?;
             kernel::logprobs(device, logits.view(), labels, lse.part_mut(range.clone()), logprobs.part_mut(range.clone()), None)?;
@@ -186,7 +186,7 @@ pub fn cross_entropy<E: ModelElement>(
         Data::deferred(move || {
             head.check_versions(&seen, "cross_entropy")?;
             let (mut lse, mut logprobs) = (scratch::<f32>(&device, targets.count())?, scratch::<f32>(&device, targets.count())?);
-            for range in targets.chunks() {
+            for range in targets.chunks(&device) {
                 let (logits, _) = chunk_logits(&device, targets.x(&range), &head, 1.0)?;
                 let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
                 kernel::logprobs(&device, logits.view(), targets.labels.part(range), lse, logprobs, None)?;
@@ -258,7 +258,7 @@ pub fn score<E: ModelElement>(
     let count = targets.count();
     let mut lse = activation::<f32>(device, count)?;
     let (mut logprobs, mut entropies) = (activation::<f32>(device, count)?, activation::<f32>(device, count)?);
-    for range in targets.chunks() {
+    for range in targets.chunks(device) {
         let (logits, _) = chunk_logits(device, targets.x(&range), head, temperature)?;
         let entropies = (score == Score::Entropy).then(|| entropies.part_mut(range.clone()));
         let (lse, logprobs) = (lse.part_mut(range.clone()), logprobs.part_mut(range.clone()));
@@ -276,7 +276,7 @@ pub fn score<E: ModelElement>(
         let plain: Vec<f32> = rows.iter().map(|row| dy[*row as usize] / temperature).collect();
         let minus: Vec<f32> = plain.iter().map(|plain| if score == Score::Logprob { -plain } else { 0.0 }).collect();
         let (plain, minus) = (DeviceBuffer::copy_of(&device, GRADIENTS, &plain)?, DeviceBuffer::copy_of(&device, GRADIENTS, &minus)?);
-        for range in targets.chunks() {
+        for range in targets.chunks(&device) {
             let (x, labels) = (targets.x(&range), targets.labels.part(range.clone()));
             let (logits, applied) = chunk_logits(&device, x, &head, temperature)?;
             let entropy = (score == Score::Entropy)
