@@ -12,7 +12,7 @@ use super::gemm::Rows;
 use super::isa::{Isa, isa};
 use super::threads::{Shared, parallel, parallel_ranges, threads};
 use super::tile::PANEL_COLUMNS;
-use super::tile_int8::{Form, GROUP, PANEL_GROUP, TILE_PLANES_MAX, TOGETHER, tile};
+use super::tile_int8::{Form, GROUP, PANEL_GROUP, PLANES_OFFSET, TILE_ROWS_MAX, TOGETHER, tile};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
 use crate::vectorised;
@@ -23,9 +23,6 @@ const MOST: f32 = 127.0;
 
 /// Largest integer of an activation.
 const MOST_ACTIVATION: f32 = 32_767.0;
-
-/// Added to an activation's integer, so that its two bytes are unsigned.
-const OFFSET: f32 = 32_768.0;
 
 /// Most inputs of a weight: so many products of 255 and 127 fit a sum of 32 bits.
 pub const INPUTS_MAX: usize = i32::MAX as usize / (255 * 127);
@@ -146,8 +143,8 @@ fn forward_as<E: Float, O: Float>(
     if count == 0 {
         return;
     }
-    let form = Form::of(isa, 2 * count);
-    let x = Rounded::new(&Rows::new(x, inputs, rows, count), count, inputs, form.planes() / 2);
+    let form = Form::of(isa, count);
+    let x = Rounded::new(form, &Rows::new(x, inputs, rows, count), count, inputs);
     let (panels, size) = (outputs.div_ceil(PANEL_COLUMNS), panel_len(inputs));
     let tiles = count.div_ceil(x.tile_rows);
     let row_parts = (count * x.row_len).div_ceil(BLOCK_BYTES).clamp(1, tiles);
@@ -161,18 +158,20 @@ fn forward_as<E: Float, O: Float>(
         let (row_part, part) = (task / panel_parts, task % panel_parts);
         let taken = panels * part / panel_parts..panels * (part + 1) / panel_parts;
         let tiles = tiles * row_part / row_parts..tiles * (row_part + 1) / row_parts;
-        let (mut sums, mut scaled) = ([0; TILE_PLANES_MAX * PANEL_COLUMNS], [0.0; TILE_PLANES_MAX / 2 * PANEL_COLUMNS]);
+        let (mut sums, mut scaled) = ([0; TILE_ROWS_MAX * 2 * PANEL_COLUMNS], [0.0; TILE_ROWS_MAX * PANEL_COLUMNS]);
         for first in taken.clone().step_by(PANELS) {
             for number in tiles.clone() {
                 let (rows, packed) = x.tile(number);
                 let (sums, scaled) = (&mut sums[..2 * rows.len() * PANEL_COLUMNS], &mut scaled[..rows.len() * PANEL_COLUMNS]);
                 for panel in first..taken.end.min(first + PANELS) {
-                    tile(form, 2 * rows.len(), packed, &values[panel * size..(panel + 1) * size], sums, x.scales.len() <= x.tile_rows);
+                    tile(form, rows.len(), packed, &values[panel * size..(panel + 1) * size], sums, x.scales.len() <= x.tile_rows);
                     let left = panel * PANEL_COLUMNS;
                     let width = PANEL_COLUMNS.min(outputs - left);
                     let (mut factors, mut offsets) = ([0.0; PANEL_COLUMNS], [0; PANEL_COLUMNS]);
                     factors[..width].copy_from_slice(&scales[left..left + width]);
-                    offsets[..width].copy_from_slice(&weight_sums[left..left + width]);
+                    if form.takes_planes() {
+                        offsets[..width].copy_from_slice(&weight_sums[left..left + width]);
+                    }
                     scale(sums, &x.scales[rows.clone()], &factors, &offsets, scaled);
                     let bias = bias.map(|bias| &bias[left..left + width]);
                     finish_forward(&y, rows.start * outputs + left, outputs, width, scaled, bias, residual, streams);
@@ -182,7 +181,7 @@ fn forward_as<E: Float, O: Float>(
     });
 }
 
-/// Rows of activations in 16 bits, packed in tiles of two planes a row, the upper bytes first.
+/// Rows of activations in 16 bits, packed in tiles as their form wants them (tile_int8.rs).
 struct Rounded {
     bytes: Buffer<i8>,
     /// `[rows]`
@@ -193,7 +192,8 @@ struct Rounded {
 }
 
 impl Rounded {
-    fn new<E: Float>(x: &Rows<E>, count: usize, inputs: usize, tile_rows: usize) -> Self {
+    fn new<E: Float>(form: Form, x: &Rows<E>, count: usize, inputs: usize) -> Self {
+        let tile_rows = form.rows();
         let row_len = inputs.div_ceil(GROUP) * 2 * GROUP;
         let (mut bytes, mut scales) = (Buffer::<i8>::scratch(count * row_len), Buffer::<f32>::scratch(count));
         let (shared_bytes, shared_scales) = (Shared::new(&mut bytes), Shared::new(&mut scales));
@@ -204,14 +204,14 @@ impl Rounded {
                 // SAFETY: as above.
                 let scales = unsafe { shared_scales.part(rows.clone()) };
                 for (index, row) in rows.clone().enumerate() {
-                    scales[index] = round_row(x.row(row), bytemuck::cast_slice_mut(bytes), index, rows.len());
+                    scales[index] = round_row(x.row(row), bytemuck::cast_slice_mut(bytes), index, rows.len(), form.takes_planes());
                 }
             }
         });
         Self { bytes, scales, tile_rows, row_len }
     }
 
-    /// The rows of a tile, and their planes.
+    /// The rows of a tile, as they are and packed.
     fn tile(&self, number: usize) -> (Range<usize>, &[u8]) {
         let rows = number * self.tile_rows..self.scales.len().min((number + 1) * self.tile_rows);
         let bytes = &self.bytes[rows.start * self.row_len..rows.end * self.row_len];
@@ -220,10 +220,10 @@ impl Rounded {
 }
 
 vectorised! {
-    /// Rounds a row to the two planes of row `index` of a tile of `rows`; returns what its integers are multiplied by.
-    fn round_row<E: Float>(row: &[E], tile: &mut [u8], index: usize, rows: usize) -> f32 {
+    /// Rounds a row to row `index` of a tile of `rows`; returns what its integers are multiplied by.
+    fn round_row<E: Float>(row: &[E], tile: &mut [u8], index: usize, rows: usize, takes_planes: bool) -> f32 {
         // A whole number plus this has the number's two's complement in its lowest bits, whatever the rounding mode was.
-        const ROUNDING: f32 = 12_582_912.0 + OFFSET;
+        const ROUNDING: f32 = 12_582_912.0;
         const MAGNITUDE: u32 = 0x7fff_ffff;
         // By their bits: infinity is more than every number, and NaN more than that.
         let mut lanes = [0u32; 16];
@@ -242,14 +242,20 @@ vectorised! {
             factor if factor.is_infinite() => (0.0, 0.0),
             factor => (factor, largest / MOST_ACTIVATION),
         };
-        for (values, planes) in row.chunks(GROUP).zip(tile.as_chunks_mut::<{ 2 * GROUP }>().0.iter_mut().skip(index).step_by(rows)) {
+        for (values, packed) in row.chunks(GROUP).zip(tile.as_chunks_mut::<{ 2 * GROUP }>().0.iter_mut().skip(index).step_by(rows)) {
             // Past the last input the weights are zero.
             let mut group = [E::default(); GROUP];
             group[..values.len()].copy_from_slice(values);
-            for (input, value) in group.iter().enumerate() {
-                let bits = (value.to_f32() * factor + ROUNDING).to_bits();
-                planes[input] = (bits >> 8) as u8;
-                planes[GROUP + input] = bits as u8;
+            if takes_planes {
+                for (input, value) in group.iter().enumerate() {
+                    let bits = (value.to_f32() * factor + (ROUNDING + PLANES_OFFSET as f32)).to_bits();
+                    packed[input] = (bits >> 8) as u8;
+                    packed[GROUP + input] = bits as u8;
+                }
+            } else {
+                for (word, value) in packed.as_chunks_mut::<2>().0.iter_mut().zip(&group) {
+                    *word = ((value.to_f32() * factor + ROUNDING).to_bits() as i16).to_ne_bytes();
+                }
             }
         }
         scale
@@ -257,13 +263,13 @@ vectorised! {
 }
 
 vectorised! {
-    /// `sums` `[rows][2][32]` of planes to products `[rows][32]`. `row_scales`: `[rows]`; `scales` and `weight_sums` of the columns.
+    /// `sums` `[rows][2][32]` of a tile to products `[rows][32]`. `row_scales`: `[rows]`; `scales` and `weight_sums` of the columns.
     fn scale(sums: &[i32], row_scales: &[f32], scales: &[f32; PANEL_COLUMNS], weight_sums: &[i32; PANEL_COLUMNS], scaled: &mut [f32]) {
         let rows = sums.as_chunks::<{ 2 * PANEL_COLUMNS }>().0.iter().zip(scaled.as_chunks_mut::<PANEL_COLUMNS>().0);
         for ((sums, scaled), row_scale) in rows.zip(row_scales) {
             for column in 0..PANEL_COLUMNS {
                 let (upper, lower) = (f64::from(sums[column]), f64::from(sums[PANEL_COLUMNS + column]));
-                let sum = upper * 256.0 + lower - f64::from(weight_sums[column]) * f64::from(OFFSET);
+                let sum = upper * 256.0 + lower - f64::from(weight_sums[column]) * f64::from(PLANES_OFFSET);
                 scaled[column] = (sum * (f64::from(*row_scale) * f64::from(scales[column]))) as f32;
             }
         }
@@ -375,14 +381,12 @@ mod tests {
         let inputs = 4864;
         for outlier in [0.0, 1.0, 30.0, 1e4] {
             let x: Vec<f32> = (0..inputs).map(|i| if i == 77 { outlier } else { number(i * 31) }).collect();
-            let tile_rows = 6;
-            let rounded = Rounded::new(&Rows::new(&x, inputs, None, 1), 1, inputs, tile_rows);
+            let rounded = Rounded::new(Form::Portable, &Rows::new(&x, inputs, None, 1), 1, inputs);
             let (_, bytes) = rounded.tile(0);
             let (mut error, mut length, mut narrow) = (0.0, 0.0, 0.0);
             for (i, x) in x.iter().enumerate() {
-                let at = i / GROUP * 2 * GROUP + i % GROUP;
-                let integer = i32::from(bytes[at]) * 256 + i32::from(bytes[at + GROUP]) - OFFSET as i32;
-                error += (f64::from(integer as f32 * rounded.scales[0]) - f64::from(*x)).powi(2);
+                let integer = i16::from_ne_bytes([bytes[2 * i], bytes[2 * i + 1]]);
+                error += (f64::from(f32::from(integer) * rounded.scales[0]) - f64::from(*x)).powi(2);
                 narrow += f64::from(bf16::from_f32(*x).to_f32() - x).powi(2);
                 length += f64::from(*x).powi(2);
             }
