@@ -8,7 +8,7 @@ local losses, rewards, tensor = require "std.losses", require "std.rewards", req
 local function reward_of(args)
   return rewards.combine {
     { args.reward == "numeric" and rewards.numeric() or rewards.exact(), name = "correct" },
-    { rewards.overlong { max = args.max_tokens, margin = args.max_tokens // 4 }, weight = args.overlong, name = "overlong" },
+    { rewards.overlong { max = args.max_tokens, margin = math.max(args.max_tokens // 4, 1) }, weight = args.overlong, name = "overlong" },
   }
 end
 

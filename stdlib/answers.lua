@@ -22,6 +22,12 @@ local function plain(text) return (text:gsub("[\xC2-\xF4][\x80-\xBF]+", PLAIN)) 
 
 local function trim(text) return (text:gsub("^%s+", ""):gsub("%s+$", "")) end
 
+--- LaTeX without the commands that only say in what letters something is set.
+local function without_fonts(text)
+  for _, command in ipairs { "text", "textbf", "textit", "mathrm", "mathbf", "mbox" } do text = text:gsub("\\" .. command .. "%s*(%b{})", inside) end
+  return text
+end
+
 --- A text without the differences that do not matter: case, space, dollar signs and other marks of LaTeX, quotes around it, a full
 --- stop at its end. Minus signs of all kinds are one.
 ---
@@ -29,9 +35,7 @@ local function trim(text) return (text:gsub("^%s+", ""):gsub("%s+$", "")) end
 ---@param text string
 ---@return string text
 function answers.normalize(text)
-  text = plain(text)
-  for _, command in ipairs { "text", "textbf", "mathrm", "mathbf", "mbox" } do text = text:gsub("\\" .. command .. "%s*(%b{})", inside) end
-  text = text:gsub("\\left%s*([%(%[|{.])", "%1"):gsub("\\right%s*([%)%]|}.])", "%1")
+  text = without_fonts(plain(text)):gsub("\\left%s*([%(%[|{.])", "%1"):gsub("\\right%s*([%)%]|}.])", "%1")
   text = text:gsub("\\[dt]frac", "\\frac"):gsub("\\[,!;: ]", ""):gsub("\\%$", ""):gsub("%$", ""):gsub("%*%*", "")
   text = trim(text:lower():gsub("%s+", " "))
   text = text:gsub("[%.,;:!]+$", "")
@@ -223,7 +227,7 @@ function answers.number(text)
   text = plain(text):gsub("\\text%s*(%b{})", function(group) return " " .. group:sub(2, -2) end)
   text = text:gsub("\\mathrm%s*(%b{})", function(group) return " " .. group:sub(2, -2) end)
   text = text:gsub("\\[%(%)%[%]]", ""):gsub("\\[,;: ]", " "):gsub("\\!", ""):gsub("{,}", ","):gsub("\\%%", "%%"):gsub("\\%$", "$")
-  text = trim(text:gsub("^%s*%$(.*)%$%s*$", "%1"):gsub("\\left", ""):gsub("\\right", ""):gsub("%^?\\circ", " degrees"):gsub("%^{}", ""))
+  text = trim(text:gsub("^%s*%$(.*)%$%s*$", "%1"):gsub("\\left", ""):gsub("\\right", ""):gsub("%^{%s*\\circ%s*}", " degrees"):gsub("%^?\\circ", " degrees"):gsub("%^{}", ""))
   text = text:gsub("%.$", "")
   local unit
   local sign, rest = text:match(SIGN .. "(.*)$")
@@ -302,7 +306,7 @@ function answers.letter(text, count)
   local last = string.char(64 + count)
   local upper, any = "[A-" .. last .. "]", "[A-" .. last .. "a-" .. last:lower() .. "]"
   local function leading(piece)
-    piece = trim((piece:gsub("\\text%s*(%b{})", inside):gsub("[%*%$]", "")))
+    piece = trim((without_fonts(piece):gsub("[%*%$]", "")))
     -- The article is no choice.
     if piece:find "^[AI]%s+%l" then return nil end
     local letter = piece:match("^%((" .. any .. ")%)") or piece:match("^(" .. any .. ")$") or piece:match("^(" .. any .. ")[%.%):]")

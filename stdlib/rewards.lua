@@ -43,8 +43,11 @@ local function wanted(name, record, field)
   return answer
 end
 
---- 1 if the answer in the text is the record's, letter by letter once what does not matter is taken away (std.answers.normalize). A
---- text that marks no answer is the answer as a whole. A list of right answers means any of them.
+--- What `exact` compares: a normalised text, without the spaces beside its marks, as in (1, 2).
+local function letters(text) return (answers.normalize(text):gsub("%s*(%p)%s*", "%1")) end
+
+--- 1 if the answer in the text is the record's, letter by letter once what does not matter is taken away (std.answers.normalize, and
+--- spaces beside marks). A text that marks no answer is the answer as a whole. A list of right answers means any of them.
 ---
 --- Example: local reward = rewards.exact { field = "capital" }
 ---@param options? { field?: string, marked?: boolean } field: default answer; marked: an answer must be marked, default false
@@ -56,9 +59,9 @@ function rewards.exact(options)
   return function(text, record)
     local found = answers.final(text)
     if not found and options.marked then return 0 end
-    found = answers.normalize(found or text)
+    found = letters(found or text)
     for _, answer in ipairs(wanted("exact", record, field)) do
-      if found ~= "" and found == answers.normalize(tostring(answer)) then return 1 end
+      if found ~= "" and found == letters(tostring(answer)) then return 1 end
     end
     return 0
   end
@@ -217,8 +220,16 @@ function rewards.overlong(options)
   end
 end
 
+--- A field of a record that may be JSON text, as in tables without nested values: its value. `what` says what it should be.
+local function from_json(name, field, value, what)
+  if type(value) ~= "string" then return value end
+  local read, message = json.decode(value)
+  if read == nil then error(("std.rewards.%s: the record's `%s` should be %s, or its JSON: %s"):format(name, field, what, message), 0) end
+  return read
+end
+
 --- 1 if the text is JSON that fits a schema (std.schema), else 0. The JSON is the whole text, or its last fenced block. The schema is
---- `schema`, or the record's field `schema`.
+--- `schema`, or the record's field `schema`, which may be JSON text.
 ---
 --- Example: local reward = rewards.json { schema = { type = "object", required = { "name" } } }
 ---@param options? { schema?: table }
@@ -229,10 +240,25 @@ function rewards.json(options)
   return function(text, record)
     local rules = options.schema or (type(record) == "table" and record.schema)
     if not rules then error("std.rewards.json: neither the options nor the record have a `schema`", 0) end
+    rules = from_json("json", "schema", rules, "a schema")
     local value, message = json.decode(answers.code(text, "json"))
     if value == nil and message then return 0 end
     return schema.validate(value, rules) and 1 or 0
   end
+end
+
+--- The calls that a record wants, names with arguments. Arguments may be JSON text, as in OpenAI's form, and so may the whole list.
+local function wanted_calls(record, field)
+  local calls, list = from_json("tool_calls", field, type(record) == "table" and record[field] or {}, "a list of calls"), {}
+  local is_list = type(calls) == "table" and (#calls > 0 or next(calls) == nil)
+  for index, call in ipairs(is_list and calls or {}) do
+    call = type(call) == "table" and (call["function"] or call) or {}
+    local arguments = from_json("tool_calls", field, call.arguments or {}, "a list of calls with their arguments")
+    is_list = is_list and type(call.name) == "string" and type(arguments) == "table"
+    list[index] = { name = call.name, arguments = arguments }
+  end
+  if not is_list then error(("std.rewards.tool_calls: the record's `%s` should be a list of calls, each a name and arguments"):format(field), 0) end
+  return list
 end
 
 --- What two calls have in common: 0 for another tool; for the right one a half, and the other half by arguments that are equal.
@@ -249,7 +275,7 @@ local function call_likeness(call, right)
   return all == 0 and 1 or 0.5 + 0.5 * equal / all
 end
 
---- How right the calls of tools in a text are: the record's `tool_calls`, { { name, arguments } ... }, in their order. 1 if all are equal
+--- How right the calls of tools in a text are: the record's `tool_calls`, { { name, arguments } ... } or as OpenAI writes them, in their order. 1 if all are equal
 --- to these and nothing else is called. With `partial`, the mean over calls of a half for the name and a half for the share of arguments
 --- that are equal, over the larger number of calls. A broken call counts as a wrong one. A record without calls wants none.
 ---
@@ -260,15 +286,12 @@ function rewards.tool_calls(options)
   options = options or {}
   check("std.rewards.tool_calls", options, { "field", "partial" })
   return function(text, record)
-    local right = type(record) == "table" and record[options.field or "tool_calls"] or {}
+    local right = wanted_calls(record, options.field or "tool_calls")
     local calls, broken = answers.tool_calls(text)
     local count = math.max(#calls + broken, #right)
     if count == 0 then return 1 end
     local sum = 0
-    for index = 1, math.min(#calls, #right) do
-      local wants = right[index]["function"] or right[index]
-      sum = sum + call_likeness(calls[index], wants)
-    end
+    for index = 1, math.min(#calls, #right) do sum = sum + call_likeness(calls[index], right[index]) end
     if not options.partial then return sum == count and 1 or 0 end
     return sum / count
   end
@@ -280,7 +303,10 @@ local function jobs_of(text, record, options)
   if type(tests) ~= "table" or #tests == 0 then error("std.rewards.programs: the record has no `tests`", 0) end
   local program, jobs = answers.code(text, options.language), {}
   for index, test in ipairs(tests) do
-    local code = type(test) == "string" and test or test.code
+    local code = type(test) == "string" and test or type(test) == "table" and test.code or nil
+    if not code and not (type(test) == "table" and test.stdout) then
+      error(("std.rewards.programs: the record's `tests` should each be code, or have `code` or `stdout` to check; test %d has neither"):format(index), 0)
+    end
     jobs[index] = {
       program = code and program .. "\n" .. code .. "\n" or program,
       language = options.language,

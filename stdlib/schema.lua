@@ -1,14 +1,17 @@
 --- JSON Schema, the part that answers of models and arguments of tools are described with. Source: json-schema.org, draft 2020-12.
 ---
---- Known: type, enum, const, properties, required, additionalProperties, items, minItems, maxItems, minimum, maximum,
---- exclusiveMinimum, exclusiveMaximum, minLength, maxLength, pattern. Other keywords are errors, since a schema that is half
---- checked says yes too often; title, description, default, examples, $schema and $id say nothing about values and are passed over.
+--- Known: type, enum, const, properties, required, additionalProperties, minProperties, maxProperties, items, minItems, maxItems,
+--- uniqueItems, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, minLength, maxLength, pattern, allOf, anyOf, oneOf,
+--- not, and $ref to a place in the schema itself. Other keywords are errors, since a schema that is half checked says yes too often;
+--- title, description, default, examples, format, $schema, $id and $comment say nothing about values by that standard and are passed over.
 
 local json = require "std.json"
 
 local schema = {}
 
-local NOTES = { title = true, description = true, default = true, examples = true, ["$schema"] = true, ["$id"] = true }
+local NOTES = { title = true, description = true, default = true, examples = true, format = true, ["$schema"] = true, ["$id"] = true, ["$comment"] = true }
+-- Where schemas stand that `$ref` refers to.
+NOTES["$defs"], NOTES.definitions = true, true
 
 local function kind_of(value)
   if value == json.null() then return "null" end
@@ -44,6 +47,9 @@ function schema.equal(a, b)
   end
   return true
 end
+
+-- Schemas at one place; more are a circle.
+local DEPTH_MAX = 100
 
 local CLASSES = { d = "%d", D = "%D", w = "[%w_]", W = "[^%w_]", s = "%s", S = "%S", t = "\t", n = "\n", r = "\r" }
 local INNER = { d = "%d", w = "%w_", s = "%s", t = "\t", n = "\n", r = "\r" }
@@ -119,6 +125,12 @@ local function about(kind, complain)
   end
 end
 
+local function names_in(object)
+  local count = 0
+  for _ in pairs(object) do count = count + 1 end
+  return count
+end
+
 --- Each keyword: what is wrong with `value`, if anything. Keywords about one kind of value pass over others, as the standard says.
 local CHECKS = {
   type = function(value, wanted)
@@ -143,6 +155,21 @@ local CHECKS = {
   maxLength = about("string", function(value, bound) return utf8.len(value) > bound and "is longer than %g" end),
   minItems = about("array", function(value, bound) return #value < bound and "has fewer than %g entries" end),
   maxItems = about("array", function(value, bound) return #value > bound and "has more than %g entries" end),
+  multipleOf = about("number", function(value, step)
+    local count = value / step
+    -- 0.3 is three times 0.1, which no binary number is.
+    return math.abs(count - math.floor(count + 0.5)) > 1e-9 * math.max(math.abs(count), 1) and "is no multiple of %g"
+  end),
+  uniqueItems = function(value, wanted)
+    if not wanted or kind_of(value) ~= "array" then return nil end
+    for index = 2, #value do
+      for other = 1, index - 1 do
+        if schema.equal(value[index], value[other]) then return "has an entry twice" end
+      end
+    end
+  end,
+  minProperties = function(value, bound) return kind_of(value) == "object" and names_in(value) < bound and ("has fewer than %g names"):format(bound) or nil end,
+  maxProperties = function(value, bound) return kind_of(value) == "object" and names_in(value) > bound and ("has more than %g names"):format(bound) or nil end,
   pattern = function(value, regex)
     return type(value) == "string" and not value:find(schema.pattern(regex)) and ("does not fit %s"):format(regex) or nil
   end,
@@ -156,12 +183,41 @@ local CHECKS = {
 --- These look inside, and need the place.
 local INSIDE = { properties = true, additionalProperties = true, items = true }
 
+--- Keywords that try several schemas on a value: `fails` gives what is wrong by one of them. Each gives what is wrong, without the place.
+local SEVERAL = {
+  anyOf = function(fails, list)
+    for _, rules in ipairs(list) do
+      if not fails(rules) then return nil end
+    end
+    return "fits none of anyOf"
+  end,
+  oneOf = function(fails, list)
+    local fits = 0
+    for _, rules in ipairs(list) do fits = fits + (fails(rules) and 0 or 1) end
+    return fits ~= 1 and ("fits %d of oneOf"):format(fits) or nil
+  end,
+  ["not"] = function(fails, rules) return not fails(rules) and "fits what it must not" or nil end,
+}
+
+--- The schema that `$ref` names, a JSON pointer from the root.
+local function referred(root, reference)
+  local found = reference:find "^#" and root or nil
+  for name in reference:sub(2):gmatch "/([^/]*)" do
+    name = name:gsub("~1", "/"):gsub("~0", "~")
+    if type(found) == "table" then found = found[json.is_array(found) and (tonumber(name) or -1) + 1 or name] end
+  end
+  if type(found) ~= "table" and type(found) ~= "boolean" then
+    error(("std.schema.validate: $ref should be a place in the schema, such as #/$defs/point, got %s"):format(reference), 0)
+  end
+  return found
+end
+
 local validate
 
-local function inside(value, rules, place)
+local function inside(value, rules, place, root)
   if kind_of(value) == "array" and rules.items ~= nil then
     for index = 1, #value do
-      local message = validate(value[index], rules.items, ("%s[%d]"):format(place, index - 1))
+      local message = validate(value[index], rules.items, ("%s[%d]"):format(place, index - 1), root, 0)
       if message then return message end
     end
   end
@@ -172,24 +228,35 @@ local function inside(value, rules, place)
     if own == nil then own = rules.additionalProperties end
     if own == false then return ("%s has %s, which is not foreseen"):format(place, name) end
     if own ~= nil and own ~= true then
-      local message = validate(entry, own, place .. "." .. name)
+      local message = validate(entry, own, place .. "." .. name, root, 0)
       if message then return message end
     end
   end
 end
 
-validate = function(value, rules, place)
+--- What is wrong with `value`, which stands at `place`; `depth` schemas lead to this one at the same place.
+validate = function(value, rules, place, root, depth)
+  if depth > DEPTH_MAX then error("std.schema.validate: the schema refers to itself without end at " .. place, 0) end
+  local function fails(other) return validate(value, other, place, root, depth + 1) end
   if rules == true then return nil end
   if rules == false then return place .. " may not be there" end
   for keyword, setting in pairs(rules) do
     if CHECKS[keyword] then
       local message = CHECKS[keyword](value, setting)
       if message then return place .. " " .. message end
+    elseif SEVERAL[keyword] then
+      local message = SEVERAL[keyword](fails, setting)
+      if message then return place .. " " .. message end
+    elseif keyword == "allOf" or keyword == "$ref" then
+      for _, other in ipairs(keyword == "allOf" and setting or { referred(root, setting) }) do
+        local message = fails(other)
+        if message then return message end
+      end
     elseif not INSIDE[keyword] and not NOTES[keyword] then
       error(("std.schema.validate: the keyword %s is not supported"):format(tostring(keyword)), 3)
     end
   end
-  return inside(value, rules, place)
+  return inside(value, rules, place, root)
 end
 
 --- Whether a value is what a schema describes, and what is wrong if not.
@@ -203,7 +270,7 @@ function schema.validate(value, rules)
   if type(rules) ~= "table" and type(rules) ~= "boolean" then
     error(("std.schema.validate: `rules` should be a schema, got %s"):format(type(rules)), 2)
   end
-  local message = validate(value, rules, "$")
+  local message = validate(value, rules, "$", rules, 0)
   return message == nil, message
 end
 

@@ -203,7 +203,7 @@ fn models_and_optimizers_in_scripts() {
             "shape.vocab = 100 model { tokenizer = bytes }",
             &["model: `tokenizer` should be one of at most 100 tokens, the model's vocab, got one of 259"],
         ),
-        ("model({ tokenizer = bytes }):generate { 5 }", &["`prompts[1]` should be a list of prompts", "got 5"]),
+        ("model({ tokenizer = bytes }):generate { 5 }", &["`prompts[1]` should be a text, a list of messages", "got 5"]),
         ("model({ tokenizer = bytes }):generate({ 'x' }, { n = 0 })", &["`n` should be an integer of at least 1"]),
         ("model({ tokenizer = bytes }):generate({ 'x' }, { top_q = 1 })", &["`top_q`", "did you mean"]),
         ("model({ tokenizer = bytes }):generate({ '' })", &["`prompts[1]`", "a prompt without tokens"]),

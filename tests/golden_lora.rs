@@ -269,6 +269,45 @@ fn modules_have_ranks_and_scales_of_their_own() {
     assert!(again.logits(&batch.packed()).unwrap().values() == model.logits(&batch.packed()).unwrap().values());
 }
 
+/// PEFT's regular expressions, choices of layers and exclusions: the modules are those that the file has parts of.
+#[test]
+fn modules_that_are_not_chosen_by_names_are_those_of_the_file() {
+    use serde_json::json;
+    let golden = Golden::open("dense_untied");
+    let batch = Batch::new(&golden.integer_rows("input_ids"));
+    let model = golden.model(Dtype::F32);
+    model.adapt(lora(&["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj", "embed_tokens"]), 1).unwrap();
+    let labels = batch.next_tokens();
+    let mut optimizer = AdamW::new(model.parameters(), Settings { lr: 1e-2, ..Settings::default() }).unwrap();
+    model.cross_entropy(&batch.packed(), &labels, 1.0, 0.0).unwrap().total.backward().unwrap();
+    optimizer.step().unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let folder = place.path().join("adapter");
+    model.save_adapter(&folder, None, None).unwrap();
+    let path = folder.join("adapter_config.json");
+    let saved: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    for choice in [
+        json!({ "target_modules": r".*(layers\.1\..*(q_proj|down_proj)|embed_tokens)" }),
+        json!({ "target_modules": ["q_proj", "down_proj", "embed_tokens"], "layers_to_transform": 1, "layers_pattern": "layers" }),
+        json!({ "target_modules": ["q_proj", "down_proj", "embed_tokens"], "exclude_modules": r".*layers\.0\..*" }),
+    ] {
+        let mut config = saved.clone();
+        config.as_object_mut().unwrap().extend(choice.as_object().unwrap().clone());
+        std::fs::write(&path, config.to_string()).unwrap();
+        let again = golden.model(Dtype::F32);
+        again.load_adapter(&folder, true, &mut |_| ()).unwrap();
+        assert_eq!(again.trainable(), model.trainable(), "{choice}");
+        assert!(again.logits(&batch.packed()).unwrap().values() == model.logits(&batch.packed()).unwrap().values(), "{choice}");
+        // It is written by the names of its modules, which PEFT knows.
+        again.save_adapter(&place.path().join("again"), None, None).unwrap();
+        let named: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(place.path().join("again/adapter_config.json")).unwrap()).unwrap();
+        let mut names: Vec<&str> = named["target_modules"].as_array().unwrap().iter().filter_map(|name| name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["model.embed_tokens", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"], "{choice}");
+    }
+}
+
 /// What a full fine-tuning keeps for each parameter (gradient, moments) an adapter does not keep for the base.
 #[test]
 fn a_module_that_is_saved_whole_trains_beside_the_adapter() {
@@ -347,9 +386,9 @@ fn adapters_that_do_not_fit_are_refused_by_name() {
         ("alpha_pattern", json!({ "q_proj": "high" }), "alpha_pattern.q_proj"),
         ("init_lora_weights", json!("pissa_niter_4"), "changes the weights of the base"),
         ("init_lora_weights", json!("olora"), "changes the weights of the base"),
-        ("layers_to_transform", json!([1]), "layers_to_transform"),
         ("peft_type", json!("IA3"), "LORA"),
-        ("target_modules", json!(".*proj"), "regular expressions"),
+        ("target_modules", json!(7), "a list of names of modules"),
+        ("target_parameters", json!(["q_proj.weight"]), "target_parameters"),
         ("target_modules", json!(["q_proj"]), "only tensors of the modules"),
         ("target_modules", json!(["qkv"]), "\"qkv\""),
         ("modules_to_save", json!(["embed_tokens"]), "embed_tokens"),

@@ -115,8 +115,8 @@ fn the_scripts_hand_their_results_to_each_other() {
     assert!(said.contains("held-out pairs"), "{said}");
     let (_, dpo) =
         script(&place, "dpo", &["--model", &model(&sft), "--data", &pairs, "--base", &base, "--pairs", "4", "--accumulate", "2"]);
-    let sampling = ["--max_tokens", "8", "--questions", "2"];
-    for loss in ["grpo", "dr_grpo", "gspo", "cispo"] {
+    for (loss, max_tokens) in [("grpo", "8"), ("dr_grpo", "1"), ("gspo", "8"), ("cispo", "8")] {
+        let sampling = ["--max_tokens", max_tokens, "--questions", "2"];
         let args = [
             "--model",
             &model(&dpo),

@@ -502,7 +502,7 @@ fn forks_equal_their_parent_up_to_what_is_changed() {
     let metrics = std::fs::read(longer.join("metrics.jsonl")).unwrap();
     assert!(metrics.starts_with(expected.metrics()) && metrics.len() > expected.metrics().len(), "50 more steps and nothing else");
     // Without what came later the last generation is missing from the place on where it came.
-    let plain = fork(&place, &parent, "plain", &["--at", "train=0", "--drop-later"]);
+    let plain = fork(&place, &parent, "plain", &["--at", "0", "--drop-later"]);
     let lines = std::fs::read_to_string(plain.join("metrics.jsonl")).unwrap();
     let first = generations(&parent, GenerationStatus::Accepted)[1].step as usize;
     let parents = String::from_utf8(expected.metrics().to_vec()).unwrap();
@@ -519,6 +519,7 @@ fn forks_equal_their_parent_up_to_what_is_changed() {
     refuse(&["--at", "train"], "LOOP=STEP");
     refuse(&["--arg", "stepz=3"], "no argument --stepz; did you mean --steps?");
     refuse(&["--arg", "steps"], "NAME=VALUE");
+    refuse(&["--drop-arg", "stepz"], "an argument that the run was started with");
 }
 
 #[test]

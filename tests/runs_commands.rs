@@ -282,6 +282,28 @@ fn two_runs_are_compared_to_the_bit() {
 }
 
 #[test]
+fn a_fork_takes_code_whose_arguments_have_other_names() {
+    let place = Place::new();
+    let code = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/resumable.lua")).unwrap();
+    let script = place.0.path().join("renamed.lua");
+    std::fs::write(&script, &code).unwrap();
+    place.printed(&["run", "--quiet", "--runs", "renamed", "renamed.lua", "--steps", "6"]);
+    let parent = place.folder("renamed", &place.ids("renamed")[0]);
+    std::fs::write(&script, code.replace("steps = { 40", "updates = { 40").replace("args.steps", "args.updates")).unwrap();
+    let fork = ["runs", "fork", "latest", "--at", "train=6", "--runs", "renamed", "--quiet", "--code", "new"];
+    let refused = text(&place.command(&fork).output().unwrap().stderr);
+    assert!(refused.contains("no argument --steps") && refused.contains("--drop-arg"), "{refused}");
+    place.printed(&[&fork[..], &["--drop-arg", "steps", "--arg", "updates=9"]].concat());
+    let metrics = |run: &Path| {
+        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        text.lines().filter(|line| line.contains("\"loop\":\"train\"")).map(String::from).collect::<Vec<_>>()
+    };
+    let (parents, forks) = (metrics(&parent), metrics(&place.folder("renamed", &place.ids("renamed")[1])));
+    assert_eq!((parents.len(), forks.len()), (6, 9));
+    assert_eq!(parents, forks[..6]);
+}
+
+#[test]
 fn an_export_is_complete_and_parses() {
     let place = Place::new();
     let id = place.start("r", &["--steps", "12"], None);

@@ -633,6 +633,7 @@ fn rewards_by_programs_run_their_tests() {
         local scores, means = rewards.score(rollouts, both)
         print(table.concat(scores:to_table(), " "), means.tests, means.size, both(rollouts.texts[3], asserts, {}))
         print((select(2, pcall(rewards.score, { texts = { "x" }, records = { {} } }, rewards.programs()))))
+        print((select(2, pcall(rewards.score, { texts = { "x = 1" }, records = { { tests = { { input = "1", output = "1" } } } } }, rewards.programs()))))
         print((select(2, pcall(rewards.programs, { language = "lua", second = 1 }))))"#;
     std::fs::write(folder.path().join("programs.lua"), script).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_perilune"));
@@ -643,5 +644,6 @@ fn rewards_by_programs_run_their_tests() {
     assert_eq!(lines[..2], ["1.0 1.0 0.5 0.0 0.0", "1.0 1.0 0.0 0.0 0.0"], "{text}");
     assert_eq!(lines[2], "1.0 1.0 0.5 0.0 0.0\t0.5\t23.2\t0.5", "{text}");
     assert!(lines[3].contains("std.rewards.programs: the record has no `tests`"), "{text}");
-    assert!(lines[4].contains("got `second`"), "{text}");
+    assert!(lines[4].contains("`code` or `stdout` to check; test 1 has neither"), "{text}");
+    assert!(lines[5].contains("got `second`"), "{text}");
 }

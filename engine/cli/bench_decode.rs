@@ -65,7 +65,7 @@ pub fn run(case: &Case) -> Result<(Value, String)> {
             result.map(|()| took)
         })?;
         let rate = tokens as f64 / times.median();
-        let gflops = (flops::forward_flops(&case.config, tokens) - head_flops(&case.config, tokens - 1)) / times.median() / 1e9;
+        let gflops = (flops::forward_flops(&case.config, tokens) - flops::head_flops(&case.config, tokens - 1)) / times.median() / 1e9;
         text += &format!(
             "prefill {tokens:<5}{rate:>7.0} tokens/s, {gflops:.0} GFLOP/s, {:.0}% of {:.0}\n",
             100.0 * gflops / matrix.best,
@@ -83,11 +83,6 @@ fn weight_bytes(model: &Model) -> usize {
     let config = model.config();
     let looked_up = if config.tied { 0 } else { config.vocab * config.hidden };
     (model.count() - looked_up) * if model.is_int8() { 1 } else { model.dtype().size() }
-}
-
-/// The head's part of [`flops::forward_flops`] for `tokens` tokens.
-fn head_flops(config: &crate::model::config::Config, tokens: usize) -> f64 {
-    2.0 * (config.vocab * config.hidden * tokens) as f64
 }
 
 fn prompt(model: &Model, tokens: usize, number: usize) -> Vec<i32> {

@@ -61,7 +61,7 @@ impl Resume {
             let what = format!("{}: the run is alive: `perilune reload {}` lets it try the files as they are now", self.run, self.run);
             return Err(Error::Script(what));
         }
-        let child = Making { folder: &folder, root: &self.go_on.runs, screen: &screen }.make(None, &[], true, false)?;
+        let child = Making { folder: &folder, root: &self.go_on.runs, screen: &screen }.make(None, &[], &[], true, false)?;
         self.go_on.run(&child, screen)
     }
 }
@@ -82,7 +82,7 @@ impl GoOn {
             return Err(Error::Script(format!("{}: the recorded script returns no workflow", run.facts.script)));
         };
         let workflow = object.borrow::<Workflow>().expect("load gives only workflows");
-        let values = args::parse(&workflow.specs, &run.facts.words)?;
+        let values = args::parse(&workflow.specs, run.facts.words_of(code.number))?;
         if self.explain {
             screen.note(&explanation());
         }

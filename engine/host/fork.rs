@@ -4,13 +4,14 @@
 use super::code;
 use super::modules::Source;
 use super::rebuild::{Remembered, adopted, remembered};
-use super::run::{Facts, Origin as Parentage, lock, unix_seconds, write_facts};
+use super::run::{Facts, lock, unix_seconds, write_facts};
 use crate::checkpoint::catalog::{checkpoint_name, list};
 use crate::checkpoint::commit::link_from;
 use crate::checkpoint::manifest::Manifest;
 use crate::error::{Error, Result};
 use crate::store::records::{GenerationRecord, GenerationStatus, Output, Records, StepRecord};
 use crate::store::{LineLog, RunStore};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -22,6 +23,35 @@ pub struct Parent<'a> {
     pub folder: &'a Path,
     pub facts: &'a Facts,
     pub records: &'a Records,
+}
+
+/// Where a fork comes from, as its facts say.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    pub id: String,
+    /// `LOOP=STEP` of the checkpoint; none for the beginning.
+    pub at: Option<String>,
+    /// Whether the child has other arguments.
+    #[serde(default)]
+    pub other_arguments: bool,
+    /// The words that generations before the child's new code read, which may have other arguments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier: Option<EarlierWords>,
+}
+
+/// The words that generations with numbers below `before` read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EarlierWords {
+    pub before: u32,
+    pub words: Vec<String>,
+}
+
+impl Facts {
+    /// The words of the command line that a generation reads.
+    pub fn words_of(&self, generation: u32) -> &[String] {
+        let earlier = self.parent.as_ref().and_then(|parent| parent.earlier.as_ref());
+        earlier.filter(|earlier| generation < earlier.before).map_or(&self.words, |earlier| &earlier.words)
+    }
 }
 
 /// Where a fork begins.
@@ -44,14 +74,22 @@ pub struct Change {
     pub code: Option<Vec<Source>>,
 }
 
-/// The words of a command line with some arguments replaced.
+/// The words of a command line with some arguments replaced, and some left out.
 ///
 /// - `changes`: `name=value`, each
+/// - `dropped`: names
 ///
-/// Errors: [`Error::Argument`] for a change of another form.
-pub fn replaced_words(words: &[String], changes: &[String]) -> Result<Vec<String>> {
+/// Errors: [`Error::Argument`] for a change of another form, and for a name to leave out that is not there.
+pub fn replaced_words(words: &[String], changes: &[String], dropped: &[String]) -> Result<Vec<String>> {
     let plain = |flag: &str| flag.trim_start_matches("--").split('=').next().unwrap_or_default().replace('-', "_");
     let mut changed = BTreeSet::new();
+    for name in dropped {
+        let is_it = |word: &String| word.starts_with("--") && [plain(name), format!("no_{}", plain(name))].contains(&plain(word));
+        if !words.iter().any(is_it) {
+            return Err(Error::argument("fork", "drop-arg", "an argument that the run was started with", format!("`{name}`")));
+        }
+        changed.insert(plain(name));
+    }
     for change in changes {
         let Some((name, _)) = change.split_once('=').filter(|(name, _)| !name.is_empty()) else {
             return Err(Error::argument("fork", "arg", "NAME=VALUE, such as lr=1e-4", format!("`{change}`")));
@@ -87,13 +125,16 @@ impl Parent<'_> {
         Ok(self.checkpoints()?.pop().map_or(Start::Anew(BTreeSet::new()), |manifest| Start::Checkpoint(Box::new(manifest))))
     }
 
-    /// The place that `LOOP=STEP` names. Step 0 of a loop without a checkpoint there is the beginning of the run.
+    /// The place that `LOOP=STEP` names. 0, and step 0 of a loop without a checkpoint there, are the beginning of the run.
     ///
     /// Errors: [`Error::Argument`] for a place of another form, or one without a checkpoint, with those there are.
     pub fn place(&self, at: &str) -> Result<Start> {
+        if at == "0" {
+            return Ok(Start::Anew(BTreeSet::new()));
+        }
         let parsed = at.rsplit_once('=').and_then(|(path, step)| Some((path, step.parse::<u64>().ok()?)));
         let Some((path, step)) = parsed else {
-            return Err(Error::argument("fork", "at", "LOOP=STEP, such as train=500", format!("`{at}`")));
+            return Err(Error::argument("fork", "at", "LOOP=STEP, such as train=500, or 0", format!("`{at}`")));
         };
         let checkpoints = self.checkpoints()?;
         if let Some(manifest) = checkpoints.iter().find(|manifest| manifest.loop_path == path && manifest.step == step) {
@@ -104,8 +145,8 @@ impl Parent<'_> {
         }
         let places: Vec<String> = checkpoints.iter().map(|manifest| format!("{}={}", manifest.loop_path, manifest.step)).collect();
         let expected = match places.is_empty() {
-            true => "step 0 of a loop: the run has no checkpoint".to_string(),
-            false => format!("a place with a checkpoint: {}, or step 0", places.join(", ")),
+            true => "0, the beginning: the run has no checkpoint".to_string(),
+            false => format!("a place with a checkpoint: {}, or 0", places.join(", ")),
         };
         Err(Error::argument("fork", "at", expected, format!("`{at}`")))
     }
@@ -118,11 +159,19 @@ impl Parent<'_> {
         facts.working_folder.clone_from(&self.facts.working_folder);
         let other_arguments = change.words != self.facts.words;
         facts.args = change.args;
+        let earlier = match (start, &change.code) {
+            (Start::Checkpoint(manifest), Some(_)) => {
+                let number = manifest.generation;
+                Some(EarlierWords { before: number + 1, words: self.facts.words_of(number).to_vec() })
+            }
+            (Start::Anew(_), Some(_)) => None,
+            (_, None) => self.facts.parent.as_ref().and_then(|parent| parent.earlier.clone()),
+        };
         let at = match start {
             Start::Anew(_) => None,
             Start::Checkpoint(manifest) => Some(format!("{}={}", manifest.loop_path, manifest.step)),
         };
-        facts.parent = Some(Parentage { id: self.facts.id.clone(), at, other_arguments });
+        facts.parent = Some(Origin { id: self.facts.id.clone(), at, other_arguments, earlier });
         let folder = root.join(&facts.id);
         let made = std::fs::create_dir_all(folder.join("code/objects"));
         made.map_err(|error| Error::io(&folder, "make the folder", error))?;
@@ -277,13 +326,16 @@ mod tests {
     fn arguments_are_replaced_however_they_were_written() {
         let words = |text: &str| text.split_whitespace().map(String::from).collect::<Vec<_>>();
         let check =
-            |old, changes, new: &str| assert_eq!(replaced_words(&words(old), &words(changes)).unwrap(), words(new), "{old} {changes}");
+            |old, changes, new: &str| assert_eq!(replaced_words(&words(old), &words(changes), &[]).unwrap(), words(new), "{old} {changes}");
         check("--lr 1e-3 --steps=40", "lr=1", "--steps=40 --lr=1");
         check("--no-quick --text a.txt", "quick=true text=b.txt", "--quick=true --text=b.txt");
         check("--keep_last=3 -1", "keep-last=4", "--keep-last=4");
         check("", "--a=b=c", "--a=b=c");
         for wrong in ["lr", "=3"] {
-            assert!(replaced_words(&[], &words(wrong)).unwrap_err().to_string().contains("NAME=VALUE"), "{wrong}");
+            assert!(replaced_words(&[], &words(wrong), &[]).unwrap_err().to_string().contains("NAME=VALUE"), "{wrong}");
         }
+        let left = |old, dropped| replaced_words(&words(old), &words("steps=3"), &words(dropped));
+        assert_eq!(left("--lr 1e-3 --no-quick --a-b=2 x", "lr quick --a-b").unwrap(), words("--steps=3"));
+        assert!(left("--lr 1e-3", "rate").unwrap_err().to_string().contains("an argument that the run was started with, got `rate`"));
     }
 }

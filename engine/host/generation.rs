@@ -57,7 +57,7 @@ pub fn complete(call: &Call) -> Answer {
         Some(error) => Err(error.into()),
         None => {
             let text = text?;
-            count_work(call, &this, &[(prompt.len(), text.tokens.len())]);
+            count_work(call, &this, prompt.len(), &[text.tokens.len()]);
             call.give(text.text)
         }
     }
@@ -97,9 +97,9 @@ pub fn generate_all(call: &Call) -> Answer {
         return Err(error.into());
     }
     let texts = texts?;
-    let lengths: Vec<_> =
-        origins.iter().zip(&texts).flat_map(|(prompt, texts)| texts.iter().map(|text| (prompt.len(), text.tokens.len()))).collect();
-    count_work(call, &this, &lengths);
+    for (prompt, texts) in origins.iter().zip(&texts) {
+        count_work(call, &this, prompt.len(), &texts.iter().map(|text| text.tokens.len()).collect::<Vec<_>>());
+    }
     let origin = |record: &Value, prompt: &Arc<[i32]>| Origin { record: record.clone(), prompt: prompt.clone() };
     let origins = records.iter().zip(&origins).map(|(record, prompt)| origin(record, prompt));
     call.give(Rollouts::new(call.lua, origins.zip(texts).collect())?)
@@ -148,6 +148,7 @@ impl Shown {
 }
 
 const PROMPTS: &str = "a list of prompts, each a text, a list of messages, a record with `prompt` or `messages`, or a list of token ids";
+const PROMPT: &str = "a text, a list of messages, a record with `prompt` or `messages`, or a list of token ids";
 
 /// In a loop the wish to stop waits for the boundary: half a generation must not reach what is recorded.
 fn go_on(call: &Call) -> Result<()> {
@@ -219,7 +220,7 @@ fn seeds(call: &Call, options: &Options, count: usize) -> Failed<Vec<u64>> {
 
 /// The ids of prompt `index` of the list, and whether it is a conversation.
 fn prompt_ids(call: &Call, this: &ModelObject, prompt: &Value, index: usize, tools: &[serde_json::Value]) -> Failed<(Vec<u32>, bool)> {
-    let wrong = |got: String| Error::argument(call.op, format!("prompts[{}]", index + 1), PROMPTS, got);
+    let wrong = |got: String| Error::argument(call.op, format!("prompts[{}]", index + 1), PROMPT, got);
     let mut is_chat = false;
     let mut chat = |messages, tools: &[serde_json::Value]| {
         is_chat = true;
@@ -281,10 +282,10 @@ fn json_list(call: &Call, list: Table) -> Failed<Vec<serde_json::Value>> {
     }
 }
 
-/// Counts what was computed: each text went through the model once, its prompt for every member.
-fn count_work(call: &Call, this: &ModelObject, lengths: &[(usize, usize)]) {
+/// Counts what was computed: each text went through the model once, the prompt of a group once.
+fn count_work(call: &Call, this: &ModelObject, prompt: usize, outputs: &[usize]) {
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
-        work.generation(&this.model, lengths);
+        work.generation(&this.model, prompt, outputs);
     }
 }
 

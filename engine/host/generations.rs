@@ -335,7 +335,7 @@ fn follow(run: &Arc<Run>, trial: &Arc<Trial>, files: Vec<Source>, verdict: &Send
         vm.lua().set_app_data(trial.clone());
         vm.load_workflow()?;
         with_workflow(&vm, |workflow| {
-            let values = args::parse(&workflow.specs, &run.facts.words)?;
+            let values = args::parse(&workflow.specs, run.facts.words_of(trial.number))?;
             let target = Target::Loop(trial.boundary.loop_path.clone());
             let replay = Replay::new(run.clone(), trial.number, Some(target)).on_trial(trial.clone());
             workflow.perform(vm.lua(), run, &values, replay)

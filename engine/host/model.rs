@@ -316,7 +316,14 @@ fn packed(batch: &TokenBatch) -> Packed<'_> {
 }
 
 /// The batch at argument 0, counted as work, and `run` on it.
-pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>) -> Answer {
+///
+/// - `head_rows`: tokens of a batch that the head sees
+pub(super) fn forward(
+    call: &Call,
+    trains: bool,
+    head_rows: fn(&TokenBatch) -> usize,
+    run: impl FnOnce(&ModelObject, &TokenBatch, &Packed) -> Failed<AnyTensor>,
+) -> Answer {
     let this = call.subject::<ModelObject>()?.clone();
     let batch = call.object::<BatchObject>(0)?.0.clone();
     let packed = packed(&batch);
@@ -325,7 +332,7 @@ pub(super) fn forward(call: &Call, trains: bool, run: impl FnOnce(&ModelObject, 
     }
     let result = run(&this, &batch, &packed)?;
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
-        work.forward(&this.model, &batch.cu_seqlens, trains && !this.frozen);
+        work.forward(&this.model, &batch.cu_seqlens, head_rows(&batch), trains && !this.frozen);
     }
     tensor(call, result)
 }
@@ -353,7 +360,7 @@ fn routing(call: &Call) -> Answer {
         None => Value::Nil,
     };
     if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
-        work.forward(&this.model, &batch.cu_seqlens, !this.frozen);
+        work.forward(&this.model, &batch.cu_seqlens, 0, !this.frozen);
     }
     call.give((answer, balance))
 }
@@ -381,7 +388,7 @@ impl Class for ModelObject {
                     if let Some(coefficient) = coefficient.filter(|coefficient| !(0.0..f64::INFINITY).contains(coefficient)) {
                         return Err(Error::argument(call.op, "router_aux_loss_coef", "a finite number of at least 0", coefficient).into());
                     }
-                    forward(call, true, |this, batch, packed| {
+                    forward(call, true, TokenBatch::supervised, |this, batch, packed| {
                         let normalizer = normalizer.unwrap_or(batch.supervised().max(1) as f64);
                         let published = this.model.config().moe.as_ref().map_or(0.0, |moe| moe.router_aux_loss_coef);
                         // Of one update's micro-batches each balances for its share of the tokens.
@@ -395,7 +402,7 @@ impl Class for ModelObject {
                 params: &["batch", "options?"],
                 call: |call| {
                     let temperature = temperature(&call.options(1, &["temperature"])?)?;
-                    forward(call, false, |this, batch, packed| {
+                    forward(call, false, TokenBatch::supervised, |this, batch, packed| {
                         Ok(this.model.logprobs_and_entropy(packed, &batch.labels, temperature)?.1.into())
                     })
                 },
@@ -414,7 +421,9 @@ impl Class for ModelObject {
                 params: &["batch", "options?"],
                 call: |call| {
                     let temperature = temperature(&call.options(1, &["temperature"])?)?;
-                    forward(call, true, |this, batch, packed| Ok(this.model.logprobs(packed, &batch.labels, temperature)?.into()))
+                    forward(call, true, TokenBatch::supervised, |this, batch, packed| {
+                        Ok(this.model.logprobs(packed, &batch.labels, temperature)?.into())
+                    })
                 },
             },
             Function {

@@ -3,6 +3,7 @@
 use super::call::{Answer, Call, Failed, Function};
 use super::model::{ModelObject, forward};
 use super::options::Options;
+use crate::data::pack::TokenBatch;
 use crate::error::Error;
 use crate::kernels::element::Dtype;
 use crate::model::{Lora, Model};
@@ -79,12 +80,13 @@ fn save_adapter(call: &Call) -> Answer {
 }
 
 fn scores(call: &Call) -> Answer {
-    forward(call, true, |this, _, packed| Ok(this.model.scores(packed)?.into()))
+    forward(call, true, |batch| batch.cu_seqlens.len() - 1, |this, _, packed| Ok(this.model.scores(packed)?.into()))
 }
 
 fn labelled_or_all(call: &Call) -> Answer {
     let labelled = call.options(1, &["labelled"])?.boolean("labelled")?.unwrap_or(false);
-    forward(call, true, |this, batch, packed| {
+    let head_rows: fn(&TokenBatch) -> usize = if labelled { TokenBatch::supervised } else { |batch| batch.tokens.len() };
+    forward(call, true, head_rows, |this, batch, packed| {
         if !labelled {
             return Ok(this.model.logits(packed)?.into());
         }
@@ -105,7 +107,7 @@ fn names(call: &Call) -> Failed<Vec<String>> {
 
 fn hidden_states(call: &Call) -> Answer {
     let layer = call.options(1, &["layer"])?.count("layer", 0)?;
-    forward(call, true, |this, _, packed| Ok(this.model.hidden_states(packed, layer.unwrap_or(this.model.config().layers))?))
+    forward(call, true, |_| 0, |this, _, packed| Ok(this.model.hidden_states(packed, layer.unwrap_or(this.model.config().layers))?))
 }
 
 /// Methods of [`ModelObject`], beside those in model.rs.

@@ -5,6 +5,7 @@
 use super::checkpoints::Checkpoints;
 use super::code;
 use super::control::Control;
+use super::fork::Origin;
 use super::generations::End;
 use super::loops::LoopRecord;
 use super::modules::Source;
@@ -49,17 +50,6 @@ pub struct Facts {
     /// The run that this one is a fork of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<Origin>,
-}
-
-/// Where a fork comes from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Origin {
-    pub id: String,
-    /// `LOOP=STEP` of the checkpoint; none for the beginning.
-    pub at: Option<String>,
-    /// Whether the child has other arguments.
-    #[serde(default)]
-    pub other_arguments: bool,
 }
 
 impl Facts {

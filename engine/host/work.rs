@@ -11,7 +11,7 @@ use crate::kernels::cuda::memory::DeviceBuffer;
 use crate::kernels::cuda::product;
 use crate::kernels::element::{Dtype, Float};
 use crate::model::Model;
-use crate::model::flops::{FORMULA, forward_flops};
+use crate::model::flops::{FORMULA, generation_flops, packed_flops};
 use crate::tensor::Place;
 use crate::tensor::autograd::is_recording;
 use half::bf16;
@@ -55,10 +55,12 @@ impl Work {
     ///
     /// Layers that are computed again are not counted again: this is the work asked for, as the share of peak is usually
     /// quoted (PaLM, arXiv 2204.02311, appendix B).
-    pub fn forward(&self, model: &Model, cu_seqlens: &[u32], trains: bool) {
+    ///
+    /// - `head_rows`: tokens that the head sees
+    pub fn forward(&self, model: &Model, cu_seqlens: &[u32], head_rows: usize, trains: bool) {
         let tokens = u64::from(cu_seqlens.last().copied().unwrap_or(0));
         let documents = cu_seqlens.windows(2).map(|border| (border[1] - border[0]) as usize);
-        let once: f64 = documents.map(|len| forward_flops(model.config(), len)).sum();
+        let once = packed_flops(model.config(), documents, head_rows);
         // A frozen weight has no product for its gradient.
         let passes = match (trains && is_recording(), model.adapter().is_some()) {
             (false, _) => 1,
@@ -70,11 +72,11 @@ impl Work {
         self.operations.fetch_add(passes * once as u64, Relaxed);
     }
 
-    /// Texts that `model` generated: lengths of prompt and output, each text counted as one forward pass.
-    pub fn generation(&self, model: &Model, lengths: &[(usize, usize)]) {
-        let once: f64 = lengths.iter().map(|(prompt, output)| forward_flops(model.config(), prompt + output)).sum();
+    /// Texts of these lengths that `model` generated behind a prompt of `prompt` tokens, which it read once for all of them.
+    pub fn generation(&self, model: &Model, prompt: usize, outputs: &[usize]) {
+        let once = generation_flops(model.config(), prompt, outputs.iter().copied());
         self.remember(model);
-        self.tokens.fetch_add(lengths.iter().map(|(prompt, output)| (prompt + output) as u64).sum(), Relaxed);
+        self.tokens.fetch_add((prompt + outputs.iter().sum::<usize>()) as u64, Relaxed);
         self.operations.fetch_add(once as u64, Relaxed);
     }
 

@@ -7,9 +7,10 @@ use super::config::Config;
 
 /// The formula in words, as `--explain` prints it.
 pub const FORMULA: &str = "\
-FLOPs of a training step = 6 * N * tokens + 12 * heads * head_dim * pairs
+FLOPs of a training step = 6 * N * tokens + 6 * H * labels + 12 * heads * head_dim * pairs
   N       weights of the matrix products one token passes: projections, feed-forward (of the experts only those it is
-          sent to, and the shared one), router and head; the embedding is a lookup and does not count
+          sent to, and the shared one) and router; the embedding is a lookup and does not count
+  H       weights of the head, which tokens without a label do not pass
   pairs   (query, key) pairs that attention scores, over all layers: length * (length + 1) / 2 a document and layer,
           fewer under a sliding window
   6, 12   forward once, backward twice (gradients of the input and of the weight, or of both factors)";
@@ -30,7 +31,28 @@ pub fn matmul_parameters(config: &Config) -> f64 {
         };
         attention + mlp
     });
-    layers.sum::<f64>() + if config.score { hidden } else { size(config.vocab) * hidden }
+    layers.sum::<f64>() + head_parameters(config)
+}
+
+fn head_parameters(config: &Config) -> f64 {
+    (if config.score { config.hidden } else { config.vocab * config.hidden }) as f64
+}
+
+/// The head's part of [`forward_flops`] for `rows` tokens.
+pub fn head_flops(config: &Config, rows: usize) -> f64 {
+    2.0 * head_parameters(config) * rows as f64
+}
+
+/// Operations of the forward pass over documents of these `lengths`, `rows` tokens of which the head sees.
+pub fn packed_flops(config: &Config, lengths: impl Iterator<Item = usize>, rows: usize) -> f64 {
+    let body = |tokens| forward_flops(config, tokens) - head_flops(config, tokens);
+    lengths.map(body).sum::<f64>() + head_flops(config, rows)
+}
+
+/// Operations of generating texts of these lengths behind a prompt that they share: it is computed once.
+pub fn generation_flops(config: &Config, prompt: usize, outputs: impl Iterator<Item = usize>) -> f64 {
+    let behind = |output| forward_flops(config, prompt + output) - forward_flops(config, prompt);
+    packed_flops(config, std::iter::once(prompt), 0) + outputs.map(behind).sum::<f64>()
 }
 
 /// Pairs of query and key that causal attention scores in a document of `tokens`, over all layers.
@@ -97,6 +119,17 @@ mod tests {
             let count = |window: usize| (0..tokens).map(|query: usize| (query + 1).min(window)).sum::<usize>();
             assert_eq!(attention_pairs(&config, tokens), (3 * count(usize::MAX) + count(5)) as f64, "{tokens} tokens");
         }
+    }
+
+    #[test]
+    fn the_head_counts_for_the_rows_that_it_sees() {
+        let config = preset("tiny").unwrap();
+        let (pair, head, layers) = (4.0 * 256.0 * 4.0, 2.0 * 4096.0 * 256.0, 2.0 * (matmul_parameters(&config) - 4096.0 * 256.0));
+        // Documents of 2 and 1 tokens have 3 and 1 pairs in each of 4 layers.
+        assert_eq!(packed_flops(&config, [2, 1].into_iter(), 2), 3.0 * layers + 4.0 * pair + 2.0 * head);
+        assert_eq!(packed_flops(&config, [7].into_iter(), 7), forward_flops(&config, 7));
+        // A prompt of 3 tokens and two texts of 1: each has one row of logits, and a pair with itself and with every token of the prompt.
+        assert_eq!(generation_flops(&config, 3, [1, 1].into_iter()), 5.0 * layers + (6.0 + 2.0 * 4.0) * pair + 2.0 * head);
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Lora {
             remark("lora_dropout is passed over: adapters train without dropout here".into());
         }
         let names = |key: &str| -> Result<Vec<String>> {
-            let expected = "a list of names of modules; regular expressions are not read";
+            let expected = "a list of names of modules";
             let list = match fields.get(key) {
                 None => return Ok(Vec::new()),
                 Some(Value::String(name)) if name == ALL => return Ok(vec![ALL.into()]),
@@ -175,7 +175,7 @@ impl Lora {
             alpha_pattern: pattern(&fields, "alpha_pattern", |fields, name| fields.number(name, 0.0, f64::MIN_POSITIVE..=1e9))?,
             rank_stabilized: fields.flag("use_rslora", false)?,
             dora: fields.flag("use_dora", false)?,
-            targets: names("target_modules")?,
+            targets: if is_choice(&fields) { adapted_modules(folder)? } else { names("target_modules")? },
             modules_to_save: names("modules_to_save")?,
         };
         if lora.targets.is_empty() {
@@ -183,6 +183,41 @@ impl Lora {
         }
         Ok(lora)
     }
+}
+
+/// Whether the modules are told otherwise than by names: by a regular expression, or as some of those that have the names.
+fn is_choice(fields: &Fields) -> bool {
+    let is_regex = fields.get("target_modules").and_then(Value::as_str).is_some_and(|name| name != ALL);
+    is_regex || ["layers_to_transform", "exclude_modules"].iter().any(|key| is_set(fields, key))
+}
+
+/// Whether `key` says something: PEFT writes empty lists and objects too.
+fn is_set(fields: &Fields, key: &str) -> bool {
+    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
+    fields.get(key).is_some_and(|value| !is_empty(value))
+}
+
+/// The modules that have a low-rank part in a PEFT folder: what a choice came to.
+///
+/// Errors: as [`open_tensors`].
+fn adapted_modules(folder: &Path) -> Result<Vec<String>> {
+    let module = |name: &str| {
+        let name = name.strip_prefix(FILE_PREFIX)?;
+        Some(name.strip_suffix(".lora_A.weight").or_else(|| name.strip_suffix(".lora_embedding_A"))?.to_owned())
+    };
+    Ok(open_tensors(folder)?.tensors().iter().filter_map(|tensor| module(&tensor.name)).collect())
+}
+
+/// The file of a PEFT folder's tensors.
+///
+/// Errors: [`Error::Unsupported`] for one of PyTorch's own; those of [`SafetensorsFile::open`].
+fn open_tensors(folder: &Path) -> Result<SafetensorsFile> {
+    let path = folder.join(format!("{STEM}.safetensors"));
+    if !path.exists() && folder.join(format!("{STEM}.bin")).exists() {
+        let what = format!("{}: {STEM}.bin", folder.display());
+        return Err(Error::Unsupported { what, remedy: "save the adapter with safe_serialization=True".into() });
+    }
+    SafetensorsFile::open(&path)
 }
 
 /// Errors: [`Error::Unsupported`] for what would change the arithmetic and is not built.
@@ -207,18 +242,13 @@ fn refuse_relatives(fields: &Fields) -> Result<()> {
         return unsupported("init_lora_weights", &format!("{how:?}, which changes the weights of the base"), merge);
     }
     for (key, what) in [
-        ("layers_to_transform", "a choice of layers"),
-        ("layers_pattern", "a choice of layers"),
         ("layer_replication", "layers that stand twice"),
-        ("exclude_modules", "excluded modules"),
         ("target_parameters", "targets that are no modules"),
         ("trainable_token_indices", "single rows of the embedding"),
         ("alora_invocation_tokens", "adapters that a token switches on"),
         ("arrow_config", "routing between adapters"),
     ] {
-        let is_empty =
-            |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty);
-        if fields.get(key).is_some_and(|value| !is_empty(value)) {
+        if is_set(fields, key) {
             return unsupported(key, what, merge);
         }
     }
@@ -443,12 +473,7 @@ impl<E: ModelElement> Graph<E> {
     ///
     /// Errors: [`Error::Format`] for a tensor that is missing, of another shape, or of no module that has a part.
     pub(super) fn fill_adapter(&self, folder: &Path, lora: &Lora, trains: bool) -> Result<()> {
-        let path = folder.join(format!("{STEM}.safetensors"));
-        if !path.exists() && folder.join(format!("{STEM}.bin")).exists() {
-            let what = format!("{}: {STEM}.bin", folder.display());
-            return Err(Error::Unsupported { what, remedy: "save the adapter with safe_serialization=True".into() });
-        }
-        let file = SafetensorsFile::open(&path)?;
+        let file = open_tensors(folder)?;
         let tensors = self.adapter_tensors(lora)?;
         for tensor in &tensors {
             file.expect(&file_name(tensor), &tensor.shape)?;
@@ -457,7 +482,7 @@ impl<E: ModelElement> Graph<E> {
         self.check_copies(&file, &mut known)?;
         if let Some(tensor) = file.tensors().iter().find(|tensor| !known.contains(&tensor.name)) {
             let expected = format!("only tensors of the modules that {CONFIG} names");
-            return Err(Error::format(&path, &tensor.name, expected, format!("this one, of shape {:?}", tensor.shape)));
+            return Err(Error::format(file.path(), &tensor.name, expected, format!("this one, of shape {:?}", tensor.shape)));
         }
         for tensor in &tensors {
             let values: Vec<f32> = file.read_floats(&file_name(tensor))?;

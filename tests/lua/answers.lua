@@ -48,7 +48,7 @@ describe("answers", function()
       { "50\\%", 0.5, "%" }, { "50 percent", 0.5, "%" },
       { "$5", 5, "$" }, { "\\$1,250.50", 1250.5, "$" }, { "-$5", -5, "$" }, { "$-5$", -5 }, { "€3", 3, "€" }, { "5 km", 5, "km" },
       { "12 cm^2", 12, "cm^2" }, { "5\\text{ km}", 5, "km" },
-      { "5 apples", 5, "apples" }, { "30^\\circ", 30, "degrees" }, { "-0", 0 }, { "-0.0", 0 }, { "\\(8\\)", 8 }, { "$8$", 8 },
+      { "5 apples", 5, "apples" }, { "30^\\circ", 30, "degrees" }, { "30^{\\circ}", 30, "degrees" }, { "-0", 0 }, { "-0.0", 0 }, { "\\(8\\)", 8 }, { "$8$", 8 },
       { "", nil }, { "x", nil }, { "nan", nil }, { "inf", nil }, { "1e999", nil }, { "5 + 3", nil }, { "x = 5", nil },
       { "1.2.3", nil }, { "--5", nil }, { "5 and then 6", nil }, { "-", nil },
     } do
@@ -73,7 +73,7 @@ describe("answers", function()
   it("are letters", function()
     for _, case in ipairs {
       { "B", "B" }, { "b", "B" }, { "(c)", "C" }, { "B. because", "B" }, { "The answer is (b).", "B" }, { "The answer is D", "D" },
-      { "\\boxed{\\text{C}}", "C" }, { "<answer>A</answer>", "A" },
+      { "\\boxed{\\text{C}}", "C" }, { "\\boxed{\\textbf{(D)}}", "D" }, { "$\\boxed{\\mathrm{(A)}}$", "A" }, { "\\boxed{\\textbf{(B) }7}", "B" }, { "<answer>A</answer>", "A" },
       { "I think A cat is B", "B" }, { "A cat sat.", nil }, { "Option C it is", "C" }, { "E", nil }, { "", nil },
       { "First A, then D, so D.", "D" }, { "The answer is blue", nil },
     } do

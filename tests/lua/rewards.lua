@@ -16,6 +16,7 @@ describe("rewards", function()
       { "It is Paris", { answer = "Paris" }, 0 }, { "", { answer = "x" }, 0 },
       { "", { answer = "" }, 0 }, { "7", { answer = 7 }, 1 }, { "lutetia", { answer = { "Paris", "Lutetia" } }, 1 },
       { "Answer: 7, 23, 41", { answer = "7, 23, 41" }, 1 },
+      { "\\boxed{(1,2)}", { answer = "(1, 2)" }, 1 }, { "\\boxed{x \\in [0, 1]}", { answer = "x\\in[0,1]" }, 1 }, { "a b", { answer = "ab" }, 0 },
       { "<think>2</think><answer>no</answer>", { answer = "2" }, 0 },
     })
     scores(rewards.exact { marked = true, field = "gold" }, { { "7", { gold = "7" }, 0 }, { "Answer: 7", { gold = "7" }, 1 } })
@@ -72,7 +73,8 @@ describe("rewards", function()
   it("read JSON by a schema", function()
     local reward = rewards.json { schema = { type = "object", required = { "a" } } }
     scores(reward, { { '{"a": 1}', {}, 1 }, { 'Here:\n```json\n{"a": 1}\n```\n', {}, 1 }, { '{"b": 1}', {}, 0 }, { "{a: 1}", {}, 0 }, { "", {}, 0 }, { "null", {}, 0 } })
-    scores(rewards.json(), { { "[1]", { schema = { type = "array" } }, 1 } })
+    scores(rewards.json(), { { "[1]", { schema = { type = "array" } }, 1 }, { "[1]", { schema = '{"type": "object"}' }, 0 } })
+    expect(function() rewards.json()("1", { schema = "{" }) end).fails "the record's `schema` should be a schema, or its JSON"
     expect(function() rewards.json()("1", {}) end).fails "`schema`"
   end)
   it("compare calls of tools", function()
@@ -84,7 +86,13 @@ describe("rewards", function()
       { "no call", { tool_calls = {} }, 1 }, { "no call", {}, 1 }, { call("f", "{}"), {}, 0 }, { "<tool_call>", {}, 0 },
       { call("now", "{}"), { tool_calls = { { name = "now", arguments = {} } } }, 1 },
       { call("f", "{}"), { tool_calls = { { type = "function", ["function"] = { name = "f", arguments = {} } } } }, 1 },
+      { call("f", '{"a": 1}'), { tool_calls = { { type = "function", ["function"] = { name = "f", arguments = '{"a": 1}' } } } }, 1 },
+      { call("f", '{"a": 1}'), { tool_calls = '[{"name": "f", "arguments": {"a": 2}}]' }, 0 }, { "none", { tool_calls = "[]" }, 1 },
+      { call("now", "{}"), { tool_calls = { { name = "now" } } }, 1 },
     })
+    for _, bad in ipairs { "f()", { name = "f", arguments = {} }, { "f" }, { { name = "f", arguments = "x" } } } do
+      expect(function() rewards.tool_calls()("", { tool_calls = bad }) end).fails "the record's `tool_calls` should be a list of calls"
+    end
     scores(rewards.tool_calls { partial = true }, {
       { call("f", '{"a": 1}'), record, 0.75 }, { call("g", '{"a": 1}'), record, 0 },
       { call("f", '{"a": 1, "b": "x", "c": 2}'), record, 0.5 + 0.5 * 2 / 3 },

@@ -32,6 +32,9 @@ pub struct Fork {
     /// Another value for an argument of the script.
     #[arg(long = "arg", value_name = "NAME=VALUE")]
     args: Vec<String>,
+    /// Leave out an argument that the run was started with and that the new code does not have.
+    #[arg(long = "drop-arg", value_name = "NAME")]
+    drop_args: Vec<String>,
     /// `recorded` for the run's code, `new` for the files as they are now, from the checkpoint on.
     #[arg(long, value_name = "WHICH", default_value = "recorded", value_parser = ["recorded", "new"])]
     code: String,
@@ -52,6 +55,7 @@ impl Fork {
         let child = Making { folder: &folder, root: &self.go_on.runs, screen: &screen }.make(
             self.at.as_deref(),
             &self.args,
+            &self.drop_args,
             self.code == "new",
             !self.drop_later,
         )?;
@@ -76,11 +80,12 @@ impl Making<'_> {
     ///
     /// - `at`: `LOOP=STEP`; the newest checkpoint if none
     /// - `changes`: `NAME=VALUE` of arguments
+    /// - `dropped`: names of arguments that are left out
     /// - `new_code`: the files as they are now, in place of the recorded ones
     /// - `later`: what the parent met later comes again
     ///
     /// Errors: what cannot be meant; what the script says on its way; those of writing.
-    pub fn make(&self, at: Option<&str>, changes: &[String], new_code: bool, later: bool) -> Result<PathBuf> {
+    pub fn make(&self, at: Option<&str>, changes: &[String], dropped: &[String], new_code: bool, later: bool) -> Result<PathBuf> {
         let root = std::path::absolute(self.root).map_err(|error| Error::io(self.root, "find", error))?;
         let folder = self.folder.canonicalize().map_err(|error| Error::io(self.folder, "find", error))?;
         let Inspection { facts, records, reason, .. } = inspect(&folder, Look::Whole);
@@ -104,11 +109,15 @@ impl Making<'_> {
         } else {
             None
         };
-        let words = replaced_words(&facts.words, changes)?;
-        let args = if changes.is_empty() && code.is_none() {
-            facts.args.clone()
-        } else {
-            self.arguments(&facts.script, code.as_ref().unwrap_or(&leading), &words)?
+        let words = replaced_words(&facts.words, changes, dropped)?;
+        let args = match &code {
+            None if changes.is_empty() && dropped.is_empty() => facts.args.clone(),
+            None => self.arguments(&facts.script, &leading, &words)?,
+            Some(code) => self.arguments(&facts.script, code, &words).map_err(|error| {
+                let remedy =
+                    "what the run was started with can be changed, `perilune runs fork --code new --drop-arg NAME --arg NAME=VALUE`";
+                Error::Script(format!("{error}\n{remedy}"))
+            })?,
         };
         let make = |start: &Start| {
             let later = later && code.is_none();
