@@ -45,11 +45,12 @@ return engine.workflow {
       optim:set { lr = args.lr * schedules.cosine(step.index, args.steps, { warmup = args.warmup, final = args.final }) }
       if given then
         local batch = data:take(args.rows)
-        local wanted = tensor.no_grad(function() return common(teacher:logits(batch, { labelled = true })) end)
-        local loss = losses.distill(common(student:logits(batch, { labelled = true })), wanted, {
-          divergence = args.divergence, temperature = args.temperature,
-        })
-        loss:backward()
+        local wanted = tensor.no_grad(function() return teacher:hidden_states(batch, { labelled = true }) end)
+        local loss = losses.by_rows(student, batch, function(logits, first, last)
+          local right = tensor.no_grad(function() return common(teacher:head(wanted:slice(0, first, last))) end)
+          local options = { divergence = args.divergence, temperature = args.temperature, reduction = "sum" }
+          return losses.distill(common(logits), right, options) / batch.supervised
+        end)
         step:log { loss = loss, grad_norm = optim:step() }
       else
         local rollouts = student:generate(data:take(args.rows), { max_tokens = args.max_tokens, temperature = args.temperature })

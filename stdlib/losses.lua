@@ -191,4 +191,35 @@ function losses.distill(student, teacher, options)
   return reduce("distill", loss * (t * t), options)
 end
 
+--- Runs a loss over all logits of a batch's labelled tokens backwards, some of them at a time, so that only so many logits exist
+--- together. `part` gets the logits of tokens `first + 1` to `last` of those that have a label, and returns their part of the loss. Leaves
+--- gradients as `backward` does.
+---
+--- Example: local loss = losses.by_rows(student, batch, function(logits, first, last)
+---   return losses.distill(logits, teacher:head(states:slice(0, first, last)), { reduction = "sum" }) / batch.supervised
+--- end)
+---@param model engine.Model
+---@param batch engine.Batch
+---@param part fun(logits: engine.Tensor, first: integer, last: integer): engine.Tensor
+---@param options? { rows?: integer } rows: tokens of a part, default 256
+---@return number loss the sum of its parts
+function losses.by_rows(model, batch, part, options)
+  options = check("std.losses.by_rows", options, { "rows" })
+  local rows, loss = options.rows or 256, 0.0
+  if math.type(rows) ~= "integer" or rows < 1 then
+    error(("std.losses.by_rows: `rows` should be a whole number of at least 1, got %s"):format(tostring(rows)), 2)
+  end
+  local states = model:hidden_states(batch, { labelled = true })
+  local leaf = states:detach():requires_grad()
+  for first = 0, states.shape[1] - 1, rows do
+    local last = math.min(first + rows, states.shape[1])
+    local some = part(model:head(leaf:slice(0, first, last)), first, last)
+    some:backward()
+    loss = loss + some:item()
+  end
+  -- The leaf once more, times nothing: where no layer trains, the states alone have no derivative.
+  if leaf.grad then (states * leaf.grad:detach() + leaf * 0):sum():backward() end
+  return loss
+end
+
 return losses

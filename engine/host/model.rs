@@ -35,7 +35,7 @@ pub struct ModelObject {
     pub tokenizer: Option<TokenizerObject>,
     /// `generation_config.json` of the folder it came from, to be written again.
     generation_config: Option<Vec<u8>>,
-    frozen: bool,
+    pub(super) frozen: bool,
     /// The folder it came from.
     source: Option<String>,
     /// Its version when it was as its source has it; none if it never was.
@@ -47,7 +47,7 @@ pub struct ModelObject {
 struct Making {
     place: Place,
     dtype: Option<Dtype>,
-    frozen: bool,
+    pub(super) frozen: bool,
     scores: bool,
     lora: Option<Lora>,
     adapter: Option<PathBuf>,

@@ -3,12 +3,18 @@
 use super::call::{Answer, Call, Failed, Function};
 use super::model::{ModelObject, forward};
 use super::options::Options;
+use super::tensor::tensor;
+use super::work::Work;
 use crate::data::pack::TokenBatch;
 use crate::error::Error;
+use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Dtype;
 use crate::model::{Lora, Model};
+use crate::tensor::any::AnyTensor;
+use crate::tensor::gather::index_select;
 use mlua::{Lua, Value};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Keys of the option `lora`.
 const LORA: &[&str] = &["alpha", "dora", "modules_to_save", "rank", "rank_stabilized", "targets"];
@@ -90,10 +96,13 @@ fn labelled_or_all(call: &Call) -> Answer {
         if !labelled {
             return Ok(this.model.logits(packed)?.into());
         }
-        let rows: Vec<usize> =
-            batch.labels.iter().enumerate().filter(|(_, label)| **label != crate::tensor::logprobs::IGNORE).map(|(row, _)| row).collect();
-        Ok(this.model.logits_of(packed, &rows)?.into())
+        Ok(this.model.logits_of(packed, &labelled_rows(batch))?.into())
     })
+}
+
+/// The rows that have a label.
+fn labelled_rows(batch: &TokenBatch) -> Vec<usize> {
+    batch.labels.iter().enumerate().filter(|(_, label)| **label != crate::tensor::logprobs::IGNORE).map(|(row, _)| row).collect()
 }
 
 /// The list of names at argument 0.
@@ -106,8 +115,30 @@ fn names(call: &Call) -> Failed<Vec<String>> {
 }
 
 fn hidden_states(call: &Call) -> Answer {
-    let layer = call.options(1, &["layer"])?.count("layer", 0)?;
-    forward(call, true, |_| 0, |this, _, packed| Ok(this.model.hidden_states(packed, layer.unwrap_or(this.model.config().layers))?))
+    let options = call.options(1, &["layer", "labelled"])?;
+    let (layer, labelled) = (options.count("layer", 0)?, options.boolean("labelled")?.unwrap_or(false));
+    forward(
+        call,
+        true,
+        |_| 0,
+        |this, batch, packed| {
+            let states = this.model.hidden_states(packed, layer.unwrap_or(this.model.config().layers))?;
+            if !labelled {
+                return Ok(states);
+            }
+            let rows: Vec<i32> = labelled_rows(batch).iter().map(|row| *row as i32).collect();
+            Ok(index_select(&states, 0, &AnyTensor::new(&[rows.len()], Buffer::copy_of(&rows))?)?)
+        },
+    )
+}
+
+fn head(call: &Call) -> Answer {
+    let (this, states) = (call.subject::<ModelObject>()?.clone(), call.tensor(0)?);
+    let logits = this.model.head(&states)?;
+    if let Some(work) = call.lua.app_data_ref::<Arc<Work>>() {
+        work.forward(&this.model, &[], logits.shape()[0], !this.frozen);
+    }
+    tensor(call, logits.into())
 }
 
 /// Methods of [`ModelObject`], beside those in model.rs.
@@ -129,6 +160,7 @@ pub const METHODS: &[Function] = &[
             call.done()
         },
     },
+    Function { op: "Model:head", params: &["states"], call: head },
     Function { op: "Model:hidden_states", params: &["batch", "options?"], call: hidden_states },
     Function { op: "Model:logits", params: &["batch", "options?"], call: labelled_or_all },
     Function {

@@ -343,6 +343,26 @@ impl Model {
         })
     }
 
+    /// The logits of rows of [`Model::hidden_states`] behind all layers: `[rows, vocab]`, f32, differentiable in both.
+    ///
+    /// - `states`: `[rows, hidden]`, f32 or bf16
+    ///
+    /// Errors: [`Error::Shape`] or [`Error::Dtype`] if they are something else; [`Error::Argument`] for a model that scores.
+    pub fn head(&self, states: &AnyTensor) -> Result<Tensor<f32, 2>> {
+        self.check_language("head")?;
+        let hidden = self.config().hidden;
+        if states.rank() != 2 || states.shape()[1] != hidden {
+            let (expected, got) = (format!("[rows, {hidden}]"), format!("{:?}", states.shape()));
+            return Err(Error::Shape { op: "head", arg: "states", expected, got });
+        }
+        if !matches!(states.dtype(), Dtype::F32 | Dtype::Bf16) {
+            let (expected, got) = ("f32 or bf16".into(), states.dtype().name().into());
+            return Err(Error::Dtype { op: "head", arg: "states", expected, got });
+        }
+        let states = to_dtype(&states.to_place(self.place())?, self.dtype())?;
+        on_graph!(self, graph => head::logits(&states.typed("head", "states")?, &graph.head))
+    }
+
     /// What the routers of the sparse layers say, in order: logits `[tokens, experts]`, chosen experts and weights
     /// `[tokens, k]`; and the load-balancing loss over them all. Empty for a dense model. Logits and weights are f32, and
     /// differentiable as the loss is.

@@ -145,18 +145,26 @@ function Model:generate(prompts, options) end
 ---@return engine.Tensor? gradient f32
 function Model:gradient(name) end
 
---- What a layer makes of each token: the residual stream behind the first `layer` layers (0: the embeddings), or, by default, behind
+--- The logits of hidden states, as `logits` gives them for whole batches. Differentiable in the states and the head. A loss that needs
+--- all logits can take some rows after the other; see `losses.by_rows`.
+---
+--- Example: local logits = model:head(model:hidden_states(batch, { labelled = true }):slice(0, 0, 512))
+---@param states engine.Tensor [rows, hidden], as `hidden_states` gives them behind all layers
+---@return engine.Tensor logits [rows, vocab], f32
+function Model:head(states) end
+
+--- What a layer makes of each token, with `labelled` of those alone that have a label: the residual stream behind the first `layer` layers (0: the embeddings), or, by default, behind
 --- all of them and the final norm, which is what the head reads. Differentiable: value heads and probes stand on it; under
 --- `tensor.no_grad` it gives embeddings of texts.
 ---
 --- Example: local values = model:hidden_states(batch):matmul(value_head):squeeze(1)
 ---@param batch engine.Batch
----@param options? { layer?: integer } default: the number of layers
----@return engine.Tensor states [tokens, hidden], f32
+---@param options? { layer?: integer, labelled?: boolean } layer: default the number of layers
+---@return engine.Tensor states [tokens, hidden] or [labelled, hidden], f32
 function Model:hidden_states(batch, options) end
 
 --- The logits of every token, or with `labelled` of those alone that have a label. Differentiable, and large: a loss over
---- labels alone goes through `logprobs` or `cross_entropy`, which store no logits.
+--- labels alone goes through `logprobs` or `cross_entropy`, which store no logits, and one over logits through `losses.by_rows`.
 ---
 --- Example: local student = policy:logits(batch, { labelled = true }):log_softmax(-1)
 ---@param batch engine.Batch

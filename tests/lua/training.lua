@@ -74,6 +74,37 @@ describe("model", function()
     expect(function() model:hidden_states(batch, { layer = 3 }) end).fails "from 0 (the embeddings) to 2, got 3"
     expect(model:hidden_states(batch, { layer = 1 }).shape).is { batch.count, 32 }
   end)
+  it("runs losses over all logits backwards some rows at a time", function()
+    local names = { "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight" }
+    local function part(logits) return logits:softmax(-1):square():sum() / batch.supervised end
+    local function gradients()
+      local found = {}
+      for index, name in ipairs(names) do found[index] = model:gradient(name) or false end
+      engine.optim.adamw(model):clear()
+      return found
+    end
+    local whole = part(model:logits(batch, { labelled = true }))
+    whole:backward()
+    local wanted, shown = gradients(), {}
+    for rows = 1, batch.supervised + 1, 3 do
+      local loss = losses.by_rows(model, batch, function(logits, first, last)
+        expect(logits.shape).is { last - first, 320 }
+        shown[#shown + 1] = last
+        return part(logits)
+      end, { rows = rows })
+      expect(loss).near(whole:item(), 1e-6)
+      for index, gradient in ipairs(gradients()) do expect((gradient - wanted[index]):abs():max():item()).near(0, 1e-6) end
+    end
+    expect({ shown[1], shown[batch.supervised], shown[#shown] }).is { 1, batch.supervised, batch.supervised }
+    -- A head alone has its derivative, too.
+    model:freeze { "layers", "model.norm", "embed_tokens" }
+    if model.config.tie_word_embeddings then model:thaw { "embed_tokens" } end
+    losses.by_rows(model, batch, part)
+    model:thaw()
+    expect(gradients()[1]).is(false)
+    expect(function() losses.by_rows(model, batch, part, { rows = 0 }) end).fails "`rows` should be a whole number of at least 1, got 0"
+    expect(function() model:head(engine.tensor.zeros { 2, 31 }) end).fails "[rows, 32]"
+  end)
   it("freezes and thaws by parts of names", function()
     local fresh = engine.model.new(sizes, { tokenizer = tokenizer })
     local optim, all = engine.optim.adamw(fresh, { lr = 1e-2, clip_norm = false }), fresh.trainable
