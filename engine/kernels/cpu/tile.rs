@@ -229,10 +229,12 @@ macro_rules! tile_avx512 {
 #[cfg(target_arch = "x86_64")]
 pub(super) use tile_avx512;
 
-/// Columns of a panel that all rows, `rows` of them, are multiplied by before the next: on AVX2, whose pieces of more than a few
-/// rows are half as wide as a panel, those of a piece, since a longer part of them fits the first cache.
-pub(super) const fn strip_columns(isa: Isa, rows: usize) -> usize {
-    if matches!(isa, Isa::Avx2) && rows > 3 { PANEL_COLUMNS / 2 } else { PANEL_COLUMNS }
+/// Columns of a panel that all rows, `rows` of them, are multiplied by before the next: on AVX2, where pieces of a tile are half
+/// as wide as a panel (but those of f32, when there is more than one tile), the columns of a piece, since a longer part of them
+/// fits the first cache.
+pub(super) const fn strip_columns<E: TileElement>(isa: Isa, rows: usize) -> usize {
+    let is_wide = rows <= 3 || E::UNIT == 1 && rows > TILE_ROWS;
+    if matches!(isa, Isa::Avx2) && !is_wide { PANEL_COLUMNS / 2 } else { PANEL_COLUMNS }
 }
 
 /// Where a piece of a tile lies: what is not as in the [`TileArgs`] of the tile.
@@ -274,10 +276,11 @@ macro_rules! tile_in_pieces {
 pub(super) use tile_in_pieces;
 
 /// Defines `$piece`, the AVX2 tile of `ROWS` rows and `VECTORS` vectors of 8 columns, and `$run`, which cuts a whole tile into such
-/// pieces. The rows hold f32, [`TileElement::UNIT`] a unit; each `$widen` loads the values at its `$place` of a unit of 8 columns.
+/// pieces, or into `$three` of three rows and 32 columns. The rows hold f32, [`TileElement::UNIT`] a unit; each `$widen` loads the
+/// values at its `$place` of a unit of 8 columns.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tile_avx2 {
-    ($run:ident, $piece:ident, $element:ty, [$($place:literal => $widen:expr),*]) => {
+    ($run:ident, $piece:ident, $three:expr, $element:ty, [$($place:literal => $widen:expr),*]) => {
         /// # Safety
         /// As [`TileElement::tile`], for `8 * VECTORS` columns.
         #[target_feature(enable = "avx2,fma")]
@@ -334,7 +337,7 @@ macro_rules! tile_avx2 {
             unsafe {
                 // 12 sums, their columns and a value fill the 16 registers; a few rows take wider pieces to have as many.
                 if args.columns == PANEL_COLUMNS {
-                    tile_in_pieces!(rows, panels, args, 32, 3, UNIT, [1 => $piece::<1, 4>, 2 => $piece::<2, 4>, 3 => $piece::<3, 4>]);
+                    tile_in_pieces!(rows, panels, args, 32, 3, UNIT, [1 => $piece::<1, 4>, 2 => $piece::<2, 4>, 3 => $three]);
                 } else {
                     tile_in_pieces!(
                         rows,
@@ -391,7 +394,7 @@ mod tests {
             for add in [false, true] {
                 let mut c: Vec<f32> = (0..rows * c_row).map(|i| value(i * 5)).collect();
                 let before = c.clone();
-                let strip = strip_columns(isa, rows);
+                let strip = strip_columns::<E>(isa, rows);
                 let mut args = |left: usize| TileArgs {
                     a: packed.as_ptr(),
                     a_row: group,

@@ -55,7 +55,7 @@ tile_avx512!(avx512, avx512_tile, bf16, "avx512f", |sum, a, b| {
 });
 
 #[cfg(target_arch = "x86_64")]
-tile_avx2!(avx2, avx2_piece, bf16, [0 => |at| even_of_pairs(at), 1 => |at| odd_of_pairs(at)]);
+tile_avx2!(avx2, avx2_piece, avx2_piece::<3, 4>, bf16, [0 => |at| even_of_pairs(at), 1 => |at| odd_of_pairs(at)]);
 
 /// The first values of 8 pairs, as f32.
 ///
