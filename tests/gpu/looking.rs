@@ -65,6 +65,26 @@ fn states_of_layers_and_their_gradients_are_the_cpus() {
 }
 
 #[test]
+fn logits_of_states_and_their_gradients_are_the_cpus() {
+    let Some(bench) = bench() else { return };
+    for (moe, dtype) in CASES {
+        let run = |model: &Model| {
+            clear_gradients(model);
+            let states = with_batch(|batch| model.hidden_states(batch, model.config().layers)).unwrap();
+            let logits = AnyTensor::from(model.head(&states).unwrap());
+            backward(&logits, 7);
+            (logits.to_f32_vec(), gradients(model))
+        };
+        let what = format!("experts {moe}, {dtype}");
+        let want = run(&Model::random(config(moe), dtype, 3).unwrap());
+        let model = on(bench, moe, dtype);
+        let got = bench.run(|_| run(&model));
+        assert_near(&what, &got.0, &want.0, tolerance(dtype));
+        assert_gradients_near(&what, &got.1, &want.1, 3.0 * tolerance(dtype));
+    }
+}
+
+#[test]
 fn what_routers_say_and_its_gradients_are_the_cpus() {
     let Some(bench) = bench() else { return };
     for dtype in [Dtype::F32, Dtype::Bf16] {

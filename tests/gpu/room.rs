@@ -31,7 +31,14 @@ fn no_more_is_predicted_than_a_step_takes() {
         let after = device.memory_statistics().live_bytes;
         let loss = Steps::loss(&fresh);
         let taken = device.memory_statistics().live_bytes - after;
-        let step = TrainingStep { dtype, tokens: Steps::tokens(), trainable: model.count() as u64, moments: Dtype::F32, recompute };
+        let step = TrainingStep {
+            dtype,
+            tokens: Steps::tokens(),
+            trainable: model.count() as u64,
+            moments: Dtype::F32,
+            recompute,
+            device_bytes: Some(device.memory_bytes as u64),
+        };
         let parts = training_parts(model.config(), &step);
         let waiting = parts.iter().find(|(part, _)| *part == "activations").unwrap().1 as usize;
         // Of a layer that is computed again the backward pass has one more.
@@ -45,7 +52,7 @@ fn no_more_is_predicted_than_a_step_takes() {
 #[test]
 fn what_cannot_fit_is_refused_before_it_begins() {
     let Some(_) = bench() else { return };
-    let probe = TrainingStep { dtype: Dtype::F32, tokens: 0, trainable: 0, moments: Dtype::F32, recompute: false };
+    let probe = TrainingStep { dtype: Dtype::F32, tokens: 0, trainable: 0, moments: Dtype::F32, recompute: false, device_bytes: None };
     let weights = training_parts(&config(false), &probe)[0].1 as usize;
     let open = |memory_bytes_max| Place::Cuda(Device::open_with(0, Settings { memory_bytes_max, ..EMULATED }).unwrap());
     let model = Model::random_at(&open(4 * weights - 1), config(false), Dtype::F32, 3).unwrap();
