@@ -228,7 +228,7 @@ unsafe fn avx2(rows: usize, a: *const i16, panel: *const i8, groups: usize, to: 
 #[cfg(target_arch = "x86_64")]
 const AHEAD_BYTES: usize = 4096;
 
-/// Some groups of some rows of words, and of 16 columns of a panel.
+/// Some groups of a tile's rows from one on, and of a panel.
 #[cfg(target_arch = "x86_64")]
 struct Words {
     a: *const i16,
