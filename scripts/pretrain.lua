@@ -10,18 +10,19 @@ return engine.workflow {
     text = engine.optional("strings", { help = "text files; without any, tales that the script writes" }),
     tokenizer = { "bytes", help = "bytes, bpe:SIZE (trained on the text), or the folder of a tokenizer" },
     preset = engine.optional("string", { help = "a published shape, as 0.5B, in place of the sizes below" }),
-    hidden = 128, layers = 4, heads = 4, kv_heads = 2, intermediate = 344,
+    hidden = 128, layers = 4, heads = 2, kv_heads = 1, intermediate = 344,
     experts = { 0, min = 0, help = "experts in each layer; 0 makes a dense model" },
     experts_per_token = { 2, min = 1 },
     device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
-    dtype = { "bf16", choices = { "f32", "bf16" }, help = "of weights and activations; master weights are f32" },
+    dtype = engine.optional("string", { choices = { "f32", "bf16" }, help = "of weights and activations (master weights are f32): bf16 on a GPU, else f32" }),
     recompute = { false, help = "compute layers again in the backward pass: less memory, more time" },
     seq_len = { 256, min = 2, help = "tokens of a training window" },
-    rows = { 4, min = 1, help = "windows of a micro-batch" },
+    rows = { 6, min = 1, help = "windows of a micro-batch" },
     accumulate = { 1, min = 1, help = "micro-batches of an update" },
-    steps = { 4800, min = 1 },
-    lr = { 2.5e-3, min = 0 }, warmup = { 50, min = 0 }, final = { 0.05, min = 0, help = "share of lr at the end" },
-    beta2 = 0.99, weight_decay = 0.5, clip_norm = { 1.0, min = 0, help = "longest gradient; 0 for no limit" },
+    steps = { 1400, min = 1 },
+    optimizer = { "muon", choices = { "muon", "adamw" }, help = "adamw wants twice the steps, half the lr" },
+    lr = { 6e-3, min = 0 }, warmup = { 50, min = 0 }, final = { 0.02, min = 0, help = "share of lr at the end" },
+    beta2 = 0.99, weight_decay = 0.2, clip_norm = { 1.0, min = 0, help = "longest gradient; 0 for no limit" },
     validation = { 0.1, min = 0, max = 0.5, help = "share of each file, its end, that is held out" },
     evaluate_every = { 1000, min = 1, help = "steps between looks at the held-out text" },
     prompt = { "\n", help = "what the sample at the end begins with" },
@@ -56,8 +57,9 @@ return engine.workflow {
       shape.experts, shape.experts_per_token = args.experts, args.experts_per_token
       shape.moe_intermediate, shape.shared_intermediate = args.intermediate // args.experts_per_token, args.intermediate
     end
-    local model = run:model("model", shape, { device = args.device, dtype = args.dtype, recompute = args.recompute, tokenizer = tokenizer })
-    local optim = run:optimizer("adamw", model, {
+    local dtype = args.dtype or (args.device == "cpu" and "f32" or "bf16")
+    local model = run:model("model", shape, { device = args.device, dtype = dtype, recompute = args.recompute, tokenizer = tokenizer })
+    local optim = run:optimizer(args.optimizer, model, {
       lr = args.lr, betas = { 0.9, args.beta2 }, weight_decay = args.weight_decay,
       clip_norm = args.clip_norm > 0 and args.clip_norm,
     })

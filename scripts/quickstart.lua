@@ -14,7 +14,7 @@ return engine.workflow {
     dtype = { "bf16", choices = { "f32", "bf16" } },
     documents = { 12000, min = 100, help = "of the text for pretraining" }, chats = { 20000, min = 100 },
     digits = { 2, min = 1, max = 4, help = "of the numbers in sums: how hard it is" },
-    pretrain = { 800, min = 1, help = "steps" }, sft = { 2400, min = 1 }, dpo = { 40, min = 1 }, grpo = { 160, min = 1 },
+    pretrain = { 800, min = 1, help = "steps" }, sft = { 2000, min = 1 }, dpo = { 40, min = 1 }, grpo = { 200, min = 1 },
     questions = { 24, min = 1, help = "prompts of a GRPO step" }, group = { 8, min = 2, help = "answers of each" },
     max_tokens = { 80, min = 8, help = "of an answer" }, held_out = { 200, min = 10, help = "problems of each evaluation" },
   },

@@ -243,7 +243,7 @@ fn models_and_optimizers_in_scripts() {
         ("model { tokenizer = bytes }:complete('x', { stop = { 3 } })", &["`stop` should be a list of strings, got an entry that is 3"]),
         ("model { tokenizer = bytes }:complete('x', { stop = 'a' })", &["`stop` should be a list of strings, got string \"a\""]),
         ("model { tokenizer = bytes }:complete('x', { max_token = 3 })", &["did you mean `max_tokens`?"]),
-        ("run:optimizer('sgd', model())", &["`kind` should be \"adamw\", got string \"sgd\""]),
+        ("run:optimizer('sgd', model())", &["`kind` should be \"adamw\" or \"muon\", got string \"sgd\""]),
         ("run:optimizer('adamw', shape)", &["`model` should be a Model, got a table"]),
         ("run:optimizer('adamw', model { frozen = true })", &["is the model frozen?"]),
         ("run:optimizer('adamw', model(), { lr = -1 })", &["`lr` should be a number from 0, got -1"]),

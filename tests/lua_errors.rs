@@ -160,7 +160,7 @@ fn mistakes_in_a_run() {
         (body("run:model('m', { preset = 'huge' })"), &["s.lua:2:", "tiny"]),
         (body("run:model('m', { layer = 2 })"), &["s.lua:2:", "layer"]),
         (body("run:model('m', {}, { dtype = 'i8' })"), &["Run:model: `dtype` should be \"f32\", \"bf16\" or \"int8\", got \"i8\""]),
-        (body("run:optimizer('sgd', {})"), &["Run:optimizer: `kind` should be \"adamw\", got string \"sgd\""]),
+        (body("run:optimizer('sgd', {})"), &["Run:optimizer: `kind` should be \"adamw\" or \"muon\", got string \"sgd\""]),
         (body("run:optimizer('adamw', run:model('m', {}), { lr = -1 })"), &["s.lua:2: adamw: `lr` should be a number from 0"]),
         (body("run:optimizer('adamw', run:model('m', {}, { frozen = true }))"), &["is the model frozen?"]),
         (body("run:data('d', run:model('d', {}))"), &["`data` should be a Data, got a Model"]),

@@ -48,7 +48,7 @@ pub struct Reload {
 /// Set hyper-parameters of a run's optimizers, whatever its script says.
 ///
 /// Such as `perilune set latest optimizer.lr=1e-4`, with the name of a model in place of `optimizer` where there are several.
-/// Names: lr, eps, weight_decay, clip_norm (false for no limit), beta1, beta2. The value `script` lets the script decide again.
+/// Names: lr, eps, weight_decay, clip_norm (false for no limit), beta1, beta2, momentum (of muon). The value `script` lets the script decide again.
 #[derive(clap::Args)]
 pub struct Set {
     #[command(flatten)]

@@ -9,6 +9,7 @@ use super::cursor::{PackerPosition, StreamPosition};
 use super::jsonl::Record;
 use super::mix::Mix;
 use super::pack::{BestFitPacker, ConcatPacker, Document, Packing, Row, whole_row, window};
+use super::shuffle::Permutation;
 use super::source::{OnError, Source, SourcePlan, Tally};
 use super::tokenizer::{Specials, Tokenizer, in_parallel};
 use crate::error::{Error, Result};
@@ -387,8 +388,15 @@ impl BatchStream {
             return Ok(None);
         }
         let start = match shuffle {
-            // As many places as there are whole windows; a text shorter than one has a single place.
-            Some(seed) => Stream::new(seed, "windows").below(*rows, (targets - seq_len.min(targets) + 1) as u64) as usize,
+            // Each epoch cuts the text elsewhere and takes its windows in another order: no token comes again before all have come,
+            // but for those around the text's ends. A text shorter than a window has a single place.
+            Some(seed) => {
+                let (epoch, row) = (*rows / rows_in_epoch, *rows % rows_in_epoch);
+                let first = Stream::new(seed, "windows").below(epoch, seq_len as u64) as usize;
+                let start = first + Permutation::new(rows_in_epoch, seed, epoch).at(row) as usize * seq_len;
+                // One that would begin behind the end has the text's first tokens, which the cut left out.
+                if start >= targets { 0 } else { start.min(targets - seq_len.min(targets)) }
+            }
             None => (*rows % rows_in_epoch) as usize * seq_len,
         };
         *rows += 1;

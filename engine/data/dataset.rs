@@ -178,7 +178,7 @@ impl Dataset {
         self.plan.sources.iter().any(|source| source.split.is_some())
     }
 
-    /// Documents come in an order drawn from `seed`, another one each epoch; windows start at random places.
+    /// Documents and windows come in an order drawn from `seed`, another one each epoch; windows are cut elsewhere each epoch.
     pub fn shuffle(self, seed: u64) -> Self {
         self.with_sources(|source| source.shuffle = Some(seed))
     }
@@ -426,6 +426,24 @@ mod tests {
         let train = text.len() - text.len() / 10 - 1;
         assert!(rows.abs_diff(3 * train.div_ceil(7)) <= 3, "{rows}");
         assert!(random.iter().flat_map(|batch| batch.row_starts.windows(2)).all(|row| row[1] - row[0] == 7));
+    }
+
+    #[test]
+    fn shuffled_windows_have_every_token_once_an_epoch_but_near_the_ends() {
+        // Each character stands for its place.
+        let text: String = ('!'..='~').collect();
+        let (_folder, path) = file(&text);
+        let data = Dataset::text([&path]).tokenizer(bytes()).pack(Packing::Windows { seq_len: 7 }).shuffle(1).epochs(4);
+        let starts: Vec<usize> = drain(data, 1).iter().map(|batch| batch.tokens[0] as usize - usize::from(b'!')).collect();
+        let epochs: Vec<&[usize]> = starts.chunks(93usize.div_ceil(7)).collect();
+        assert_eq!(epochs.len(), 4);
+        for epoch in &epochs {
+            let mut times = [0; 93];
+            epoch.iter().for_each(|start| times[*start..start + 7].iter_mut().for_each(|times| *times += 1));
+            let (never, again) = (times.iter().filter(|times| **times == 0).count(), times.iter().filter(|times| **times > 1).count());
+            assert!(never < 7 && again < 14 && !epoch.is_sorted(), "{epoch:?}");
+        }
+        assert!(epochs.iter().any(|epoch| epoch.iter().min() != epochs[0].iter().min()), "always cut at one place");
     }
 
     #[test]

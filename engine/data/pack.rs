@@ -22,7 +22,8 @@ pub enum Packing {
     /// Whole documents into the fullest row that still has room, longest first among `pool` documents; only documents longer
     /// than a row are cut. Rows may be shorter than `seq_len`.
     BestFit { seq_len: usize, pool: usize },
-    /// One long text cut into windows: one after another, or at random places when the data set is shuffled.
+    /// One long text cut into windows: one after another, or, when the data set is shuffled, in an order and from a first place that are
+    /// others each epoch.
     Windows { seq_len: usize },
     /// What a record gives, uncut: one document, or two for a pair.
     Whole,

@@ -55,7 +55,7 @@ impl Held {
 }
 
 /// Names that can be set from outside.
-const FORCIBLE: &str = "lr, eps, weight_decay, clip_norm, beta1 and beta2";
+const FORCIBLE: &str = "lr, eps, weight_decay, clip_norm, beta1, beta2 and momentum (of muon)";
 
 fn force(settings: &mut Settings, name: &str, value: Option<f64>) -> Result<(), Error> {
     let slot = match name {
@@ -68,6 +68,7 @@ fn force(settings: &mut Settings, name: &str, value: Option<f64>) -> Result<(), 
         "weight_decay" => &mut settings.weight_decay,
         "beta1" => &mut settings.betas.0,
         "beta2" => &mut settings.betas.1,
+        "momentum" if settings.momentum.is_some() => settings.momentum.insert(0.0),
         _ => return Err(Error::argument("set", "name", format!("one of {FORCIBLE}"), format!("`{name}`"))),
     };
     *slot = value.ok_or_else(|| Error::argument("set", name, "a number, or `script` to let the script decide again", "false"))?;
@@ -88,12 +89,45 @@ fn take_changes(live: &mut Settings, before: &Settings, after: &Settings) {
     take(&mut live.decay_vectors, before.decay_vectors, after.decay_vectors);
     take(&mut live.clip_norm, before.clip_norm, after.clip_norm);
     take(&mut live.moments, before.moments, after.moments);
+    take(&mut live.momentum, before.momentum, after.momentum);
 }
 
-/// Options of an optimizer that can be changed.
-const CHANGEABLE: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments"];
-/// Options of an optimizer.
-pub const OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "merge"];
+/// An optimizer that scripts make.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    pub name: &'static str,
+    /// The options that it is made with.
+    pub options: &'static [&'static str],
+    /// Those of them that can be changed.
+    changeable: &'static [&'static str],
+    momentum: Option<f64>,
+}
+
+pub const ADAMW: Kind = Kind {
+    name: "adamw",
+    options: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "merge"],
+    changeable: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments"],
+    momentum: None,
+};
+
+pub const MUON: Kind = Kind {
+    name: "muon",
+    options: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "momentum"],
+    changeable: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "momentum"],
+    momentum: Some(0.95),
+};
+
+impl Kind {
+    fn of(settings: &Settings) -> Self {
+        if settings.momentum.is_some() { MUON } else { ADAMW }
+    }
+
+    /// What its options change.
+    fn defaults(self) -> Settings {
+        Settings { momentum: self.momentum, ..Settings::default() }
+    }
+}
+
 /// Keys of the option `merge`.
 const MERGE: &[&str] = &["alpha", "base", "every", "method", "reference", "rescale", "reserve"];
 
@@ -144,6 +178,9 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
     set(&mut settings.eps, "eps")?;
     set(&mut settings.weight_decay, "weight_decay")?;
     settings.decay_vectors = options.boolean("decay_vectors")?.unwrap_or(settings.decay_vectors);
+    if settings.momentum.is_some() {
+        settings.momentum = options.number("momentum")?.or(settings.momentum);
+    }
     if let Some(betas) = options.numbers("betas")? {
         let [first, second] = betas[..] else {
             return Err(Error::argument(op, "betas", "two numbers, such as { 0.9, 0.95 }", format!("{} numbers", betas.len())).into());
@@ -164,14 +201,16 @@ fn settings(op: &'static str, base: Settings, options: &Options) -> Failed<Setti
 }
 
 impl OptimizerObject {
-    /// AdamW over the parameters of `model`.
+    /// An optimizer over the parameters of `model`.
     ///
     /// Errors: [`Error::Argument`] for a setting that cannot be meant, a model of which nothing trains, or one whose training
     /// does not fit the memory.
-    pub fn adamw(lua: &Lua, op: &'static str, model: &ModelObject, options: &Options) -> Failed<Self> {
-        let settings = settings(op, Settings::default(), options)?;
+    pub fn new(lua: &Lua, op: &'static str, kind: Kind, model: &ModelObject, options: &Options) -> Failed<Self> {
+        let settings = settings(op, kind.defaults(), options)?;
         let mut adamw = AdamW::new(model.model.parameters(), settings)?.naming(model.model.tensor_rows());
-        if let Some(merge) = merge_option(lua, op, options)? {
+        if kind.options.contains(&"merge")
+            && let Some(merge) = merge_option(lua, op, options)?
+        {
             adamw = adamw.merging(merge)?;
         }
         let held = Held { adamw, script: settings, asked: settings, forced: Forced::new(), applied: 0 };
@@ -190,12 +229,12 @@ impl OptimizerObject {
     /// Above a loop that is being replayed nothing changes yet: what differs from what was asked for there before takes
     /// effect on arrival ([`Self::take_asked`]).
     ///
-    /// Errors: as [`OptimizerObject::adamw`].
+    /// Errors: as [`OptimizerObject::new`].
     pub fn set(&self, op: &'static str, replay: Option<&Replay>, options: &Options) -> Failed<()> {
         let replay = replay.filter(|_| self.name.is_some());
         if let Some(replay) = replay.filter(|replay| replay.is_replaying()) {
             let name = self.name.as_deref().expect("only named optimizers are replayed");
-            let base = replay.asked(name).unwrap_or_default();
+            let base = replay.asked(name).unwrap_or_else(|| self.kind().defaults());
             let asked = settings(op, base, options)?;
             // What a step set is in the checkpoint, and no replay of a step that is done sets it again.
             if replay.is_outermost() {
@@ -214,10 +253,10 @@ impl OptimizerObject {
 
     /// The options that `run:optimizer` was given, for an optimizer that exists.
     ///
-    /// Errors: as [`OptimizerObject::adamw`].
+    /// Errors: as [`OptimizerObject::new`].
     pub fn ask(&self, op: &'static str, replay: &Replay, options: &Options) -> Failed<()> {
         if let (true, Some(name)) = (replay.is_replaying(), &self.name) {
-            let base = replay.asked(name).unwrap_or_default();
+            let base = replay.asked(name).unwrap_or_else(|| self.kind().defaults());
             replay.ask(name, settings(op, base, options)?);
             return Ok(());
         }
@@ -244,7 +283,7 @@ impl OptimizerObject {
         let before = held.forced.clone();
         match value {
             Json::String(text) if text == "script" => {
-                force(&mut Settings::default(), name, Some(0.0))?;
+                force(&mut held.script.clone(), name, Some(0.0))?;
                 held.forced.remove(name);
             }
             Json::Bool(false) => drop(held.forced.insert(name.into(), None)),
@@ -255,6 +294,10 @@ impl OptimizerObject {
             }
         }
         held.apply().inspect_err(|_| held.forced = before)
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::of(&self.lock().script)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Held> {
@@ -269,14 +312,15 @@ impl OptimizerObject {
 }
 
 /// Functions of `engine.optim`.
-pub const FUNCTIONS: &[Function] = &[Function {
-    op: "optim.adamw",
-    params: &["model", "options?"],
-    call: |call| {
-        let model = call.object::<ModelObject>(0)?.clone();
-        call.give(OptimizerObject::adamw(call.lua, call.op, &model, &call.options(1, OPTIONS)?)?)
-    },
-}];
+pub const FUNCTIONS: &[Function] = &[
+    Function { op: "optim.adamw", params: &["model", "options?"], call: |call| make(call, ADAMW) },
+    Function { op: "optim.muon", params: &["model", "options?"], call: |call| make(call, MUON) },
+];
+
+fn make(call: &Call, kind: Kind) -> super::call::Answer {
+    let model = call.object::<ModelObject>(0)?.clone();
+    call.give(OptimizerObject::new(call.lua, call.op, kind, &model, &call.options(1, kind.options)?)?)
+}
 
 fn step(call: &Call) -> super::call::Answer {
     let (step, skipped, is_news) = {
@@ -318,7 +362,9 @@ impl Class for OptimizerObject {
             params: &["options"],
             call: |call| {
                 let replay = Replay::of(call.lua);
-                call.subject::<OptimizerObject>()?.set(call.op, replay.as_deref(), &call.options(0, CHANGEABLE)?)?;
+                let this = call.subject::<OptimizerObject>()?;
+                let options = call.options(0, this.kind().changeable)?;
+                this.set(call.op, replay.as_deref(), &options)?;
                 call.done()
             },
         },

@@ -86,17 +86,17 @@ fn run_model(call: &Call) -> super::call::Answer {
 fn run_optimizer(call: &Call) -> super::call::Answer {
     let (run, replay) = standing(call)?;
     let kind = call.string(0)?;
-    if kind != "adamw" {
-        return Err(call.wrong(0, "\"adamw\""));
-    }
+    let Some(kind) = [optim::ADAMW, optim::MUON].into_iter().find(|known| known.name == kind) else {
+        return Err(call.wrong(0, "\"adamw\" or \"muon\""));
+    };
     let model = call.object::<ModelObject>(1)?.clone();
-    let options = call.options(2, optim::OPTIONS)?;
+    let options = call.options(2, kind.options)?;
     // An optimizer goes with its model, so the model's name names it.
     let Some(owner) = run.resources.name_of_model(&model) else {
         let expected = "a model of the run, made by run:model, so that checkpoints hold both";
-        return Err(Error::argument(call.op, "model", expected, "another one (engine.optim.adamw takes any)").into());
+        return Err(Error::argument(call.op, "model", expected, "another one (those of engine.optim take any)").into());
     };
-    let name = format!("{kind} of {owner}");
+    let name = format!("{} of {owner}", kind.name);
     let wanted = |resource: &Resource| if let Resource::Optimizer(optim, _) = resource { Some(optim.clone()) } else { None };
     let optimizer = match run.resources.find(call.op, "optimizer", &name, &name, wanted)? {
         Some(optimizer) => {
@@ -104,7 +104,7 @@ fn run_optimizer(call: &Call) -> super::call::Answer {
             optimizer
         }
         None => {
-            let optimizer = OptimizerObject::adamw(call.lua, call.op, &model, &options)?.named(&name);
+            let optimizer = OptimizerObject::new(call.lua, call.op, kind, &model, &options)?.named(&name);
             add(&run, &replay, &name, Resource::Optimizer(optimizer.clone(), owner), name.clone())?;
             if replay.is_replaying() {
                 optimizer.ask(call.op, &replay, &options)?;

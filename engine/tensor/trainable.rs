@@ -1,7 +1,7 @@
 //! `Trainable`: a parameter of any element type, as optimizers see it. What a parameter is stands in parameter.rs.
 
 use super::ModelElement;
-pub use super::cuda::update::{DeviceMoments, DeviceUpdate};
+pub use super::cuda::update::{DeviceMoments, DeviceUpdate, MuonStep};
 use super::parameter::{Layout, Parameter};
 use super::place::Place;
 use crate::error::Result;
@@ -63,10 +63,10 @@ pub trait Trainable: Send + Sync {
     ///
     /// Errors: those of the device.
     fn are_finite(&self, rows: Range<usize>) -> Result<bool>;
-    /// Adds `delta`, in the layout of the gradient, then multiplies by `scale`, in f32; a bf16 weight has a master afterwards.
+    /// Multiplies `rows` by `scale`, then adds `delta` `[rows, columns]`, row-major, in f32; a bf16 weight has a master afterwards.
     ///
     /// Errors: [`crate::error::Error::Device`] if it lies on a device without room for remainders.
-    fn add_and_scale(&self, delta: &[f32], scale: f32) -> Result<()>;
+    fn scale_and_add(&self, rows: Range<usize>, scale: f32, delta: &[f32]) -> Result<()>;
 }
 
 impl<E: ModelElement> Trainable for Parameter<E> {
@@ -166,17 +166,11 @@ impl<E: ModelElement> Trainable for Parameter<E> {
         Ok(())
     }
 
-    fn add_and_scale(&self, delta: &[f32], scale: f32) -> Result<()> {
-        assert_eq!(delta.len(), Parameter::gradient_len(self), "{}: values in the layout of the gradient", self.name);
-        for rows in self.row_blocks() {
-            let len = rows.len() * self.columns;
-            let (mut values, mut step) = (Buffer::<f32>::scratch(len), Buffer::<f32>::scratch(len));
-            self.read_rows(rows.clone(), &mut values)?;
-            self.layout.unpack_f32(delta, (self.rows, self.columns), rows.clone(), &mut step);
-            norm::add(&mut values, &step);
-            norm::scale(&mut values, scale);
-            self.write_rows(rows, &values, E::HAS_REMAINDER)?;
-        }
-        Ok(())
+    fn scale_and_add(&self, rows: Range<usize>, scale: f32, delta: &[f32]) -> Result<()> {
+        let mut values = Buffer::<f32>::scratch(rows.len() * self.columns);
+        self.read_rows(rows.clone(), &mut values)?;
+        norm::scale(&mut values, scale);
+        norm::add(&mut values, delta);
+        self.write_rows(rows, &values, E::HAS_REMAINDER)
     }
 }

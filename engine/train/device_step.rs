@@ -1,6 +1,7 @@
-//! The step of AdamW over parameters on a device: the norm of all gradients, the factor that clips them and the update, in three
-//! launches for all parameters. Whether the gradients are finite is decided on the device; the host hears of it at the end.
+//! The step over parameters on a device: the norm of all gradients, the factor that clips them and AdamW's update, in three launches
+//! for all parameters; Muon's parameter by parameter. Whether the gradients are finite is decided on the device; the host hears of it at the end.
 
+use super::muon;
 use super::optimizer::{Settings, Slot, Step};
 use crate::error::Result;
 use crate::kernels::cuda::adamw::adamw;
@@ -27,15 +28,17 @@ impl DeviceStep {
     /// One step; see [`super::optimizer::AdamW::step`]. Counts updates of slots, not steps.
     pub fn step(&mut self, slots: &mut [Slot], settings: &Settings) -> Result<Step> {
         for slot in slots.iter_mut().filter(|slot| slot.parameter.has_gradient()) {
-            slot.make_moments(settings.moments)?;
+            slot.make_moments(settings)?;
         }
         // Holding the parameters takes the gradients out; they are freed when this function ends.
         let mut held = Vec::new();
         for slot in slots.iter_mut() {
-            let Slot { parameter, moments, updates, .. } = slot;
+            let is_muons = slot.is_muons(settings);
+            let Slot { parameter, moments, updates, tensors, .. } = slot;
             if let Some(locked) = parameter.lock_update()? {
                 let moments = moments.as_mut().and_then(Arc::get_mut).expect("they were made above, our own").device_mut();
-                held.push((locked, moments, settings.decays(parameter.as_ref()), updates));
+                let hidden = is_muons.then(|| (&**parameter, &tensors[..]));
+                held.push((locked, moments, settings.decays(parameter.as_ref()), updates, hidden));
             }
         }
         if held.is_empty() {
@@ -46,8 +49,14 @@ impl DeviceStep {
         drop(gradients);
         let mut lines = BTreeMap::<u64, Vec<_>>::new();
         let mut counts = Vec::with_capacity(held.len());
-        for (locked, moments, decays, updates) in &mut held {
-            lines.entry(**updates + 1).or_default().push(locked.line(moments.reborrow(), *decays));
+        for (locked, moments, decays, updates, hidden) in &mut held {
+            match hidden {
+                None => lines.entry(**updates + 1).or_default().push(locked.line(moments.reborrow(), *decays)),
+                Some((parameter, tensors)) => {
+                    let update = settings.update(true, **updates + 1, 1.0);
+                    muon::update_on_device(locked.as_mut(), moments.reborrow(), (*parameter, tensors), settings, &update, &self.norm)?;
+                }
+            }
             counts.push(updates);
         }
         self.parameters.resize_with(lines.len(), Table::default);

@@ -3,6 +3,7 @@
 
 mod device_step;
 mod moments;
+mod muon;
 pub mod online_merge;
 pub mod optimizer;
 pub mod optimizer_state;

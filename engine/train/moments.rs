@@ -1,4 +1,4 @@
-//! The moments of AdamW of one parameter, in f32 or bf16, where the parameter lies and in the layout of its gradient.
+//! The moments of AdamW of one parameter, or its momentum of Muon, in f32 or bf16, where the parameter lies and in the layout of its gradient.
 
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -13,7 +13,7 @@ use std::ops::Range;
 /// What an out-of-memory error calls them.
 const LABEL: &str = "moments of AdamW";
 
-/// The first and the second.
+/// The first and the second; the second is empty where there is but one.
 pub(super) enum Moments {
     F32([Array<f32>; 2]),
     Bf16([Array<bf16>; 2]),
@@ -30,13 +30,14 @@ macro_rules! of_either {
 }
 
 impl Moments {
-    /// `len` zeros each. Panics for another type than f32 and bf16, which settings are checked for.
+    /// `len` zeros each, or in the first alone. Panics for another type than f32 and bf16, which settings are checked for.
     ///
     /// Errors: [`crate::error::Error::Device`] if the device has no room.
-    pub fn zeroed(dtype: Dtype, place: &Place, len: usize) -> Result<Self> {
+    pub fn zeroed(dtype: Dtype, place: &Place, len: usize, both: bool) -> Result<Self> {
+        let second = if both { len } else { 0 };
         Ok(match dtype {
-            Dtype::F32 => Self::F32([Array::zeroed(place, LABEL, len)?, Array::zeroed(place, LABEL, len)?]),
-            Dtype::Bf16 => Self::Bf16([Array::zeroed(place, LABEL, len)?, Array::zeroed(place, LABEL, len)?]),
+            Dtype::F32 => Self::F32([Array::zeroed(place, LABEL, len)?, Array::zeroed(place, LABEL, second)?]),
+            Dtype::Bf16 => Self::Bf16([Array::zeroed(place, LABEL, len)?, Array::zeroed(place, LABEL, second)?]),
             other => panic!("moments in {other}"),
         })
     }
@@ -48,7 +49,7 @@ impl Moments {
         }
     }
 
-    /// Elements of each.
+    /// Elements of the first.
     pub fn len(&self) -> usize {
         match self {
             Self::F32([m, _]) => m.len(),
@@ -56,8 +57,17 @@ impl Moments {
         }
     }
 
+    /// How many there are: one or two.
+    pub fn count(&self) -> usize {
+        let second = match self {
+            Self::F32([_, v]) => v.len(),
+            Self::Bf16([_, v]) => v.len(),
+        };
+        if second == self.len() { 2 } else { 1 }
+    }
+
     pub fn bytes(&self) -> u64 {
-        2 * (self.len() * self.dtype().size()) as u64
+        (self.count() * self.len() * self.dtype().size()) as u64
     }
 
     pub fn place(&self) -> Place {
@@ -192,7 +202,7 @@ mod tests {
         let shape = (70, 5);
         for (dtype, layout) in [(Dtype::F32, Layout::Panels), (Dtype::Bf16, Layout::Panels), (Dtype::Bf16, Layout::Rows)] {
             let len = if layout == Layout::Panels { 96 * 5 } else { 70 * 5 };
-            let mut moments = Moments::zeroed(dtype, &Place::Host, len).unwrap();
+            let mut moments = Moments::zeroed(dtype, &Place::Host, len, true).unwrap();
             let values: Vec<f32> = (0..350).map(|i| (i % 200) as f32).collect();
             for rows in [33..70, 0..7, 7..33] {
                 moments.write_rows(1, layout, shape, rows.clone(), &values[rows.start * 5..rows.end * 5]);

@@ -229,6 +229,7 @@ mod tests {
         decay_vectors: false,
         clip_norm: None,
         moments: crate::kernels::element::Dtype::F32,
+        momentum: None,
     };
 
     /// Runs `updates` updates; the weights row by row.

@@ -1,10 +1,12 @@
-//! AdamW with decoupled weight decay over a list of parameters, clipping by global norm, and refusal of updates that are
-//! not finite. Gradients accumulate in the parameters until `step`, which consumes them.
+//! AdamW with decoupled weight decay over a list of parameters, or Muon for those that it suits; clipping by global norm, and refusal
+//! of updates that are not finite. Gradients accumulate in the parameters until `step`, which consumes them.
 //! Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; order of operations as in `torch.optim.AdamW`.
 
 use super::device_step::DeviceStep;
 use super::moments::Moments;
+use super::muon;
 use super::online_merge::OnlineMerge;
+use super::optimizer_state::blocks;
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::cpu::adamw::{AdamW as Update, MomentsMut};
@@ -29,20 +31,22 @@ pub struct Settings {
     pub clip_norm: Option<f64>,
     /// In what the moments are kept: f32, or bf16, rounded stochastically (`kernels/cpu/adamw.rs`), in half the memory.
     pub moments: Dtype,
+    /// The momentum of Muon, which then updates the matrices of the layers (muon.rs). None: AdamW updates all.
+    pub momentum: Option<f64>,
 }
 
 impl Default for Settings {
     /// As in Qwen's reports: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices, clipping at 1; moments in f32.
     fn default() -> Self {
         let (lr, betas, eps, weight_decay) = (1e-3, (0.9, 0.95), 1e-8, 0.1);
-        Self { lr, betas, eps, weight_decay, decay_vectors: false, clip_norm: Some(1.0), moments: Dtype::F32 }
+        Self { lr, betas, eps, weight_decay, decay_vectors: false, clip_norm: Some(1.0), moments: Dtype::F32, momentum: None }
     }
 }
 
 impl Settings {
     /// Errors: [`Error::Argument`] for a value that cannot be meant.
     pub fn check(&self) -> Result<()> {
-        let op = "adamw";
+        let op = self.name();
         let finite_from = |arg: &str, value: f64, least: f64| {
             if value.is_finite() && value >= least {
                 Ok(())
@@ -52,7 +56,8 @@ impl Settings {
         };
         finite_from("lr", self.lr, 0.0)?;
         finite_from("weight_decay", self.weight_decay, 0.0)?;
-        for (arg, beta) in [("betas[1]", self.betas.0), ("betas[2]", self.betas.1)] {
+        let momentum = self.momentum.unwrap_or(0.0);
+        for (arg, beta) in [("betas[1]", self.betas.0), ("betas[2]", self.betas.1), ("momentum", momentum)] {
             if !(0.0..1.0).contains(&beta) {
                 return Err(Error::argument(op, arg, "a number from 0 to below 1", beta));
             }
@@ -71,6 +76,11 @@ impl Settings {
 }
 
 impl Settings {
+    /// What optimizer they make, in messages.
+    pub fn name(&self) -> &'static str {
+        if self.momentum.is_some() { "muon" } else { "adamw" }
+    }
+
     /// Whether a parameter decays.
     pub(super) fn decays(&self, parameter: &dyn Trainable) -> bool {
         self.decay_vectors || parameter.is_matrix()
@@ -94,17 +104,23 @@ impl Slot {
     fn new(parameter: Arc<dyn Trainable>) -> Self {
         let rows = 0..parameter.count() / parameter.columns().max(1);
         let tensors = Arc::new([TensorRows { name: parameter.name().into(), rows }]);
-        Self { parameter, tensors, moments: None, waiting: None, updates: 0 }
+        let is_hidden_matrix = muon::is_hidden_matrix(parameter.as_ref());
+        Self { parameter, tensors, is_hidden_matrix, moments: None, waiting: None, updates: 0 }
     }
 
-    /// Makes the moments, zeros of `dtype`, where the parameter lies, if they are not there; a copy of its own, where a state shares
-    /// them.
+    /// Whether Muon updates it.
+    pub(super) fn is_muons(&self, settings: &Settings) -> bool {
+        self.is_hidden_matrix && settings.momentum.is_some()
+    }
+
+    /// Makes the moments, zeros, where the parameter lies, if they are not there; a copy of its own, where a state shares them.
     ///
     /// Errors: [`Error::Device`] if the device has no room.
-    pub(super) fn make_moments(&mut self, dtype: Dtype) -> Result<()> {
+    pub(super) fn make_moments(&mut self, settings: &Settings) -> Result<()> {
         match &mut self.moments {
             None => {
-                let moments = Moments::zeroed(dtype, self.parameter.place(), self.parameter.gradient_len())?;
+                let (place, len) = (self.parameter.place(), self.parameter.gradient_len());
+                let moments = Moments::zeroed(settings.moments, place, len, !self.is_muons(settings))?;
                 self.moments = Some(Arc::new(moments));
             }
             Some(moments) => {
@@ -122,6 +138,8 @@ pub(super) struct Slot {
     pub parameter: Arc<dyn Trainable>,
     /// What it is in files.
     pub tensors: Arc<[TensorRows]>,
+    /// Whether Muon may update it.
+    pub is_hidden_matrix: bool,
     /// A state may share them until they are written.
     pub moments: Option<Arc<Moments>>,
     /// The sum of the updates that wait to be merged with a later one.
@@ -193,9 +211,14 @@ impl AdamW {
 
     /// Replaces the settings from the next step on; moments stay, rounded to nearest where they are kept in bf16 from now on.
     ///
-    /// Errors: those of [`Settings::check`]; those of the device, and nothing changes.
+    /// Errors: those of [`Settings::check`]; [`Error::Argument`] if AdamW should become Muon, or Muon AdamW; those of the device. Nothing
+    /// changes then.
     pub fn set(&mut self, settings: Settings) -> Result<()> {
         settings.check()?;
+        let names = (self.settings.name(), settings.name());
+        if names.0 != names.1 {
+            return Err(Error::argument(names.0, "momentum", format!("settings of {}", names.0), format!("those of {}", names.1)));
+        }
         if settings.moments != self.settings.moments {
             let convert = |slot: &Slot| slot.moments.as_ref().map(|moments| moments.converted(settings.moments)).transpose();
             let converted: Vec<_> = self.slots.iter().map(convert).collect::<Result<_>>()?;
@@ -224,7 +247,9 @@ impl AdamW {
         let training = self.slots.iter().filter(|slot| slot.parameter.trains());
         training.fold((0, 0), |(kept, gradients), slot| {
             let len = 4 * slot.parameter.gradient_len() as u64;
-            let moments = if slot.moments.is_none() { 2 * len / 4 * self.settings.moments.size() as u64 } else { 0 };
+            let each = len / 4 * self.settings.moments.size() as u64;
+            let count = if slot.moments.is_some() { 0 } else { 2 - u64::from(slot.is_muons(&self.settings)) };
+            let moments = count * each;
             let waits = self.merge.as_ref().is_some_and(OnlineMerge::accumulates) && slot.waiting.is_none();
             let gradient = if slot.parameter.has_gradient_memory() { 0 } else { len };
             (kept + moments + if waits { len } else { 0 } + slot.parameter.remainder_bytes_to_come() as u64, gradients + gradient)
@@ -275,22 +300,32 @@ impl AdamW {
             return Ok(Step { grad_norm, applied: false });
         }
         let gradient_scale = self.settings.clip_norm.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
-        let mut applied = false;
+        let (mut applied, mut hidden) = (false, muon::HostUpdates::default());
         for slot in &mut self.slots {
             if !slot.parameter.has_gradient() {
                 continue;
             }
             applied = true;
             slot.updates += 1;
-            slot.make_moments(self.settings.moments)?;
-            let Slot { parameter, moments, waiting, updates, .. } = slot;
+            slot.make_moments(&self.settings)?;
+            let is_muons = slot.is_muons(&self.settings);
+            let Slot { parameter, moments, waiting, updates, tensors, .. } = slot;
+            let parameter = &**parameter;
             let moments = moments.as_mut().and_then(Arc::get_mut).expect("they were made above, our own").host_mut();
-            let update = self.settings.update(self.settings.decays(parameter.as_ref()), *updates, gradient_scale);
+            let update = self.settings.update(self.settings.decays(parameter), *updates, gradient_scale);
             match &self.merge {
+                None if is_muons => {
+                    let momentum = self.settings.momentum.expect("it is Muon's");
+                    match moments {
+                        MomentsMut::F32(m, _) => hidden.take(parameter, tensors, m, momentum, update)?,
+                        MomentsMut::Bf16(m, _) => hidden.take(parameter, tensors, m, momentum, update)?,
+                    }
+                }
                 None => parameter.adamw(moments, &update)?,
-                Some(merge) => merged_update(parameter.as_ref(), moments, waiting, &update, merge)?,
+                Some(merge) => merged_update(parameter, moments, waiting, &update, merge)?,
             }
         }
+        hidden.finish()?;
         Ok(Step { grad_norm, applied })
     }
 
@@ -346,7 +381,16 @@ fn merged_update(
         let sum = waiting.get_or_insert_with(|| Buffer::zeroed(delta.len()));
         norm::add(sum, &delta);
     }
-    parameter.add_and_scale(&delta, (1.0 - update.lr * update.weight_decay) as f32)
+    let decay = (1.0 - update.lr * update.weight_decay) as f32;
+    norm::scale(&mut delta, decay);
+    let (columns, layout) = (parameter.columns(), parameter.layout());
+    let count = parameter.count() / columns.max(1);
+    for rows in blocks(count, columns) {
+        let mut values = Buffer::<f32>::scratch(rows.len() * columns);
+        layout.unpack_f32(&delta, (count, columns), rows.clone(), &mut values);
+        parameter.scale_and_add(rows, decay, &values)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -458,6 +502,7 @@ mod tests {
             Settings { clip_norm: Some(0.0), ..Settings::default() },
             Settings { weight_decay: f64::INFINITY, ..Settings::default() },
             Settings { moments: Dtype::I8, ..Settings::default() },
+            Settings { momentum: Some(1.0), ..Settings::default() },
         ] {
             assert!(settings.check().is_err(), "{settings:?}");
         }

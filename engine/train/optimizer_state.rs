@@ -56,7 +56,7 @@ const WAITING: &str = "waiting";
 const BLOCK_VALUES: usize = 1 << 20;
 
 /// Ranges of about [`BLOCK_VALUES`] values.
-fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn blocks(rows: usize, columns: usize) -> impl Iterator<Item = Range<usize>> {
     let step = (BLOCK_VALUES / columns.max(1)).next_multiple_of(32);
     (0..rows).step_by(step).map(move |start| start..(start + step).min(rows))
 }
@@ -65,7 +65,11 @@ impl Kept {
     /// The endings of the names of what it is made of, and the types.
     fn parts(&self) -> impl Iterator<Item = (&'static str, Dtype)> {
         let dtype = self.moments.dtype();
-        MOMENTS.into_iter().map(move |part| (part, dtype)).chain(self.waiting.iter().map(|_| (WAITING, Dtype::F32)))
+        MOMENTS
+            .into_iter()
+            .take(self.moments.count())
+            .map(move |part| (part, dtype))
+            .chain(self.waiting.iter().map(|_| (WAITING, Dtype::F32)))
     }
 
     fn write(&self, tensor: &TensorRows, writer: &mut FolderWriter) -> Result<()> {
@@ -143,7 +147,7 @@ impl AdamW {
     pub fn state(&self, to: ImageTo) -> Result<AdamWState> {
         let counts = Counts { settings: self.settings(), steps: self.steps(), skipped: self.skipped(), updates: BTreeMap::new() };
         let mut all = BTreeMap::new();
-        for Slot { parameter, tensors, moments, waiting, updates } in &self.slots {
+        for Slot { parameter, tensors, moments, waiting, updates, .. } in &self.slots {
             if let Some(moments) = moments {
                 let moments = match to.shares(parameter.place()) {
                     true => moments.clone(),
@@ -171,10 +175,11 @@ impl AdamW {
             .map_err(|error| Error::format(&path, "optimizer", "counters and settings of AdamW", error.to_string()))?;
         let file = SafetensorsFile::open(&folder.join("adamw.safetensors"))?;
         let (mut known, mut parts) = (0, 0);
+        let moments = |slot: &Slot| &MOMENTS[..if slot.is_muons(&counts.settings) { 1 } else { 2 }];
         for slot in &self.slots {
             for TensorRows { name, rows } in slot.tensors.iter().filter(|tensor| counts.updates.contains_key(&tensor.name)) {
                 let waits = file.get(&format!("{name}.{WAITING}")).is_some();
-                for part in MOMENTS.into_iter().chain(waits.then_some(WAITING)) {
+                for part in moments(slot).iter().copied().chain(waits.then_some(WAITING)) {
                     file.expect(&format!("{name}.{part}"), &[rows.len(), slot.parameter.columns()])?;
                     parts += 1;
                 }
@@ -198,11 +203,11 @@ impl AdamW {
             let parameter = &slot.parameter;
             let (layout, columns, len) = (parameter.layout(), parameter.columns(), parameter.gradient_len());
             let shape = (parameter.count() / columns.max(1), columns);
-            let mut moments = Moments::zeroed(counts.settings.moments, &Place::Host, len)?;
-            for (which, part) in MOMENTS.into_iter().enumerate() {
-                read(&file, slot, part, |rows, values| moments.write_rows(which, layout, shape, rows, values))?;
+            let mut kept = Moments::zeroed(counts.settings.moments, &Place::Host, len, moments(slot).len() == 2)?;
+            for (which, part) in moments(slot).iter().enumerate() {
+                read(&file, slot, part, |rows, values| kept.write_rows(which, layout, shape, rows, values))?;
             }
-            slot.moments = Some(Arc::new(moments.moved_to(slot.parameter.place())?));
+            slot.moments = Some(Arc::new(kept.moved_to(slot.parameter.place())?));
             if slot.tensors.iter().any(|tensor| file.get(&format!("{}.{WAITING}", tensor.name)).is_some()) {
                 let mut waiting = Array::Host(Buffer::zeroed(len));
                 read(&file, slot, WAITING, |rows, values| write_rows(&mut waiting, layout, shape, rows, values))?;
@@ -270,6 +275,44 @@ mod tests {
         let (after, _) = run(None);
         assert_eq!(run(Some(ImageTo::InPlace)), (after.clone(), true));
         assert_eq!(run(Some(ImageTo::Host)), (after, false));
+    }
+
+    #[test]
+    fn a_momentum_comes_back_alone() {
+        let settings = Settings { momentum: Some(0.9), ..Settings::default() };
+        let new = || -> [Arc<Parameter<f32>>; 2] {
+            let parameter = |name: &str| Arc::new(Parameter::zeros(name, 40, 5, Layout::Panels));
+            [parameter("layers.0.p"), parameter("embed")]
+        };
+        let step = |parameters: &[Arc<Parameter<f32>>], optimizer: &mut AdamW| {
+            for parameter in parameters {
+                parameter.write_gradient_rows(0..40, &(0..200).map(|i| (i % 17) as f32 - 7.9).collect::<Vec<_>>()).unwrap();
+            }
+            optimizer.step().unwrap();
+        };
+        let optimizer_of = |parameters: &[Arc<Parameter<f32>>; 2]| {
+            AdamW::new(
+                parameters.iter().map(|parameter| parameter.clone() as Arc<dyn crate::tensor::trainable::Trainable>).collect(),
+                settings,
+            )
+            .unwrap()
+        };
+        let (parameters, folder) = (new(), tempfile::tempdir().unwrap());
+        let mut optimizer = optimizer_of(&parameters);
+        step(&parameters, &mut optimizer);
+        // Panels of 64 rows: one moment of the matrix of a layer, two of the other.
+        let state = optimizer.state(ImageTo::Host).unwrap();
+        assert_eq!(state.bytes(), 3 * 4 * 64 * 5);
+        state.save(&folder.path().join("muon")).unwrap();
+        let others = new();
+        others.iter().zip(&parameters).for_each(|(other, parameter)| other.copy_from(&parameter.image(ImageTo::Host).unwrap()).unwrap());
+        let mut again = optimizer_of(&others);
+        again.load(&folder.path().join("muon")).unwrap();
+        step(&parameters, &mut optimizer);
+        step(&others, &mut again);
+        assert!(parameters.iter().zip(&others).all(|(a, b)| a.read().weight[..] == b.read().weight[..]));
+        let error = again.set(Settings { momentum: None, ..settings }).unwrap_err().to_string();
+        assert!(error.contains("settings of muon"), "{error}");
     }
 
     #[test]

@@ -168,7 +168,7 @@ function Data:pairs(tokenizer, options) end
 ---@return engine.Data data
 function Data:prompts(tokenizer, options) end
 
---- Documents come in random order, another one each epoch.
+--- Documents come in random order, another one each epoch; windows too, and each epoch cuts them from the text at other places.
 ---
 --- Example: data:shuffle { seed = 7 }
 ---@param options? { seed?: integer } default: the run's seed

@@ -276,6 +276,18 @@ function Model:unmerge() end
 ---@return engine.Optimizer optimizer
 function optim.adamw(model, options) end
 
+--- Muon over the matrices of a model's layers, AdamW over the rest (vectors, embeddings, heads). An update of a matrix is the momentum
+--- of its gradient made nearly orthogonal, so that it moves the matrix in all directions alike, times `0.2 sqrt(max(rows, columns))`:
+--- as large as one of AdamW, so that both share `lr` and `weight_decay` (arXiv 2502.16982). It often learns as much as AdamW in half
+--- the steps, at twice AdamW's best rate, and keeps one moment in place of two. Defaults: momentum 0.95, else those of optim.adamw;
+--- `betas` and `eps` are for what AdamW updates.
+---
+--- Example: local optim = engine.optim.muon(model, { lr = 3e-3 })
+---@param model engine.Model
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", momentum?: number }
+---@return engine.Optimizer optimizer
+function optim.muon(model, options) end
+
 --- Forgets all gradients.
 ---
 --- Example: optim:clear()
@@ -290,7 +302,7 @@ function Optimizer:gradient_norm() end
 --- Changes settings from the next step on.
 ---
 --- Example: optim:set { lr = args.lr * schedules.cosine(step.index, step.steps) }
----@param options { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16" }
+---@param options { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", momentum?: number } `momentum` of muon
 function Optimizer:set(options) end
 
 --- Updates the parameters by the gradients that `backward` left, and clears them. A gradient that is not finite changes

@@ -66,12 +66,13 @@ function Run:model(name, source, options) end
 ---@return number seconds
 function Run:now() end
 
---- The optimizer of `model`. Asked again for the same model, it gives the same optimizer with the options applied.
+--- The optimizer of `model`: "adamw" as engine.optim.adamw, "muon" as engine.optim.muon. Asked again for the same model, it gives the
+--- same optimizer with the options applied.
 ---
 --- Example: local optim = run:optimizer("adamw", policy, { lr = 1e-5, clip_norm = 1.0 })
----@param kind "adamw"
+---@param kind "adamw"|"muon"
 ---@param model engine.Model
----@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", merge?: engine.OnlineMerge }
+---@param options? { lr?: number, betas?: number[], eps?: number, weight_decay?: number, decay_vectors?: boolean, clip_norm?: number|false, moments?: "f32"|"bf16", merge?: engine.OnlineMerge, momentum?: number } `merge` of adamw, `momentum` of muon
 ---@return engine.Optimizer optimizer
 function Run:optimizer(kind, model, options) end
 

@@ -6,7 +6,7 @@ local targets = require "targets"
 local huge = { math.mininteger, math.maxinteger, 1 << 31, 1 << 40, -(1 << 40), 1e300, -1e300, 0 / 0, 1 / 0, -1 / 0, 1e-300 }
 local small = { 0, 1, 2, 3, 4, 5, 7, 33, -1, -2, -3, 0.5, 2.5, -0.5, 1.0 }
 local strings = {
-  "", "a", "f32", "bf16", "i32", "i8", "f64", "train", "validation", "adamw", "windows", "concat", "best_fit", "line", "tiny",
+  "", "a", "f32", "bf16", "i32", "i8", "f64", "train", "validation", "adamw", "muon", "windows", "concat", "best_fit", "line", "tiny",
   "0.5B", "72B", "sub/x", "../up", "no/such/folder", "saved", "some.txt", "some.jsonl", "bad.jsonl", ".", "\xff\xfe", "nul\0byte", "a\nb",
   "<|im_start|>", "é中🌙", ("long"):rep(300), "model.norm.weight", "lm_head.weight", "paragraph", "user", "integer", "text",
 }
@@ -48,7 +48,7 @@ local function objects(run, step)
     },
     Step = { step },
     Model = { model, engine.model.new(shape, { frozen = true }), engine.model.new(shape, { dtype = "bf16" }) },
-    Optimizer = { engine.optim.adamw(model, { lr = 1e-3 }) },
+    Optimizer = { engine.optim.adamw(model, { lr = 1e-3 }), engine.optim.muon(model, { lr = 1e-3 }) },
     Rollouts = {
       model:generate({ "near", "the" }, { n = 2, max_tokens = 3, top_logprobs = 2 }), model:generate({}, { n = 1 }),
       model:generate({ "a" }, { max_tokens = 1 }):select {},

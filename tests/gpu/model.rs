@@ -345,14 +345,16 @@ fn a_step_waits_for_nothing_before_its_end() {
 fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
     let Some(bench) = bench() else { return };
     let cases = [
-        (true, Dtype::Bf16, Dtype::F32, ImageTo::SpareRoom),
-        (false, Dtype::F32, Dtype::F32, ImageTo::Host),
-        (false, Dtype::Bf16, Dtype::Bf16, ImageTo::Host),
+        (true, Dtype::Bf16, Dtype::F32, None, ImageTo::SpareRoom),
+        (false, Dtype::F32, Dtype::F32, None, ImageTo::Host),
+        (false, Dtype::Bf16, Dtype::Bf16, None, ImageTo::Host),
+        (true, Dtype::F32, Dtype::F32, Some(0.9), ImageTo::SpareRoom),
+        (false, Dtype::Bf16, Dtype::Bf16, Some(0.9), ImageTo::Host),
     ];
-    for (moe, dtype, moments, to) in cases {
+    for (moe, dtype, moments, momentum, to) in cases {
         let model = on(bench, moe, dtype);
-        let settings = Settings { moments, ..settings() };
-        let mut optimizer = AdamW::new(model.parameters(), settings).unwrap();
+        let settings = Settings { moments, momentum, ..settings() };
+        let mut optimizer = AdamW::new(model.parameters(), settings).unwrap().naming(model.tensor_rows());
         step(&model, &mut optimizer);
         // A gradient that waits for its update is part of the state.
         with_batch(|batch| model.cross_entropy(batch, &labels(), NORMALIZER, BALANCE)).unwrap().total.backward().unwrap();
@@ -367,7 +369,7 @@ fn training_goes_on_to_the_bit_from_files_and_from_an_image() {
 
         let again = Model::load_at(model.place(), &place("model"), Some(dtype), true, &mut |remark| panic!("{remark}")).unwrap();
         again.load_training_state(&place("training")).unwrap();
-        let mut other = AdamW::new(again.parameters(), settings).unwrap();
+        let mut other = AdamW::new(again.parameters(), settings).unwrap().naming(again.tensor_rows());
         other.load(&place("optimizer")).unwrap();
         assert!(rest(&again, &mut other) == want, "{dtype}: from files");
 

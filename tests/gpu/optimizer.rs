@@ -1,12 +1,16 @@
-//! AdamW over many parameters in one launch, and the global norm.
+//! AdamW over many parameters in one launch, Muon, and the global norm.
 
 use crate::{assert_same, bench, uniform};
 use half::bf16;
+use perilune::kernels::buffer::Buffer;
 use perilune::kernels::cpu::adamw as cpu_adamw;
 use perilune::kernels::cpu::adamw::AdamW;
+use perilune::kernels::cpu::muon as cpu_muon;
 use perilune::kernels::cpu::norm::sum_of_squares;
 use perilune::kernels::cuda::adamw::{Parameter, adamw};
+use perilune::kernels::cuda::muon;
 use perilune::kernels::cuda::norm::{Norm, Table};
+use perilune::kernels::element::Float;
 
 const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, gradient_scale: 0.5 };
 /// One is longer than what a block takes.
@@ -124,6 +128,73 @@ fn bf16_moments_are_rounded_as_on_the_cpu() {
     let mut masters = vec![0.0; len];
     cpu_adamw::join_all(&got.1, &got.2, &mut masters);
     assert_same("masters", &masters, &weight);
+}
+
+#[test]
+fn muon_has_the_bits_of_the_cpu_around_its_products_and_waits_for_finite_gradients() {
+    let Some(bench) = bench() else { return };
+    let len = 700;
+    let (start, gradient) = (uniform::<f32>(1, len).iter().map(|w| w / 3.0).collect::<Vec<_>>(), uniform::<f32>(2, len));
+    let (m, delta) = (uniform::<f32>(3, len), uniform::<f32>(4, len));
+    let m16: Vec<bf16> = m.iter().map(|m| bf16::from_f32(*m)).collect();
+    let (mut hi, mut lo) = (vec![bf16::ZERO; len], vec![0i16; len]);
+    cpu_adamw::split_all(&start, &mut hi, &mut lo);
+    let broken: Vec<f32> = gradient.iter().enumerate().map(|(i, g)| if i == 5 { f32::NAN } else { *g }).collect();
+    let got = bench.run(|device| {
+        let (mut m32, mut m16) = (bench.upload(&m), bench.upload(&m16));
+        let (mut update, mut update16) = (bench.upload(&start), bench.upload(&start));
+        let (mut weight, mut high, mut rest) = (bench.upload(&start), bench.upload(&hi), bench.upload(&lo));
+        let delta = bench.upload(&delta);
+        let mut norm = Norm::new(device).unwrap();
+        for gradient in [&broken, &gradient] {
+            let gradient = bench.upload(gradient);
+            norm.compute(&mut Table::default(), &[gradient.view()], 1.5).unwrap();
+            muon::momentum(device, gradient.view(), m32.view_mut(), update.view_mut(), 0.9, 7, &norm).unwrap();
+            muon::momentum(device, gradient.view(), m16.view_mut(), update16.view_mut(), 0.9, 7, &norm).unwrap();
+            muon::move_by(device, weight.view_mut(), None, delta.view(), 0.75, &norm).unwrap();
+            muon::move_by(device, high.view_mut(), Some(rest.view_mut()), delta.view(), 0.75, &norm).unwrap();
+        }
+        let updates = [&update, &update16].map(|update| update.to_vec().unwrap());
+        let weights = (weight.to_vec().unwrap(), high.to_vec().unwrap(), rest.to_vec().unwrap());
+        (m32.to_vec().unwrap(), m16.to_vec().unwrap(), updates, weights, f64::from(norm.factor().unwrap()))
+    });
+    let (mut m, mut m16, mut update) = (m, m16, vec![0.0; len]);
+    cpu_muon::momentum(&gradient, &mut m, &mut update, 0.9, got.4, 7);
+    assert_same("momentum", &got.0, &m);
+    assert_same("update", &got.2[0], &update);
+    cpu_muon::momentum(&gradient, &mut m16, &mut update, 0.9, got.4, 7);
+    assert_same("bf16 momentum", &got.1, &m16);
+    assert_same("update of a bf16 momentum", &got.2[1], &update);
+    let moved: Vec<f32> = start.iter().zip(&delta).map(|(start, delta)| start * 0.75 + delta).collect();
+    assert_same("weights", &got.3.0, &moved);
+    let mut masters = vec![0.0; len];
+    cpu_adamw::join_all(&got.3.1, &got.3.2, &mut masters);
+    assert_same("masters", &masters, &moved);
+}
+
+#[test]
+fn matrices_become_as_orthogonal_as_on_the_cpu() {
+    fn check<E: Float>(tolerance: f64) {
+        let Some(bench) = bench() else { return };
+        for (rows, columns) in [(1, 9), (40, 24), (24, 40), (33, 70)] {
+            let values = uniform::<f32>(rows as u64, rows * columns);
+            let got = bench.run(|device| {
+                let mut values = bench.upload(&values);
+                muon::orthogonalise::<E>(device, values.view_mut(), rows, columns, 0.5).unwrap();
+                values.to_vec().unwrap()
+            });
+            let mut kept = Buffer::scratch(values.len());
+            kept.copy_from_slice(&values);
+            let mut want = [cpu_muon::Matrix { values: kept, rows, columns, factor: 0.5 }];
+            cpu_muon::orthogonalise(&mut want);
+            let far = got.iter().zip(&want[0].values[..]).map(|(got, want)| f64::from((got - want).abs())).fold(0.0, f64::max);
+            assert!(far < tolerance, "[{rows}, {columns}]: {far}");
+        }
+    }
+    check::<f32>(1e-5);
+    // The matrix itself and what it is multiplied by at the end are rounded to 8 bits; small singular values grow 300 times, and their error with
+    // them.
+    check::<bf16>(5e-2);
 }
 
 #[test]

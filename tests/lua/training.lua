@@ -163,6 +163,42 @@ end)
 
 describe("optimizer", function()
   local batch = engine.data.batch { tokenizer:encode "the moon", tokenizer:encode "goes round" }
+  it("is Muon for the matrices of layers and AdamW for the rest", function()
+    local made, twin = engine.model.new(sizes), engine.model.new(sizes)
+    -- Of more tokens than a matrix has rows, so that its gradient has directions in plenty.
+    local batch = engine.data.batch { tokenizer:encode("The moon goes round the earth; the earth, round the sun; who asks them to? We do, each night, and by day we sleep like cats: 0 1 2 3 4 5 6 7 8 9.") }
+    local muon, adamw = engine.optim.muon(made, { lr = 0.01, weight_decay = 0.5 }), engine.optim.adamw(twin, { lr = 0.01, weight_decay = 0.5 })
+    local names = { "model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.bias", "model.embed_tokens.weight" }
+    local before = {}
+    for index, name in ipairs(names) do before[index] = made:parameter(name) end
+    made:cross_entropy(batch):backward()
+    twin:cross_entropy(batch):backward()
+    expect(muon:step()).is(adamw:step())
+    for index, name in ipairs(names) do
+      local now = made:parameter(name)
+      if index > 2 then
+        expect((now - twin:parameter(name)):abs():max():item()).is(0.0)
+      else
+        -- The step without the decay is orthogonal but for a fifth: its rows or columns have one length.
+        local rows, columns = table.unpack(now.shape)
+        local step = (before[index] * (1 - 0.01 * 0.5) - now) / (0.01 * 0.2 * math.sqrt(math.max(rows, columns)))
+        local short = math.min(rows, columns)
+        local length = step:square():sum():item() / short
+        expect(length > 0.4 and length < 1.3).is(true)
+      end
+    end
+    local first = made:cross_entropy(batch):item()
+    for _ = 1, 10 do
+      made:cross_entropy(batch):backward()
+      muon:step()
+    end
+    expect(made:cross_entropy(batch):item() < 0.8 * first).is(true)
+    muon:set { momentum = 0.5, lr = 1e-3 }
+    expect(muon.lr).is(1e-3)
+    expect(function() muon:set { momentum = 1 } end).fails "muon: `momentum` should be a number from 0 to below 1, got 1"
+    expect(function() adamw:set { momentum = 0.5 } end).fails "`momentum`"
+    expect(function() engine.optim.muon(made, { merge = {} }) end).fails "`merge`"
+  end)
   it("says which weight no update can mend", function()
     local made = engine.model.new(sizes, { tokenizer = tokenizer })
     local name = "model.norm.weight"

@@ -50,7 +50,7 @@ pub(in crate::kernels) struct Factors {
     pub root_correction2: f32,
     pub eps: f32,
     pub gradient_scale: f32,
-    /// What makes the rounding of bf16 moments another one in each update.
+    /// See [`salt`].
     pub salt: u32,
 }
 
@@ -69,19 +69,19 @@ impl AdamW {
             root_correction2: (1.0 - self.beta2.powi(step)).sqrt() as f32,
             eps: self.eps as f32,
             gradient_scale: self.gradient_scale as f32,
-            salt: self.salt(),
+            salt: salt(self.step),
         }
     }
+}
 
-    /// See [`Factors::salt`].
-    pub(in crate::kernels) fn salt(&self) -> u32 {
-        mix(self.step as u32 ^ (self.step >> 32) as u32)
-    }
+/// What makes the rounding of bf16 moments another one in each update; `step` is its number.
+pub(in crate::kernels) fn salt(step: u64) -> u32 {
+    mix(step as u32 ^ (step >> 32) as u32)
 }
 
 /// The finalizer of MurmurHash3: every bit of the result depends on every bit of `x`.
 #[inline(always)]
-fn mix(mut x: u32) -> u32 {
+pub(super) fn mix(mut x: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x85EB_CA6B);
     x = (x ^ (x >> 13)).wrapping_mul(0xC2B2_AE35);
     x ^ (x >> 16)

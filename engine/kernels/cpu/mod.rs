@@ -25,6 +25,7 @@ pub mod lanes;
 pub mod likelihood;
 pub mod load_balance;
 pub mod low_rank;
+pub mod muon;
 pub mod norm;
 pub mod online_merge;
 pub mod pack;

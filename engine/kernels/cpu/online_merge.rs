@@ -3,7 +3,7 @@
 //! Source: Lu et al., Online Merging Optimizers, arXiv 2405.17931; Adam as in transformers' former AdamW, whose eps is added
 //! before the bias correction.
 
-use super::adamw::{AdamW, Moment, keep};
+use super::adamw::{AdamW, Moment, keep, salt};
 use super::threads::{Shared, parallel_ranges};
 use crate::kernels::random::Stream;
 use crate::vectorised;
@@ -31,7 +31,7 @@ vectorised! {
     fn update_part<M: Moment>(gradient: &[f32], m: &mut [M], v: &mut [M], delta: &mut [f32], settings: &AdamW, size: f32) {
         let (beta1, beta2, eps) = (settings.beta1 as f32, settings.beta2 as f32, settings.eps as f32);
         let (rest1, rest2, scale) = ((1.0 - settings.beta1) as f32, (1.0 - settings.beta2) as f32, settings.gradient_scale as f32);
-        let salt = settings.salt();
+        let salt = salt(settings.step);
         for (((gradient, m), v), delta) in gradient.iter().zip(m).zip(v).zip(delta) {
             let gradient = gradient * scale;
             let new_m = beta1 * m.to_f32() + rest1 * gradient;

@@ -96,8 +96,8 @@ pub fn read_row<E: TileElement>(panels: &[E], k: usize, row: usize, out: &mut [E
     assert_eq!(out.len(), k, "a row of {k} inputs");
     assert!(panels.len() >= (row / PANEL_COLUMNS + 1) * panel_len::<E>(k), "row {row} lies beyond {} elements", panels.len());
     let panel = &panels[row_start::<E>(row, k)..];
-    for (unit, values) in panel.chunks(PANEL_COLUMNS * E::UNIT).zip(out.chunks_mut(E::UNIT)) {
-        values.copy_from_slice(&unit[..values.len()]);
+    for (i, value) in out.iter_mut().enumerate() {
+        *value = panel[i / E::UNIT * PANEL_COLUMNS * E::UNIT + i % E::UNIT];
     }
 }
 

@@ -20,6 +20,7 @@ pub mod int8;
 mod launch;
 pub mod logprobs;
 pub mod memory;
+pub mod muon;
 pub mod norm;
 pub mod paged;
 pub mod pool;

@@ -32,6 +32,7 @@ pub enum Program {
     Embedding,
     Int8,
     Logprobs,
+    Muon,
     Norm,
     Product,
     /// From compute capability 9.0 on.
@@ -66,6 +67,7 @@ impl Program {
             Self::Embedding => ("embedding.cu", include_str!("embedding.cu")),
             Self::Int8 => ("int8.cu", include_str!("int8.cu")),
             Self::Logprobs => ("logprobs.cu", include_str!("logprobs.cu")),
+            Self::Muon => ("muon.cu", include_str!("muon.cu")),
             Self::Norm => ("norm.cu", include_str!("norm.cu")),
             Self::Product => ("product.cu", include_str!("product.cu")),
             Self::ProductFew => ("product_few.cu", include_str!("product_few.cu")),
@@ -90,6 +92,7 @@ impl Program {
                 | Self::Elements
                 | Self::Embedding
                 | Self::Int8
+                | Self::Muon
                 | Self::Rope
                 | Self::Route
                 | Self::Sample
@@ -147,7 +150,7 @@ pub fn variants(capability: (i32, i32)) -> Vec<Variant> {
     use Program::*;
     let (plain, wide) = (Dtype::F32, Dtype::Bf16);
     let mut all = Vec::new();
-    for program in [Adamw, Elements, Embedding, Logprobs, Norm, RmsNorm, Rope, Route, Swiglu] {
+    for program in [Adamw, Elements, Embedding, Logprobs, Muon, Norm, RmsNorm, Rope, Route, Swiglu] {
         all.extend([plain, wide].map(|dtype| Variant::new(program.clone(), dtype)));
     }
     all.push(Variant::new(Sample, plain));

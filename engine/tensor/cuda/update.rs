@@ -1,13 +1,16 @@
-//! Parameters on a device held for an update of all of them in one launch. Which they are, and what is done if their gradient
-//! is not finite, is train/device_step.rs's matter.
+//! Parameters on a device held for an update: AdamW's of all of them in one launch, or Muon's of each. Which they are, and what is done
+//! if their gradient is not finite, is train/device_step.rs's matter.
 
 use crate::error::Result;
 use crate::kernels::cuda::adamw::{Line, Parameter};
 use crate::kernels::cuda::device::Device;
 use crate::kernels::cuda::memory::{DeviceBuffer, View};
+use crate::kernels::cuda::muon;
+use crate::kernels::cuda::norm::Norm;
 use crate::tensor::ModelElement;
 use crate::tensor::parameter::{Value, own};
 use half::bf16;
+use std::ops::Range;
 use std::sync::{Arc, RwLockWriteGuard};
 
 /// The first and the second moments of a parameter on a device, as many as its gradient has elements.
@@ -31,6 +34,21 @@ pub trait DeviceUpdate {
     fn gradient(&self) -> View<'_, f32>;
     /// Its line in the table of the launch.
     fn line<'a>(&'a mut self, moments: DeviceMoments<'a>, decays: bool) -> Line<'a>;
+    /// Moves it as [`MuonStep`] says; with a norm that is not finite nothing is written.
+    ///
+    /// Errors: those of the device.
+    fn muon(&mut self, moments: DeviceMoments, step: &MuonStep, norm: &Norm) -> Result<()>;
+}
+
+/// One update of Muon (train/muon.rs).
+pub struct MuonStep<'a> {
+    pub momentum: f64,
+    /// Number of this update, from 1.
+    pub step: u64,
+    /// What masters are multiplied by.
+    pub keep: f32,
+    /// Elements of the tensors that it is made of, rows, columns, and what each orthogonal matrix is multiplied by.
+    pub matrices: &'a [(Range<usize>, usize, usize, f32)],
 }
 
 /// See [`DeviceUpdate`]; the lock goes with it.
@@ -66,5 +84,22 @@ impl<E: ModelElement> DeviceUpdate for Locked<'_, E> {
             DeviceMoments::F32(m, v) => Parameter { weight, rest, gradient, m: m.view_mut(), v: v.view_mut(), decays }.line(&device),
             DeviceMoments::Bf16(m, v) => Parameter { weight, rest, gradient, m: m.view_mut(), v: v.view_mut(), decays }.line(&device),
         }
+    }
+
+    fn muon(&mut self, moments: DeviceMoments, step: &MuonStep, norm: &Norm) -> Result<()> {
+        let device: Arc<Device> = self.gradient.device().clone();
+        let mut delta = DeviceBuffer::<f32>::scratch(&device, "updates of Muon", self.gradient.len())?;
+        let gradient = self.gradient.view();
+        match moments {
+            DeviceMoments::F32(m, _) => muon::momentum(&device, gradient, m.view_mut(), delta.view_mut(), step.momentum, step.step, norm)?,
+            DeviceMoments::Bf16(m, _) => muon::momentum(&device, gradient, m.view_mut(), delta.view_mut(), step.momentum, step.step, norm)?,
+        }
+        for (elements, rows, columns, factor) in step.matrices {
+            muon::orthogonalise::<E>(&device, delta.part_mut(elements.clone()), *rows, *columns, *factor)?;
+        }
+        let cuda = Arc::get_mut(&mut self.value).and_then(|value| value.cuda.as_mut());
+        let cuda = cuda.expect("locking it made it our own, on the device");
+        let rest = cuda.remainder.as_mut().map(DeviceBuffer::view_mut);
+        muon::move_by(&device, cuda.weight.view_mut(), rest, delta.view(), step.keep, norm)
     }
 }
