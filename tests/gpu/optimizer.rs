@@ -10,7 +10,6 @@ use perilune::kernels::cpu::norm::sum_of_squares;
 use perilune::kernels::cuda::adamw::{Parameter, adamw};
 use perilune::kernels::cuda::muon;
 use perilune::kernels::cuda::norm::{Norm, Table};
-use perilune::kernels::element::Float;
 
 const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 3, gradient_scale: 0.5 };
 /// One is longer than what a block takes.
@@ -174,27 +173,29 @@ fn muon_has_the_bits_of_the_cpu_around_its_products_and_waits_for_finite_gradien
 
 #[test]
 fn matrices_become_as_orthogonal_as_on_the_cpu() {
-    fn check<E: Float>(tolerance: f64) {
-        let Some(bench) = bench() else { return };
-        for (rows, columns) in [(1, 9), (40, 24), (24, 40), (33, 70)] {
-            let values = uniform::<f32>(rows as u64, rows * columns);
-            let got = bench.run(|device| {
-                let mut values = bench.upload(&values);
-                muon::orthogonalise::<E>(device, values.view_mut(), rows, columns, 0.5).unwrap();
-                values.to_vec().unwrap()
-            });
-            let mut kept = Buffer::scratch(values.len());
-            kept.copy_from_slice(&values);
-            let mut want = [cpu_muon::Matrix { values: kept, rows, columns, factor: 0.5 }];
-            cpu_muon::orthogonalise(&mut want);
-            let far = got.iter().zip(&want[0].values[..]).map(|(got, want)| f64::from((got - want).abs())).fold(0.0, f64::max);
-            assert!(far < tolerance, "[{rows}, {columns}]: {far}");
+    let Some(bench) = bench() else { return };
+    for (rows, columns, rank) in [(1, 9, 1), (40, 24, 24), (24, 40, 24), (33, 70, 33), (64, 48, 2)] {
+        let mut values = uniform::<f32>(rows as u64, rows * columns);
+        if rank < rows.min(columns) {
+            let (left, right) = (uniform::<f32>(7, rows * rank), uniform::<f32>(8, rank * columns));
+            let product = |i: usize| (0..rank).map(|k| left[i / columns * rank + k] * right[k * columns + i % columns]).sum();
+            values = (0..rows * columns).map(product).collect();
         }
+        let got = bench.run(|device| {
+            let mut values = bench.upload(&values);
+            muon::orthogonalise(device, values.view_mut(), rows, columns, 0.5).unwrap();
+            values.to_vec().unwrap()
+        });
+        let mut kept = Buffer::scratch(values.len());
+        kept.copy_from_slice(&values);
+        let mut want = [cpu_muon::Matrix { values: kept, rows, columns, factor: 0.5 }];
+        cpu_muon::orthogonalise(&mut want);
+        let length = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let far = length(&mut got.iter().zip(&want[0].values[..]).map(|(got, want)| got - want));
+        let share = far / length(&mut want[0].values.iter().copied());
+        // The order of sums differs, and five turns multiply what is small by 500.
+        assert!(share < 2e-4, "[{rows}, {columns}] of rank {rank}: {share}");
     }
-    check::<f32>(1e-5);
-    // The matrix itself and what it is multiplied by at the end are rounded to 8 bits; small singular values grow 300 times, and their error with
-    // them.
-    check::<bf16>(5e-2);
 }
 
 #[test]

@@ -37,14 +37,14 @@ extern "C" __global__ void squares_of(const float* values, i64 count, double* pa
 }
 
 // x = values over their norm, [rows, columns], or turned to [columns, rows].
-extern "C" __global__ void normalise(const float* values, const double* parts, int parts_count, double eps, E* x, int rows, int columns, int turned) {
+extern "C" __global__ void normalise(const float* values, const double* parts, int parts_count, double eps, float* x, int rows, int columns, int turned) {
     double sum = 0.0;
     for (int part = 0; part < parts_count; part++) sum += parts[part];
     float inverse = (float)(1.0 / (sqrt(sum) + eps));
     i64 count = (i64)rows * columns;
     EACH(i, count) {
         i64 from = turned ? i % rows * columns + i / rows : i;
-        x[i] = from_float<E>(values[from] * inverse);
+        x[i] = values[from] * inverse;
     }
 }
 
@@ -57,9 +57,9 @@ extern "C" __global__ void combine(float* square, const float* g, int n, float a
     }
 }
 
-// to = scale * from, rounded once.
-extern "C" __global__ void scaled(const float* from, float scale, E* to, i64 count) {
-    EACH(i, count) to[i] = from_float<E>(scale * from[i]);
+// to = scale * from.
+extern "C" __global__ void scaled(const float* from, float scale, float* to, i64 count) {
+    EACH(i, count) to[i] = scale * from[i];
 }
 
 // to [columns, rows] = from [rows, columns], turned.

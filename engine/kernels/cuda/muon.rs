@@ -51,15 +51,15 @@ pub fn momentum<M: Moment>(
     unsafe { launch.run(grid(count), THREADS, 0) }
 }
 
-/// As [`crate::kernels::cpu::muon::orthogonalise`], of one matrix; the products with as many rows as it read `E`.
-pub fn orthogonalise<E: Float>(device: &Arc<Device>, mut values: ViewMut<f32>, rows: usize, columns: usize, factor: f32) -> Result<()> {
+/// As [`crate::kernels::cpu::muon::orthogonalise`], of one matrix.
+pub fn orthogonalise(device: &Arc<Device>, mut values: ViewMut<f32>, rows: usize, columns: usize, factor: f32) -> Result<()> {
     let count = values.len();
     assert!(count == rows * columns, "muon: {count} values for [{rows}, {columns}]");
     if count == 0 {
         return Ok(());
     }
     let (n, tall, turned) = (rows.min(columns), rows.max(columns), rows < columns);
-    let mut x = DeviceBuffer::<E>::scratch(device, LABEL, count)?;
+    let mut x = DeviceBuffer::<f32>::scratch(device, LABEL, count)?;
     let mut parts = DeviceBuffer::<f64>::scratch(device, LABEL, PARTS)?;
     let square = || DeviceBuffer::<f32>::scratch(device, LABEL, n * n);
     let (mut g, mut p, mut q, mut other) = (square()?, square()?, square()?, square()?);
@@ -67,7 +67,7 @@ pub fn orthogonalise<E: Float>(device: &Arc<Device>, mut values: ViewMut<f32>, r
     let launched = launch::<f32>(device, "squares_of")?.read(values.view()).long(count).write(&mut parts.view_mut());
     // SAFETY: the arguments are squares_of's, and `parts` has one f64 for each block.
     unsafe { launched.run((PARTS, 1, 1), THREADS, 0)? };
-    let launched = launch::<E>(device, "normalise")?.read(values.view()).read(parts.view()).int(PARTS).double(EPS);
+    let launched = launch::<f32>(device, "normalise")?.read(values.view()).read(parts.view()).int(PARTS).double(EPS);
     let launched = launched.write(&mut x.view_mut()).int(rows).int(columns).int(usize::from(turned));
     // SAFETY: the arguments are normalise's; both matrices have rows times columns elements.
     unsafe { launched.run(grid(count), THREADS, 0)? };
@@ -85,7 +85,9 @@ pub fn orthogonalise<E: Float>(device: &Arc<Device>, mut values: ViewMut<f32>, r
         // SAFETY: the arguments are combine's; both matrices are `[n, n]`.
         unsafe { launched.run(grid(n * n), THREADS, 0)? };
         if turn == 0 {
-            q.copy_from(p.view())?;
+            let launched = launch::<f32>(device, "scaled")?.read(p.view()).float(factor).write(&mut q.view_mut()).long(n * n);
+            // SAFETY: the arguments are scaled's; both matrices are `[n, n]`.
+            unsafe { launched.run(grid(n * n), THREADS, 0)? };
         } else {
             multiply(&mut other, &q, &p)?;
             std::mem::swap(&mut q, &mut other);
@@ -95,16 +97,12 @@ pub fn orthogonalise<E: Float>(device: &Arc<Device>, mut values: ViewMut<f32>, r
             multiply(&mut g, &other, &p)?;
         }
     }
-    let mut narrow = DeviceBuffer::<E>::scratch(device, LABEL, n * n)?;
-    let launched = launch::<E>(device, "scaled")?.read(q.view()).float(factor).write(&mut narrow.view_mut()).long(n * n);
-    // SAFETY: the arguments are scaled's; both matrices are `[n, n]`.
-    unsafe { launched.run(grid(n * n), THREADS, 0)? };
-    let narrow = Weight { values: narrow.view(), outputs: n, inputs: n };
+    let q = Weight { values: q.view(), outputs: n, inputs: n };
     if !turned {
-        return product::input_gradient(device, values, x.view(), narrow, false, None);
+        return product::input_gradient(device, values, x.view(), q, false, None);
     }
     let mut result = DeviceBuffer::<f32>::scratch(device, LABEL, count)?;
-    product::input_gradient(device, result.view_mut(), x.view(), narrow, false, None)?;
+    product::input_gradient(device, result.view_mut(), x.view(), q, false, None)?;
     let launched = launch::<f32>(device, "turn")?.read(result.view()).write(&mut values).int(tall).int(n);
     // SAFETY: the arguments are turn's; both matrices have `tall * n` elements.
     unsafe { launched.run(grid(count), THREADS, 0) }

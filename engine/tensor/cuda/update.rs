@@ -95,7 +95,7 @@ impl<E: ModelElement> DeviceUpdate for Locked<'_, E> {
             DeviceMoments::Bf16(m, _) => muon::momentum(&device, gradient, m.view_mut(), delta.view_mut(), step.momentum, step.step, norm)?,
         }
         for (elements, rows, columns, factor) in step.matrices {
-            muon::orthogonalise::<E>(&device, delta.part_mut(elements.clone()), *rows, *columns, *factor)?;
+            muon::orthogonalise(&device, delta.part_mut(elements.clone()), *rows, *columns, *factor)?;
         }
         let cuda = Arc::get_mut(&mut self.value).and_then(|value| value.cuda.as_mut());
         let cuda = cuda.expect("locking it made it our own, on the device");
