@@ -1,6 +1,6 @@
 --- Pretrains a Qwen2.5 model, dense or mixture of experts, from random weights on text.
 --- Run: perilune run scripts/pretrain.lua --text book.txt --tokenizer bpe:4096
---- Source: Qwen2.5 technical report, arXiv 2412.15115, section 3; AdamW, arXiv 1711.05101.
+--- Source: Qwen2.5 technical report, arXiv 2412.15115, section 3; Muon, arXiv 2502.16982; AdamW, arXiv 1711.05101.
 local engine = require "engine"
 local eval, schedules, tales = require "std.eval", require "std.schedules", require "std.tales"
 
@@ -14,7 +14,7 @@ return engine.workflow {
     experts = { 0, min = 0, help = "experts in each layer; 0 makes a dense model" },
     experts_per_token = { 2, min = 1 },
     device = { "cpu", help = "cpu, cuda (the first GPU), cuda:1 ..., or auto: a GPU if there is one" },
-    dtype = engine.optional("string", { choices = { "f32", "bf16" }, help = "of weights and activations (master weights are f32): bf16 on a GPU, else f32" }),
+    dtype = engine.optional("string", { choices = { "f32", "bf16" }, help = "of weights and activations (master weights are f32): f32 for the device cpu, else bf16" }),
     recompute = { false, help = "compute layers again in the backward pass: less memory, more time" },
     seq_len = { 256, min = 2, help = "tokens of a training window" },
     rows = { 6, min = 1, help = "windows of a micro-batch" },

@@ -110,12 +110,9 @@ pub const ADAMW: Kind = Kind {
     momentum: None,
 };
 
-pub const MUON: Kind = Kind {
-    name: "muon",
-    options: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "momentum"],
-    changeable: &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "momentum"],
-    momentum: Some(0.95),
-};
+const MUON_OPTIONS: &[&str] = &["lr", "betas", "eps", "weight_decay", "decay_vectors", "clip_norm", "moments", "momentum"];
+
+pub const MUON: Kind = Kind { name: "muon", options: MUON_OPTIONS, changeable: MUON_OPTIONS, momentum: Some(0.95) };
 
 impl Kind {
     fn of(settings: &Settings) -> Self {
