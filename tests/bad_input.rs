@@ -166,6 +166,8 @@ fn words_of_the_commands() {
             (&["params"], &["MODEL|PRESET"]),
             (&["params", ""], &["should be a folder with a config.json, or one of 0.5B"]),
             (&["params", "folder"], &["folder/config.json: cannot read"]),
+            (&["generate", "gone", "--prompt", "x"], &["gone: model: expected a folder on this machine, found none of this name"]),
+            (&["chat", "Qwen/Qwen2.5-0.5B"], &["`hf download Qwen/Qwen2.5-0.5B --local-dir Qwen/Qwen2.5-0.5B` fetches a model"]),
             (&["params", "7B", "--context", "0"], &["--context", "from 1 to"]),
             (&["params", "7B", "--context", "99999999999999999"], &["--context", "from 1 to"]),
             (&["params", "7B", "--sequences", "0"], &["--sequences", "from 1 to"]),
@@ -192,7 +194,7 @@ fn words_of_the_commands() {
 #[test]
 fn models_and_optimizers_in_scripts() {
     check_bodies(&[
-        ("run:model('m', 'missing')", &["missing/config.json: cannot read"]),
+        ("run:model('m', 'missing')", &["missing: model: expected a folder on this machine, found none of this name"]),
         ("shape.rms_norm_eps = 0 / 0 model()", &["`rms_norm_eps`", "NaN, which JSON does not have"]),
         ("shape.initializer_range = 1 / 0 model()", &["`initializer_range`", "the number inf"]),
         ("shape.head_dim = 512 model()", &["`head_dim` should be", "to 256, got 512"]),
@@ -344,7 +346,7 @@ fn data_and_tokenizers_in_scripts() {
         ("for _ in run:loop('x', { steps = -1 }) do end", &["`steps` should be an integer of at least 0, got -1"]),
         ("for _ in run:loop('x') do end", &["Run:loop: `options` should be given"]),
         ("run:loop('x', { steps = 2 })(3)", &["belongs into a `for`"]),
-        ("tokenizer.load('missing')", &["missing/tokenizer.json: cannot read the tokenizer"]),
+        ("tokenizer.load('missing')", &["missing: model: expected a folder on this machine"]),
         ("tokenizer.load('t.txt')", &["t.txt: tokenizer: expected a tokenizer.json of a byte-level BPE"]),
         ("tokenizer.load('')", &["tokenizer.load: `path` should be a path"]),
         ("tokenizer.train(data.text('t.txt'), { vocab_size = 10 })", &["`vocab_size` should be at least 259"]),

@@ -156,7 +156,10 @@ fn mistakes_in_a_run() {
         ),
         (body("local s for step in run:loop('x', { steps = 2 }) do s = s or step end s:log { a = 1 }"), &["Step:log: step 0 is over"]),
         (body("for _ in run:loop('x', { steps = 1 }) do end run:loop('x', { steps = 1 })"), &["the loop \"x\" has run already"]),
-        (body("run:model('m', 'no/such/folder')"), &["s.lua:2: no/such/folder/config.json: cannot read"]),
+        (
+            body("run:model('m', 'no/such/folder')"),
+            &["s.lua:2: no/such/folder: model: expected a folder on this machine, found none of this name"],
+        ),
         (body("run:model('m', { preset = 'huge' })"), &["s.lua:2:", "tiny"]),
         (body("run:model('m', { layer = 2 })"), &["s.lua:2:", "layer"]),
         (body("run:model('m', {}, { dtype = 'i8' })"), &["Run:model: `dtype` should be \"f32\", \"bf16\" or \"int8\", got \"i8\""]),

@@ -17,7 +17,7 @@ const MAPPING: usize = 1 << 30;
 const GRANULE: usize = 4096;
 
 /// Most bytes of free pages kept beyond the most that were ever in use.
-const SLACK: usize = 128 << 20;
+const SLACK: usize = 96 << 20;
 
 /// Ranges of addresses that do not touch each other, by address, by size and by age.
 struct Spans {

@@ -5,7 +5,7 @@
 use super::fields::{Fields, parse_object};
 use super::rope_scaling::RopeScaling;
 use crate::checkpoint::folder::read_text;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, require_folder};
 use crate::kernels::element::Dtype;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -78,8 +78,9 @@ pub struct MoeConfig {
 }
 
 impl Config {
-    /// Reads `config.json` of a checkpoint folder. Errors: [`Error::Io`]; as [`Config::parse`].
+    /// Reads `config.json` of a checkpoint folder. Errors: [`Error::Io`]; [`Error::Format`] if there is no folder; as [`Config::parse`].
     pub fn load(folder: &Path) -> Result<Self> {
+        require_folder(folder)?;
         let path = folder.join("config.json");
         Self::parse(&path, &read_text(&path)?)
     }
