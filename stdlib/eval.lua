@@ -179,8 +179,11 @@ function eval.choices(model, items, options)
     if type(item.prompt) ~= "string" and type(item.messages) ~= "table" then
       wrong("choices", "items", "items with a prompt or messages", ("item %d without"):format(index))
     end
-    if type(item.choices) ~= "table" or not item.choices[item.answer] then
-      wrong("choices", "answer", "the number of one of the item's choices", ("%s in item %d"):format(tostring(item.answer), index))
+    if type(item.choices) ~= "table" then
+      wrong("choices", "choices", "a list of strings in every item", ("%s in item %d"):format(type(item.choices), index))
+    elseif not item.choices[item.answer] then
+      local expected = ("the number of one of the item's %d choices, counted from 1"):format(#item.choices)
+      wrong("choices", "answer", expected, ("%s in item %d"):format(tostring(item.answer), index))
     end
     for _, choice in ipairs(item.choices) do
       local ids, count = choice_ids(tokenizer, item, choice)

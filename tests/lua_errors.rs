@@ -250,5 +250,6 @@ fn the_first_interrupt_ends_the_loop_at_its_step() {
     let output = child.wait_with_output().unwrap();
     let err = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(130), "{err}");
-    assert!(err.contains("stopping at the end of this step") && err.contains("stopped after step"), "{err}");
+    assert!(err.contains("stopping at the end of this step") && err.contains("stopping after step"), "{err}");
+    assert!(err.contains("stopped; go on with: perilune resume"), "{err}");
 }

@@ -130,9 +130,11 @@ pub fn perform(run: &Arc<run::Run>, vm: Vm, values: Vec<(String, Json)>, target:
         run.screen.note("edits of the script take effect at the end of a step");
     }
     let result = conduct(run, vm, values, target);
-    if matches!(result, Err(ref error) if !matches!(error, Error::Interrupted)) {
-        let word = run::word_for(&run.folder);
-        run.screen.note(&format!("when that is mended: perilune resume {word}, with --code new if the script was changed"));
+    let word = run::word_for(&run.folder);
+    match &result {
+        Ok(()) => {}
+        Err(Error::Interrupted) => run.screen.note(&format!("stopped; go on with: perilune resume {word}")),
+        Err(_) => run.screen.note(&format!("when that is mended: perilune resume {word}, with --code new if the script was changed")),
     }
     result
 }

@@ -8,7 +8,6 @@ use super::interrupt;
 use super::loops::{Loop, State};
 use super::modules::Source;
 use super::progress::Progress;
-use super::run::word_for;
 use super::{code, reload};
 use crate::error::Error;
 use crate::failpoint::failpoint;
@@ -45,8 +44,7 @@ impl Loop {
         }
         self.close(state, true);
         self.run.checkpoints.wait()?;
-        let kept = if self.plan.is_on() { format!("; go on with: perilune resume {}", word_for(&self.run.folder)) } else { String::new() };
-        self.run.screen.note(&format!("stopped after step {} of {}{kept}", state.next, self.path));
+        self.run.screen.note(&format!("stopping after step {} of {}", state.next, self.path));
         Err(Error::Interrupted.into())
     }
 
