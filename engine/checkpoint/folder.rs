@@ -228,6 +228,22 @@ impl<'de> de::Deserialize<'de> for WeightMap {
     }
 }
 
+/// Errors: [`Error::Format`] if `folder`, from which a model's files are to be read, is not there at all.
+pub fn require_folder(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        return Ok(());
+    }
+    let name = folder.display();
+    // A name of the hub reads like a path: owner and model.
+    let is_of_hub = folder.is_relative() && folder.components().count() == 2 && folder.parent().is_some_and(|owner| !owner.exists());
+    let how = if is_of_hub {
+        format!("; `hf download {name} --local-dir {name}` fetches a model of the Hugging Face hub")
+    } else {
+        String::new()
+    };
+    Err(Error::format(folder, "model", format!("a folder on this machine{how}"), "none of this name"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,7 @@
 //! `perilune chat MODEL`: a conversation in the terminal. Answers stream; Ctrl-C ends an answer, Ctrl-D the conversation.
 
 use super::generate::{parse_dtype, show};
+use crate::checkpoint::folder::require_folder;
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
@@ -102,6 +103,7 @@ impl Conversation {
 pub fn chat(args: ChatArgs) -> Result<()> {
     let dtype = args.dtype.as_deref().map(parse_dtype).transpose()?;
     let defaults = GenerationConfig::load(&args.model)?.unwrap_or_default();
+    require_folder(&args.model)?;
     let tokenizer = Tokenizer::from_folder(&args.model)?;
     let template = ChatTemplate::from_folder(&args.model)?;
     let model = Model::load_at(&Place::named(&args.device)?, &args.model, dtype, false, &mut |remark| eprintln!("note: {remark}"))?;

@@ -1,6 +1,7 @@
 //! `perilune generate MODEL`: continues a prompt, or answers it as a chat. Options that are not given come from the
 //! model's generation_config.json.
 
+use crate::checkpoint::folder::require_folder;
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
 use crate::error::{Error, Result};
@@ -79,6 +80,7 @@ pub fn generate(args: GenerateArgs) -> Result<()> {
     let defaults = GenerationConfig::load(&args.model)?.unwrap_or_default();
     let rules = rules(&args, &defaults);
     rules.check()?;
+    require_folder(&args.model)?;
     let tokenizer = Tokenizer::from_folder(&args.model)?;
     let prompt = prompt_tokens(&args, &tokenizer)?;
     let place = Place::named(&args.device)?;

@@ -8,7 +8,7 @@ use tokenizers::{DecoderWrapper, ModelWrapper, NormalizerWrapper, PreTokenizer};
 
 use super::byte_alphabet::{byte_to_char, char_to_byte};
 use super::tokenizer::{AddedToken, END_OF_TEXT, IM_END, IM_START, Kind, QWEN2_SPLIT, Tokenizer};
-use crate::error::{Error, Result, require_folder};
+use crate::error::{Error, Result};
 
 /// Qwen2.5's control tokens in id order, and whether each is special. Qwen2 has the first three.
 pub const QWEN2_5_CONTROL: [(&str, bool); 22] = [
@@ -39,10 +39,9 @@ pub const QWEN2_5_CONTROL: [(&str, bool); 22] = [
 impl Tokenizer {
     /// Loads the tokenizer of a model folder: tokenizer.json, or vocab.json with merges.txt, and tokenizer_config.json.
     ///
-    /// Errors: [`Error::Io`] when neither form is there or readable, [`Error::Format`] for a damaged file or no folder,
+    /// Errors: [`Error::Io`] when neither form is there or readable, [`Error::Format`] for a damaged file,
     /// [`Error::Unsupported`] for a tokenizer that is not byte-level BPE.
     pub fn from_folder(folder: &Path) -> Result<Self> {
-        require_folder(folder)?;
         let config_path = folder.join("tokenizer_config.json");
         let config = if config_path.exists() { Some(read_json(&config_path)?) } else { None };
         let json_path = folder.join("tokenizer.json");

@@ -44,7 +44,8 @@ impl Loop {
         }
         self.close(state, true);
         self.run.checkpoints.wait()?;
-        self.run.screen.note(&format!("stopping after step {} of {}", state.next, self.path));
+        let lost = if self.plan.is_on() { "" } else { ", which keeps no checkpoints and would begin anew" };
+        self.run.screen.note(&format!("stopping after step {} of {}{lost}", state.next, self.path));
         Err(Error::Interrupted.into())
     }
 

@@ -4,6 +4,7 @@ use super::call::{Call, Class, Failed, Field, Function, as_integer, describe};
 use super::conversations::{plain_json, tools};
 use super::data::DataObject;
 use super::raise::Failure;
+use crate::checkpoint::folder::require_folder;
 use crate::data::bpe_trainer::{BpeTraining, train_bpe};
 use crate::data::chat_template::{ChatTemplate, Rendering};
 use crate::data::tokenizer::{Specials, Tokenizer};
@@ -25,6 +26,7 @@ impl TokenizerObject {
         if path.is_file() {
             return Ok(Self { tokenizer: Arc::new(Tokenizer::from_file(path)?), template: Arc::default() });
         }
+        require_folder(path)?;
         Ok(Self { tokenizer: Arc::new(Tokenizer::from_folder(path)?), template: Arc::new(ChatTemplate::from_folder(path)?) })
     }
 

@@ -4,8 +4,8 @@
 
 use super::fields::{Fields, parse_object};
 use super::rope_scaling::RopeScaling;
-use crate::checkpoint::folder::read_text;
-use crate::error::{Error, Result, require_folder};
+use crate::checkpoint::folder::{read_text, require_folder};
+use crate::error::{Error, Result};
 use crate::kernels::element::Dtype;
 use serde_json::{Map, Value, json};
 use std::path::Path;
