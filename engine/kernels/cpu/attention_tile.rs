@@ -8,6 +8,8 @@ use super::attention_amx::Amx;
 use super::attention_rows;
 use super::exp::exp;
 use super::isa::{Isa, isa};
+#[cfg(target_arch = "x86_64")]
+use super::tile_f32::add_three_rows;
 use crate::kernels::element::{Dtype, Float};
 
 /// Positions of a block of keys or queries; blocks begin at multiples of it within their document.
@@ -459,8 +461,8 @@ form!(
         check::<STEP>(a, b, depth, c, stride);
         // SAFETY: `check` holds that the tile's operands lie within their slices; these parts make up the tile.
         unsafe {
-            part_256::<STEP, 6, 2>(a, b, depth, c, stride, start, 0, 0);
-            part_256::<STEP, 6, 2>(a, b, depth, c, stride, start, 0, 16);
+            part_256::<STEP, 3, 4>(a, b, depth, c, stride, start, 0, 0);
+            part_256::<STEP, 3, 4>(a, b, depth, c, stride, start, 3, 0);
             part_256::<STEP, 2, 4>(a, b, depth, c, stride, start, 6, 0);
         }
     },
@@ -500,6 +502,32 @@ form!(
     }
 );
 
+/// Adds to `sums` the products of one word of each row, `row` words apart, and the columns at `b`.
+///
+/// # Safety
+/// The processor has AVX2 and FMA, and the words and columns can be read.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn unit_256<const PART: usize, const VECTORS: usize>(
+    sums: &mut [[std::arch::x86_64::__m256; VECTORS]; PART],
+    a: *const f32,
+    row: usize,
+    b: *const f32,
+) {
+    use std::arch::x86_64::*;
+    let mut y = [_mm256_setzero_ps(); VECTORS];
+    // SAFETY: the caller's promise.
+    y.iter_mut().enumerate().for_each(|(v, y)| *y = unsafe { _mm256_loadu_ps(b.add(v * 8)) });
+    for (r, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = unsafe { _mm256_broadcast_ss(&*a.add(r * row)) };
+        for (sum, y) in sums.iter_mut().zip(y) {
+            *sum = _mm256_fmadd_ps(x, y, *sum);
+        }
+    }
+}
+
 /// `PART` rows from `row` and `VECTORS` vectors of 8 columns from `column` of a tile: 8 sums hide how long one takes, 12
 /// are what 16 registers have room for.
 ///
@@ -534,17 +562,21 @@ unsafe fn part_256<const STEP: usize, const PART: usize, const VECTORS: usize>(
                 }
             }
         }
-        for _ in 0..depth {
-            let mut y = [_mm256_setzero_ps(); VECTORS];
-            y.iter_mut().enumerate().for_each(|(v, y)| *y = _mm256_loadu_ps(b.add(v * 8)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = _mm256_broadcast_ss(&*a.add(r * step));
-                for (sum, y) in sums.iter_mut().zip(y) {
-                    *sum = _mm256_fmadd_ps(x, y, *sum);
+        let mut left = depth;
+        while left >= 8 {
+            if PART == 3 {
+                add_three_rows!(sums, a, 4 * step, 4 * STEP, b, [0, 1, 2, 3, 4, 5, 6, 7]);
+            } else {
+                for k in 0..8 {
+                    unit_256(&mut sums, a.wrapping_add(k * STEP), step, b.wrapping_add(k * COLUMNS));
                 }
             }
-            a = a.wrapping_add(STEP);
-            b = b.wrapping_add(COLUMNS);
+            (a, b) = (a.wrapping_add(8 * STEP), b.wrapping_add(8 * COLUMNS));
+            left -= 8;
+        }
+        for _ in 0..left {
+            unit_256(&mut sums, a, step, b);
+            (a, b) = (a.wrapping_add(STEP), b.wrapping_add(COLUMNS));
         }
         for (r, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {

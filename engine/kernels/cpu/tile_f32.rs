@@ -111,28 +111,29 @@ unsafe fn side_by_side<const ROWS: usize, const VECTORS: usize>(args: &TileArgs<
 #[cfg(target_arch = "x86_64")]
 tile_avx2!(avx2, avx2_piece, three_rows, f32, [0 => |at: *const f32| _mm256_loadu_ps(at)]);
 
-/// Adds to `$sums` the products of a unit of three rows and 32 columns, which lies `$i` units (of `a`, those of 12 rows) past `$a` and
-/// `$b`. With three values in registers each vector of columns is loaded once and forgotten: what the 16 registers hold beside 12 sums.
+/// Adds to `$sums`, three rows of four vectors, the products of a unit of three rows and 32 columns: the `$i`-th after `$a` and `$b`. Rows
+/// are `$row` bytes apart, units `$unit` bytes in `$a` and 128 in `$b`. With three values in registers each vector of columns is loaded
+/// once and forgotten: what the 16 registers hold beside 12 sums. The compiler orders the same so that sums go to memory.
 #[cfg(target_arch = "x86_64")]
 macro_rules! add_three_rows {
-    ($sums:ident, $a:ident, $b:ident, $i:literal) => {
-        std::arch::asm!(
-            "vbroadcastss {x0}, dword ptr [{a} + 48 * {i}]",
-            "vbroadcastss {x1}, dword ptr [{a} + 48 * {i} + 4]",
-            "vbroadcastss {x2}, dword ptr [{a} + 48 * {i} + 8]",
-            "vmovups {column}, [{b} + 128 * {i}]",
+    ($sums:ident, $a:ident, $row:expr, $unit:expr, $b:ident, [$($i:literal),*]) => {
+        $(std::arch::asm!(
+            "vbroadcastss {x0}, dword ptr [{a} + {i}]",
+            "vbroadcastss {x1}, dword ptr [{a} + {row} + {i}]",
+            "vbroadcastss {x2}, dword ptr [{a} + 2*{row} + {i}]",
+            "vmovups {column}, [{b} + 128 * {j}]",
             "vfmadd231ps {s00}, {x0}, {column}",
             "vfmadd231ps {s10}, {x1}, {column}",
             "vfmadd231ps {s20}, {x2}, {column}",
-            "vmovups {column}, [{b} + 128 * {i} + 32]",
+            "vmovups {column}, [{b} + 128 * {j} + 32]",
             "vfmadd231ps {s01}, {x0}, {column}",
             "vfmadd231ps {s11}, {x1}, {column}",
             "vfmadd231ps {s21}, {x2}, {column}",
-            "vmovups {column}, [{b} + 128 * {i} + 64]",
+            "vmovups {column}, [{b} + 128 * {j} + 64]",
             "vfmadd231ps {s02}, {x0}, {column}",
             "vfmadd231ps {s12}, {x1}, {column}",
             "vfmadd231ps {s22}, {x2}, {column}",
-            "vmovups {column}, [{b} + 128 * {i} + 96]",
+            "vmovups {column}, [{b} + 128 * {j} + 96]",
             "vfmadd231ps {s03}, {x0}, {column}",
             "vfmadd231ps {s13}, {x1}, {column}",
             "vfmadd231ps {s23}, {x2}, {column}",
@@ -143,16 +144,18 @@ macro_rules! add_three_rows {
             s20 = inout(ymm_reg) $sums[2][0], s21 = inout(ymm_reg) $sums[2][1],
             s22 = inout(ymm_reg) $sums[2][2], s23 = inout(ymm_reg) $sums[2][3],
             x0 = out(ymm_reg) _, x1 = out(ymm_reg) _, x2 = out(ymm_reg) _, column = out(ymm_reg) _,
-            a = in(reg) $a, b = in(reg) $b, i = const $i,
+            a = in(reg) $a, row = in(reg) $row, i = const $unit * $i, b = in(reg) $b, j = const $i,
             options(pure, readonly, nostack, preserves_flags),
-        )
+        );)*
     };
 }
+#[cfg(target_arch = "x86_64")]
+pub(super) use add_three_rows;
 
-/// Three rows and 32 columns: what products on AVX2 spend their time in. As [`avx2_piece`] in all bits. Four units of a whole tile
-/// are 82 instructions, 29 of them loads or prefetches, for 48 products, where pieces of 6 rows and 16 columns, unit by unit, took
-/// 104 and 36: as in [`side_by_side`], a neighbour on the core takes instructions away, not products. The compiler orders the same
-/// so that sums go to memory.
+/// Three rows and 32 columns: what products on AVX2 spend their time in. As [`avx2_piece`] in all bits. Eight units of a whole tile
+/// are 158 instructions, 57 of them loads or prefetches, for 96 products, where pieces of 6 rows and 16 columns, unit by unit, took
+/// 208 and 72: as in [`side_by_side`], a neighbour on the core takes instructions away, not products. Beside one, eight units a turn
+/// made 88 % of the core's peak where four made 84; 16 and 32 were slower again.
 ///
 /// # Safety
 /// As [`TileElement::tile`], for one panel, in which a unit follows the one before.
@@ -172,21 +175,18 @@ unsafe fn three_rows(piece: Piece<f32>, args: &TileArgs<f32>) {
                 }
             }
         }
-        while units >= 4 && a_unit == TILE_ROWS && b_unit == PANEL_COLUMNS {
+        while units >= 8 && a_unit == TILE_ROWS && b_unit == PANEL_COLUMNS {
             _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-            add_three_rows!(sums, a, b, 0);
-            add_three_rows!(sums, a, b, 1);
-            add_three_rows!(sums, a, b, 2);
-            add_three_rows!(sums, a, b, 3);
-            a = a.wrapping_add(4 * TILE_ROWS);
-            b = b.wrapping_add(4 * PANEL_COLUMNS);
-            ahead = ahead.wrapping_byte_add(4 * ahead_unit);
-            units -= 4;
+            add_three_rows!(sums, a, size_of::<f32>(), 4 * TILE_ROWS, b, [0, 1, 2, 3, 4, 5, 6, 7]);
+            a = a.wrapping_add(8 * TILE_ROWS);
+            b = b.wrapping_add(8 * PANEL_COLUMNS);
+            ahead = ahead.wrapping_byte_add(8 * ahead_unit);
+            units -= 8;
         }
         for _ in 0..units {
             _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
             _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(16).cast());
-            add_three_rows!(sums, a, b, 0);
+            add_three_rows!(sums, a, size_of::<f32>(), 0, b, [0]);
             a = a.wrapping_add(a_unit);
             b = b.wrapping_add(b_unit);
             ahead = ahead.wrapping_byte_add(ahead_unit);
