@@ -123,7 +123,7 @@ fn measure<E: ModelElement>(case: &Case, table: &mut Table) -> Result<()> {
     op("rms_norm", Work::Bytes(rows(2, hidden), rows(3, hidden)), &x, &|x| rms_norm(x, &graph.norm, eps))?;
     op("norm + qkv linear", product(width, hidden), &x, &|x| norm_linear(x, &layer.input_norm, eps, &layer.qkv, Some(&layer.qkv_bias)))?;
     let tables = Arc::new(graph.rope.tables::<E>(&batch.position_ids, &Place::Host)?);
-    let documents = Arc::new(Documents::new(batch.cu_seqlens.iter().map(|border| *border as i32).collect()));
+    let documents = Arc::new(Documents::new(&batch.cu_seqlens, &[], &Place::Host));
     let pairs = case.sequences as f64 * attention_pairs(&config, case.sequence_tokens);
     op("rope + attention", Work::Flops(4.0 * query as f64 * pairs), &input(width)?, &|qkv| {
         attention(qkv, graph.heads(), &tables, &documents, None)

@@ -11,7 +11,6 @@ use crate::tensor::linear::{linear, norm_linear, norm_swiglu, swiglu_linear};
 use crate::tensor::paged_attention::{KvBlocks, Span, Texts, paged_attention};
 use crate::tensor::recompute::recompute;
 use crate::tensor::rms_norm::rms_norm;
-use crate::tensor::select_rows::select_rows;
 use crate::tensor::{ModelElement, Parameter, Place, Tensor};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -71,30 +70,6 @@ impl Packed<'_> {
         }
         Ok(())
     }
-
-    /// The documents as attention walks over them, each with its prefix; none if every document is whole already.
-    fn unfolded(&self) -> Option<Unfolded> {
-        if self.prefixes.iter().all(Range::is_empty) {
-            return None;
-        }
-        let (mut rows, mut own, mut borders) = (Vec::new(), Vec::with_capacity(self.tokens.len()), vec![0]);
-        for (prefix, pair) in self.prefixes.iter().zip(self.cu_seqlens.windows(2)) {
-            rows.extend(prefix.clone().map(|row| row as i32));
-            own.extend((0..pair[1] - pair[0]).map(|row| rows.len() as i32 + row as i32));
-            rows.extend((pair[0]..pair[1]).map(|row| row as i32));
-            borders.push(rows.len() as i32);
-        }
-        Some(Unfolded { rows: rows.into(), own: own.into(), borders })
-    }
-}
-
-/// Documents that share rows, written out.
-struct Unfolded {
-    /// The row that each of theirs is.
-    rows: Arc<[i32]>,
-    /// Where each row stands that is not a copy.
-    own: Arc<[i32]>,
-    borders: Vec<i32>,
 }
 
 /// A transformer layer's weights. q, k and v are rows of one matrix, as are gate and up, so that each input is read once.
@@ -175,19 +150,9 @@ impl<E: ModelElement> Graph<E> {
     pub fn forward(self: &Arc<Self>, input: &Packed, recompute_layers: bool, observe: impl FnMut(&Tensor<E, 2>)) -> Result<Forward<E>> {
         input.check("forward", self.config.vocab)?;
         let heads = self.heads();
-        let Some(Unfolded { rows, own, borders }) = input.unfolded() else {
-            let tables = Arc::new(self.rope.tables::<E>(input.position_ids, self.place())?);
-            let documents = Arc::new(Documents::new(input.cu_seqlens.iter().map(|border| *border as i32).collect()));
-            let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
-            return self.forward_with(embedding(input.tokens, &self.embed)?, recompute_layers, observe, attend);
-        };
-        let positions: Vec<i32> = rows.iter().map(|row| input.position_ids[*row as usize]).collect();
-        let tables = Arc::new(self.rope.tables::<E>(&positions, self.place())?);
-        let documents = Arc::new(Documents::new(borders));
-        let attend = move |_, qkv: &Tensor<E, 2>, window| {
-            let mixed = attention(&select_rows("attention", qkv, &rows)?, heads, &tables, &documents, window)?;
-            select_rows("attention", &mixed, &own)
-        };
+        let documents = Arc::new(Documents::new(input.cu_seqlens, input.prefixes, self.place()));
+        let tables = Arc::new(documents.tables::<E>(&self.rope, input.position_ids, self.place())?);
+        let attend = move |_, qkv: &Tensor<E, 2>, window| attention(qkv, heads, &tables, &documents, window);
         self.forward_with(embedding(input.tokens, &self.embed)?, recompute_layers, observe, attend)
     }
 

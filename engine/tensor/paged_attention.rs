@@ -147,6 +147,6 @@ pub fn paged_attention<E: ModelElement>(
     rope::rope(qkv.values(), &mut turned, heads, cos, sin)?;
     let scale = heads.scale();
     let mut mixed = Buffer::<E>::scratch(tokens * heads.heads * heads.head_dim);
-    kernel(&Settings { heads, cu_seqlens: &[], scale, window }, &turned, &texts.spans, cache, layer, &mut mixed);
+    kernel(&Settings { heads, cu_seqlens: &[], prefixes: &[], scale, window }, &turned, &texts.spans, cache, layer, &mut mixed);
     Tensor::new([tokens, heads.heads * heads.head_dim], mixed)
 }

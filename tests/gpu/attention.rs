@@ -64,7 +64,8 @@ fn attention_agrees_with<E: Float>(heads: Heads, lens: &[usize], window: Option<
     let cu_seqlens = borders(lens);
     let tokens = lens.iter().sum::<usize>();
     let (qkv, d_o) = (uniform::<E>(1, tokens * heads.width()), uniform::<E>(2, tokens * heads.heads * heads.head_dim));
-    let settings = cpu::attention::Attention { heads, cu_seqlens: &cu_seqlens, scale: (heads.head_dim as f32).powf(-0.5), window };
+    let settings =
+        cpu::attention::Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: (heads.head_dim as f32).powf(-0.5), window };
     let (mut o, mut lse, mut dqkv) = (d_o.clone(), vec![0.0; tokens * heads.heads], qkv.clone());
     cpu::attention::attention(&settings, &qkv, &mut o, &mut lse).unwrap();
     cpu::attention_backward::attention_backward(&settings, &d_o, &qkv, &o, &lse, &mut dqkv).unwrap();

@@ -10,6 +10,7 @@
 //! Semantics by element type: scores and sums in f32, softmax in f32. For bf16 the probabilities are rounded to bf16
 //! before they meet the values, as on GPUs, while their sum is taken before rounding.
 
+use super::attention_blocks::{Block, Blocks};
 use super::attention_operands::{HeadRows, padded, words};
 use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
 use super::exp::exp;
@@ -18,6 +19,7 @@ use super::threads::{Shared, parallel};
 use crate::error::{Error, Result};
 use crate::kernels::buffer::Buffer;
 use crate::kernels::element::Float;
+use std::ops::Range;
 
 /// Lanes in which a row's probabilities are added; the same in every form.
 const LANES: usize = 16;
@@ -28,6 +30,9 @@ pub struct Attention<'a> {
     pub heads: Heads,
     /// Borders of the documents: ascending, first 0, last the number of tokens. A document may be empty.
     pub cu_seqlens: &'a [i32],
+    /// For each document, the rows that stand before its own: the beginning of an earlier document that has none itself. No
+    /// entries where every document is whole.
+    pub prefixes: &'a [Range<u32>],
     /// Factor on the scores, no unit; head_dim^-0.5 in Qwen2.5.
     pub scale: f32,
     /// Sliding window in tokens: the query at i sees keys j with `i - window < j <= i`.
@@ -61,7 +66,7 @@ impl Attention<'_> {
         if self.window == Some(0) {
             return Err(Error::argument(op, "window", "at least 1 token, or none", 0));
         }
-        Blocks::new(op, self.cu_seqlens, tokens)
+        Blocks::new(op, self.cu_seqlens, self.prefixes, tokens)
     }
 
     pub(super) fn check_rows(&self, op: &'static str, arg: &'static str, values: usize, tokens: usize, width: usize) -> Result<()> {
@@ -75,67 +80,6 @@ impl Attention<'_> {
     #[inline(always)]
     pub(super) fn first_visible(&self, position: usize) -> usize {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
-    }
-}
-
-/// Up to 64 positions of a document, from a multiple of 64 on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Block {
-    /// Row of the document's first token.
-    pub document: usize,
-    /// Tokens of the document.
-    pub len: usize,
-    /// Position of the block's first token, counted from the document's start.
-    pub first: usize,
-    /// Number of the document's first block among all blocks; the packed keys of block b lie at place b.
-    pub base: usize,
-}
-
-impl Block {
-    /// Tokens in this block.
-    pub fn count(&self) -> usize {
-        (self.len - self.first).min(BLOCK)
-    }
-}
-
-/// All blocks of a batch of documents, in order.
-pub(super) struct Blocks {
-    /// `[blocks, 4]`: the fields of [`Block`], in a recycled buffer because attention runs in every layer.
-    table: Buffer<i32>,
-    pub tokens: usize,
-}
-
-impl Blocks {
-    fn new(op: &'static str, cu_seqlens: &[i32], tokens: usize) -> Result<Self> {
-        let fits = cu_seqlens.first() == Some(&0)
-            && cu_seqlens.last().is_some_and(|last| *last as usize == tokens)
-            && cu_seqlens.windows(2).all(|pair| pair[0] <= pair[1]);
-        if !fits {
-            let (shown, more) = (&cu_seqlens[..cu_seqlens.len().min(8)], if cu_seqlens.len() > 8 { " and more" } else { "" });
-            let expected = format!("ascending document borders from 0 to {tokens} tokens");
-            return Err(Error::argument(op, "cu_seqlens", expected, format!("{shown:?}{more}")));
-        }
-        let lens = || cu_seqlens.windows(2).map(|pair| (pair[0], pair[1] - pair[0]));
-        let count: usize = lens().map(|(_, len)| (len as usize).div_ceil(BLOCK)).sum();
-        let mut table = Buffer::scratch(count * 4);
-        let mut base = 0;
-        for (document, len) in lens() {
-            let blocks = (len as usize).div_ceil(BLOCK);
-            for (block, row) in table[base * 4..][..blocks * 4].chunks_exact_mut(4).enumerate() {
-                row.copy_from_slice(&[document, len, (block * BLOCK) as i32, base as i32]);
-            }
-            base += blocks;
-        }
-        Ok(Self { table, tokens })
-    }
-
-    pub fn len(&self) -> usize {
-        self.table.len() / 4
-    }
-
-    pub fn get(&self, index: usize) -> Block {
-        let row = &self.table[index * 4..][..4];
-        Block { document: row[0] as usize, len: row[1] as usize, first: row[2] as usize, base: row[3] as usize }
     }
 }
 
@@ -164,7 +108,7 @@ fn forward<F: Form, E: Float>(form: F, settings: &Attention, blocks: &Blocks, qk
         form.enter(
             #[inline(always)]
             || {
-                let rows = |column| HeadRows::new(qkv, heads.width(), block.document + block.first, block.count(), column, heads.head_dim);
+                let rows = |column| HeadRows::new(qkv, heads.width(), block.all_rows(), column, heads.head_dim);
                 let (keys, values) = place.split_at_mut(key_words);
                 rows(heads.key(kv_head)).pack_transposed::<F>(keys);
                 rows(heads.value(kv_head)).pack_panels::<F>(values);
@@ -237,14 +181,20 @@ fn attend<F: Form, E: Float>(
     let heads = settings.heads;
     let (group, head_dim, padded) = (heads.group(), heads.head_dim, padded(heads.head_dim));
     let (key_words, value_words) = (transposed_words::<F>(heads), panels_words::<F>(heads));
-    let (tiles, tile_words) = (block.count().div_ceil(ROWS), ROWS * words::<F>(head_dim));
+    // Queries of an earlier document are answered there.
+    let from = block.first + block.shared.saturating_sub(block.first) / ROWS * ROWS;
+    let count = (block.first + block.count()).saturating_sub(from);
+    let (tiles, tile_words) = (count.div_ceil(ROWS), ROWS * words::<F>(head_dim));
+    if tiles == 0 {
+        return;
+    }
+    let rows = block.rows(from..from + count);
     let mut queries = Buffer::<f32>::scratch(group * tiles * tile_words);
     let mut states = Buffer::<f32>::scratch(group * tiles * State::words(padded));
     let mut work = Work::new();
-    let first_row = block.document + block.first;
     for (member, tiles) in queries.chunks_exact_mut(tiles * tile_words).enumerate() {
         let column = heads.query(kv_head * group + member);
-        HeadRows::new(qkv, heads.width(), first_row, block.count(), column, head_dim).pack_rows::<F>(tiles);
+        HeadRows::new(qkv, heads.width(), rows, column, head_dim).pack_rows::<F>(tiles);
     }
     states.chunks_exact_mut(State::words(padded)).for_each(|memory| State::of(memory, padded).begin());
 
@@ -252,18 +202,18 @@ fn attend<F: Form, E: Float>(
         let place = (block.base + key_block) * heads.kv_heads + kv_head;
         let (keys, values) = packed[place * (key_words + value_words)..][..key_words + value_words].split_at(key_words);
         for (index, (queries, memory)) in queries.chunks_exact(tile_words).zip(states.chunks_exact_mut(State::words(padded))).enumerate() {
-            let position = block.first + index % tiles * ROWS;
-            let visible = std::array::from_fn(|r| Visible::of(settings, position + r, key_block * BLOCK));
-            let rows = ROWS.min(block.count() - index % tiles * ROWS);
-            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, rows, &mut State::of(memory, padded), &mut work);
+            let first = index % tiles * ROWS;
+            let visible = std::array::from_fn(|r| Visible::of(settings, from + first + r, key_block * BLOCK));
+            let (height, mut state) = (ROWS.min(count - first), State::of(memory, padded));
+            attend_block::<F, E>(form, settings.scale, queries, keys, values, &visible, height, &mut state, &mut work);
         }
     }
 
     for (index, memory) in states.chunks_exact_mut(State::words(padded)).enumerate() {
         let state = State::of(memory, padded);
-        let (head, from) = (kv_head * group + index / tiles, index % tiles * ROWS);
-        for r in 0..ROWS.min(block.count() - from) {
-            let row = (first_row + from + r) * heads.heads + head;
+        let (head, first) = (kv_head * group + index / tiles, index % tiles * ROWS);
+        for r in rows.shared.saturating_sub(first)..ROWS.min(count - first) {
+            let row = rows.row(first + r) * heads.heads + head;
             let sum = sum_lanes(state.sums_of(r));
             // SAFETY: each (row, head) belongs to one tile of one task, which makes one part of each output for it.
             let (o, lse) = unsafe { (o.part(row * head_dim..(row + 1) * head_dim), lse.part(row..row + 1)) };
@@ -508,7 +458,7 @@ pub(super) mod tests {
         for (heads, kv_heads, head_dim, lens, window) in CASES.iter().copied() {
             let cu_seqlens = borders(lens);
             let heads = Heads { heads, kv_heads, head_dim };
-            let settings = Attention { heads, cu_seqlens: &cu_seqlens, scale: 2.0 * (head_dim as f32).powf(-0.5), window };
+            let settings = Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 2.0 * (head_dim as f32).powf(-0.5), window };
             let qkv: Vec<E> = sample(lens.iter().sum::<usize>() * heads.width(), 3);
             let (o, lse) = run(&settings, &qkv);
             let (want_o, want_lse) = reference(&settings, &widen(&qkv));
@@ -537,7 +487,7 @@ pub(super) mod tests {
         };
         let attend = |parts: &[&[E]]| {
             let cu_seqlens = borders(&parts.iter().map(|part| part.len() / heads.width()).collect::<Vec<_>>());
-            run(&Attention { heads, cu_seqlens: &cu_seqlens, scale: 0.3, window }, &parts.concat())
+            run(&Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 0.3, window }, &parts.concat())
         };
         let alone: Vec<_> = documents.iter().map(|document| attend(&[document])).collect();
         for order in [[0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [4, 0, 5, 2, 3, 1]] {
@@ -574,7 +524,7 @@ pub(super) mod tests {
         }
         let heads = Heads { heads: 6, kv_heads: 2, head_dim: 64 };
         let cu_seqlens = borders(&[70, 300, 5]);
-        let settings = Attention { heads, cu_seqlens: &cu_seqlens, scale: 0.125, window: None };
+        let settings = Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 0.125, window: None };
         let qkv: Vec<f32> = sample(375 * heads.width(), 1);
         let [one, two] = [1, 2].map(|count| {
             set_threads(count);
@@ -587,7 +537,7 @@ pub(super) mod tests {
     #[test]
     fn a_future_token_does_not_touch_earlier_rows() {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 16 };
-        let settings = Attention { heads, cu_seqlens: &[0, 40], scale: 0.25, window: None };
+        let settings = Attention { heads, cu_seqlens: &[0, 40], prefixes: &[], scale: 0.25, window: None };
         let mut qkv: Vec<f32> = sample(40 * heads.width(), 5);
         let before = run(&settings, &qkv);
         qkv[20 * heads.width()..].iter_mut().for_each(|v| *v = 1e4 - *v);
@@ -599,7 +549,7 @@ pub(super) mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 4 };
-        let right = Attention { heads, cu_seqlens: &[0, 3], scale: 0.5, window: None };
+        let right = Attention { heads, cu_seqlens: &[0, 3], prefixes: &[], scale: 0.5, window: None };
         let attempt = |settings: Attention, values: usize| attention(&settings, &vec![0.0f32; values], &mut [0.0; 24], &mut [0.0; 6]);
         attempt(right, 48).unwrap();
         for cu_seqlens in [&[] as &[i32], &[0], &[0, 2], &[1, 3], &[0, 2, 1, 3], &[0, -1, 3], &[0, 4]] {
@@ -610,5 +560,15 @@ pub(super) mod tests {
         assert!(attempt(Attention { scale: 0.0, ..right }, 48).is_err());
         assert!(attempt(Attention { scale: f32::NAN, ..right }, 48).is_err());
         assert!(attempt(Attention { window: Some(0), ..right }, 48).is_err());
+        let begins = |prefixes: [Range<u32>; 3]| attempt(Attention { cu_seqlens: &[0, 1, 2, 3], prefixes: &prefixes, ..right }, 48);
+        begins([0..0, 0..1, 0..1]).unwrap();
+        for wrong in [[0..1, 0..0, 0..0], [0..0, 0..2, 0..0], [0..0, 0..1, 1..2], [0..0, 0..0, 2..3], [0..0, 0..0, 9..10]] {
+            assert!(begins(wrong.clone()).is_err_and(|error| error.to_string().contains("prefixes")), "{wrong:?}");
+        }
+        let few = std::slice::from_ref(&(0..0));
+        assert!(
+            attempt(Attention { prefixes: few, ..right }, 48).is_ok()
+                && attempt(Attention { cu_seqlens: &[0, 1, 3], prefixes: few, ..right }, 48).is_err()
+        );
     }
 }

@@ -3,12 +3,14 @@
 //!
 //! Order of sums, the same for any number of threads and any neighbours of a document: a query's gradient adds keys from
 //! the first on; a key's and a value's gradient adds blocks of 64 queries from the first on, in a block the heads of the
-//! group, in a head the queries. For bf16 the probabilities and the score gradients are rounded to bf16 before they
+//! group, in a head the queries; of a row that several documents begin with, the documents in their order. For bf16 the probabilities and the score gradients are rounded to bf16 before they
 //! are multiplied on; sums stay in f32 and are rounded once.
 
-use super::attention::{Attention, Block, Blocks, Visible, panels_words, sum_lanes, transposed_words};
-use super::attention_operands::{HeadRows, padded, words};
+use super::attention::{Attention, Visible, panels_words, sum_lanes, transposed_words};
+use super::attention_blocks::{Block, Blocks};
+use super::attention_operands::{HeadRows, Positions, padded, words};
 use super::attention_tile::{BLOCK, COLUMNS, Form, Left, ROWS, Row, Start, with_form};
+use super::heads::Heads;
 use super::threads::{Shared, parallel, threads};
 use crate::error::Result;
 use crate::kernels::buffer::Buffer;
@@ -31,8 +33,45 @@ pub fn attention_backward<E: Float>(settings: &Attention, d_o: &[E], qkv: &[E], 
     settings.check_rows(op, "lse", lse.len(), blocks.tokens, heads.heads)?;
     settings.check_rows(op, "dqkv", dqkv.len(), blocks.tokens, heads.width())?;
     let dqkv = &Shared::new(dqkv);
-    with_form!(E, heads.head_dim, |form| backward(form, &Saved { settings, blocks: &blocks, d_o, qkv, o, lse, dqkv }));
+    // Documents that share rows may be at work at the same time, so what each adds to them is kept until all are done.
+    let is_shared = settings.prefixes.iter().any(|prefix| !prefix.is_empty());
+    let mut parts = Buffer::<f32>::scratch(if is_shared { blocks.len() * BLOCK * 2 * heads.kv_heads * heads.head_dim } else { 0 });
+    let kept = is_shared.then(|| Shared::new(&mut parts));
+    let saved = Saved { settings, blocks: &blocks, d_o, qkv, o, lse, dqkv, parts: kept.as_ref() };
+    with_form!(E, heads.head_dim, |form| backward(form, &saved));
+    if is_shared {
+        add_parts(&blocks, heads, &parts, dqkv);
+    }
     Ok(())
+}
+
+/// Writes the gradients of the keys and values of each row: the sum of those that the documents which have it made.
+fn add_parts<E: Float>(blocks: &Blocks, heads: Heads, parts: &[f32], dqkv: &Shared<E>) {
+    let (documents, ..) = documents(blocks);
+    let block = |index: i32| blocks.get(index as usize);
+    let mut copies = Buffer::<i32>::scratch(documents.len());
+    copies.copy_from_slice(&documents);
+    // Those that begin as a whole one does stand together, in their order.
+    copies.sort_unstable_by_key(|index| (block(*index).prefix, *index));
+    let (first, width) = (heads.heads * heads.head_dim, 2 * heads.kv_heads * heads.head_dim);
+    parallel(documents.len(), |number| {
+        let document = block(documents[number]);
+        let mut sums = Buffer::<f32>::scratch(width);
+        let part = |of: Block, position: usize| &parts[(of.base * BLOCK + position) * width..][..width];
+        let from = copies.partition_point(|index| block(*index).prefix < document.prefix);
+        let to = copies.partition_point(|index| block(*index).prefix <= document.prefix);
+        let alike = if document.shared == 0 { &copies[from..to] } else { &[] };
+        for position in document.shared..document.len {
+            sums.copy_from_slice(part(document, position));
+            for copy in alike.iter().map(|index| block(*index)).filter(|copy| position < copy.shared) {
+                sums.iter_mut().zip(part(copy, position)).for_each(|(sum, more)| *sum += more);
+            }
+            let row = (document.own + position - document.shared) * heads.width() + first;
+            // SAFETY: a row is one document's own, and each document is one task.
+            let out = unsafe { dqkv.part(row..row + width) };
+            out.iter_mut().zip(&sums[..]).for_each(|(out, sum)| *out = E::from_f32(*sum));
+        }
+    });
 }
 
 /// Everything the tasks share.
@@ -44,6 +83,9 @@ struct Saved<'a, E> {
     o: &'a [E],
     lse: &'a [f32],
     dqkv: &'a Shared<'a, E>,
+    /// Where documents share rows, `[blocks, 64, 2 * kv_heads * head_dim]`: what each document adds to the gradients of keys and
+    /// values, after the scale.
+    parts: Option<&'a Shared<'a, f32>>,
 }
 
 /// Which gradients one task computes: of the queries of `queries`, or of the keys and values of `keys`, or of both.
@@ -70,8 +112,7 @@ fn backward<F: Form, E: Float>(form: F, saved: &Saved<E>) {
         form.enter(
             #[inline(always)]
             || {
-                let rows =
-                    |column| HeadRows::new(saved.qkv, heads.width(), block.document + block.first, block.count(), column, heads.head_dim);
+                let rows = |column| HeadRows::new(saved.qkv, heads.width(), block.all_rows(), column, heads.head_dim);
                 let (keys, rest) = place.split_at_mut(across);
                 let (values, keys_rows) = rest.split_at_mut(across);
                 rows(heads.key(kv_head)).pack_transposed::<F>(keys);
@@ -135,7 +176,7 @@ struct Queries<'a> {
     /// `[panels, words(64), 32]`: the same, to be summed over queries.
     queries_rows: &'a mut [f32],
     d_outputs_rows: &'a mut [f32],
-    /// `[64]`: infinite for missing rows, whose probabilities are thereby 0.
+    /// `[64]`: infinite for missing rows and for an earlier document's, whose probabilities are thereby 0.
     lse: &'a mut [f32],
     /// `[64]`: sum over a row of `d_o * o`.
     delta: &'a mut [f32],
@@ -161,20 +202,20 @@ impl<'a> Queries<'a> {
     }
 
     #[inline(always)]
-    fn fill<F: Form, E: Float>(&mut self, saved: &Saved<E>, first_row: usize, count: usize, head: usize) {
+    fn fill<F: Form, E: Float>(&mut self, saved: &Saved<E>, rows: Positions, head: usize) {
         let heads = saved.settings.heads;
         let (dim, o_width) = (heads.head_dim, heads.heads * heads.head_dim);
-        let queries = HeadRows::new(saved.qkv, heads.width(), first_row, count, heads.query(head), dim);
-        let d_outputs = HeadRows::new(saved.d_o, o_width, first_row, count, head * dim, dim);
-        let outputs = HeadRows::new(saved.o, o_width, first_row, count, head * dim, dim);
+        let queries = HeadRows::new(saved.qkv, heads.width(), rows, heads.query(head), dim);
+        let d_outputs = HeadRows::new(saved.d_o, o_width, rows, head * dim, dim);
+        let outputs = HeadRows::new(saved.o, o_width, rows, head * dim, dim);
         queries.pack_rows::<F>(self.queries);
         queries.pack_panels::<F>(self.queries_rows);
         d_outputs.pack_rows::<F>(self.d_outputs);
         d_outputs.pack_panels::<F>(self.d_outputs_rows);
         self.lse.fill(f32::INFINITY);
         self.delta.fill(0.0);
-        for i in 0..count {
-            self.lse[i] = saved.lse[(first_row + i) * heads.heads + head];
+        for i in rows.shared..rows.count {
+            self.lse[i] = saved.lse[rows.row(i) * heads.heads + head];
             let mut lanes = [0.0; 16];
             for (a, b) in d_outputs.row(i).chunks(16).zip(outputs.row(i).chunks(16)) {
                 lanes.iter_mut().zip(a).zip(b).for_each(|((lane, a), b)| *lane += a.to_f32() * b.to_f32());
@@ -225,15 +266,18 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
         if first_key_block > last_key_block {
             continue;
         }
-        let count = (document.len - first).min(BLOCK);
-        let tiles = count.div_ceil(ROWS);
+        let rows = document.rows(first..document.len.min(first + BLOCK));
+        let tiles = rows.shared / ROWS..rows.count.div_ceil(ROWS);
+        if rows.shared == rows.count {
+            continue;
+        }
         for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
-            queries.fill::<F, E>(saved, document.document + first, count, head);
+            queries.fill::<F, E>(saved, rows, head);
             for key_block in first_key_block..=last_key_block {
                 let place = (document.base + key_block) * heads.kv_heads + kv_head;
                 let (keys, rest) = packed[place * (2 * across + panels)..][..2 * across + panels].split_at(across);
                 let (values, keys_rows) = rest.split_at(across);
-                for index in 0..tiles {
+                for index in tiles.clone() {
                     let position = first + index * ROWS;
                     let visible: [Visible; ROWS] = std::array::from_fn(|r| Visible::of(settings, position + r, key_block * BLOCK));
                     weights.weigh::<F, E>(form, settings.scale, &queries, index, keys, values, &visible);
@@ -247,15 +291,18 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
                 }
                 if part.of_keys {
                     // What an earlier head left for queries that this block does not have.
-                    let missing = words::<F>(tiles * ROWS)..words::<F>(tiles * ROWS).next_multiple_of(F::GROUP);
-                    weights.p_words[missing.clone()].as_flattened_mut().fill(0.0);
-                    weights.ds_words[missing].as_flattened_mut().fill(0.0);
+                    let (from, to) = (words::<F>(tiles.start * ROWS), words::<F>(tiles.end * ROWS));
+                    for missing in [from / F::GROUP * F::GROUP..from, to..to.next_multiple_of(F::GROUP)] {
+                        weights.p_words[missing.clone()].as_flattened_mut().fill(0.0);
+                        weights.ds_words[missing].as_flattened_mut().fill(0.0);
+                    }
                     let sums = &mut key_sums[(key_block - part.keys.start) * key_sums_words..][..key_sums_words];
                     let (d_keys, d_values) = sums.split_at_mut(BLOCK * padded);
                     let key_tiles = (document.len - key_block * BLOCK).min(BLOCK).div_ceil(ROWS);
                     for tile in 0..key_tiles {
                         // In the diagonal block earlier queries do not see these keys.
-                        let rows = if key_block == query_block { tile * ROWS } else { 0 }..tiles * ROWS;
+                        let from = if key_block == query_block { tile.max(tiles.start) } else { tiles.start };
+                        let rows = from * ROWS..tiles.end * ROWS;
                         let at = tile * ROWS * padded..(tile + 1) * ROWS * padded;
                         add_queries(form, &weights.ds_words, queries.queries_rows, tile, rows.clone(), &mut d_keys[at.clone()], padded);
                         add_queries(form, &weights.p_words, queries.d_outputs_rows, tile, rows, &mut d_values[at], padded);
@@ -263,7 +310,7 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
                 }
             }
             if part.of_queries {
-                write::<E>(saved, document.document + first, count, heads.query(head), queries.sums, settings.scale);
+                write::<E>(saved, rows, heads.query(head), queries.sums, settings.scale);
             }
         }
     }
@@ -271,9 +318,14 @@ fn differentiate<F: Form, E: Float>(form: F, saved: &Saved<E>, packed: &[f32], d
     if part.of_keys {
         for (key_block, sums) in part.keys.clone().zip(key_sums.chunks_exact(key_sums_words)) {
             let (d_keys, d_values) = sums.split_at(BLOCK * padded);
-            let (first, count) = (document.document + key_block * BLOCK, (document.len - key_block * BLOCK).min(BLOCK));
-            write::<E>(saved, first, count, heads.key(kv_head), d_keys, settings.scale);
-            write::<E>(saved, first, count, heads.value(kv_head), d_values, 1.0);
+            let first = key_block * BLOCK;
+            let rows = document.rows(first..document.len.min(first + BLOCK));
+            for (column, sums, scale) in [(heads.key(kv_head), d_keys, settings.scale), (heads.value(kv_head), d_values, 1.0)] {
+                match saved.parts {
+                    None => write::<E>(saved, rows, column, sums, scale),
+                    Some(parts) => keep(heads, parts, document.base * BLOCK + first, rows.count, column, sums, scale),
+                }
+            }
         }
     }
 }
@@ -371,15 +423,27 @@ fn add_queries<F: Form>(
     }
 }
 
-/// Writes `count` rows of sums, `[_, padded]`, times `scale`, into the columns of `dqkv` from `column` on.
+/// Writes sums, `[_, padded]`, times `scale`, into the columns of `dqkv` from `column` on: those of the document's own rows.
 #[inline(always)]
-fn write<E: Float>(saved: &Saved<E>, first_row: usize, count: usize, column: usize, sums: &[f32], scale: f32) {
+fn write<E: Float>(saved: &Saved<E>, rows: Positions, column: usize, sums: &[f32], scale: f32) {
     let heads = saved.settings.heads;
-    for (i, sums) in sums.chunks_exact(padded(heads.head_dim)).take(count).enumerate() {
-        let start = (first_row + i) * heads.width() + column;
+    for (i, sums) in sums.chunks_exact(padded(heads.head_dim)).enumerate().take(rows.count).skip(rows.shared) {
+        let start = rows.row(i) * heads.width() + column;
         // SAFETY: a part of a document in a head is written by one task, which makes one part of `dqkv` for it at a time.
         let out = unsafe { saved.dqkv.part(start..start + heads.head_dim) };
         out.iter_mut().zip(sums).for_each(|(out, sum)| *out = E::from_f32(sum * scale));
+    }
+}
+
+/// Keeps `count` rows of sums, `[_, padded]`, times `scale`, for [`add_parts`], from place `first` on; `column` is theirs in qkv.
+#[inline(always)]
+fn keep(heads: Heads, parts: &Shared<f32>, first: usize, count: usize, column: usize, sums: &[f32], scale: f32) {
+    let (width, left) = (2 * heads.kv_heads * heads.head_dim, column - heads.heads * heads.head_dim);
+    for (i, sums) in sums.chunks_exact(padded(heads.head_dim)).take(count).enumerate() {
+        let start = (first + i) * width + left;
+        // SAFETY: a key or value of a document is one task's, which makes one part for it at a time.
+        let out = unsafe { parts.part(start..start + heads.head_dim) };
+        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * scale);
     }
 }
 
@@ -387,7 +451,6 @@ fn write<E: Float>(saved: &Saved<E>, first_row: usize, count: usize, column: usi
 mod tests {
     use super::super::attention::tests::{CASES, assert_close, borders, dot, each_query, reference, run, sample, widen};
     use super::*;
-    use crate::kernels::cpu::heads::Heads;
     use crate::kernels::cpu::threads::set_threads;
     use half::bf16;
 
@@ -429,7 +492,7 @@ mod tests {
             let cu_seqlens = borders(lens);
             let heads = Heads { heads, kv_heads, head_dim };
             let tokens: usize = lens.iter().sum();
-            let settings = Attention { heads, cu_seqlens: &cu_seqlens, scale: 2.0 * (head_dim as f32).powf(-0.5), window };
+            let settings = Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 2.0 * (head_dim as f32).powf(-0.5), window };
             let (qkv, d_o): (Vec<E>, Vec<E>) = (sample(tokens * heads.width(), 3), sample(tokens * heads.heads * head_dim, 4));
             let want = reference_backward(&settings, &widen(&d_o), &widen(&qkv));
             let got = widen(&run_backward(&settings, &d_o, &qkv));
@@ -449,7 +512,7 @@ mod tests {
     #[test]
     fn the_f64_gradient_is_the_slope_of_the_f64_output() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 6 };
-        let settings = Attention { heads, cu_seqlens: &[0, 5, 6, 13], scale: 0.7, window: Some(4) };
+        let settings = Attention { heads, cu_seqlens: &[0, 5, 6, 13], prefixes: &[], scale: 0.7, window: Some(4) };
         let mut qkv = widen(&sample::<f32>(13 * heads.width(), 1));
         let d_o = widen(&sample::<f32>(13 * 24, 2));
         let want = reference_backward(&settings, &d_o, &qkv);
@@ -478,7 +541,7 @@ mod tests {
             let cu_seqlens = borders(&order.iter().map(|i| lens[*i]).collect::<Vec<_>>());
             let d_o: Vec<E> = order.iter().flat_map(|i| parts[*i].0.clone()).collect();
             let qkv: Vec<E> = order.iter().flat_map(|i| parts[*i].1.clone()).collect();
-            run_backward(&Attention { heads, cu_seqlens: &cu_seqlens, scale: 0.2, window }, &d_o, &qkv)
+            run_backward(&Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 0.2, window }, &d_o, &qkv)
         };
         // One thread takes a document in one pass; with two threads and one kv head a lone document takes two passes.
         let mut alone: Vec<Vec<Vec<u32>>> = Vec::new();
@@ -505,11 +568,73 @@ mod tests {
         set_threads(before);
     }
 
+    /// Documents that begin as others do have the bits that they have when written out, but for the sums of gradients over copies,
+    /// on any number of threads.
+    fn check_shared<E: Float>(heads: Heads, window: Option<usize>, tolerance: f64) {
+        // The third document is all of the first and no more, the fourth begins as it does, the last as the second.
+        let (cu_seqlens, prefixes) = ([0, 150, 159, 159, 230, 235, 245], [0..0, 0..0, 0..150, 0..77, 0..0, 150..158]);
+        let rows: Vec<usize> =
+            prefixes.iter().zip(cu_seqlens.windows(2)).flat_map(|(prefix, pair)| prefix.clone().chain(pair[0]..pair[1])).collect();
+        let (whole, mut own, mut at) = (borders(&[150, 9, 150, 148, 5, 18]), vec![0; 245], 0);
+        for (prefix, pair) in prefixes.iter().zip(cu_seqlens.windows(2)) {
+            at += prefix.len();
+            (pair[0]..pair[1]).for_each(|row| own[row] = at + row - pair[0]);
+            at += pair[1] - pair[0];
+        }
+        let (width, o_width) = (heads.width(), heads.heads * heads.head_dim);
+        let (qkv, d_o): (Vec<E>, Vec<E>) = (sample(245 * width, 1), sample(245 * o_width, 2));
+        let copied: Vec<E> = rows.iter().flat_map(|row| qkv[row * width..][..width].to_vec()).collect();
+        let mut d_copied = vec![E::default(); rows.len() * o_width];
+        own.iter().enumerate().for_each(|(row, at)| d_copied[at * o_width..][..o_width].copy_from_slice(&d_o[row * o_width..][..o_width]));
+        let written_out = Attention { heads, cu_seqlens: &whole, prefixes: &[], scale: 0.3, window };
+        let (want_o, want_lse) = run(&written_out, &copied);
+        let each = widen(&run_backward(&written_out, &d_copied, &copied));
+        let mut want = vec![0.0; 245 * width];
+        rows.iter()
+            .zip(each.chunks_exact(width))
+            .for_each(|(row, each)| want[row * width..][..width].iter_mut().zip(each).for_each(|(sum, x)| *sum += x));
+        let (borders, ranges) =
+            (cu_seqlens.map(|border| border as i32), prefixes.clone().map(|prefix| prefix.start as u32..prefix.end as u32));
+        let shared = Attention { heads, cu_seqlens: &borders, prefixes: &ranges, scale: 0.3, window };
+        let bits = |values: &[E]| values.iter().map(|v| v.to_f32().to_bits()).collect::<Vec<_>>();
+        let mut seen: Vec<Vec<u32>> = Vec::new();
+        for count in [1, 2, 5] {
+            set_threads(count);
+            let (o, lse) = run(&shared, &qkv);
+            for (row, at) in own.iter().enumerate() {
+                assert_eq!(bits(&o[row * o_width..][..o_width]), bits(&want_o[at * o_width..][..o_width]), "{heads:?}: o of row {row}");
+                assert_eq!(
+                    lse[row * heads.heads..][..heads.heads],
+                    want_lse[at * heads.heads..][..heads.heads],
+                    "{heads:?}: lse of row {row}"
+                );
+            }
+            let got = run_backward(&shared, &d_o, &qkv);
+            let size = want.iter().fold(1.0, |size: f64, v| size.max(v.abs()));
+            assert_close(&widen(&got), &want, tolerance * size, &format!("{heads:?}: dqkv"));
+            seen.push(bits(&got));
+        }
+        assert!(seen[0] == seen[1] && seen[0] == seen[2], "{heads:?}: threads change bits");
+    }
+
+    #[test]
+    fn documents_that_share_rows_are_as_if_each_had_its_own() {
+        let before = threads();
+        for (heads, kv_heads, head_dim) in [(4, 2, 64), (3, 1, 40)] {
+            for window in [None, Some(60)] {
+                check_shared::<f32>(Heads { heads, kv_heads, head_dim }, window, 1e-6);
+                // Each copy's part is rounded to 8 bits where it is written out.
+                check_shared::<bf16>(Heads { heads, kv_heads, head_dim }, window, 3.0 / 256.0);
+            }
+        }
+        set_threads(before);
+    }
+
     /// Prints the share of causal arithmetic: 4 operations a score and column forward, 10 backward.
     fn measure<E: Float>(heads: Heads, lens: &[usize]) {
         let cu_seqlens = borders(lens);
         let tokens: usize = lens.iter().sum();
-        let settings = Attention { heads, cu_seqlens: &cu_seqlens, scale: 0.125, window: None };
+        let settings = Attention { heads, cu_seqlens: &cu_seqlens, prefixes: &[], scale: 0.125, window: None };
         let (qkv, d_o): (Vec<E>, Vec<E>) = (sample(tokens * heads.width(), 3), sample(tokens * heads.heads * heads.head_dim, 4));
         let (mut o, mut lse) = run(&settings, &qkv);
         let mut dqkv = qkv.clone();

@@ -23,34 +23,56 @@ pub fn word<F: Form, E: Float>(first: E, second: E) -> f32 {
     }
 }
 
-/// Rows of one head in a larger matrix: row i is `values[i * stride..][..head_dim]`.
+/// The rows of a matrix that neighbouring positions of a document are, `count` of them: the first `shared` from row `prefix` on,
+/// those of an earlier document, the others from row `own` on.
+#[derive(Clone, Copy)]
+pub struct Positions {
+    pub prefix: usize,
+    pub shared: usize,
+    pub own: usize,
+    pub count: usize,
+}
+
+impl Positions {
+    /// The first `count` rows, none of them shared.
+    #[inline(always)]
+    pub fn first(count: usize) -> Self {
+        Self { prefix: 0, shared: 0, own: 0, count }
+    }
+
+    #[inline(always)]
+    pub fn row(&self, index: usize) -> usize {
+        if index < self.shared { self.prefix + index } else { self.own + index - self.shared }
+    }
+}
+
+/// One head in rows of a larger matrix.
 #[derive(Clone, Copy)]
 pub struct HeadRows<'a, E> {
-    pub values: &'a [E],
-    pub stride: usize,
-    pub count: usize,
-    pub head_dim: usize,
+    matrix: &'a [E],
+    stride: usize,
+    positions: Positions,
+    column: usize,
+    head_dim: usize,
 }
 
 impl<'a, E: Float> HeadRows<'a, E> {
-    /// Rows `first..first + count` of `matrix` with rows of `stride` elements, from `column` on.
+    /// Rows `positions` of `matrix` with rows of `stride` elements, from `column` on.
     #[inline(always)]
-    pub fn new(matrix: &'a [E], stride: usize, first: usize, count: usize, column: usize, head_dim: usize) -> Self {
-        assert!(count > 0);
-        let start = first * stride + column;
-        Self { values: &matrix[start..start + (count - 1) * stride + head_dim], stride, count, head_dim }
+    pub fn new(matrix: &'a [E], stride: usize, positions: Positions, column: usize, head_dim: usize) -> Self {
+        Self { matrix, stride, positions, column, head_dim }
     }
 
     #[inline(always)]
     pub fn row(&self, index: usize) -> &'a [E] {
-        &self.values[index * self.stride..][..self.head_dim]
+        &self.matrix[self.positions.row(index) * self.stride + self.column..][..self.head_dim]
     }
 
     /// Left operands reduced along head_dim: `[rows, words(head_dim)]`; missing rows are zero.
     #[inline(always)]
     pub fn pack_rows<F: Form>(&self, out: &mut [f32]) {
         for (index, out) in out.chunks_exact_mut(words::<F>(self.head_dim)).enumerate() {
-            if index >= self.count {
+            if index >= self.positions.count {
                 out.fill(0.0);
             } else {
                 self.row_words::<F>(index, 0, out.iter_mut());
@@ -76,7 +98,7 @@ impl<'a, E: Float> HeadRows<'a, E> {
             let done = 0;
             for lane in 0..COLUMNS {
                 let out = out[done * COLUMNS..].chunks_exact_mut(COLUMNS).map(|words| &mut words[lane]);
-                if first + lane >= self.count {
+                if first + lane >= self.positions.count {
                     out.for_each(|word| *word = 0.0);
                 } else {
                     self.row_words::<F>(first + lane, done, out);
@@ -97,7 +119,7 @@ impl<'a, E: Float> HeadRows<'a, E> {
         for k in (0..whole).step_by(8) {
             for lane in (0..COLUMNS).step_by(8) {
                 let mut square = [_mm256_setzero_si256(); 8];
-                for (i, slot) in square.iter_mut().enumerate().take(self.count.saturating_sub(first + lane)) {
+                for (i, slot) in square.iter_mut().enumerate().take(self.positions.count.saturating_sub(first + lane)) {
                     let row = self.row(first + lane + i);
                     // SAFETY: a word is an element, or two of 2 bytes that lie as they do in it; words `k` to `k + 7` are in the row.
                     *slot = unsafe {
@@ -136,13 +158,13 @@ impl<'a, E: Float> HeadRows<'a, E> {
             let width = self.head_dim.saturating_sub(column).min(COLUMNS);
             for (k, out) in out.chunks_exact_mut(COLUMNS).enumerate() {
                 let index = k * step;
-                if index >= self.count {
+                if index >= self.positions.count {
                     out.fill(0.0);
                     continue;
                 }
                 let first = &self.row(index)[column..][..width];
                 out[width..].fill(0.0);
-                if F::PAIRS && index + 1 < self.count {
+                if F::PAIRS && index + 1 < self.positions.count {
                     let second = &self.row(index + 1)[column..][..width];
                     out.iter_mut().zip(first).zip(second).for_each(|((out, x), y)| *out = word::<F, E>(*x, *y));
                 } else {
@@ -170,7 +192,9 @@ mod tests {
             for count in [1, 7, 8, 33, 64] {
                 let stride = head_dim + 3;
                 let matrix: Vec<E> = (0..64 * stride).map(|i| E::from_f32((i * 7919 % 1013) as f32 / 500.0 - 1.0)).collect();
-                let (rows, depth) = (HeadRows::new(&matrix, stride, 0, count, 3, head_dim), words::<F>(head_dim));
+                // The first rows lie after the others.
+                let positions = Positions { prefix: 64 - count / 3, shared: count / 3, own: 0, count };
+                let (rows, depth) = (HeadRows::new(&matrix, stride, positions, 3, head_dim), words::<F>(head_dim));
                 let mut out = vec![f32::NAN; BLOCK * depth];
                 rows.pack_transposed::<F>(&mut out);
                 for (at, got) in out.iter().enumerate() {

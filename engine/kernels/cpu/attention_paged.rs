@@ -8,7 +8,7 @@
 //! changes no row.
 
 use super::attention::{Attention, State, Visible, Work, attend_block, panels_words, sum_lanes, transposed_words};
-use super::attention_operands::{HeadRows, padded, word, words};
+use super::attention_operands::{HeadRows, Positions, padded, word, words};
 use super::attention_tile::{BLOCK, COLUMNS, Form, ROWS, with_form};
 use super::heads::Heads;
 use super::threads::{Shared, parallel, parallel_ranges, threads};
@@ -303,8 +303,8 @@ fn attend<F: Form, E: Float>(
     QueryTile::each(task, heads, by_heads, |tile| {
         let start = row_of(tile.position) * heads.width() + heads.query(tile.head);
         let stride = if by_heads { head_dim } else { heads.width() };
-        let values = &qkv[start..start + (tile.count - 1) * stride + head_dim];
-        HeadRows { values, stride, count: tile.count, head_dim }.pack_rows::<F>(slots.next().expect("a slot for each tile"));
+        let rows = HeadRows::new(&qkv[start..], stride, Positions::first(tile.count), 0, head_dim);
+        rows.pack_rows::<F>(slots.next().expect("a slot for each tile"));
     });
     states.chunks_exact_mut(state_words).for_each(|memory| State::of(memory, padded).begin());
 
@@ -356,7 +356,7 @@ mod tests {
 
     /// Feeds texts in pieces of the given sizes, several texts a call, and compares each row with the whole text alone.
     fn check<E: Float>(heads: Heads, window: Option<usize>, lens: &[usize], pieces: &[usize]) {
-        let settings = Attention { heads, cu_seqlens: &[], scale: 0.3, window };
+        let settings = Attention { heads, cu_seqlens: &[], prefixes: &[], scale: 0.3, window };
         let (layers, layer, out) = (2, 1, heads.heads * heads.head_dim);
         let mut cache = KvBlocks::new::<E>(heads, layers);
         let mut next_block = 0;
@@ -425,7 +425,7 @@ mod tests {
     #[test]
     fn a_copied_block_goes_on_by_itself() {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 32 };
-        let settings = Attention { heads, cu_seqlens: &[], scale: 0.3, window: None };
+        let settings = Attention { heads, cu_seqlens: &[], prefixes: &[], scale: 0.3, window: None };
         let mut cache = KvBlocks::new::<bf16>(heads, 1);
         cache.make(0);
         let qkv: Vec<bf16> = sample(7 * heads.width(), 1);

@@ -588,7 +588,7 @@ unsafe fn part_256<const STEP: usize, const PART: usize, const VECTORS: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::attention_operands::{HeadRows, padded, word, words};
+    use super::super::attention_operands::{HeadRows, Positions, padded, word, words};
     use super::*;
     use half::bf16;
 
@@ -603,7 +603,8 @@ mod tests {
                 let stride = head_dim + 3;
                 let left: Vec<E> = (0..64 * stride).map(|i| E::from_f32(sample(i))).collect();
                 let right: Vec<E> = (0..64 * stride).map(|i| E::from_f32(sample(i + 5000))).collect();
-                let (a, b) = (HeadRows::new(&left, stride, 0, count, 3, head_dim), HeadRows::new(&right, stride, 0, count, 3, head_dim));
+                let rows = Positions::first(count);
+                let (a, b) = (HeadRows::new(&left, stride, rows, 3, head_dim), HeadRows::new(&right, stride, rows, 3, head_dim));
                 let depth = words::<F>(head_dim);
                 let mut tiles = vec![f32::NAN; BLOCK * depth];
                 let mut keys = vec![f32::NAN; BLOCK * depth];

@@ -8,6 +8,7 @@ mod amx;
 pub mod attention;
 mod attention_amx;
 pub mod attention_backward;
+mod attention_blocks;
 pub mod attention_operands;
 pub mod attention_paged;
 pub mod attention_rows;
