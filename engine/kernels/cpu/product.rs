@@ -41,10 +41,11 @@ pub(super) const AMX_BLOCK_BYTES: usize = 1 << 20;
 /// more: a panel at a time took as long to finish as to multiply (512 rows of 9728 outputs).
 const AMX_PANELS: usize = 4;
 
-/// Tasks a thread for a product of one tile of rows, which waits for memory, and of more: what one core is slower at, others take
-/// over. With 2 a thread, one waited for the other a tenth of the time; 8 of 128 rows were slower again.
-const ONE_TILE_TASKS: usize = 8;
-const TASKS: usize = 4;
+/// Tasks a thread where panels are split: what one core is slower at, others take over. With 4 a thread products of 32 to 128 rows
+/// were 3 to 5 % slower on AVX2, and with 16 some of them. AMX, which multiplies panels by fours, takes fewer and larger ones unless
+/// there is but one tile of rows, which waits for memory: with 2 a thread one waited for the other a tenth of the time.
+const TASKS: usize = 8;
+const AMX_TASKS: usize = 4;
 
 /// Rows that are finished at a time.
 const FINISH_ROWS: usize = 16;
@@ -99,7 +100,7 @@ impl<E: TileElement> Product<'_, E> {
         // Tiles that lie abreast stay together.
         let abreast = layout.panels_abreast(self.rows.min(layout.rows));
         let groups = panels.div_ceil(abreast);
-        let tasks = threads * if tiles == 1 { ONE_TILE_TASKS } else { TASKS };
+        let tasks = threads * if tiles == 1 || layout.is_for_vectors() { TASKS } else { AMX_TASKS };
         let panel_parts = if row_parts >= threads { 1 } else { tasks.div_ceil(row_parts).min(groups) };
         let rows_of = |part: usize| tiles * part / row_parts * layout.rows..self.rows.min(tiles * (part + 1) / row_parts * layout.rows);
         if panel_parts == 1 {
