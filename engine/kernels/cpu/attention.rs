@@ -28,7 +28,7 @@ const LANES: usize = 16;
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'a> {
     pub heads: Heads,
-    /// Borders of the documents: ascending, first 0, last the number of tokens. A document may be empty.
+    /// Borders of the documents' own rows: ascending, first 0, last the number of tokens. A document may be empty.
     pub cu_seqlens: &'a [i32],
     /// For each document, the rows that stand before its own: the beginning of an earlier document that has none itself. No
     /// entries where every document is whole.

@@ -3,8 +3,9 @@
 //!
 //! Order of sums, the same for any number of threads and any neighbours of a document: a query's gradient adds keys from
 //! the first on; a key's and a value's gradient adds blocks of 64 queries from the first on, in a block the heads of the
-//! group, in a head the queries; of a row that several documents begin with, the documents in their order. For bf16 the probabilities and the score gradients are rounded to bf16 before they
-//! are multiplied on; sums stay in f32 and are rounded once.
+//! group, in a head the queries; those of a row that several documents begin with then add the documents in their order. For
+//! bf16 the probabilities and the score gradients are rounded to bf16 before they are multiplied on; sums stay in f32 and are
+//! rounded once.
 
 use super::attention::{Attention, Visible, panels_words, sum_lanes, transposed_words};
 use super::attention_blocks::{Block, Blocks};
