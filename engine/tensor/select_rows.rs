@@ -1,4 +1,4 @@
-//! Some rows of a matrix, also several times: the last tokens of documents, and the keys that several documents share.
+//! Some rows of a matrix, also several times: the last tokens of documents and, on a device, the rows that several documents share.
 
 use super::ModelElement;
 use super::cuda::select_rows as cuda;
