@@ -45,7 +45,7 @@ pub struct Attention<'a> {
 /// - `o`: `[tokens, heads * head_dim]`, written in full
 /// - `lse`: `[tokens, heads]`, f32, natural logarithm of the sum of exponentials of the scaled scores, written in full
 ///
-/// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes, borders, scale or window do not fit.
+/// Errors: [`Error::Shape`] or [`Error::Argument`] if sizes, borders, prefixes, scale or window do not fit.
 pub fn attention<E: Float>(settings: &Attention, qkv: &[E], o: &mut [E], lse: &mut [f32]) -> Result<()> {
     let op = "attention";
     let blocks = settings.blocks(op, qkv.len())?;

@@ -109,7 +109,7 @@ struct Task {
 
 /// Writes the keys and values of new tokens into their blocks, and attends from each new token over its text so far.
 ///
-/// - `settings`: its `cu_seqlens` are not read
+/// - `settings`: its `cu_seqlens` and `prefixes` are not read
 /// - `qkv`: `[tokens, (heads + 2 * kv_heads) * head_dim]`, after rope
 /// - `spans`: whose rows the tokens are; no block into which two of them write
 /// - `o`: `[tokens, heads * head_dim]`, the rows of all spans written

@@ -564,7 +564,7 @@ unsafe fn part_256<const STEP: usize, const PART: usize, const VECTORS: usize>(
         }
         let mut left = depth;
         while left >= 8 {
-            if PART == 3 {
+            if PART == 3 && VECTORS == 4 {
                 add_three_rows!(sums, a, 4 * step, 4 * STEP, b, [0, 1, 2, 3, 4, 5, 6, 7]);
             } else {
                 for k in 0..8 {

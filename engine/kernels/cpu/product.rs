@@ -42,7 +42,7 @@ pub(super) const AMX_BLOCK_BYTES: usize = 1 << 20;
 const AMX_PANELS: usize = 4;
 
 /// Tasks a thread where panels are split: what one core is slower at, others take over. With 4 a thread products of 32 to 128 rows
-/// were 3 to 5 % slower on AVX2, and with 16 some of them. AMX, which multiplies panels by fours, takes fewer and larger ones unless
+/// were 2 to 8 % slower on AVX2; 16 gained no more. AMX, which multiplies panels by fours, takes fewer and larger ones unless
 /// there is but one tile of rows, which waits for memory: with 2 a thread one waited for the other a tenth of the time.
 const TASKS: usize = 8;
 const AMX_TASKS: usize = 4;
